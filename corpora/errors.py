@@ -1,0 +1,38 @@
+"""A user's mistake, and how a program reports it: one line on stderr and exit code 2, no traceback.
+
+Libraries raise `UserError`, a ValueError, wherever a value from outside (an option, a file, a checkpoint) is wrong.
+The message names the thing, the value, what is allowed and the way out. Our own bugs stay plain exceptions and keep
+their traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+__all__ = ["UserError", "run_program"]
+
+
+class UserError(ValueError):
+    """Something that the user gave is wrong; the message is complete as it stands."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program's `main`; end with exit code 2 and one line for a user's mistake or a failing disk.
+
+    A full disk, a missing permission or a file that vanished (OSError) is the user's to mend, too: artefacts are
+    written beside and renamed, so nothing is damaged by stopping here.
+    """
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        # safetensors and the tokenizer library report the operating system's error text without a file name.
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror or error}{where}; nothing finished was changed: mend it and run the command again"
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
