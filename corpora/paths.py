@@ -1,0 +1,26 @@
+"""Where local data, models and results live: beside the code, or under $INTACTKV_ROOT."""
+
+import os
+from pathlib import Path
+
+__all__ = ["datasets_dir", "modelzoo_dir", "outputs_dir", "root"]
+
+
+def root() -> Path:
+    """The directory that holds datasets/, modelzoo/ and outputs/: $INTACTKV_ROOT, or the checkout."""
+    return Path(os.environ.get("INTACTKV_ROOT") or Path(__file__).resolve().parents[1])
+
+
+def datasets_dir() -> Path:
+    """Local data sets, laid out as datasets/README.md says."""
+    return root() / "datasets"
+
+
+def modelzoo_dir() -> Path:
+    """Local models, {family}/{family}-{size}, and what is made from them."""
+    return root() / "modelzoo"
+
+
+def outputs_dir() -> Path:
+    """Run records, figures and caches; everything here can be made again."""
+    return root() / "outputs"
