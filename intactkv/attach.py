@@ -1,0 +1,231 @@
+"""Run any causal language model behind an intact prefix: scoring, generation, batches, padding, dialogues.
+
+    ids that start with the prefix lose it, the rest is fed at positions P, P + 1, … with the prefix as cache
+    logits = [stored prefix logits | new logits], the last L_in columns        (IntactKV, arXiv 2403.01241, section 3)
+
+Physical layout of a padded batch: [prefix | pads | text], attention mask [1…1 | 0…0 | 1…1], positions counted by the
+mask. With `prefix=None` the same code is the vanilla arm, so that both arms see the same tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corpora.errors import UserError
+from intactkv.attention import prefix_attention
+from intactkv.cache import IntactCache, KVPolicy
+from intactkv.prefix import Prefix
+
+__all__ = ["IntactModel", "attach"]
+
+
+def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = None) -> "IntactModel":
+    """Put an intact prefix in front of a model, and a KV policy on its cache; both are optional.
+
+    The model itself is not changed. Raises UserError if the prefix belongs to another model or another basis.
+    """
+    if prefix is not None:
+        prefix.check(model)
+    return IntactModel(model, prefix, kv)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A batch taken apart: what is fed behind the prefix, and how its columns map back.
+
+    feed, mask: (B, T) ids and 0/1, padded on the left. pads: (B,) pad columns per row of `feed`.
+    had_prefix: whether the given rows contained the prefix ids. dropped_bos: per row, 1 if the row's own [BOS] went.
+    """
+
+    feed: Tensor
+    mask: Tensor
+    pads: Tensor
+    had_prefix: bool
+    dropped: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class IntactModel:
+    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own."""
+
+    model: PreTrainedModel
+    prefix: Prefix | None
+    kv: KVPolicy | None = None
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the number of prefix tokens; 0 without a prefix."""
+        return 0 if self.prefix is None else len(self.prefix)
+
+    def new_cache(self) -> IntactCache:
+        """A fresh cache that holds the prefix and applies the KV policy."""
+        return self.prefix.cache(self.model.config, self.kv) if self.prefix else IntactCache(
+            self.model.config, policy=self.kv)
+
+    def feed(self, ids: Tensor, mask: Tensor | None = None, through: torch.nn.Module | None = None,
+             cache: IntactCache | None = None) -> Any:
+        """One forward pass over tokens that follow the prefix; returns the module's own output.
+
+        ids: (B, T), without the prefix. mask: (B, T), 0 at padding, or None. through: a part of the model that takes
+        the same arguments, such as its decoder without the head; the whole model by default. cache: one made by
+        `new_cache`, for a caller that wants to look at it afterwards.
+        """
+        full, positions = None, None
+        if mask is not None and not bool(mask.all()):
+            full = torch.cat([mask.new_ones(mask.shape[0], self.prefix_length), mask], dim=1)
+            # Default positions count physical slots; with pads between prefix and text they would be wrong for RoPE.
+            positions = (full.cumsum(-1) - 1).clamp_min(0)[:, self.prefix_length :]
+        arguments = {"attention_mask": full, "use_cache": True}
+        if positions is not None and self._takes_positions():
+            arguments["position_ids"] = positions
+        with prefix_attention(self.model):
+            return (through or self.model)(input_ids=ids, past_key_values=cache or self.new_cache(), **arguments)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
+
+        Rows that start with the prefix ids lose them, and their first columns are the stored full-precision logits.
+        Rows without it get the prefix in front (their own [BOS] is dropped when the prefix brings one). Rows may be
+        padded on the left or on the right; logits at pads are 0.
+        Raises UserError if only some rows contain the prefix, or if nothing is left to feed.
+        """
+        rows = self._take_apart(input_ids, attention_mask)
+        self._refuse_pushed_out(rows, 0)
+        logits = self.feed(rows.feed, rows.mask).logits.float()
+        if self.prefix is None:
+            logits = _to_columns(logits, rows, None, input_ids, attention_mask)
+        else:
+            logits = _to_columns(logits, rows, self.prefix.logits.to(logits), input_ids, attention_mask)
+        return logits
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prepend: bool = False,
+                 past_key_values: IntactCache | None = None, **options: Any) -> Any:
+        """`model.generate` behind the prefix: greedy, sampling, beams; returns [prompt | new tokens] like it.
+
+        input_ids: (B, L) prompts, each starting with the prefix ids (after left padding); attention_mask: (B, L).
+        prepend: put the prefix in front of prompts that lack it (the returned rows lack it, too).
+        past_key_values: the cache of an earlier answer (`return_dict_in_generate=True`), to go on with a dialogue
+            without feeding it again; the prompt must start with the tokens which that cache has seen.
+        Raises UserError for prompts without the prefix, a prompt that equals the prefix (nothing to feed), a mixed
+        batch, a cache of another dialogue, or padding that would push the prefix out of a sliding window.
+        """
+        if options.get("cache_implementation") is not None:
+            raise UserError("cache_implementation cannot be combined with a prefix: the prefix is the cache")
+        rows = self._take_apart(input_ids, attention_mask)
+        if self.prefix is not None and not rows.had_prefix and not prepend:
+            raise UserError("the prompt does not start with the prefix's tokens; put them in front, or pass "
+                            "prepend=True to have that done")
+        new_tokens = options.get("max_new_tokens") or self.model.generation_config.max_new_tokens or 0
+        self._refuse_pushed_out(rows, new_tokens)
+
+        batch = rows.feed.shape[0]
+        lead = rows.feed.new_empty(batch, 0)
+        if self.prefix is not None:
+            lead = self.prefix.ids.to(rows.feed)[None].expand(batch, -1)
+        ids = torch.cat([lead, rows.feed], dim=1)
+        mask = torch.cat([torch.ones_like(lead), rows.mask], dim=1)
+        cache = self.new_cache() if past_key_values is None else self._continued(past_key_values, ids)
+        with prefix_attention(self.model):
+            output = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        cache.tokens = sequences[:, : cache.get_seq_length()] if sequences.shape[0] == 1 else None
+        given = input_ids.to(sequences).repeat_interleave(sequences.shape[0] // batch, dim=0)
+        if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):  # right padding moved left
+            given = _left_padded(input_ids, attention_mask)[0].to(sequences)
+            given = given.repeat_interleave(sequences.shape[0] // batch, dim=0)
+        sequences = torch.cat([given, sequences[:, ids.shape[1] :]], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def _takes_positions(self) -> bool:
+        # OPT's learned positions follow from the mask; every RoPE model takes them as an argument.
+        return self.model.config.model_type != "opt"
+
+    def _take_apart(self, input_ids: Tensor, attention_mask: Tensor | None) -> _Rows:
+        """Find the prefix in every row and lay the rest out behind it, padded on the left."""
+        if input_ids.ndim != 2:
+            raise UserError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
+        device = self.model.get_input_embeddings().weight.device
+        input_ids = input_ids.to(device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+        texts = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
+        _refuse_holes(mask)
+        had_prefix, dropped = True, [0] * len(texts)
+        if self.prefix is not None:
+            lead = self.prefix.ids.to(device)
+            has = [bool(text.numel() >= lead.numel() and (text[: lead.numel()] == lead).all()) for text in texts]
+            if any(has) != all(has):
+                raise UserError(f"{sum(has)} of {len(has)} rows of the batch start with the prefix; split the batch so "
+                                "that all rows do or none does")
+            had_prefix = all(has)
+            # Whoever brings the prefix brings its [BOS]: a row's own one would be the second.
+            dropped = [lead.numel() if h else int(text.numel() > 0 and bool(text[0] == lead[0]))
+                       for h, text in zip(has, texts, strict=True)]
+        texts = [text[count:] for text, count in zip(texts, dropped, strict=True)]
+        if any(text.numel() == 0 for text in texts):
+            raise UserError("a prompt equals the prefix (or is empty), which leaves no token to feed; give at least "
+                            "one token after the prefix")
+        longest = max(text.numel() for text in texts)
+        pads = torch.tensor([longest - text.numel() for text in texts], device=device)
+        filler = int(getattr(self.model.generation_config, "pad_token_id", None) or 0)
+        feed = torch.stack([torch.nn.functional.pad(text, (int(pad), 0), value=filler)
+                            for text, pad in zip(texts, pads, strict=True)])
+        columns = torch.arange(longest, device=device)
+        return _Rows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)
+
+    def _refuse_pushed_out(self, rows: _Rows, new_tokens: int) -> None:
+        """A sliding window counts physical slots: pads behind the prefix would push it out too early."""
+        window = self.new_cache().smallest_window
+        slots = self.prefix_length + rows.feed.shape[1] + new_tokens
+        if window is not None and bool(rows.pads.any()) and slots > window:
+            raise UserError(f"a padded batch of {slots} slots does not fit the model's sliding window of {window}: the "
+                            "pads would push the prefix out; use rows of equal length or a batch of one")
+
+    def _continued(self, cache: IntactCache, ids: Tensor) -> IntactCache:
+        """Check that a kept cache holds the beginning of this prompt."""
+        seen = cache.tokens
+        if seen is None or ids.shape[0] != 1 or seen.shape[1] >= ids.shape[1] or not torch.equal(
+                seen, ids[:, : seen.shape[1]]):
+            raise UserError("past_key_values does not hold the beginning of this prompt; pass the cache of the answer "
+                            "that the prompt continues (batch of one), or leave it out to feed the dialogue again")
+        return cache
+
+
+def _refuse_holes(mask: Tensor) -> None:
+    """Padding must be on one side: between two real tokens it would shift positions."""
+    changes = (mask[:, 1:] != mask[:, :-1]).sum(dim=1)
+    if bool((changes > 1).any()):
+        raise UserError("attention_mask has holes; pad every row on the left or on the right only")
+
+
+def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with their pads moved to the left: ids and mask, (B, L)."""
+    order = mask.argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def _to_columns(logits: Tensor, rows: _Rows, prefix_logits: Tensor | None, input_ids: Tensor,
+                attention_mask: Tensor | None) -> Tensor:
+    """Bring (B, T, V) logits of the fed tokens back to the (B, L, V) columns of the given rows, 0 at pads.
+
+    A column that was not fed (the prefix's own tokens, or a dropped [BOS]) takes the stored prefix logits, its last
+    rows, since they end where the fed tokens begin.
+    """
+    batch, length = input_ids.shape
+    if prefix_logits is None and attention_mask is None:
+        return logits
+    columns = logits.new_zeros(batch, length, logits.shape[-1])
+    for row in range(batch):
+        keep = slice(None) if attention_mask is None else attention_mask[row].bool().to(logits.device)
+        new = logits[row, int(rows.pads[row]) :]
+        count = rows.dropped[row]
+        if prefix_logits is not None and count:
+            new = torch.cat([prefix_logits[-count:], new])
+        columns[row, keep] = new
+    return columns

@@ -1,0 +1,201 @@
+"""The IntactKV prefix: keys and values of the leading tokens, as the full-precision model wrote them.
+
+Built once by the *full-precision twin* of a quantized model: the same function with every exact weight transform
+already applied and every quantizer off. Only then are K and V in the basis that the quantized model reads (IntactKV,
+arXiv 2403.01241, section 3; the table of bases is the contract of every method here).
+
+Per layer K and V of shape (1, KV heads, P, D), keys after RoPE at positions 0…P − 1; the logits at the P tokens are
+kept as well, because what the last prefix token predicts comes from the full-precision model.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corpora.errors import UserError
+from corpora.storage import checkpoint_fingerprint, write_tensors
+from intactkv.cache import IntactCache, KVPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["ModelIdentity", "Prefix", "build_prefix", "identity_of"]
+
+FORMAT = 1
+PLAIN_BASIS = "plain"  # no weight transform: K and V as the original checkpoint computes them
+# A quantized or half-precision embedding differs by a few per cent from the full-precision one; another model's
+# embedding of the same token by about 100 %.
+SAME_EMBEDDING = 0.2
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What must agree between the model that wrote a prefix and the model that reads it.
+
+    fingerprint: of the full-precision checkpoint's content; None when the model did not come from a local directory.
+    basis: the exact transforms between that checkpoint and the model, `PLAIN_BASIS` for none.
+    """
+
+    model_type: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    rope: str
+    fingerprint: str | None
+    basis: str
+
+
+def identity_of(model: PreTrainedModel) -> ModelIdentity:
+    """Identity of a loaded model.
+
+    The project's loaders leave `intactkv_source` (fingerprint, basis) on the model; any other model is taken to be in
+    the plain basis, with the fingerprint of the local directory that it was loaded from, if there is one.
+    """
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    source = getattr(model, "intactkv_source", None)
+    if source is None:
+        directory = Path(model.name_or_path or "")
+        quantized = getattr(model.config, "quantization_config", None) is not None
+        local = bool(model.name_or_path) and (directory / "config.json").is_file() and not quantized
+        source = (checkpoint_fingerprint(directory) if local else None, PLAIN_BASIS)
+    heads = config.num_attention_heads
+    return ModelIdentity(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        rope=json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str),
+        fingerprint=source[0],
+        basis=source[1],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Token ids (P,), K and V per layer (1, KV heads, P, D), logits (P, vocabulary), and whose they are.
+
+    embeddings: (P, hidden) float32, the input embeddings of the ids: tells models apart that have no fingerprint.
+    """
+
+    ids: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    logits: Tensor
+    embeddings: Tensor
+    model: ModelIdentity
+
+    def __len__(self) -> int:
+        """P, the number of prefix tokens."""
+        return self.ids.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the full-precision model computed in."""
+        return self.keys[0].dtype
+
+    def first(self, count: int) -> "Prefix":
+        """The prefix of the first `count` tokens. Attention is causal, so this is a slice, not another run."""
+        if not 1 <= count <= len(self):
+            raise UserError(f"a prefix of {len(self)} tokens has no first {count}; choose 1 to {len(self)}")
+        return replace(
+            self,
+            ids=self.ids[:count],
+            keys=tuple(k[:, :, :count] for k in self.keys),
+            values=tuple(v[:, :, :count] for v in self.values),
+            logits=self.logits[:count],
+            embeddings=self.embeddings[:count],
+        )
+
+    def cache(self, config: "PreTrainedConfig", policy: KVPolicy | None = None) -> IntactCache:
+        """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call."""
+        return IntactCache(config, self.keys, self.values, policy)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise UserError unless this prefix was written by the full-precision twin of `model`."""
+        reader = identity_of(model)
+        for field, ours in asdict(self.model).items():
+            theirs = getattr(reader, field)
+            if ours != theirs and None not in (ours, theirs):
+                raise UserError(f"this prefix belongs to another model or basis: {field} is {ours!r} in the prefix and "
+                                f"{theirs!r} in the model; build the prefix with this model's full-precision twin")
+        weight = model.get_input_embeddings().weight
+        if weight.is_floating_point() and not weight.is_meta:
+            rows = weight[self.ids.to(weight.device)].detach().float().cpu()
+            error = float((rows - self.embeddings).norm() / self.embeddings.norm().clamp_min(1e-12))
+            if rows.shape != self.embeddings.shape or not error < SAME_EMBEDDING:
+                raise UserError(f"this prefix belongs to another model: its tokens' embeddings differ by {error:.0%}; "
+                                "build the prefix with this model's full-precision twin")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, atomically; the model's identity is its metadata."""
+        tensors = {"ids": self.ids, "logits": self.logits, "embeddings": self.embeddings}
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key, value
+        header = {"format": FORMAT, "model": asdict(self.model)}
+        write_tensors(Path(path), tensors, {"intactkv": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Prefix":
+        """Read what `save` wrote. Raises UserError if the file is missing, truncated or no prefix."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"prefix file {path} is missing; make it with "
+                            "`python -m intactkv build --model DIR --prefix bos --out FILE`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["intactkv"])
+                if header["format"] != FORMAT:
+                    raise UserError(f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; "
+                                    "build it again")
+                model = ModelIdentity(**header["model"])
+                return cls(
+                    ids=file.get_tensor("ids"),
+                    keys=tuple(file.get_tensor(f"layers.{i}.key") for i in range(model.layers)),
+                    values=tuple(file.get_tensor(f"layers.{i}.value") for i in range(model.layers)),
+                    logits=file.get_tensor("logits"),
+                    embeddings=file.get_tensor("embeddings"),
+                    model=model,
+                )
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is truncated or not a prefix file ({error}); build it again with "
+                            "`python -m intactkv build`") from None
+
+
+@torch.no_grad()
+def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
+    """Run the full-precision twin on the prefix tokens and keep its K, V and logits.
+
+    ids: P token ids, at positions 0…P − 1, usually starting with [BOS]. `model` must be unquantized, with every exact
+    transform of the quantized model applied. Raises UserError for no ids, ids outside the vocabulary, or a prefix that
+    a sliding-window layer could not hold.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if ids.numel() == 0:
+        raise UserError("a prefix needs at least one token; for no prefix, leave it out")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise UserError(f"prefix token ids {ids.tolist()} lie outside the vocabulary of {vocabulary}")
+    cache = IntactCache(model.config)
+    window = cache.smallest_window
+    if window is not None and ids.numel() >= window:
+        raise UserError(f"a prefix of {ids.numel()} tokens does not fit the model's sliding window of {window}; use a "
+                        f"prefix of at most {window - 1} tokens")
+    embedding = model.get_input_embeddings().weight
+    output = model(input_ids=ids[None].to(embedding.device), past_key_values=cache, use_cache=True)
+    return Prefix(
+        ids=ids,
+        keys=tuple(layer.keys.cpu().clone() for layer in cache.layers),
+        values=tuple(layer.values.cpu().clone() for layer in cache.layers),
+        logits=output.logits[0].cpu().clone(),
+        embeddings=embedding[ids.to(embedding.device)].float().cpu().clone(),
+        model=identity_of(model),
+    )
