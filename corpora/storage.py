@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from corpora.errors import UserError
 
-__all__ = ["checkpoint_fingerprint", "identity", "read_json", "sha256_of_file", "write_beside", "write_json",
+__all__ = ["checkpoint_fingerprint", "identity", "read_json", "sha256_of_file", "sha256_of_tensor",
+           "write_beside", "write_json",
            "write_tensors"]
 
 
@@ -63,6 +64,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     with write_beside(path) as beside:
         try:
             save_file(plain, beside, metadata=dict(metadata) if metadata else None)
+            beside.chmod(0o644)  # safetensors writes for the owner alone; colleagues on a cluster read these files
         except SafetensorError as error:  # safetensors wraps the system's error in its own class
             raise OSError(None, f"cannot write: {error}", str(path)) from None
 
@@ -115,3 +117,10 @@ def _sample(view: Any, shape: list[int]) -> torch.Tensor:
         return view[:].reshape(1)
     rows = torch.linspace(0, shape[0] - 1, min(8, shape[0])).long().tolist()
     return torch.cat([view[row : row + 1].flatten()[:128] for row in rows])
+
+
+def sha256_of_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's shape, dtype and values, in hexadecimal."""
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{tuple(plain.shape)}{plain.dtype}".encode()
+    return hashlib.sha256(head + plain.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

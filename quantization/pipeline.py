@@ -1,0 +1,219 @@
+"""Quantize a checkpoint one decoder block at a time: read, transform, quantize, pass the text on, write, forget.
+
+Memory holds one block and the calibration text's hidden states, never the model. A finished block is a finished file:
+a killed run starts again at the block where it died and ends with the same bits, because the text is first passed
+through the blocks that are already done. The directory gets its final name last.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from corpora.errors import UserError
+from corpora.storage import checkpoint_fingerprint, identity, read_json, sha256_of_tensor, write_json
+from quantization.architecture import Architecture, architecture_of
+from quantization.blocks import CalibrationStream, DecoderBlock
+from quantization.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    DenseCheckpoint,
+    block_file,
+    copy_companions,
+    empty_model,
+    read_block,
+    write_block,
+    write_ends,
+)
+from quantization.grids import QuantizedTensor
+from quantization.linear import unpack_weight
+from quantization.recipe import Recipe, describe
+
+__all__ = ["artefact_identity", "quantize_checkpoint"]
+
+log = logging.getLogger(__name__)
+
+
+def artefact_identity(fingerprint: str, recipe: Recipe, segments: Tensor | None = None,
+                      prefix_ids: Tensor | None = None) -> dict[str, Any]:
+    """Everything that decides the bits of a quantized checkpoint (and nothing else: no KV policy, no prefix that only
+    the run time uses)."""
+    made_of: dict[str, Any] = {"format": FORMAT, "source": fingerprint, **recipe.weights_identity()}
+    if recipe.calibrates:
+        assert segments is not None
+        made_of["segments"] = sha256_of_tensor(segments)
+        if recipe.calibrate_behind_prefix:
+            assert prefix_ids is not None
+            made_of["prefix"] = prefix_ids.tolist()
+    return made_of
+
+
+def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | None) -> str:
+    """Name of the basis that a recipe's transforms put K and V in: `plain` without transforms."""
+    if not recipe.transforms:
+        return "plain"
+    return identity(artefact_identity(fingerprint, recipe.twin, segments, prefix_ids))
+
+
+def quantize_checkpoint(source: Path, recipe: Recipe, out: Path, *, segments: Tensor | None = None,
+                        prefix_ids: Tensor | None = None, device: str | torch.device = "cpu",
+                        fingerprint: str | None = None) -> Path:
+    """Write the quantized form of a dense checkpoint to `out`; a finished or half-finished one is taken up.
+
+    segments: (N, T) calibration ids, needed if the recipe calibrates. prefix_ids: (P,), needed if it calibrates behind
+    the prefix. Returns `out`. Raises UserError if `out` holds something else, or the source is incomplete.
+    """
+    dense = DenseCheckpoint(source)
+    fingerprint = fingerprint or checkpoint_fingerprint(source)
+    if not recipe.changes_weights:
+        raise UserError("this recipe leaves the weights as they are, so there is nothing to write; name a weight "
+                        "quantizer, for example --recipe rtn")
+    if recipe.calibrates and segments is None:
+        raise UserError("this recipe calibrates; give it calibration text")
+    made_of = artefact_identity(fingerprint, recipe, segments, prefix_ids)
+    manifest = {
+        "format": FORMAT,
+        "identity": identity(made_of),
+        "label": recipe.label(),
+        "made_of": made_of,
+        "recipe": describe(recipe),
+        "basis": basis_of(fingerprint, recipe, segments, prefix_ids),
+        "source": {"name": source.resolve().name, "directory": os.path.relpath(source, out.parent),
+                   "fingerprint": fingerprint},
+        "needs_prefix": made_of.get("prefix"),
+    }
+    with _locked(out):
+        if out.exists():
+            _refuse_other(out, manifest)
+            return out
+        partial = out.with_name(f"{out.name}.partial")
+        if partial.exists() and _identity_of(partial) != manifest["identity"]:
+            shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
+        partial.mkdir(parents=True, exist_ok=True)
+        copy_companions(source, partial)
+        write_json(partial / MANIFEST, manifest)
+        _work_off(dense, recipe, partial, segments, prefix_ids, torch.device(device))
+        partial.rename(out)
+    return out
+
+
+def _work_off(dense: DenseCheckpoint, recipe: Recipe, partial: Path, segments: Tensor | None,
+              prefix_ids: Tensor | None, device: torch.device) -> None:
+    """Process every block that has no file yet, then the ends."""
+    model = empty_model(dense.directory)
+    architecture = architecture_of(model.config)
+    blocks = model.get_submodule(architecture.blocks)
+    count = len(blocks)
+    ends = [name for name in model.state_dict() if not name.startswith(f"{architecture.blocks}.")]
+    stream = None
+    if recipe.calibrates:
+        assert segments is not None
+        _load_ends(model, dense, ends, device)
+        behind = prefix_ids if recipe.calibrate_behind_prefix else None
+        stream = CalibrationStream(model, architecture, segments, behind)
+    method = recipe.label()
+    for index in tqdm(range(count), desc=f"quantize {method}", unit="block"):
+        block = DecoderBlock(index, blocks[index], architecture, stream)
+        if stream is None and block_file(partial, index).is_file():
+            continue
+        started = time.perf_counter()
+        dense.load_into(block.module, block.name, device)
+        error = _process_block(block, recipe, partial)
+        log.info("block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s", index + 1, count, method, error,
+                 time.perf_counter() - started)
+        block.module.to_empty(device="meta")
+    write_ends(partial, dense, ends)
+
+
+def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
+    """Transform, quantize and write one block, and pass the text on. Returns the relative weight error.
+
+    A block that an earlier run finished is transformed again (the prefix needs the transformed full-precision block),
+    but its codes are read back: choosing them is the expensive part.
+    """
+    if block.stream is not None:
+        block.stream.seed(block)
+    for transform in recipe.transforms:
+        transform.transform_block(block)
+        if block.stream is not None:  # the keys and values may be in another basis now
+            block.stream.seed(block)
+    finished = block_file(partial, block.index).is_file()
+    quantized: dict[str, QuantizedTensor] = {}
+    if finished:
+        quantized = _read_codes(block, partial)
+    elif recipe.weights is not None:
+        quantized = recipe.weights.quantize_block(block)
+    error = _relative_error(block.linears(), quantized)
+    _set_weights(block.linears(), quantized)
+    if block.stream is not None:
+        block.stream.advance(block)
+    if not finished:
+        write_block(partial, block.index, block.name, block.module, quantized)
+    return error
+
+
+def _read_codes(block: DecoderBlock, partial: Path) -> dict[str, QuantizedTensor]:
+    """The quantized linears of a finished block, by their name within the block."""
+    return {
+        name.removeprefix(f"{block.name}."): unpack_weight(*value)
+        for name, value in read_block(block_file(partial, block.index))
+        if not isinstance(value, Tensor)
+    }
+
+
+def _set_weights(linears: dict[str, nn.Linear], quantized: dict[str, QuantizedTensor]) -> None:
+    for name, weight in quantized.items():
+        linear = linears[name]
+        linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
+
+
+def _relative_error(linears: dict[str, nn.Linear], quantized: dict[str, QuantizedTensor]) -> float:
+    """‖Ŵ − W‖ / ‖W‖ over all linears of a block."""
+    error = sum(float((weight.dequantize() - linears[name].weight.float()).square().sum())
+                for name, weight in quantized.items())
+    norm = sum(float(linears[name].weight.float().square().sum()) for name in quantized)
+    return (error / norm) ** 0.5 if norm else 0.0
+
+
+def _load_ends(model: PreTrainedModel, dense: DenseCheckpoint, ends: list[str], device: torch.device) -> None:
+    """Give the embeddings (and what else is outside the blocks) their weights, for the calibration text."""
+    for name in ends:
+        if dense.stored_name(name) is None:
+            continue  # a tied head
+        owner, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(owner), parameter, nn.Parameter(dense.tensor(name).to(device), False))
+
+
+def _identity_of(directory: Path) -> str | None:
+    """The identity that a directory claims; None if it has no readable manifest."""
+    try:
+        return read_json(directory / MANIFEST, "quantization manifest").get("identity")
+    except UserError:
+        return None
+
+
+def _refuse_other(out: Path, manifest: dict[str, Any]) -> None:
+    found = _identity_of(out)
+    if found != manifest["identity"]:
+        what = f"the quantized checkpoint {found}" if found else "something else"
+        raise UserError(f"{out} already holds {what}, not {manifest['identity']} ({manifest['label']}); choose another "
+                        "--out or remove the directory")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One process at a time works on a directory; a second waits and then finds the result."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,100 @@
+"""Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
+
+    none | bos | prompt | FILE.safetensors | "any text"        the same words in every program
+
+A prefix is written by the recipe's full-precision twin, kept under modelzoo/prefixes/ by the identity of all that made
+it, and read back from there by every later run.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from corpora.errors import UserError
+from corpora.paths import modelzoo_dir
+from corpora.sharegpt import VICUNA_SYSTEM
+from corpora.storage import identity
+from corpora.text import encode, start_token_id
+from intactkv.prefix import Prefix, build_prefix
+
+__all__ = ["PrefixChoice", "choose_prefix", "stored_prefix"]
+
+log = logging.getLogger(__name__)
+
+WORDS = 'none, bos, prompt, a FILE.safetensors made by `python -m intactkv build`, or a text'
+
+
+@dataclass(frozen=True)
+class PrefixChoice:
+    """A prefix word made concrete. label: for tables, [B], [P], …; ids: empty for none; file: if it was given."""
+
+    word: str
+    label: str
+    ids: tuple[int, ...]
+    file: Path | None = None
+
+
+def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str) -> PrefixChoice:
+    """Turn a prefix word into token ids. Raises UserError if the model has no such prefix, or the file is broken."""
+    if word == "none":
+        return PrefixChoice(word, "none", ())
+    if word == "bos":
+        return PrefixChoice(word, "[B]", (start_token_id(tokenizer),))
+    if word == "prompt":
+        return PrefixChoice(word, "[P]", tuple(_prompt_ids(tokenizer, model_name)))
+    if word == "auto":
+        raise UserError(f"the prefix 'auto' (discovery of outlier tokens) is not available; choose {WORDS}")
+    if word.endswith(".safetensors"):
+        return PrefixChoice(word, f"[{Path(word).stem}]", tuple(Prefix.load(word).ids.tolist()), Path(word))
+    if os.sep in word and Path(word).parent.is_dir():
+        raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
+    ids = _behind_start(encode(tokenizer, word), tokenizer)
+    log.info("the prefix is the text %r: %d tokens", word, len(ids))
+    return PrefixChoice(word, "[T]", tuple(ids))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int]:
+    """[BOS] + system prompt + the opening of the user's turn: what every conversation of the model starts with."""
+    if tokenizer.chat_template:
+        # The tokens that two conversations share are the part that does not depend on what the user says.
+        first, second = (
+            encode(tokenizer, str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)))
+            for text in ("apples", "Zebras")
+        )
+        same = [a == b for a, b in zip(first, second, strict=False)]
+        shared = first[: same.index(False)] if False in same else first[: len(same)]
+        return _behind_start(shared, tokenizer)
+    if "vicuna" in model_name.lower():  # published without a chat template in the tokenizer
+        return _behind_start(encode(tokenizer, f"{VICUNA_SYSTEM} USER:"), tokenizer)
+    raise UserError(f"--prefix prompt: the tokenizer of {model_name} has no chat template, so there is no prompt that "
+                    'every conversation starts with; give the text itself: --prefix "…"')
+
+
+def _behind_start(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Exactly one start token in front: some templates spell it out themselves."""
+    start = start_token_id(tokenizer)
+    return ids if ids[:1] == [start] else [start, *ids]
+
+
+def stored_prefix(choice: PrefixChoice, *, model_name: str, made_of: dict[str, Any], dtype: torch.dtype,
+                  twin: Callable[[], PreTrainedModel]) -> Prefix:
+    """The prefix of a choice, from its file or built now.
+
+    made_of: what identifies the twin (fingerprint of the checkpoint, basis). twin: loads the full-precision twin; only
+    called if no file with this identity exists. dtype: what the twin computes in.
+    """
+    if choice.file is not None:
+        return Prefix.load(choice.file)
+    key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
+    name = {"[B]": "bos", "[P]": "prompt"}.get(choice.label, "text")
+    path = modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
+    if not path.is_file():
+        build_prefix(twin(), choice.ids).save(path)
+        log.info("built the prefix %s of %d tokens: %s", choice.label, len(choice.ids), path)
+    return Prefix.load(path)
