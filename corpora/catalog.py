@@ -5,13 +5,14 @@ the data today (parquet, json.gz, json.zst) or an older local copy holds it (sav
 The first pattern that matches any file is read. Models lie in modelzoo/{family}/{family}-{size}.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from corpora.errors import UserError
 from corpora.paths import datasets_dir, modelzoo_dir
 
-__all__ = ["CORPORA", "FAMILIES", "Corpus", "Family", "ModelDefaults", "corpus_directory", "corpus_files",
+__all__ = ["CORPORA", "FAMILIES", "TEXT_FILE", "Corpus", "Family", "ModelDefaults", "corpus_directory", "corpus_files",
            "model_defaults", "model_directory"]  # fmt: skip
 
 
@@ -30,9 +31,15 @@ class Corpus:
     joiner: str = "\n\n"
     documents: int | None = None  # evaluation reads this many from the start, None: all
     windows: int | None = None  # evaluation keeps at most this many windows' worth of tokens, None: all
+    line: Callable[[str], str] = str.strip  # plain text files: the document that a line is
     stripped: bool = False  # evaluation strips white space around each document
     per_document: bool = False  # calibration draws a document, then a segment inside it; else one stream of all
     calibration_text: bool = True  # False: its calibration needs a method's own reader (ShareGPT)
+
+
+def _wikitext_line(line: str) -> str:
+    """The row that the hub's copy has for a line of the raw file: line ends stay, blank lines are empty."""
+    return line if line.strip() else ""
 
 
 def _split(config: str, split: str, *, train_shards: bool = False) -> tuple[str, ...]:
@@ -51,6 +58,14 @@ def _split(config: str, split: str, *, train_shards: bool = False) -> tuple[str,
     )
 
 
+def _first_shard(file: str, split: str) -> tuple[str, ...]:
+    """The names under which clones, caches and save_to_disk keep the one file of C4 that is used for a split."""
+    return (f"en/{file}.json*", f"{file}.json*", f"{split}/*.arrow", f"**/*-{split}.arrow")
+
+
+PILE_FILES = ("val.jsonl", "val.jsonl.gz", "val.jsonl.zst", "**/validation*.parquet", "**/*-validation.arrow",
+              "validation/*.arrow")  # fmt: skip
+
 CORPORA: dict[str, Corpus] = {
     "wikitext2": Corpus(
         folder="wikitext",
@@ -59,6 +74,7 @@ CORPORA: dict[str, Corpus] = {
         calibration=(*_split("wikitext-2-raw-v1", "train"), "wikitext-2-raw/wiki.train.raw", "wiki.train.raw"),
         evaluation=(*_split("wikitext-2-raw-v1", "test"), "wikitext-2-raw/wiki.test.raw", "wiki.test.raw"),
         content="WikiText-2 (raw), train and test",
+        line=_wikitext_line,
     ),
     "ptb": Corpus(
         folder="ptb_text_only",
@@ -75,10 +91,8 @@ CORPORA: dict[str, Corpus] = {
         folder="allenai/c4",
         hub_id="allenai/c4",
         fetch=("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"),
-        calibration=("en/c4-train.00000-of-01024.json*", "c4-train.00000-of-01024.json*", "**/*-train.arrow",
-                     "train/*.arrow"),  # fmt: skip
-        evaluation=("en/c4-validation.00000-of-00008.json*", "c4-validation.00000-of-00008.json*",
-                    "**/*-validation.arrow", "validation/*.arrow"),  # fmt: skip
+        calibration=_first_shard("c4-train.00000-of-01024", "train"),
+        evaluation=_first_shard("c4-validation.00000-of-00008", "validation"),
         content="C4 (English), first train and first validation file",
         joiner=" ",
         documents=1100,
@@ -89,10 +103,8 @@ CORPORA: dict[str, Corpus] = {
         folder="pile-val-backup",
         hub_id="mit-han-lab/pile-val-backup",
         fetch=("val.jsonl.zst",),
-        calibration=("val.jsonl", "val.jsonl.gz", "val.jsonl.zst", "**/validation*.parquet", "**/*-validation.arrow",
-                     "validation/*.arrow"),  # fmt: skip
-        evaluation=("val.jsonl", "val.jsonl.gz", "val.jsonl.zst", "**/validation*.parquet", "**/*-validation.arrow",
-                    "validation/*.arrow"),  # fmt: skip
+        calibration=PILE_FILES,
+        evaluation=PILE_FILES,
         content="Pile, validation (one file for both roles)",
         documents=1000,
         windows=256,
@@ -118,6 +130,9 @@ CORPORA: dict[str, Corpus] = {
         content="92 articles of the English Wikipedia, from a package",
     ),
 }
+
+# What --corpus takes beside these names: any file, read as one stream of its documents.
+TEXT_FILE = Corpus(folder=".", hub_id=None, fetch=(), calibration=(), evaluation=(), content="a file")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def hub_download(
             allow_patterns=list(patterns),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"{hub_id} could not be fetched from the hub ({reason}). Run this command again where the hub can be "
             f"reached (after 'hf auth login' if the repository asks for it), or copy its files "

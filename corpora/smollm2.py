@@ -72,7 +72,7 @@ def convert(gguf: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
 
-    reloaded = AutoModelForCausalLM.from_pretrained(directory)
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if reloaded.dtype != torch.float32 or not all(
         torch.equal(weight, reloaded.state_dict()[name]) for name, weight in model.state_dict().items()

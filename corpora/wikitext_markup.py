@@ -6,16 +6,19 @@ lists of names or links, closing sections, and every paragraph with a formula.
 """
 
 import re
-from functools import cache
 from typing import Any
+
+import mwparserfromhell
+from mwparserfromhell.nodes import ExternalLink, HTMLEntity, Tag, Template, Text, Wikilink
 
 __all__ = ["plain_text"]
 
 HOLE = "\ufffc"  # stands for what plain text cannot show; its paragraph is dropped
 DROPPED_TAGS = {"ref", "references", "table", "gallery", "source", "syntaxhighlight", "timeline", "imagemap", "score",
                 "hr", "td", "tr", "th"}  # fmt: skip
-DROPPED_NAMESPACES = re.compile(r"\s*:?\s*(file|image|media|category|template|portal|wikipedia|[a-z]{2,3}(-[a-z]+)*)\s*:",
-                                re.IGNORECASE)  # fmt: skip
+DROPPED_NAMESPACES = re.compile(
+    r"\s*:?\s*(file|image|media|category|template|portal|wikipedia|[a-z]{2,3}(-[a-z]+)*)\s*:", re.IGNORECASE
+)
 DROPPED_SECTIONS = {
     "references", "notes", "external links", "see also", "further reading", "bibliography", "sources", "footnotes",
     "citations", "works cited", "gallery", "notes and references", "references and notes", "publications", "works",
@@ -29,8 +32,11 @@ WORDS_OF = {
     "nowrap": 0, "smaller": 0, "small": 0, "big": 0, "large": 0, "sc": 0, "em": 0, "strong": 0, "abbr": 0, "tooltip": 0,
     "railgauge": 0, "linktext": 0, "interlanguage link": 0, "ill": 0, "ill2": 1, "not a typo": 0,
 }  # fmt: skip
-SYMBOLS = {"mdash": "—", "mdashb": "—", "ndash": "–", "dash": " – ", "snd": " – ", "spnd": " – ", "spaced ndash": " – ",
-           "nbsp": " ", "spaces": " ", "thinsp": " ", "'": "'", "'s": "'s", "' \"": "'\"", "·": " · ", "c.": "c.", "circa": "c. "}  # fmt: skip
+SYMBOLS = {
+    "mdash": "—", "mdashb": "—", "ndash": "–", "dash": " – ", "snd": " – ", "spnd": " – ", "spaced ndash": " – ",
+    "nbsp": " ", "spaces": " ", "thinsp": " ", "'": "'", "'s": "'s", "' \"": "'\"", "·": " · ", "c.": "c.",
+    "circa": "c. ",
+}  # fmt: skip
 JOINED = {"chem", "chem2"}  # {{chem|H|2|O}}: the arguments side by side
 # Words of the sentence that plain text cannot show, or that only Wikipedia's software can compute.
 NOT_TEXT = {
@@ -65,8 +71,6 @@ SHORTEST_PARAGRAPH = 50  # characters; below it stand names, captions and remain
 
 def plain_text(title: str, markup: str) -> str:
     """The prose of one article, with its title and headings, paragraphs parted by an empty line; "" if none is left."""
-    import mwparserfromhell
-
     article = mwparserfromhell.parse(markup, skip_style_tags=True)
     kept = [title]
     open_headings: list[tuple[int, str]] = []  # headings not yet followed by a kept paragraph
@@ -107,30 +111,21 @@ def _render(nodes: Any) -> str:
 
 
 def _render_node(node: Any) -> str:
-    kinds = _node_kinds()
-    if isinstance(node, kinds["Text"]):
+    if isinstance(node, Text):
         return str(node.value)
-    if isinstance(node, kinds["HTMLEntity"]):
+    if isinstance(node, HTMLEntity):
         return str(node.normalize())
-    if isinstance(node, kinds["Wikilink"]):
+    if isinstance(node, Wikilink):
         if DROPPED_NAMESPACES.match(str(node.title)):
             return ""
         return _render((node.text or node.title).nodes)
-    if isinstance(node, kinds["ExternalLink"]):
+    if isinstance(node, ExternalLink):
         return _render(node.title.nodes) if node.title is not None else ""
-    if isinstance(node, kinds["Template"]):
+    if isinstance(node, Template):
         return _render_template(node)
-    if isinstance(node, kinds["Tag"]):
+    if isinstance(node, Tag):
         return _render_tag(node)
     return ""  # comments, arguments, headings inside other nodes
-
-
-@cache
-def _node_kinds() -> dict[str, type]:
-    from mwparserfromhell import nodes
-
-    return {name: getattr(nodes, name)
-            for name in ("Text", "HTMLEntity", "Wikilink", "ExternalLink", "Template", "Tag")}  # fmt: skip
 
 
 def _render_tag(tag: Any) -> str:

@@ -1,0 +1,82 @@
+"""Text to token ids: the one call of the tokenizer, the one rule for BOS, and the cache of what was tokenized.
+
+The tokenizer call never adds special tokens; who needs the start token puts `start_token_id` there.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from corpora.errors import UserError
+from corpora.paths import outputs_dir
+from corpora.storage import identity, write_tensors
+
+__all__ = ["cached_ids", "encode", "start_token_id", "tokenizer_fingerprint"]
+
+log = logging.getLogger(__name__)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` as it stands: no BOS, no EOS, no truncation, whatever the tokenizer's own template says."""
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+def start_token_id(tokenizer: Any) -> int:
+    """Id of the token that every sequence starts with: BOS, or EOS for the tokenizers that have no BOS (Qwen2).
+
+    Those models were trained on documents parted by EOS, so it is what a text starts with there.
+    Raises UserError if the tokenizer has neither.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise UserError(
+        f"the tokenizer {tokenizer.name_or_path!r} has neither a BOS nor an EOS token, so nothing can open a sequence; "
+        "set bos_token in its tokenizer_config.json"
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Identity of what a tokenizer does to text: 16 hexadecimal digits. Its path and its settings do not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        content = json.loads(backend.to_str())
+        content.pop("truncation", None)  # the state that the last call left
+        content.pop("padding", None)
+    return identity(content, 16)
+
+
+def cached_ids(made_of: Mapping[str, Any], make: Callable[[], list[int] | torch.Tensor]) -> torch.Tensor:
+    """The ids that `make` gives, int64, read back from the cache if the same ones were made before.
+
+    made_of: all that the ids depend on (hash of the text, tokenizer fingerprint, sizes, seed): the key of the file.
+    A file that cannot be read, or belongs to something else, is made again; a cache that cannot be written is none.
+    """
+    key = identity(made_of, 64)
+    path = outputs_dir() / "cache" / "tokens" / f"{key[:24]}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata()["key"] == key:
+                return file.get_tensor("ids")
+    except FileNotFoundError:
+        pass
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        log.warning("the token cache %s is not readable (%s) and is made again", path, error)
+    ids = torch.as_tensor(make(), dtype=torch.int64)
+    try:
+        write_tensors(path, {"ids": ids}, {"key": key})
+    except OSError as error:
+        log.warning("tokens were not cached: %s", error)
+    return ids
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal. A lone surrogate (JSON can hold one) counts as it stands."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
