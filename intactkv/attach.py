@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from corpora.errors import UserError
 from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
-from intactkv.prefix import Prefix
+from intactkv.prefix import Prefix, input_embeddings
 
 __all__ = ["IntactModel", "attach"]
 
@@ -62,11 +62,19 @@ class IntactModel:
 
     def new_cache(self) -> IntactCache:
         """A fresh cache that holds the prefix and applies the KV policy."""
-        return self.prefix.cache(self.model.config, self.kv) if self.prefix else IntactCache(
-            self.model.config, policy=self.kv)
+        return (
+            self.prefix.cache(self.model.config, self.kv)
+            if self.prefix
+            else IntactCache(self.model.config, policy=self.kv)
+        )
 
-    def feed(self, ids: Tensor, mask: Tensor | None = None, through: torch.nn.Module | None = None,
-             cache: IntactCache | None = None) -> Any:
+    def feed(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        through: torch.nn.Module | None = None,
+        cache: IntactCache | None = None,
+    ) -> Any:
         """One forward pass over tokens that follow the prefix; returns the module's own output.
 
         ids: (B, T), without the prefix. mask: (B, T), 0 at padding, or None. through: a part of the model that takes
@@ -78,7 +86,7 @@ class IntactModel:
             full = torch.cat([mask.new_ones(mask.shape[0], self.prefix_length), mask], dim=1)
             # Default positions count physical slots; with pads between prefix and text they would be wrong for RoPE.
             positions = (full.cumsum(-1) - 1).clamp_min(0)[:, self.prefix_length :]
-        arguments = {"attention_mask": full, "use_cache": True}
+        arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None and self._takes_positions():
             arguments["position_ids"] = positions
         with prefix_attention(self.model):
@@ -101,8 +109,15 @@ class IntactModel:
             logits = _to_columns(logits, rows, self.prefix.logits.to(logits), input_ids, attention_mask)
         return logits
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prepend: bool = False,
-                 past_key_values: IntactCache | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prepend: bool = False,
+        past_key_values: IntactCache | None = None,
+        **options: Any,
+    ) -> Any:
         """`model.generate` behind the prefix: greedy, sampling, beams; returns [prompt | new tokens] like it.
 
         input_ids: (B, L) prompts, each starting with the prefix ids (after left padding); attention_mask: (B, L).
@@ -116,8 +131,10 @@ class IntactModel:
             raise UserError("cache_implementation cannot be combined with a prefix: the prefix is the cache")
         rows = self._take_apart(input_ids, attention_mask)
         if self.prefix is not None and not rows.had_prefix and not prepend:
-            raise UserError("the prompt does not start with the prefix's tokens; put them in front, or pass "
-                            "prepend=True to have that done")
+            raise UserError(
+                "the prompt does not start with the prefix's tokens; put them in front, or pass "
+                "prepend=True to have that done"
+            )
         new_tokens = options.get("max_new_tokens") or self.model.generation_config.max_new_tokens or 0
         self._refuse_pushed_out(rows, new_tokens)
 
@@ -151,7 +168,7 @@ class IntactModel:
         """Find the prefix in every row and lay the rest out behind it, padded on the left."""
         if input_ids.ndim != 2:
             raise UserError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
-        device = self.model.get_input_embeddings().weight.device
+        device = input_embeddings(self.model).device
         input_ids = input_ids.to(device)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
         texts = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
@@ -161,21 +178,28 @@ class IntactModel:
             lead = self.prefix.ids.to(device)
             has = [bool(text.numel() >= lead.numel() and (text[: lead.numel()] == lead).all()) for text in texts]
             if any(has) != all(has):
-                raise UserError(f"{sum(has)} of {len(has)} rows of the batch start with the prefix; split the batch so "
-                                "that all rows do or none does")
+                raise UserError(
+                    f"{sum(has)} of {len(has)} rows of the batch start with the prefix; split the batch so "
+                    "that all rows do or none does"
+                )
             had_prefix = all(has)
             # Whoever brings the prefix brings its [BOS]: a row's own one would be the second.
-            dropped = [lead.numel() if h else int(text.numel() > 0 and bool(text[0] == lead[0]))
-                       for h, text in zip(has, texts, strict=True)]
+            dropped = [
+                lead.numel() if h else int(text.numel() > 0 and bool(text[0] == lead[0]))
+                for h, text in zip(has, texts, strict=True)
+            ]
         texts = [text[count:] for text, count in zip(texts, dropped, strict=True)]
         if any(text.numel() == 0 for text in texts):
-            raise UserError("a prompt equals the prefix (or is empty), which leaves no token to feed; give at least "
-                            "one token after the prefix")
+            raise UserError(
+                "a prompt equals the prefix (or is empty), which leaves no token to feed; give at least "
+                "one token after the prefix"
+            )
         longest = max(text.numel() for text in texts)
         pads = torch.tensor([longest - text.numel() for text in texts], device=device)
         filler = int(getattr(self.model.generation_config, "pad_token_id", None) or 0)
-        feed = torch.stack([torch.nn.functional.pad(text, (int(pad), 0), value=filler)
-                            for text, pad in zip(texts, pads, strict=True)])
+        feed = torch.stack(
+            [torch.nn.functional.pad(text, (int(pad), 0), value=filler) for text, pad in zip(texts, pads, strict=True)]
+        )
         columns = torch.arange(longest, device=device)
         return _Rows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)
 
@@ -184,16 +208,24 @@ class IntactModel:
         window = self.new_cache().smallest_window
         slots = self.prefix_length + rows.feed.shape[1] + new_tokens
         if window is not None and bool(rows.pads.any()) and slots > window:
-            raise UserError(f"a padded batch of {slots} slots does not fit the model's sliding window of {window}: the "
-                            "pads would push the prefix out; use rows of equal length or a batch of one")
+            raise UserError(
+                f"a padded batch of {slots} slots does not fit the model's sliding window of {window}: the "
+                "pads would push the prefix out; use rows of equal length or a batch of one"
+            )
 
     def _continued(self, cache: IntactCache, ids: Tensor) -> IntactCache:
         """Check that a kept cache holds the beginning of this prompt."""
         seen = cache.tokens
-        if seen is None or ids.shape[0] != 1 or seen.shape[1] >= ids.shape[1] or not torch.equal(
-                seen, ids[:, : seen.shape[1]]):
-            raise UserError("past_key_values does not hold the beginning of this prompt; pass the cache of the answer "
-                            "that the prompt continues (batch of one), or leave it out to feed the dialogue again")
+        if (
+            seen is None
+            or ids.shape[0] != 1
+            or seen.shape[1] >= ids.shape[1]
+            or not torch.equal(seen, ids[:, : seen.shape[1]])
+        ):
+            raise UserError(
+                "past_key_values does not hold the beginning of this prompt; pass the cache of the answer "
+                "that the prompt continues (batch of one), or leave it out to feed the dialogue again"
+            )
         return cache
 
 
@@ -210,8 +242,9 @@ def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order), mask.gather(1, order)
 
 
-def _to_columns(logits: Tensor, rows: _Rows, prefix_logits: Tensor | None, input_ids: Tensor,
-                attention_mask: Tensor | None) -> Tensor:
+def _to_columns(
+    logits: Tensor, rows: _Rows, prefix_logits: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
     """Bring (B, T, V) logits of the fed tokens back to the (B, L, V) columns of the given rows, 0 at pads.
 
     A column that was not fed (the prefix's own tokens, or a dropped [BOS]) takes the stored prefix logits, its last

@@ -26,27 +26,52 @@ NAME = "sdpa_behind_prefix"
 LARGEST_CACHED_SHARE = 0.25
 
 
-def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
-          attention_mask: Tensor | None = None, local_size: int | None = None, **rest: Any) -> Tensor | None:
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **rest: Any,
+) -> Tensor | None:
     """No mask when every new token sees the whole cache and all earlier new tokens; transformers' own otherwise."""
     whole = attention_mask is None or bool(attention_mask.all())
     windowed = local_size is not None and kv_length >= local_size
     cached = kv_length - q_length
-    if (q_length > 1 and isinstance(q_offset, int) and 0 < q_offset == cached <= LARGEST_CACHED_SHARE * q_length
-            and kv_offset == 0 and whole and not windowed and rest.get("allow_is_causal_skip", True)):
+    if (
+        q_length > 1
+        and isinstance(q_offset, int)
+        and 0 < q_offset == cached <= LARGEST_CACHED_SHARE * q_length
+        and kv_offset == 0
+        and whole
+        and not windowed
+        and rest.get("allow_is_causal_skip", True)
+    ):
         return None
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-                     kv_offset=kv_offset, attention_mask=attention_mask, local_size=local_size, **rest)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **rest,
+    )
 
 
-def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               **kwargs: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
     """query (B, heads, T, D), key and value (B, KV heads, P + T, D) to (B, T, heads, D)."""
     cached = key.shape[2] - query.shape[2]
     if attention_mask is not None or query.shape[2] == 1 or cached == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    output, _ = sdpa_attention_forward(module, torch.nn.functional.pad(query, (0, 0, cached, 0)), key, value, None,
-                                       **kwargs)
+    output, _ = sdpa_attention_forward(
+        module, torch.nn.functional.pad(query, (0, 0, cached, 0)), key, value, None, **kwargs
+    )
     return output[:, cached:], None
 
 

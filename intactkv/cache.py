@@ -57,6 +57,12 @@ class IntactLayer(DynamicLayer):
             self.quantized_tokens += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
 
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """K and V of all tokens held, each (batch, KV heads, tokens, D); only after the first update."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     def get_seq_length(self) -> int:
         """Tokens held, the prefix included, also before the first tokens arrive."""
         return super().get_seq_length() if self.is_initialized else self.prefix_length
@@ -64,8 +70,10 @@ class IntactLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last −tokens_to_remove tokens. Refuses to cut into the prefix (ValueError)."""
         if -tokens_to_remove > self.get_seq_length() - self.prefix_length:
-            raise ValueError(f"crop({tokens_to_remove}) would cut into the intact prefix: only "
-                             f"{self.get_seq_length() - self.prefix_length} tokens follow it")
+            raise ValueError(
+                f"crop({tokens_to_remove}) would cut into the intact prefix: only "
+                f"{self.get_seq_length() - self.prefix_length} tokens follow it"
+            )
         super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -119,8 +127,13 @@ class IntactCache(Cache):
     Raises UserError for layers that are no softmax attention over all or a window of the tokens.
     """
 
-    def __init__(self, config: PreTrainedConfig, keys: Sequence[Tensor] = (), values: Sequence[Tensor] = (),
-                 policy: KVPolicy | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        keys: Sequence[Tensor] = (),
+        values: Sequence[Tensor] = (),
+        policy: KVPolicy | None = None,
+    ):
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer] = []
         for index, plain in enumerate(DynamicCache(config=config).layers):
@@ -130,9 +143,12 @@ class IntactCache(Cache):
             elif type(plain) is DynamicLayer:
                 layers.append(IntactLayer(prefix, policy))
             else:
-                raise UserError(f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "
-                                "prefix needs layers of full or sliding-window attention")
-        super().__init__(layers=layers)
+                raise UserError(
+                    f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "
+                    "prefix needs layers of full or sliding-window attention"
+                )
+        super().__init__(layers=list(layers))
+        self.intact_layers = layers
         self.prefix_length = layers[0].prefix_length
         # The token ids that a finished `generate` left here, (1, length): lets a dialogue go on safely.
         self.tokens: Tensor | None = None
@@ -140,11 +156,11 @@ class IntactCache(Cache):
     @property
     def quantized_fraction(self) -> float:
         """Share of the tokens behind the prefix that went through the policy, in [0, 1]; 0 while there are none."""
-        seen = sum(layer.get_seq_length() - layer.prefix_length for layer in self.layers)
-        return sum(layer.quantized_tokens for layer in self.layers) / seen if seen else 0.0
+        seen = sum(layer.get_seq_length() - layer.prefix_length for layer in self.intact_layers)
+        return sum(layer.quantized_tokens for layer in self.intact_layers) / seen if seen else 0.0
 
     @property
     def smallest_window(self) -> int | None:
         """The smallest sliding window among the layers, in tokens; None if every layer sees everything."""
-        windows = [layer.sliding_window for layer in self.layers if isinstance(layer, IntactSlidingLayer)]
+        windows = [layer.sliding_window for layer in self.intact_layers if isinstance(layer, IntactSlidingLayer)]
         return min(windows) if windows else None

@@ -26,7 +26,7 @@ from intactkv.cache import IntactCache, KVPolicy
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["ModelIdentity", "Prefix", "build_prefix", "identity_of"]
+__all__ = ["ModelIdentity", "Prefix", "build_prefix", "identity_of", "input_embeddings"]
 
 FORMAT = 1
 PLAIN_BASIS = "plain"  # no weight transform: K and V as the original checkpoint computes them
@@ -51,6 +51,13 @@ class ModelIdentity:
     rope: str
     fingerprint: str | None
     basis: str
+
+
+def input_embeddings(model: PreTrainedModel) -> Tensor:
+    """The token embedding matrix, (vocabulary, hidden size)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def identity_of(model: PreTrainedModel) -> ModelIdentity:
@@ -125,15 +132,19 @@ class Prefix:
         for field, ours in asdict(self.model).items():
             theirs = getattr(reader, field)
             if ours != theirs and None not in (ours, theirs):
-                raise UserError(f"this prefix belongs to another model or basis: {field} is {ours!r} in the prefix and "
-                                f"{theirs!r} in the model; build the prefix with this model's full-precision twin")
-        weight = model.get_input_embeddings().weight
+                raise UserError(
+                    f"this prefix belongs to another model or basis: {field} is {ours!r} in the prefix and "
+                    f"{theirs!r} in the model; build the prefix with this model's full-precision twin"
+                )
+        weight = input_embeddings(model)
         if weight.is_floating_point() and not weight.is_meta:
             rows = weight[self.ids.to(weight.device)].detach().float().cpu()
             error = float((rows - self.embeddings).norm() / self.embeddings.norm().clamp_min(1e-12))
             if rows.shape != self.embeddings.shape or not error < SAME_EMBEDDING:
-                raise UserError(f"this prefix belongs to another model: its tokens' embeddings differ by {error:.0%}; "
-                                "build the prefix with this model's full-precision twin")
+                raise UserError(
+                    f"this prefix belongs to another model: its tokens' embeddings differ by {error:.0%}; "
+                    "build the prefix with this model's full-precision twin"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically; the model's identity is its metadata."""
@@ -148,14 +159,17 @@ class Prefix:
         """Read what `save` wrote. Raises UserError if the file is missing, truncated or no prefix."""
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"prefix file {path} is missing; make it with "
-                            "`python -m intactkv build --model DIR --prefix bos --out FILE`")
+            raise UserError(
+                f"prefix file {path} is missing; make it with "
+                "`python -m intactkv build --model DIR --prefix bos --out FILE`"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["intactkv"])
                 if header["format"] != FORMAT:
-                    raise UserError(f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; "
-                                    "build it again")
+                    raise UserError(
+                        f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; build it again"
+                    )
                 model = ModelIdentity(**header["model"])
                 return cls(
                     ids=file.get_tensor("ids"),
@@ -166,8 +180,9 @@ class Prefix:
                     model=model,
                 )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is truncated or not a prefix file ({error}); build it again with "
-                            "`python -m intactkv build`") from None
+            raise UserError(
+                f"{path} is truncated or not a prefix file ({error}); build it again with `python -m intactkv build`"
+            ) from None
 
 
 @torch.no_grad()
@@ -187,14 +202,16 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
     cache = IntactCache(model.config)
     window = cache.smallest_window
     if window is not None and ids.numel() >= window:
-        raise UserError(f"a prefix of {ids.numel()} tokens does not fit the model's sliding window of {window}; use a "
-                        f"prefix of at most {window - 1} tokens")
-    embedding = model.get_input_embeddings().weight
+        raise UserError(
+            f"a prefix of {ids.numel()} tokens does not fit the model's sliding window of {window}; use a "
+            f"prefix of at most {window - 1} tokens"
+        )
+    embedding = input_embeddings(model)
     output = model(input_ids=ids[None].to(embedding.device), past_key_values=cache, use_cache=True)
     return Prefix(
         ids=ids,
-        keys=tuple(layer.keys.cpu().clone() for layer in cache.layers),
-        values=tuple(layer.values.cpu().clone() for layer in cache.layers),
+        keys=tuple(layer.held[0].cpu().clone() for layer in cache.intact_layers),
+        values=tuple(layer.held[1].cpu().clone() for layer in cache.intact_layers),
         logits=output.logits[0].cpu().clone(),
         embeddings=embedding[ids.to(embedding.device)].float().cpu().clone(),
         model=identity_of(model),

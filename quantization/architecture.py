@@ -32,6 +32,10 @@ class Architecture:
         """Dotted name of a block, as in the checkpoint: `model.layers.3`."""
         return f"{self.blocks}.{index}"
 
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """The decoder blocks, first to last."""
+        return list(model.get_submodule(self.blocks).children())
+
     def linears_of(self, block: nn.Module, name: str) -> dict[str, nn.Linear]:
         """The block's linears in the order of computation, by their name within the block.
 
@@ -40,8 +44,10 @@ class Architecture:
         known = [linear for group in self.linears for linear in group]
         found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         if set(found) != set(known):
-            raise UserError(f"{name} holds the linears {sorted(found)}, the architecture table expects "
-                            f"{sorted(known)}; this variant of the model type is not supported")
+            raise UserError(
+                f"{name} holds the linears {sorted(found)}, the architecture table expects "
+                f"{sorted(known)}; this variant of the model type is not supported"
+            )
         return {linear: found[linear] for linear in known}
 
 
@@ -79,6 +85,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The row of a model's type. Raises UserError, with the types there are, for an unknown one."""
     if config.model_type not in ARCHITECTURES:
-        raise UserError(f"model_type {config.model_type!r} is not in the architecture table; quantization supports "
-                        f"{', '.join(ARCHITECTURES)}. A new type is a row in quantization/architecture.py")
+        raise UserError(
+            f"model_type {config.model_type!r} is not in the architecture table; quantization supports "
+            f"{', '.join(ARCHITECTURES)}. A new type is a row in quantization/architecture.py"
+        )
     return ARCHITECTURES[config.model_type]

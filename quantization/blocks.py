@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv.cache import IntactCache
+from intactkv.prefix import input_embeddings
 from quantization.architecture import Architecture
 
 __all__ = ["CalibrationStream", "DecoderBlock"]
@@ -66,10 +67,11 @@ class CalibrationStream:
     (on the meta device). Memory: N·T·hidden values, plus one block's cache of one sample.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, segments: Tensor,
-                 prefix_ids: Tensor | None = None):
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, segments: Tensor, prefix_ids: Tensor | None = None
+    ):
         self._config = model.config
-        self._blocks = list(model.get_submodule(architecture.blocks))
+        self._blocks = architecture.blocks_of(model)
         self._prefix: Tensor | None = None  # hidden states of the prefix tokens, always in full precision
         self._prefix_output: Tensor | None = None
         self._arguments: list[dict[str, Any]] = []
@@ -94,9 +96,9 @@ class CalibrationStream:
         if self._prefix is not None:
             cache = IntactCache(self._config)
             self._prefix_output = self._call(block, self._prefix, self._prefix_arguments, cache)
-            layer = cache.layers[block.index]
-            self._keys = [*self._keys[: block.index], layer.keys, *self._keys[block.index + 1 :]]
-            self._values = [*self._values[: block.index], layer.values, *self._values[block.index + 1 :]]
+            keys, values = cache.intact_layers[block.index].held
+            self._keys = [*self._keys[: block.index], keys, *self._keys[block.index + 1 :]]
+            self._values = [*self._values[: block.index], values, *self._values[block.index + 1 :]]
 
     def outputs(self, block: DecoderBlock) -> Iterator[Tensor]:
         """The block's output for every sample, (1, T, hidden size), with the weights that it has now."""
@@ -135,7 +137,7 @@ class CalibrationStream:
         for module in self._blocks:
             module.forward = skip
         try:
-            model(input_ids=ids.to(model.get_input_embeddings().weight.device), past_key_values=cache, use_cache=True)
+            model(input_ids=ids.to(input_embeddings(model).device), past_key_values=cache, use_cache=True)
         except _Reached:
             pass
         finally:

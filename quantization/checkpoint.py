@@ -16,15 +16,25 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import read_json, write_tensors
 from quantization.grids import QuantizedTensor, UniformGrid
 from quantization.linear import QuantLinear, stored_tensors, unpack_weight
 
-__all__ = ["MANIFEST", "DenseCheckpoint", "copy_companions", "empty_model", "is_quantized", "load_quantized",
-           "read_block", "write_block", "write_ends"]
+__all__ = [
+    "MANIFEST",
+    "DenseCheckpoint",
+    "copy_companions",
+    "empty_model",
+    "is_quantized",
+    "load_quantized",
+    "read_block",
+    "read_config",
+    "write_block",
+    "write_ends",
+]
 
 FORMAT = 1
 MANIFEST = "quantization.json"
@@ -39,8 +49,9 @@ class DenseCheckpoint:
 
     def __init__(self, directory: Path):
         if not directory.is_dir():
-            raise UserError(f"model directory {directory} is missing; `python -m corpora` lists the models and how to "
-                            "get them")
+            raise UserError(
+                f"model directory {directory} is missing; `python -m corpora` lists the models and how to get them"
+            )
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
         self.directory = directory
@@ -49,8 +60,10 @@ class DenseCheckpoint:
             with _open(file) as tensors:
                 self._file_of.update(dict.fromkeys(tensors.keys(), file))
         if not self._file_of:
-            raise UserError(f"{directory} holds no *.safetensors file; convert the checkpoint with save_pretrained, or "
-                            "fetch it in safetensors format")
+            raise UserError(
+                f"{directory} holds no *.safetensors file; convert the checkpoint with save_pretrained, or "
+                "fetch it in safetensors format"
+            )
 
     def stored_name(self, name: str) -> str | None:
         """The name under which a parameter is stored, None if it is not; old files lack the leading `model.`."""
@@ -73,8 +86,10 @@ class DenseCheckpoint:
         try:
             module.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
-            raise UserError(f"{self.directory}: {prefix} does not fit config.json ({error}); the checkpoint and its "
-                            "configuration belong to different models") from None
+            raise UserError(
+                f"{self.directory}: {prefix} does not fit config.json ({error}); the checkpoint and its "
+                "configuration belong to different models"
+            ) from None
 
 
 def _open(file: Path) -> Any:
@@ -84,16 +99,23 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
 
 
+def read_config(directory: Path) -> PreTrainedConfig:
+    """A checkpoint's configuration. Raises UserError if transformers does not know it."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{directory / 'config.json'} is not a configuration that transformers knows ({str(error).splitlines()[0]})"
+        ) from None
+
+
 def empty_model(directory: Path) -> PreTrainedModel:
     """The model of a directory's configuration without weights (meta device); its buffers are real."""
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{directory / 'config.json'} is not a configuration that transformers knows "
-                        f"({str(error).splitlines()[0]})") from None
+    config = read_config(directory)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32
-                                                 ).eval().requires_grad_(False)
+        return (
+            AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval().requires_grad_(False)
+        )
 
 
 def is_quantized(directory: Path) -> bool:
@@ -113,8 +135,9 @@ def block_file(directory: Path, index: int) -> Path:
     return directory / f"block-{index:03d}.safetensors"
 
 
-def write_block(directory: Path, index: int, name: str, module: nn.Module,
-                quantized: dict[str, QuantizedTensor]) -> None:
+def write_block(
+    directory: Path, index: int, name: str, module: nn.Module, quantized: dict[str, QuantizedTensor]
+) -> None:
     """Write a finished block, atomically: quantized linears packed, everything else as it is."""
     tensors: dict[str, Tensor] = {}
     for key, tensor in module.state_dict().items():
@@ -122,8 +145,10 @@ def write_block(directory: Path, index: int, name: str, module: nn.Module,
             tensors[f"{name}.{key}"] = tensor
     for linear, weight in quantized.items():
         tensors |= {f"{name}.{linear}.{part}": value for part, value in stored_tensors(weight).items()}
-    grids = {f"{name}.{linear}": asdict(weight.grid) | {"channels": weight.codes.shape[1]}
-             for linear, weight in quantized.items()}
+    grids = {
+        f"{name}.{linear}": asdict(weight.grid) | {"channels": weight.codes.shape[1]}
+        for linear, weight in quantized.items()
+    }
     # One metadata key only: safetensors writes several in an order that changes from run to run.
     write_tensors(block_file(directory, index), tensors, {"grids": json.dumps(grids, sort_keys=True)})
 
@@ -139,8 +164,9 @@ def read_block(file: Path) -> Iterator[tuple[str, Tensor | tuple[dict[str, Tenso
     Raises UserError if the file is missing or truncated.
     """
     if not file.is_file():
-        raise UserError(f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize "
-                        "again")
+        raise UserError(
+            f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize again"
+        )
     with _open(file) as tensors:
         grids = json.loads((tensors.metadata() or {}).get("grids", "{}"))
         parts: dict[str, dict[str, Tensor]] = {linear: {} for linear in grids}
@@ -155,8 +181,9 @@ def read_block(file: Path) -> Iterator[tuple[str, Tensor | tuple[dict[str, Tenso
             yield linear, (parts[linear], UniformGrid(**grid), channels)
 
 
-def load_quantized(directory: Path, *, packed: bool = False,
-                   dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_quantized(
+    directory: Path, *, packed: bool = False, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a quantized checkpoint as an ordinary model.
 
     packed: keep the weights packed in `QuantLinear` modules; otherwise they are dequantized into plain linears. Both
@@ -184,10 +211,10 @@ def load_quantized(directory: Path, *, packed: bool = False,
                 state[f"{name}.weight"] = unpack_weight(parts, grid, channels).dequantize(dtype)
     _fill(model, state, directory)
     model.tie_weights()
-    model.to(device)  # buffers without a place in checkpoints, such as RoPE frequencies
+    nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    model.intactkv_source = (manifest["source"]["fingerprint"], manifest["basis"])
+    model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model
 
 
@@ -199,5 +226,7 @@ def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> 
         raise UserError(f"{directory} does not fit its config.json ({error})") from None
     tied = {"lm_head.weight"} if model.config.get_text_config(decoder=True).tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
-        raise UserError(f"{directory} is damaged: missing {sorted(set(missing) - tied)[:3]}, unexpected "
-                        f"{sorted(unexpected)[:3]}; delete the directory and quantize again")
+        raise UserError(
+            f"{directory} is damaged: missing {sorted(set(missing) - tied)[:3]}, unexpected "
+            f"{sorted(unexpected)[:3]}; delete the directory and quantize again"
+        )

@@ -1,6 +1,6 @@
 """Number grids: evenly spaced levels per group, in the conventions that published quantizers use.
 
-    codes q = clamp(round(x / s) + z, 0, top),    x ≈ s · (q − z)       affine map: Jacob et al. 2018 (1712.05877), Eq. 1
+    codes q = clamp(round(x / s) + z, 0, top),    x ≈ s · (q − z)      affine map: Jacob et al. 2018, 1712.05877, Eq. 1
 
 Codes are unsigned here: a signed convention with levels −n…n' is the same grid with the constant zero point z = n.
 Only how a group's range becomes (s, z, top) differs between papers. `CONVENTIONS` holds those rules, one row each;
@@ -175,8 +175,10 @@ class UniformGrid:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
             raise UserError(f"bits={self.bits} is not supported; use 2 to 8 (leave the recipe out for full precision)")
         if self.group_size != -1 and self.group_size < 1:
-            raise UserError(f"group_size={self.group_size} is not allowed; use a positive divisor of the input "
-                            "channels, or -1 for one group per row")
+            raise UserError(
+                f"group_size={self.group_size} is not allowed; use a positive divisor of the input "
+                "channels, or -1 for one group per row"
+            )
         if self.convention not in CONVENTIONS:
             raise UserError(f"unknown convention {self.convention!r}; choose from {', '.join(CONVENTIONS)}")
         if self.scale_dtype not in SCALE_DTYPES:
@@ -220,8 +222,10 @@ def split_groups(x: Tensor, group_size: int, name: str = "tensor") -> Tensor:
     channels = x.shape[-1]
     size = channels if group_size == -1 else group_size
     if channels % size:
-        raise UserError(f"{name}: group_size={size} does not divide its {channels} input channels; use a divisor of "
-                        f"{channels}, or -1 for one group per row")
+        raise UserError(
+            f"{name}: group_size={size} does not divide its {channels} input channels; use a divisor of "
+            f"{channels}, or -1 for one group per row"
+        )
     return x.unflatten(-1, (channels // size, size))
 
 
@@ -287,8 +291,9 @@ def quantize(weight: Tensor, grid: UniformGrid, name: str = "weight") -> Quantiz
     groups = split_groups(weight.float(), grid.group_size, name)
     fitted = fit(groups, grid)
     codes = merge_groups(encode(groups, fitted, grid)).to(torch.uint8)
-    return QuantizedTensor(codes, fitted.scale[..., 0].to(SCALE_DTYPES[grid.scale_dtype]),
-                           fitted.zero_point[..., 0], grid)
+    return QuantizedTensor(
+        codes, fitted.scale[..., 0].to(SCALE_DTYPES[grid.scale_dtype]), fitted.zero_point[..., 0], grid
+    )
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -9,7 +9,7 @@ __all__ = ["QuantLinear", "stored_tensors", "unpack_weight"]
 
 
 def stored_tensors(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a quantized weight: `codes` (packed), `scale`, and `zero_point` as its convention says.
+    """What a checkpoint keeps of a weight: `codes` (packed), `scale`, and `zero_point` as its convention says.
 
     Integer zero points are packed like codes, real ones stay float32, constant ones follow from the grid.
     """

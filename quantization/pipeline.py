@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint, identity, read_json, sha256_of_tensor, write_json
-from quantization.architecture import Architecture, architecture_of
+from intactkv.prefix import PLAIN_BASIS
+from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
 from quantization.checkpoint import (
     FORMAT,
@@ -44,8 +45,9 @@ __all__ = ["artefact_identity", "quantize_checkpoint"]
 log = logging.getLogger(__name__)
 
 
-def artefact_identity(fingerprint: str, recipe: Recipe, segments: Tensor | None = None,
-                      prefix_ids: Tensor | None = None) -> dict[str, Any]:
+def artefact_identity(
+    fingerprint: str, recipe: Recipe, segments: Tensor | None = None, prefix_ids: Tensor | None = None
+) -> dict[str, Any]:
     """Everything that decides the bits of a quantized checkpoint (and nothing else: no KV policy, no prefix that only
     the run time uses)."""
     made_of: dict[str, Any] = {"format": FORMAT, "source": fingerprint, **recipe.weights_identity()}
@@ -61,13 +63,20 @@ def artefact_identity(fingerprint: str, recipe: Recipe, segments: Tensor | None 
 def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | None) -> str:
     """Name of the basis that a recipe's transforms put K and V in: `plain` without transforms."""
     if not recipe.transforms:
-        return "plain"
+        return PLAIN_BASIS
     return identity(artefact_identity(fingerprint, recipe.twin, segments, prefix_ids))
 
 
-def quantize_checkpoint(source: Path, recipe: Recipe, out: Path, *, segments: Tensor | None = None,
-                        prefix_ids: Tensor | None = None, device: str | torch.device = "cpu",
-                        fingerprint: str | None = None) -> Path:
+def quantize_checkpoint(
+    source: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    segments: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    fingerprint: str | None = None,
+) -> Path:
     """Write the quantized form of a dense checkpoint to `out`; a finished or half-finished one is taken up.
 
     segments: (N, T) calibration ids, needed if the recipe calibrates. prefix_ids: (P,), needed if it calibrates behind
@@ -76,8 +85,10 @@ def quantize_checkpoint(source: Path, recipe: Recipe, out: Path, *, segments: Te
     dense = DenseCheckpoint(source)
     fingerprint = fingerprint or checkpoint_fingerprint(source)
     if not recipe.changes_weights:
-        raise UserError("this recipe leaves the weights as they are, so there is nothing to write; name a weight "
-                        "quantizer, for example --recipe rtn")
+        raise UserError(
+            "this recipe leaves the weights as they are, so there is nothing to write; name a weight "
+            "quantizer, for example --recipe rtn"
+        )
     if recipe.calibrates and segments is None:
         raise UserError("this recipe calibrates; give it calibration text")
     made_of = artefact_identity(fingerprint, recipe, segments, prefix_ids)
@@ -88,8 +99,11 @@ def quantize_checkpoint(source: Path, recipe: Recipe, out: Path, *, segments: Te
         "made_of": made_of,
         "recipe": describe(recipe),
         "basis": basis_of(fingerprint, recipe, segments, prefix_ids),
-        "source": {"name": source.resolve().name, "directory": os.path.relpath(source, out.parent),
-                   "fingerprint": fingerprint},
+        "source": {
+            "name": source.resolve().name,
+            "directory": os.path.relpath(source, out.parent),
+            "fingerprint": fingerprint,
+        },
         "needs_prefix": made_of.get("prefix"),
     }
     with _locked(out):
@@ -107,12 +121,18 @@ def quantize_checkpoint(source: Path, recipe: Recipe, out: Path, *, segments: Te
     return out
 
 
-def _work_off(dense: DenseCheckpoint, recipe: Recipe, partial: Path, segments: Tensor | None,
-              prefix_ids: Tensor | None, device: torch.device) -> None:
+def _work_off(
+    dense: DenseCheckpoint,
+    recipe: Recipe,
+    partial: Path,
+    segments: Tensor | None,
+    prefix_ids: Tensor | None,
+    device: torch.device,
+) -> None:
     """Process every block that has no file yet, then the ends."""
     model = empty_model(dense.directory)
     architecture = architecture_of(model.config)
-    blocks = model.get_submodule(architecture.blocks)
+    blocks = architecture.blocks_of(model)
     count = len(blocks)
     ends = [name for name in model.state_dict() if not name.startswith(f"{architecture.blocks}.")]
     stream = None
@@ -129,8 +149,14 @@ def _work_off(dense: DenseCheckpoint, recipe: Recipe, partial: Path, segments: T
         started = time.perf_counter()
         dense.load_into(block.module, block.name, device)
         error = _process_block(block, recipe, partial)
-        log.info("block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s", index + 1, count, method, error,
-                 time.perf_counter() - started)
+        log.info(
+            "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
+            index + 1,
+            count,
+            method,
+            error,
+            time.perf_counter() - started,
+        )
         block.module.to_empty(device="meta")
     write_ends(partial, dense, ends)
 
@@ -179,8 +205,9 @@ def _set_weights(linears: dict[str, nn.Linear], quantized: dict[str, QuantizedTe
 
 def _relative_error(linears: dict[str, nn.Linear], quantized: dict[str, QuantizedTensor]) -> float:
     """‖Ŵ − W‖ / ‖W‖ over all linears of a block."""
-    error = sum(float((weight.dequantize() - linears[name].weight.float()).square().sum())
-                for name, weight in quantized.items())
+    error = sum(
+        float((weight.dequantize() - linears[name].weight.float()).square().sum()) for name, weight in quantized.items()
+    )
     norm = sum(float(linears[name].weight.float().square().sum()) for name in quantized)
     return (error / norm) ** 0.5 if norm else 0.0
 
@@ -206,8 +233,10 @@ def _refuse_other(out: Path, manifest: dict[str, Any]) -> None:
     found = _identity_of(out)
     if found != manifest["identity"]:
         what = f"the quantized checkpoint {found}" if found else "something else"
-        raise UserError(f"{out} already holds {what}, not {manifest['identity']} ({manifest['label']}); choose another "
-                        "--out or remove the directory")
+        raise UserError(
+            f"{out} already holds {what}, not {manifest['identity']} ({manifest['label']}); choose another "
+            "--out or remove the directory"
+        )
 
 
 @contextmanager

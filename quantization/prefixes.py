@@ -27,7 +27,7 @@ __all__ = ["PrefixChoice", "choose_prefix", "stored_prefix"]
 
 log = logging.getLogger(__name__)
 
-WORDS = 'none, bos, prompt, a FILE.safetensors made by `python -m intactkv build`, or a text'
+WORDS = "none, bos, prompt, a FILE.safetensors made by `python -m intactkv build`, or a text"
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int
         return _behind_start(shared, tokenizer)
     if "vicuna" in model_name.lower():  # published without a chat template in the tokenizer
         return _behind_start(encode(tokenizer, f"{VICUNA_SYSTEM} USER:"), tokenizer)
-    raise UserError(f"--prefix prompt: the tokenizer of {model_name} has no chat template, so there is no prompt that "
-                    'every conversation starts with; give the text itself: --prefix "…"')
+    raise UserError(
+        f"--prefix prompt: the tokenizer of {model_name} has no chat template, so there is no prompt that "
+        'every conversation starts with; give the text itself: --prefix "…"'
+    )
 
 
 def _behind_start(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -82,8 +84,14 @@ def _behind_start(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids if ids[:1] == [start] else [start, *ids]
 
 
-def stored_prefix(choice: PrefixChoice, *, model_name: str, made_of: dict[str, Any], dtype: torch.dtype,
-                  twin: Callable[[], PreTrainedModel]) -> Prefix:
+def stored_prefix(
+    choice: PrefixChoice,
+    *,
+    model_name: str,
+    made_of: dict[str, Any],
+    dtype: torch.dtype,
+    twin: Callable[[], PreTrainedModel],
+) -> Prefix:
     """The prefix of a choice, from its file or built now.
 
     made_of: what identifies the twin (fingerprint of the checkpoint, basis). twin: loads the full-precision twin; only

@@ -15,8 +15,18 @@ from quantization.grids import QuantizedTensor, UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead
 from quantization.weights.rtn import RTN
 
-__all__ = ["RECIPES", "Calibration", "NamedRecipe", "Recipe", "Transform", "WeightQuantizer", "describe", "kv_policy",
-           "named_recipe", "with_settings"]
+__all__ = [
+    "RECIPES",
+    "Calibration",
+    "NamedRecipe",
+    "Recipe",
+    "Transform",
+    "WeightQuantizer",
+    "describe",
+    "kv_policy",
+    "named_recipe",
+    "with_settings",
+]
 
 PUBLISHED_GROUP = 128  # gives way to a model's own default where 128 does not divide its channels
 
@@ -76,8 +86,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.calibrate_behind_prefix and not self.calibrates:
             method = self.weights.name if self.weights else "full precision"
-            raise UserError(f"calibrate_behind_prefix=true has nothing to act on: {method} needs no calibration; "
-                            "leave it out")
+            raise UserError(
+                f"calibrate_behind_prefix=true has nothing to act on: {method} needs no calibration; leave it out"
+            )
         if self.calibrate_behind_prefix and self.prefix == "none":
             raise UserError("calibrate_behind_prefix=true needs a prefix; choose one, for example --prefix bos")
 
@@ -95,8 +106,9 @@ class Recipe:
     def twin(self) -> "Recipe":
         """The full-precision twin: every exact transform, no quantizer. Its K and V are in the recipe's basis."""
         calibrated = any(step.calibrates for step in self.transforms)
-        return replace(self, weights=None, kv_cache=None,
-                       calibrate_behind_prefix=self.calibrate_behind_prefix and calibrated)
+        return replace(
+            self, weights=None, kv_cache=None, calibrate_behind_prefix=self.calibrate_behind_prefix and calibrated
+        )
 
     def weights_identity(self) -> dict[str, Any]:
         """All of the recipe that changes weights, for the checkpoint's identity."""
@@ -119,8 +131,9 @@ class Recipe:
 def describe(value: Any) -> Any:
     """Plain JSON of a recipe or a part of it: dataclasses become {"kind": class name, field: value, …}."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)
-                                                 if f.init}
+        return {"kind": type(value).__name__} | {
+            f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init
+        }
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     return value
@@ -156,8 +169,9 @@ RECIPES: Mapping[str, NamedRecipe] = {
 def named_recipe(name: str) -> Recipe:
     """The recipe of that name. Raises UserError, with the names there are."""
     if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}; choose from {', '.join(RECIPES)} "
-                        "(python -m quantization --list explains them)")
+        raise UserError(
+            f"unknown recipe {name!r}; choose from {', '.join(RECIPES)} (python -m quantization --list explains them)"
+        )
     return RECIPES[name].recipe
 
 
@@ -208,5 +222,6 @@ def _read(text: str, kind: Any, setting: str) -> Any:
             raise UserError(f"--set {setting}: expected a number ({kind.__name__})") from None
     if kind is str:
         return text
-    raise UserError(f"--set {setting}: this field holds parts of its own; set one of those "
-                    "(for example weights.grid.bits)")
+    raise UserError(
+        f"--set {setting}: this field holds parts of its own; set one of those (for example weights.grid.bits)"
+    )

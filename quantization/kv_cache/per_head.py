@@ -24,8 +24,10 @@ class PerHead:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise UserError(f"KV bits={self.bits} is not supported; use 2 to 8, or 16 in a script (--kv none) for a "
-                            "full-precision cache")
+            raise UserError(
+                f"KV bits={self.bits} is not supported; use 2 to 8, or 16 in a script (--kv none) for a "
+                "full-precision cache"
+            )
         object.__setattr__(self, "grid", UniformGrid(self.bits, -1, "intactkv-asym"))
 
     def keys(self, states: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Numbers and pictures: perplexity, tables, figures, and the record of every run."""

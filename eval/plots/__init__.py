@@ -1,0 +1,1 @@
+"""One file per figure. Each writes a PNG and, beside it, the drawn numbers as CSV."""

@@ -1,0 +1,124 @@
+"""Tables of finished runs: every setting's vanilla arm beside its IntactKV arm.
+
+Figures of different protocols, windows or dtypes never share a table.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from corpora.text import PROTOCOLS
+
+__all__ = ["Row", "perplexity_rows", "print_table", "render"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: perplexity without and with the intact prefix; None where no run exists."""
+
+    caption: str
+    model: str
+    weights: str
+    kv: str
+    corpus: str
+    prefix: str
+    vanilla: float | None
+    intact: float | None
+
+    @property
+    def change(self) -> float | None:
+        """Relative change that the intact prefix makes."""
+        if self.vanilla is None or self.intact is None:
+            return None
+        return self.intact / self.vanilla - 1
+
+
+def kv_label(kv: dict[str, Any] | None) -> str:
+    """`16` for a full-precision cache, else the bits and the policy's class."""
+    return "16" if kv is None else f"{kv['bits']} {kv['kind']}"
+
+
+def perplexity_rows(records: Iterable[dict[str, Any]]) -> list[Row]:
+    """Join the records of both arms into rows; of several runs of one cell the newest counts."""
+    cells: dict[tuple[str, ...], dict[bool, float]] = {}
+    for record in records:
+        s = record["settings"]
+        limit = "all" if s["limit"] is None else s["limit"]
+        caption = f"protocol {s['protocol']}, window {s['window']}, windows {limit}, {s['dtype']} on {s['device']}"
+        # A window that starts with [BOS] anyway is the vanilla arm of [B].
+        without = s["prefix"]["label"] == "none"
+        context = "[B]" if without and PROTOCOLS[s["protocol"]].bos_in_every_window else s["prefix"]["label"]
+        key = (caption, s["model"], s["weights"], kv_label(s["kv"]), s["corpus"], context)
+        cells.setdefault(key, {})[s["prefix"]["intact"]] = record["perplexity"]
+    order = {key: i for i, key in enumerate(cells)}
+    return [
+        Row(*key, arms.get(False), arms.get(True))
+        for key, arms in sorted(cells.items(), key=lambda cell: (cell[0][0], order[cell[0]]))
+    ]
+
+
+HEAD = ("model", "weights", "KV bits", "corpus", "prefix", "vanilla", "IntactKV", "change")
+
+
+def render(rows: list[Row], style: str) -> str:
+    """Rows as text: `markdown` (a table per protocol, under its caption) or `csv` (one table, caption as a column)."""
+    if style == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("protocol", *HEAD))
+        for row in rows:
+            writer.writerow(
+                (
+                    row.caption,
+                    row.model,
+                    row.weights,
+                    row.kv,
+                    row.corpus,
+                    row.prefix,
+                    *("" if x is None else f"{x:.6g}" for x in (row.vanilla, row.intact, row.change)),
+                )
+            )
+        return out.getvalue()
+    parts = []
+    for caption in dict.fromkeys(row.caption for row in rows):
+        cells = [
+            (
+                r.model,
+                r.weights,
+                r.kv,
+                r.corpus,
+                r.prefix,
+                _figure(r.vanilla),
+                _figure(r.intact),
+                "n/a" if r.change is None else f"{r.change:+.1%}",
+            )
+            for r in rows
+            if r.caption == caption
+        ]
+        parts.append(f"Perplexity ({caption})\n\n{_aligned([HEAD, *cells])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    """A Markdown table whose source is aligned, too: words to the left, figures to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    right = [i >= len(widths) - 3 for i in range(len(widths))]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    text = [
+        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        for line in lines
+    ]
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def print_table(rows: list[Row], style: str = "markdown") -> None:
+    """Print the rows on stdout."""
+    print(render(rows, style), end="")

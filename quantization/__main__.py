@@ -1,0 +1,120 @@
+"""python -m quantization: write a quantized checkpoint, list the recipes, build prefixes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from corpora.errors import UserError, run_program
+from quantization.options import (
+    add_dtype_option,
+    add_model_options,
+    add_prefix_option,
+    add_recipe_options,
+    chosen_device,
+    chosen_dtype,
+    chosen_recipe,
+    show_log,
+)
+
+
+def quantize_parser() -> argparse.ArgumentParser:
+    """The options of the main program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quantization",
+        description="Quantize a dense checkpoint, one decoder block at a time. A killed run goes on where it stopped.",
+        epilog="example: python -m quantization --model modelzoo/smollm2/smollm2-135m --recipe rtn --bits 4 "
+        "--out modelzoo/my-w4.   `python -m quantization prefix build --help` builds prefixes.",
+    )
+    if "--list" not in sys.argv:
+        add_model_options(parser)
+        add_recipe_options(parser)
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)"
+        )
+        parser.add_argument("--verbose", action="store_true", help="one log line per block on stderr")
+    parser.add_argument("--list", action="store_true", help="print the named recipes, one a line, and stop")
+    return parser
+
+
+def quantize(arguments: list[str]) -> None:
+    """The main program."""
+    options = quantize_parser().parse_args(arguments)
+    if options.list:
+        list_recipes()
+        return
+    from quantization.loading import calibration_of, find_checkpoint, load_tokenizer, quantized_directory
+    from quantization.pipeline import quantize_checkpoint
+
+    show_log(options.verbose)
+    device = chosen_device(options.device)
+    checkpoint = find_checkpoint(options.model)
+    if checkpoint.manifest is not None:
+        raise UserError(
+            f"{options.model} is quantized already ({checkpoint.manifest['label']}); give a dense checkpoint"
+        )
+    recipe = chosen_recipe(options, checkpoint)
+    segments = calibration_of(recipe, load_tokenizer(options.model)) if recipe.calibrates else None
+    out = options.out or quantized_directory(checkpoint, recipe, segments, None)
+    quantize_checkpoint(
+        options.model, recipe, out, segments=segments, device=device, fingerprint=checkpoint.fingerprint
+    )
+    size = sum(file.stat().st_size for file in out.glob("block-*.safetensors"))
+    print(f"{recipe.label()}  decoder blocks {size / 1e6:.1f} MB  {out}")
+
+
+def list_recipes() -> None:
+    """One recipe a line: name, paper, note."""
+    from quantization.recipe import RECIPES
+
+    width = max(map(len, RECIPES))
+    papers = max(len(row.paper) for row in RECIPES.values())
+    for name, row in RECIPES.items():
+        print(f"{name:<{width}}  {row.paper:<{papers}}  {row.note}")
+
+
+def prefix_parser(program: str) -> argparse.ArgumentParser:
+    """The options of the prefix programs."""
+    parser = argparse.ArgumentParser(prog=program, description="Prefixes: keys and values of the pivot tokens.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build")
+    build = commands.add_parser(
+        "build",
+        help="compute a prefix with the full-precision twin and write it to a file",
+        description="Compute the prefix of a model (of a recipe's full-precision twin) and write it to a file.",
+        epilog=f"example: {program} build --model modelzoo/smollm2/smollm2-135m --prefix bos --out bos.safetensors",
+    )
+    add_model_options(build)
+    add_recipe_options(build)
+    add_prefix_option(build)
+    add_dtype_option(build)
+    build.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, *.safetensors")
+    return parser
+
+
+def build_prefix(arguments: list[str], program: str = "python -m quantization prefix") -> None:
+    """The prefix programs; `python -m intactkv` comes here, too."""
+    options = prefix_parser(program).parse_args(arguments)
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
+    from quantization.loading import find_checkpoint, plan_run
+
+    show_log()
+    device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
+    plan = plan_run(options.model, chosen_recipe(options, find_checkpoint(options.model)), device=device, dtype=dtype)
+    if not plan.choice.ids:
+        raise UserError("no prefix was named; add --prefix bos, --prefix prompt or a text")
+    prefix = plan.prefix()
+    prefix.save(options.out)
+    print(f"{len(prefix)} tokens {prefix.ids.tolist()}  {prefix.dtype}  basis {prefix.model.basis}  {options.out}")
+
+
+def main() -> None:
+    """Choose the program by its first word."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["prefix"]:
+        build_prefix(arguments[1:])
+    else:
+        quantize(arguments)
+
+
+if __name__ == "__main__":
+    run_program(main)

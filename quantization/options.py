@@ -1,0 +1,184 @@
+"""Command-line options that several programs share, each with one name and one meaning everywhere.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantization.loading import Checkpoint
+    from quantization.recipe import Recipe
+
+__all__ = [
+    "add_dtype_option",
+    "add_model_options",
+    "add_prefix_option",
+    "add_recipe_options",
+    "add_run_options",
+    "chosen_device",
+    "chosen_dtype",
+    "chosen_recipe",
+    "show_log",
+]
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and where it computes."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of a dense Hugging Face checkpoint, or of a quantized one",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="where to compute (default: auto, a GPU if there is one)",
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--recipe and the fields of its weights."""
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe",
+        default=None,
+        metavar="NAME",
+        help="a named recipe; python -m quantization --list explains them (default: fp16, nothing quantized)",
+    )
+    group.add_argument("--bits", type=int, metavar="B", help="bits of the weights, short for --set weights.grid.bits=B")
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="input channels per scale, -1 for one scale per row (default: the recipe's, or the model's "
+        "own where that has one)",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="FIELD=VALUE",
+        help="any other field by its dotted name, for example weights.grid.convention=gptq-sym",
+    )
+
+
+def add_prefix_option(parser: argparse._ActionsContainer) -> None:
+    """--prefix."""
+    parser.add_argument(
+        "--prefix",
+        default=None,
+        metavar='none|bos|prompt|FILE|"text"',
+        help="tokens whose keys and values stay as the full-precision model wrote them (default: the recipe's)",
+    )
+
+
+def add_dtype_option(parser: argparse._ActionsContainer) -> None:
+    """--dtype."""
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        choices=["float32", "float16", "bfloat16"],
+        help="of the computation (default: float32 on a CPU, the checkpoint's on a GPU)",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What is chosen when a model runs: prefix, KV policy, dtype."""
+    group = parser.add_argument_group("at run time")
+    add_prefix_option(group)
+    group.add_argument(
+        "--vanilla",
+        action="store_true",
+        help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
+    )
+    group.add_argument(
+        "--kv", default=None, metavar="NAME", help="KV-cache policy: none or per_head (default: the recipe's)"
+    )
+    group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
+    add_dtype_option(group)
+    group.add_argument(
+        "--packed",
+        action="store_true",
+        help="keep quantized weights packed in memory: a quarter of it, but slower",
+    )
+
+
+def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
+    """The recipe that the options spell, with the model's own group size. Raises UserError for what cannot be."""
+    from dataclasses import replace
+
+    from corpora.errors import UserError
+    from quantization.loading import with_model_defaults
+    from quantization.recipe import kv_policy, named_recipe, with_settings
+
+    recipe = named_recipe(options.recipe or "fp16")
+    if recipe.weights is None and (options.bits is not None or options.group_size is not None):
+        raise UserError(
+            f"--bits and --group-size set the grid of the weights, but the recipe "
+            f"{options.recipe or 'fp16'} quantizes none; name one that does, for example --recipe rtn"
+        )
+    recipe = with_settings(
+        recipe,
+        with_model_defaults(
+            recipe,
+            checkpoint,
+            [
+                *([] if options.bits is None else [f"weights.grid.bits={options.bits}"]),
+                *([] if options.group_size is None else [f"weights.grid.group_size={options.group_size}"]),
+                *options.settings,
+            ],
+        ),
+    )
+    if getattr(options, "prefix", None) is not None:
+        recipe = replace(recipe, prefix=options.prefix)
+    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
+    if name is not None or bits is not None:
+        recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
+    return recipe
+
+
+def chosen_device(name: str) -> "torch.device":
+    """auto, cpu, cuda or cuda:N as a device. Raises UserError for a GPU that is not there."""
+    import torch
+
+    from corpora.errors import UserError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not known; choose auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"--device {name}: this machine shows {count} CUDA GPUs; choose cpu"
+            + (f" or cuda:0 to cuda:{count - 1}" if count else "")
+        )
+    return device
+
+
+def chosen_dtype(name: str | None) -> "torch.dtype | None":
+    """A dtype by its name; None stays None (the device's default)."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def show_log(verbose: Any = True) -> None:
+    """Let the library's log lines (one per block, prefix, cache) appear on stderr."""
+    import logging
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
