@@ -11,7 +11,8 @@ from corpora.errors import UserError
 
 __all__ = ["model_is_present", "prepare_data", "prepare_model"]
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
+BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # for the repositories without safetensors
 
 
 def model_is_present(directory: Path) -> bool:
@@ -33,7 +34,8 @@ def model_is_present(directory: Path) -> bool:
 def prepare_model(family: str, size: str) -> tuple[Path, bool]:
     """Make or fetch a model. Returns its directory and whether there was anything to do.
 
-    Raises UserError for an unknown name, if it cannot be had from here, or if it holds no safetensors.
+    A checkpoint of pytorch_model*.bin files, fetched or already there, is converted to safetensors beside them.
+    Raises UserError for an unknown name, or if it cannot be had from here whole.
     """
     directory = model_directory(family, size)
     hub_id = FAMILIES[family].sizes[directory.name.removeprefix(f"{family}-")]
@@ -43,13 +45,19 @@ def prepare_model(family: str, size: str) -> tuple[Path, bool]:
         return directory, prepare_smollm2(directory)
     if model_is_present(directory):
         return directory, False
+    from corpora.convert import bin_files, bin_to_safetensors
     from corpora.fetch import hub_download
 
-    hub_download(hub_id, directory, MODEL_FILES)
+    if not bin_files(directory):
+        hub_download(hub_id, directory, MODEL_FILES)
+    if not model_is_present(directory):
+        if not bin_files(directory):
+            hub_download(hub_id, directory, BIN_FILES)
+        bin_to_safetensors(directory)
     if not model_is_present(directory):
         raise UserError(
-            f"{hub_id} was fetched to {directory}, but it holds no complete set of *.safetensors; put a checkpoint in "
-            "that format there (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes it)"
+            f"{directory} has no configuration, tokenizer and complete set of *.safetensors or pytorch_model*.bin; "
+            f"fetch {hub_id} again, or put a checkpoint there that save_pretrained wrote"
         )
     return directory, True
 

@@ -235,8 +235,8 @@ def _files(corpus: str, role: str) -> list[Path]:
         example = (CORPORA[corpus].calibration if role == "calibration" else CORPORA[corpus].evaluation)[0]
         raise UserError(
             f"the {role} text of {corpus} is missing from {corpus_directory(corpus)}; run "
-            f"'bash scripts/prepare/data.sh {corpus}', or put it there, for example as {example} (datasets/README.md has "
-            "all its names)"
+            f"'bash scripts/prepare/data.sh {corpus}', or put it there, for example as {example}; "
+            "datasets/README.md has all the names"
         )
     return files
 

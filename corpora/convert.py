@@ -1,0 +1,58 @@
+"""Checkpoints that came as pytorch_model*.bin (Vicuna, OPT, old clones), written again as safetensors.
+
+Everything else in the project reads safetensors: block by block, and without running what a pickle may hold. Names and
+values stay as they are, one file at a time, so memory holds one shard.
+"""
+
+import logging
+import pickle
+from pathlib import Path
+
+from corpora.errors import UserError
+from corpora.storage import read_json, write_json, write_tensors
+
+__all__ = ["bin_files", "bin_to_safetensors"]
+
+log = logging.getLogger(__name__)
+
+
+def bin_files(directory: Path) -> list[Path]:
+    """The pytorch_model*.bin files of a checkpoint, those that its index names if it has one."""
+    index = directory / "pytorch_model.bin.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index, "the index of the checkpoint")["weight_map"].values()))
+        return [directory / name for name in names]
+    return sorted(directory.glob("pytorch_model.bin"))
+
+
+def bin_to_safetensors(directory: Path) -> None:
+    """Write model*.safetensors and its index beside the .bin files of `directory`; the .bin files stay.
+
+    The index is written last: without it, or model.safetensors, the checkpoint does not count as present.
+    Raises UserError if a file is missing, damaged, or holds anything but tensors.
+    """
+    import torch
+
+    files = bin_files(directory)
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, file in enumerate(files, start=1):
+        single = len(files) == 1
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing, though the index of the checkpoint names it; fetch it again") from None
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{file} is damaged or holds more than tensors ({reason}); fetch it again") from None
+        # Tied weights share memory, which safetensors refuses: each gets its own copy.
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        write_tensors(directory / name, tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        log.info("%s -> %s  (%d of %d)", file.name, name, number, len(files))
+    if len(files) > 1:
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )

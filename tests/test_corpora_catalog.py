@@ -1,0 +1,149 @@
+"""The catalogue: names, places and defaults; the list of `python -m corpora`; the two README files agree with it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from corpora.catalog import CORPORA, FAMILIES, ModelDefaults, corpus_files, model_defaults, model_directory
+from corpora.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PUBLISHED = ModelDefaults(("wikitext2", "c4"), 128, "c4")
+SMALL = ModelDefaults(("sample",), 64, "sample")
+
+
+@pytest.mark.parametrize(
+    ("name", "defaults"),
+    [
+        ("smollm2-135m", SMALL),
+        ("smollm2-135m/rtn-w4g64-1f3a9c02", SMALL),
+        ("/data/modelzoo/smollm2/smollm2-135m/", SMALL),
+        ("SmolLM2-135M-Instruct", SMALL),
+        ("llama-2-7b", PUBLISHED),
+        ("modelzoo/vicuna-v1.5/vicuna-v1.5-7b", PUBLISHED),
+        ("opt-125m/smoothquant-w8a8-00112233", PUBLISHED),
+        ("somebody/else", PUBLISHED),
+        ("", PUBLISHED),
+    ],
+)
+def test_defaults_are_found_by_the_name(name: str, defaults: ModelDefaults) -> None:
+    assert model_defaults(name) == defaults
+
+
+def test_models_lie_in_family_and_family_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
+    expected = tmp_path / "modelzoo/vicuna-v1.5/vicuna-v1.5-7b"
+    assert model_directory("vicuna-v1.5", "7b") == expected
+    assert model_directory("vicuna-v1.5", "vicuna-v1.5-7b") == expected  # as the published scripts write it
+    assert model_directory("qwen3", "0.6B") == tmp_path / "modelzoo/qwen3/qwen3-0.6b"
+    with pytest.raises(UserError, match=r"'9b' of vicuna-v1\.5; known are 7b, 13b"):
+        model_directory("vicuna-v1.5", "9b")
+    with pytest.raises(UserError, match=r"'vicuna'; known are smollm2, llama, "):
+        model_directory("vicuna", "7b")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_family_is_the_name_without_its_last_dash_part(family: str) -> None:
+    for size in FAMILIES[family].sizes:
+        assert model_directory(family, size).name.rpartition("-") == (family, "-", size)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "role", "file"),
+    [
+        ("wikitext2", "evaluation", "wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+        ("wikitext2", "calibration", "wikitext/wikitext-2-raw-v1/train/0000.parquet"),
+        ("wikitext2", "evaluation", "wikitext/wikitext-2-raw-v1/wikitext-test.parquet"),
+        ("wikitext2", "calibration", "wikitext/train/data-00000-of-00001.arrow"),
+        ("wikitext2", "evaluation", "wikitext/wikitext-2-raw-v1/0.0.0/0123abcd/wikitext-test.arrow"),
+        ("ptb", "evaluation", "ptb_text_only/penn_treebank/test/0000.parquet"),
+        ("ptb", "calibration", "ptb_text_only/ptb.train.txt"),
+        ("c4", "evaluation", "allenai/c4/en/c4-validation.00000-of-00008.json.gz"),
+        ("c4", "calibration", "allenai/c4/en/c4-train.00000-of-01024.json"),
+        ("pile", "evaluation", "pile-val-backup/val.jsonl.zst"),
+        ("sharegpt", "calibration", "ShareGPT_Vicuna_unfiltered/ShareGPT_V4.3_unfiltered_cleaned_split.json"),
+    ],
+)
+def test_known_layouts_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: str, role: str, file: str
+) -> None:
+    monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
+    assert corpus_files(corpus, role) == []
+    path = tmp_path / "datasets" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (path.parent / f".{path.name}.123.partial").touch()
+    assert corpus_files(corpus, role) == [path]
+
+
+def rows(readme: str) -> list[list[str]]:
+    """Cells of the first table of a README, code marks taken off, without its head."""
+    lines = [line for line in (CHECKOUT / readme).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_table_of_data_sets_agrees_with_the_catalogue() -> None:
+    table = {row[0].strip("`"): row for row in rows("datasets/README.md")}
+    assert sorted(table) == sorted(CORPORA)
+    for name, corpus in CORPORA.items():
+        assert table[name][1] == f"`{corpus.folder}`"
+        assert table[name][2] == (f"`{corpus.hub_id}`" if corpus.hub_id else "none: made from a package")
+
+
+def test_the_table_of_models_agrees_with_the_catalogue() -> None:
+    table = {row[0].strip("`"): row for row in rows("modelzoo/README.md")}
+    assert list(table) == list(FAMILIES)
+    for name, family in FAMILIES.items():
+        first, hub_id = next(iter(family.sizes.items()))
+        assert re.findall(r"`(.*?)`", table[name][1]) == list(family.sizes)
+        assert table[name][2] == (f"`{hub_id}`" if hub_id else "none: made from a package")
+        assert table[name][3] == f"`{name}/{name}-{first}`"
+
+
+def run(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "corpora", *arguments]
+    environment = {"INTACTKV_ROOT": str(root), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(root)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], []])
+def test_help_and_list_do_not_wait_for_torch(tmp_path: Path, arguments: list[str]) -> None:
+    result = run(*arguments, root=tmp_path)
+    assert result.returncode == 0
+    assert "prepare" in result.stdout
+    for slow in ("torch", "transformers", "datasets", "pyarrow", "huggingface_hub"):
+        assert not re.search(rf"\| +{slow}$", result.stderr, re.MULTILINE), slow
+
+
+def test_the_list_says_what_is_here(tmp_path: Path) -> None:
+    file = tmp_path / "datasets/pile-val-backup/val.jsonl"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    listed = {(row["kind"], row["name"]): row for row in json.loads(run("--json", root=tmp_path).stdout)}
+    assert [name for (_, name), row in listed.items() if row["present"]] == ["pile"]
+    assert listed["model", "llama-2 7b"]["directory"] == "modelzoo/llama-2/llama-2-7b"
+    assert listed["data", "c4"]["get"] == "bash scripts/prepare/data.sh c4"
+    lines = run(root=tmp_path).stdout.splitlines()
+    assert len(lines) == 1 + len(listed)
+    assert re.fullmatch(r"data +pile +present +datasets/pile-val-backup +bash scripts/prepare/data\.sh pile", lines[4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prepare", "data", "nothing"], "known are wikitext2, ptb, c4, pile, sharegpt, sample"),
+        (["prepare", "model", "llama-2"], "7b, 13b, 70b"),
+        (["prepare", "model", "gpt", "7b"], "known are smollm2"),
+        (["prepare", "data", "sample", "7b"], "one too many"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = run(*arguments, root=tmp_path)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert result.returncode == 2
+    assert len(errors) == 1
+    assert words in errors[0]
