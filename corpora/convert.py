@@ -46,6 +46,8 @@ def bin_to_safetensors(directory: Path) -> None:
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"{file} is damaged or holds more than tensors ({reason}); fetch it again") from None
+        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise UserError(f"{file} is no table of tensors; give the checkpoint's own pytorch_model.bin")
         # Tied weights share memory, which safetensors refuses: each gets its own copy.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         write_tensors(directory / name, tensors, {"format": "pt"})

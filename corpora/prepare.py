@@ -48,10 +48,10 @@ def prepare_model(family: str, size: str) -> tuple[Path, bool]:
     from corpora.convert import bin_files, bin_to_safetensors
     from corpora.fetch import hub_download
 
-    if not bin_files(directory):
+    if not _all_there(bin_files(directory)):
         hub_download(hub_id, directory, MODEL_FILES)
     if not model_is_present(directory):
-        if not bin_files(directory):
+        if not _all_there(bin_files(directory)):
             hub_download(hub_id, directory, BIN_FILES)
         bin_to_safetensors(directory)
     if not model_is_present(directory):
@@ -60,6 +60,10 @@ def prepare_model(family: str, size: str) -> tuple[Path, bool]:
             f"fetch {hub_id} again, or put a checkpoint there that save_pretrained wrote"
         )
     return directory, True
+
+
+def _all_there(files: list[Path]) -> bool:
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def prepare_data(name: str) -> tuple[Path, bool]:

