@@ -18,9 +18,16 @@ from safetensors.torch import save_file
 
 from corpora.errors import UserError
 
-__all__ = ["checkpoint_fingerprint", "identity", "read_json", "sha256_of_file", "sha256_of_tensor",
-           "write_beside", "write_json",
-           "write_tensors"]
+__all__ = [
+    "checkpoint_fingerprint",
+    "identity",
+    "read_json",
+    "sha256_of_file",
+    "sha256_of_tensor",
+    "write_beside",
+    "write_json",
+    "write_tensors",
+]
 
 
 @contextmanager
@@ -91,12 +98,15 @@ def checkpoint_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     config = read_json(directory / "config.json", "the model configuration")
     # Which library version wrote the file, and under which path it was loaded, does not change the function.
-    digest.update(identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")},
-                           64).encode())
+    digest.update(
+        identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}, 64).encode()
+    )
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{directory} holds no *.safetensors file; convert the checkpoint with save_pretrained, or "
-                        "fetch it in safetensors format")
+        raise UserError(
+            f"{directory} holds no *.safetensors file; convert the checkpoint with save_pretrained, or "
+            "fetch it in safetensors format"
+        )
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -106,8 +116,9 @@ def checkpoint_fingerprint(directory: Path) -> str:
                     digest.update(f"{name}{shape}{view.get_dtype()}".encode())
                     digest.update(_sample(view, shape).contiguous().view(torch.uint8).numpy().tobytes())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again"
-                            ) from None
+            raise UserError(
+                f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again"
+            ) from None
     return digest.hexdigest()[:16]
 
 

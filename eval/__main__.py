@@ -188,7 +188,6 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_mb": round(peak_memory_mb(device.type), 1),
-        "kv_quantized": model.kv is not None,
     }
 
 

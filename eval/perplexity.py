@@ -75,11 +75,15 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     if not windows.intact and len(windows.lead):
         ids = torch.cat([windows.lead.to(device).expand(len(fed), -1), fed], dim=1)
     decoder, head = _decoder_and_head(model)
+    cache = model.new_cache()
+    output = model.feed(ids, through=decoder, cache=cache)
+    if model.kv is not None and cache.quantized_fraction == 0:
+        raise RuntimeError(f"{model.kv} was asked for, but no token of the cache went through it")
     targets = fed[:, 1:]
     if head is None:
-        logits = model.feed(ids).logits[:, -fed.shape[1] : -1].float()
+        logits = output.logits[:, -fed.shape[1] : -1].float()
         return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    hidden = model.feed(ids, through=decoder).last_hidden_state[:, -fed.shape[1] : -1].flatten(0, 1)
+    hidden = output.last_hidden_state[:, -fed.shape[1] : -1].flatten(0, 1)
     flat = targets.flatten()
     at_once = max(1, LOGITS_AT_ONCE // head.out_features)
     losses = [

@@ -42,7 +42,7 @@ def kv_label(kv: dict[str, Any] | None) -> str:
 
 def perplexity_rows(records: Iterable[dict[str, Any]]) -> list[Row]:
     """Join the records of both arms into rows; of several runs of one cell the newest counts."""
-    cells: dict[tuple[str, ...], dict[bool, float]] = {}
+    cells: dict[tuple[str, str, str, str, str, str], dict[bool, float]] = {}
     for record in records:
         s = record["settings"]
         limit = "all" if s["limit"] is None else s["limit"]

@@ -146,7 +146,8 @@ class IntactModel:
         mask = torch.cat([torch.ones_like(lead), rows.mask], dim=1)
         cache = self.new_cache() if past_key_values is None else self._continued(past_key_values, ids)
         with prefix_attention(self.model):
-            output = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+            generate: Any = self.model.generate
+            output = generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
 
         sequences = output if isinstance(output, Tensor) else output.sequences
         cache.tokens = sequences[:, : cache.get_seq_length()] if sequences.shape[0] == 1 else None

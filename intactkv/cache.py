@@ -60,7 +60,8 @@ class IntactLayer(DynamicLayer):
     @property
     def held(self) -> tuple[Tensor, Tensor]:
         """K and V of all tokens held, each (batch, KV heads, tokens, D); only after the first update."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

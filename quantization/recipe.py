@@ -119,10 +119,10 @@ class Recipe:
         return made_of
 
     def label(self) -> str:
-        """Short readable name of the weights: `rtn-w4g64`, or `fp16` when they are untouched."""
+        """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision."""
         steps = [step.name for step in self.transforms]
         if self.weights is None:
-            return "-".join([*steps, "fp16"])
+            return "-".join([*steps, "full"])
         grid = self.weights.grid
         group = "row" if grid.group_size == -1 else f"g{grid.group_size}"
         return "-".join([*steps, self.weights.name, f"w{grid.bits}{group}"])

@@ -1,0 +1,42 @@
+# Sourced by the scripts that take the published arguments: errors, model directories, devices.
+
+fail() { # one line, exit code 2
+    echo "error: $*" >&2
+    exit 2
+}
+
+enter_project() { # go to the checkout and use its environment; nothing here asks the hub
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    [ -x .venv/bin/python ] || fail ".venv is missing; run 'bash scripts/setup.sh' first"
+    export HF_HUB_OFFLINE=1 PATH="$PWD/.venv/bin:$PATH"
+}
+
+model_directory() { # MODEL SIZE, where SIZE may be spelled 7b or vicuna-v1.5-7b
+    echo "modelzoo/$1/$1-${2#"$1"-}"
+}
+
+run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
+    # DEVICE: cpu, one GPU index, or several joined by commas; indices count within CUDA_VISIBLE_DEVICES if that is set.
+    local device=$1 port=$2
+    shift 2
+    case "$device" in
+        cpu) python -m eval "$@" --device cpu ;;
+        *,*)
+            local visible=$device
+            if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+                local all index
+                IFS=, read -ra all <<< "$CUDA_VISIBLE_DEVICES"
+                visible=
+                for index in ${device//,/ }; do
+                    [ -n "${all[$index]:-}" ] || fail "GPU index $index is not among CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
+                    visible+="${visible:+,}${all[$index]}"
+                done
+            fi
+            local commas=${device//[!,]/}
+            CUDA_VISIBLE_DEVICES=$visible accelerate launch --multi_gpu --num_processes $((${#commas} + 1)) \
+                --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port "$port" -m eval "$@"
+            ;;
+        *[!0-9]* | "") fail "device '$device' is not known; give cpu, a GPU index such as 0, or several: 0,1" ;;
+        *) python -m eval "$@" --device "cuda:$device" ;;
+    esac
+}

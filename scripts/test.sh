@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that must hold: lint, format, types, and the whole test suite with the real model.
+# Usage: test.sh [PYTEST ARGUMENT]…      for example: test.sh -m "not slow" tests/test_grids.py
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh dev
+bash scripts/prepare/model.sh smollm2 135m
+bash scripts/prepare/data.sh sample
+export HF_HUB_OFFLINE=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
