@@ -1,0 +1,113 @@
+"""Tiny random models of every family, and checkpoints of them that all programs can open.
+
+The factories are plain functions, handed out by session fixtures of the same names.
+"""
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+PAD, BOS, EOS = 0, 1, 2
+
+
+def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """3 layers, hidden 64, 4 heads over 2 KV heads (OPT has as many KV heads), 101 tokens, float32."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 101,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+        "dtype": torch.float32,
+    }
+    if model_type == "opt":
+        sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0, "layerdrop": 0.0}
+    else:
+        sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+    if model_type == "mistral":
+        sizes |= {"sliding_window": None}
+    return AutoConfig.for_model(model_type, **{**sizes, **overrides})
+
+
+def _tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model in evaluation mode whose activations and logits spread widely; `overrides` go to its config."""
+    config = _tiny_config(model_type, **overrides)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.3 * noise)
+        elif parameter.ndim == 1:
+            parameter.copy_(0.3 * noise)
+        elif "embed" in name or "lm_head" in name:
+            parameter.copy_(0.4 * noise)
+        else:
+            parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+    model.tie_weights()
+    return model.to(config.dtype)
+
+
+def _tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """One token a character of ASCII: <pad> 0, <s> 1, </s> 2, <unk> 3; it adds <s> by itself when asked to."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    characters = [c for c in string.printable if c.isprintable() or c == "\n"]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    backend.decoder = decoders.Fuse()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{**special, **options})
+
+
+def _tiny_checkpoint(
+    directory: Path, model_type: str, *, seed: int = 0, max_shard_size: str = "50GB", **overrides: Any
+) -> Path:
+    """Save a tiny model and the tiny tokenizer to `directory`/tiny-MODEL_TYPE, which is returned."""
+    directory = directory / f"tiny-{model_type}"
+    _tiny_model(model_type, seed, **overrides).save_pretrained(directory, max_shard_size=max_shard_size)
+    _tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., PreTrainedConfig]:
+    """tiny_config(model_type, **overrides) -> configuration."""
+    return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """tiny_model(model_type, seed=0, **overrides of the configuration) -> model in evaluation mode."""
+    return _tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """tiny_tokenizer(**options of PreTrainedTokenizerFast) -> tokenizer, one token a character."""
+    return _tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Callable[..., Path]:
+    """tiny_checkpoint(directory, model_type, seed=0, max_shard_size=…, **overrides of the configuration) -> Path."""
+    return _tiny_checkpoint
+
+
+@pytest.fixture
+def intactkv_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh place for datasets/, modelzoo/ and outputs/, so that no test reads or writes the checkout's."""
+    monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
+    return tmp_path
