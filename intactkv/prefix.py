@@ -185,6 +185,7 @@ class Prefix:
             ) from None
 
 
+@torch.inference_mode(mode=False)  # a caller's inference mode would make tensors that can never be trained
 @torch.no_grad()
 def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
     """Run the full-precision twin on the prefix tokens and keep its K, V and logits.
@@ -193,7 +194,7 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
     transform of the quantized model applied. Raises UserError for no ids, ids outside the vocabulary, or a prefix that
     a sliding-window layer could not hold.
     """
-    ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
+    ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu().clone()  # the caller may go on writing to its own
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if ids.numel() == 0:
         raise UserError("a prefix needs at least one token; for no prefix, leave it out")

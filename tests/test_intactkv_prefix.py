@@ -1,0 +1,328 @@
+"""The prefix: what it holds, how it is kept, and whose it is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, SLIDING, plain_cache, plain_logits, random_ids
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from corpora.errors import UserError
+from intactkv.attach import attach
+from intactkv.prefix import FORMAT, Prefix, build_prefix, identity_of, input_embeddings
+from quantization.kv_cache import PerHead
+
+BOS = 1
+IDS = torch.cat([torch.tensor([BOS]), random_ids(33)])  # as long as the Vicuna prompt
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, tiny_model):
+    model_type, overrides = FAMILIES[request.param]
+    return tiny_model(model_type, **overrides)
+
+
+@pytest.fixture
+def llama(tiny_model):
+    return tiny_model("llama")
+
+
+def tensors_of(prefix: Prefix) -> dict[str, Tensor]:
+    return {
+        "ids": prefix.ids,
+        "logits": prefix.logits,
+        "embeddings": prefix.embeddings,
+        **{f"key {i}": key for i, key in enumerate(prefix.keys)},
+        **{f"value {i}": value for i, value in enumerate(prefix.values)},
+    }
+
+
+def assert_bit_identical(actual: Prefix, expected: Prefix) -> None:
+    ours, theirs = tensors_of(actual), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+# What it holds --------------------------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_are_bit_for_bit_what_the_plain_model_caches(model):
+    prefix, cache = build_prefix(model, IDS), plain_cache(model, IDS[None])
+    for layer, keys, values in zip(cache.layers, prefix.keys, prefix.values, strict=True):
+        assert torch.equal(keys, layer.keys)
+        assert torch.equal(values, layer.values)
+
+
+def test_logits_are_the_plain_models(model):
+    prefix = build_prefix(model, IDS.tolist())
+    # A pass that also fills a cache is the same computation: equal up to the order of float32 sums.
+    assert_close(prefix.logits, plain_logits(model, IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_are_the_rows_of_the_input_embedding(model):
+    assert torch.equal(build_prefix(model, IDS).embeddings, model.get_input_embeddings().weight[IDS])
+
+
+@pytest.mark.parametrize("count", [1, 3, 34])
+def test_the_first_tokens_of_a_prefix_are_the_prefix_of_the_first_tokens(model, count):
+    sliced, built = build_prefix(model, IDS).first(count), build_prefix(model, IDS[:count])
+    assert len(sliced) == count
+    assert sliced.model == built.model
+    for name, tensor in tensors_of(sliced).items():
+        # Causal attention; a shorter pass only sums in another order.
+        assert_close(tensor, tensors_of(built)[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("count", [0, -1, 35])
+def test_no_slice_is_longer_than_the_prefix_or_empty(llama, count):
+    with pytest.raises(UserError, match="1 to 34"):
+        build_prefix(llama, IDS).first(count)
+
+
+def test_ids_may_come_as_a_list_or_a_tensor_of_any_shape(llama):
+    expected = build_prefix(llama, IDS)
+    assert_bit_identical(build_prefix(llama, IDS.tolist()), expected)
+    assert_bit_identical(build_prefix(llama, IDS[None].int()), expected)
+
+
+def test_the_prefix_keeps_its_own_ids(llama):
+    ids = IDS.clone()
+    prefix = build_prefix(llama, ids)
+    ids.zero_()
+    assert torch.equal(prefix.ids, IDS)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([], "at least one token"), ([1, 101], "outside the vocabulary of 101"), ([-1], "outside the vocabulary")],
+)
+def test_ids_that_no_model_could_read_are_refused(llama, ids, message):
+    with pytest.raises(UserError, match=message):
+        build_prefix(llama, ids)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_a_prefix_that_a_sliding_window_cannot_hold_is_refused(name, tiny_model):
+    model_type, overrides = FAMILIES[name]
+    model = tiny_model(model_type, **{**overrides, "sliding_window": 8})
+    with pytest.raises(UserError, match=r"sliding window of 8.* at most 7"):
+        build_prefix(model, IDS[:8])
+    assert len(build_prefix(model, IDS[:7])) == 7
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_gradients_can_flow_through_a_prefix_wherever_it_was_built(llama, context):
+    with context():
+        prefix = build_prefix(llama, torch.tensor([BOS, 5, 6]))
+    for name, tensor in tensors_of(prefix).items():
+        assert not tensor.is_inference(), name
+        assert not tensor.requires_grad, name
+    key = prefix.keys[0].requires_grad_()
+    (key * key).sum().backward()  # an inference tensor could not be saved for backward
+    assert_close(key.grad, 2 * key.detach())
+
+
+@pytest.mark.parametrize("policy", [None, PerHead(2)], ids=["full", "kv2"])
+def test_nothing_that_runs_behind_a_prefix_writes_to_it(model, policy):
+    prefix = build_prefix(model, IDS[:3])
+    before = {name: tensor.clone() for name, tensor in tensors_of(prefix).items()}
+    behind = attach(model, prefix, policy)
+    text = torch.cat([IDS[:3], random_ids(6, seed=1)])[None]
+    behind.score(text)
+    cache = behind.new_cache()
+    behind.feed(random_ids(4)[None], cache=cache)
+    cache.reorder_cache(torch.tensor([0]))
+    cache.crop(-4)
+    behind.feed(random_ids(4)[None], cache=cache)
+    cache.reset()
+    behind.generate(text, max_new_tokens=3, do_sample=False)
+    behind.generate(text, max_new_tokens=3, do_sample=False, num_beams=3)
+    behind.generate(torch.cat([text, text]), attention_mask=torch.ones(2, 9).long(), max_new_tokens=3, do_sample=False)
+    for name, tensor in tensors_of(prefix).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_saved_prefix_loads_bit_for_bit(dtype, model, tmp_path):
+    prefix = build_prefix(model.to(dtype), IDS)
+    prefix.save(tmp_path / "sub" / "prefix.safetensors")
+    loaded = Prefix.load(tmp_path / "sub" / "prefix.safetensors")
+    assert loaded.dtype == dtype
+    assert loaded.model == prefix.model
+    assert_bit_identical(loaded, prefix)
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["prefix.safetensors"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_slice_saves_and_loads_bit_for_bit(llama, tmp_path, count):
+    part = build_prefix(llama, IDS).first(count)
+    part.save(tmp_path / "part.safetensors")
+    assert_bit_identical(Prefix.load(tmp_path / "part.safetensors"), part)
+
+
+def test_a_failed_save_leaves_the_old_file(llama, tmp_path, monkeypatch):
+    path = tmp_path / "prefix.safetensors"
+    build_prefix(llama, [BOS]).save(path)
+    content = path.read_bytes()
+
+    def full_disk(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("corpora.storage.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        build_prefix(llama, IDS).save(path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_file_is_refused_and_says_how_to_make_it(tmp_path):
+    with pytest.raises(UserError, match="python -m intactkv build"):
+        Prefix.load(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="is missing"):
+        Prefix.load(tmp_path)  # a directory is no file either
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.0005, 0.5, 0.999])
+def test_a_truncated_file_is_refused(llama, tmp_path, keep):
+    path = tmp_path / "prefix.safetensors"
+    build_prefix(llama, IDS).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UserError, match="truncated or not a prefix"):
+        Prefix.load(path)
+
+
+def test_a_file_that_is_no_prefix_is_refused(llama, tmp_path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("a text of some length, but no safetensors file")
+    weights = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, weights, metadata={"format": "pt"})
+    bare = tmp_path / "bare.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, bare)
+    garbled = tmp_path / "garbled.safetensors"
+    save_file({"ids": torch.ones(1)}, garbled, metadata={"intactkv": "{not json"})
+    listed = tmp_path / "listed.safetensors"
+    save_file({"ids": torch.ones(1)}, listed, metadata={"intactkv": "[1, 2]"})
+    for path in (text, weights, bare, garbled, listed):
+        with pytest.raises(UserError, match="truncated or not a prefix file"):
+            Prefix.load(path)
+
+
+def test_a_file_without_one_of_its_layers_is_refused(llama, tmp_path):
+    prefix = build_prefix(llama, IDS)
+    path = tmp_path / "prefix.safetensors"
+    replace(prefix, keys=prefix.keys[:2], values=prefix.values[:2]).save(path)
+    with pytest.raises(UserError, match="truncated or not a prefix file"):
+        Prefix.load(path)
+
+
+def test_a_file_of_another_format_is_refused(llama, tmp_path, monkeypatch):
+    path = tmp_path / "prefix.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("intactkv.prefix.FORMAT", FORMAT + 1)
+        build_prefix(llama, [BOS]).save(path)
+    with pytest.raises(UserError, match=rf"format {FORMAT + 1}, this version reads {FORMAT}"):
+        Prefix.load(path)
+
+
+# Whose it is ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_accepts_its_own_prefix_also_from_a_file(model, tmp_path):
+    build_prefix(model, IDS).save(tmp_path / "prefix.safetensors")
+    attach(model, Prefix.load(tmp_path / "prefix.safetensors"))
+
+
+def test_another_seeds_model_of_the_same_shape_is_refused(model, tiny_model):
+    other = tiny_model(model.config.model_type, seed=1)
+    other.config = model.config
+    with pytest.raises(UserError, match="embeddings differ by 1[0-9][0-9]%"):
+        attach(other, build_prefix(model, [BOS]))
+
+
+@pytest.mark.parametrize(
+    ("field", "model_type", "overrides"),
+    [
+        ("model_type", "qwen2", {}),
+        ("layers", "llama", {"num_hidden_layers": 2}),
+        ("kv_heads", "llama", {"num_key_value_heads": 4}),
+        ("head_dim", "llama", {"head_dim": 8}),
+        ("vocabulary", "llama", {"vocab_size": 102}),
+        ("rope", "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    ],
+)
+def test_a_model_that_differs_in_anything_that_shapes_keys_is_refused(llama, tiny_model, field, model_type, overrides):
+    with pytest.raises(UserError, match=f"another model or basis: {field} is"):
+        attach(tiny_model(model_type, **overrides), build_prefix(llama, [BOS]))
+
+
+def with_source(model, fingerprint: str | None, basis: str):
+    model.intactkv_source = (fingerprint, basis)
+    return model
+
+
+def test_another_basis_or_another_checkpoint_is_refused_and_the_same_one_is_not(tiny_model):
+    prefix = build_prefix(with_source(tiny_model("llama"), "aaaa", "rotated"), [BOS])
+    attach(with_source(tiny_model("llama"), "aaaa", "rotated"), prefix)
+    # A model without a fingerprint (not from a directory) is told apart by its embeddings alone.
+    attach(with_source(tiny_model("llama"), None, "rotated"), prefix)
+    with pytest.raises(UserError, match="basis is 'rotated' in the prefix and 'plain' in the model"):
+        attach(with_source(tiny_model("llama"), "aaaa", "plain"), prefix)
+    with pytest.raises(UserError, match="basis is 'rotated'"):
+        attach(tiny_model("llama"), prefix)
+    with pytest.raises(UserError, match="fingerprint is 'aaaa' in the prefix and 'bbbb'"):
+        attach(with_source(tiny_model("llama"), "bbbb", "rotated"), prefix)
+
+
+def test_a_model_from_a_directory_carries_the_fingerprint_of_its_content(tiny_checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny_checkpoint(tmp_path / "one", "llama")
+    copy = tiny_checkpoint(tmp_path / "two", "llama")
+    other = tiny_checkpoint(tmp_path / "three", "llama", seed=1)
+    first, second, third = (AutoModelForCausalLM.from_pretrained(d) for d in (directory, copy, other))
+    assert identity_of(first).fingerprint == identity_of(second).fingerprint is not None
+    prefix = build_prefix(first, [BOS])
+    attach(second, prefix)
+    with pytest.raises(UserError, match="fingerprint is"):
+        attach(third, prefix)
+
+
+def test_an_identity_survives_its_file(model, tmp_path):
+    prefix = build_prefix(with_source(model, "0123", "smooth-1a2b"), [BOS])
+    prefix.save(tmp_path / "prefix.safetensors")
+    assert Prefix.load(tmp_path / "prefix.safetensors").model == identity_of(model)
+    json.loads(prefix.model.rope)  # plain JSON, so that files compare across versions
+
+
+def rounded_to_int8(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize(
+    "rounding",
+    [lambda w: w.half().float(), lambda w: w.bfloat16().float(), rounded_to_int8],
+    ids=["fp16", "bf16", "int8"],
+)
+def test_a_model_whose_embedding_was_rounded_is_still_the_same_model(model, rounding):
+    prefix = build_prefix(model, IDS)
+    before = input_embeddings(model).clone()
+    input_embeddings(model).copy_(rounding(before))
+    assert not torch.equal(input_embeddings(model), before)
+    attach(model, prefix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_accepts_the_prefix_of_its_full_precision_twin(model, dtype):
+    prefix = build_prefix(model, IDS)
+    attach(model.to(dtype), prefix)
