@@ -5,6 +5,7 @@ a killed run starts again at the block where it died and ends with the same bits
 through the blocks that are already done. The directory gets its final name last.
 """
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -158,7 +159,16 @@ def _work_off(
             time.perf_counter() - started,
         )
         block.module.to_empty(device="meta")
+        _return_memory()
     write_ends(partial, dense, ends)
+
+
+def _return_memory() -> None:
+    """Hand freed pages back to the system. glibc keeps buffers of a few MB on its heap, where every block leaves holes:
+    without this, memory grows by about one block per block."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:

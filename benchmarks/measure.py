@@ -1,0 +1,69 @@
+"""What the benchmarks share: alternating timings, peak unshared memory of a child process, and the printed line."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.runs import environment
+
+
+def alternating(
+    first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: str = "cpu"
+) -> tuple[list[float], list[float]]:
+    """Seconds of two functions, called in turn (and in changing order), after one warm-up call of each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    first()
+    second()
+    for i in range(rounds):
+        for which in ((0, 1), (1, 0))[i % 2]:
+            _wait(device)
+            start = time.perf_counter()
+            (first, second)[which]()
+            _wait(device)
+            times[which].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(mine: list[float], peer: list[float]) -> float:
+    """Median over rounds of mine / peer: pairs of one round saw the same machine."""
+    return statistics.median(m / p for m, p in zip(mine, peer, strict=True))
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_unshared_mb(command: list[str], **variables: str) -> float:
+    """Peak of a child process's anonymous memory in MB, sampled every 5 ms. Pages of mapped files do not count: the
+    system can drop them at any time. Linux only."""
+    child = subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    status = Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        try:
+            lines = status.read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            break
+        peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.005)
+    _, errors = child.communicate()
+    if child.returncode != 0:
+        raise RuntimeError(errors.decode())
+    return peak * 1024 / 1e6
+
+
+def report(**figures: Any) -> None:
+    """Print one JSON line with the figures, the hardware and the date."""
+    machine = {k: v for k, v in environment().items() if k in ("processor", "cores", "gpu", "torch", "commit")}
+    print(json.dumps(figures | machine | {"date": date.today().isoformat()}))
+    sys.stdout.flush()
