@@ -6,7 +6,8 @@ Codes are unsigned here: a signed convention with levels −n…n' is the same g
 Only how a group's range becomes (s, z, top) differs between papers. `CONVENTIONS` holds those rules, one row each;
 mixing them up changes published numbers. All arithmetic is in float32, rounding is half-to-even.
 
-Departs from the references: a group without any spread keeps a scale of one step instead of dividing by zero.
+Departs from the references: a group without any spread (below `TINY`) keeps a scale of one step instead of dividing by
+zero.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 EPS = 1e-5  # smallest range (AWQ) or maximum (SmoothQuant, QuaRot) that those repositories divide by
+TINY = torch.finfo(torch.float32).tiny  # a smaller range divided by the number of steps may be 0
 CLIP_NORM = 2.4  # GPTQ's error norm in the clip search
 CLIP_STEPS = 100  # its grid: candidates 1 − i/100 …
 CLIP_SHRINK = 0.8  # … for i < 80
@@ -72,7 +74,7 @@ def _symmetric_range(bits: int) -> int:
 def _fit_gptq_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
     """s = (hi − lo)/(2^b − 1), z = round(−lo/s), with lo ≤ 0 ≤ hi so that 0 is a level; an all-zero group gets ±1."""
     low, high = low.clamp_max(0), high.clamp_min(0)
-    empty = (low == 0) & (high == 0)
+    empty = high - low < TINY
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     scale = (high - low) / _full_range(bits)
     return Fit(scale, torch.round(-low / scale))
@@ -81,7 +83,7 @@ def _fit_gptq_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
 def _fit_gptq_sym(low: Tensor, high: Tensor, bits: int) -> Fit:
     """s = 2m/(2^b − 1), z = 2^(b−1), m = max|x| (also for groups of one sign, which lose half the levels in GPTQ)."""
     largest = _largest(low, high)
-    scale = 2 * torch.where(largest == 0, 1.0, largest) / _full_range(bits)
+    scale = 2 * torch.where(largest < TINY, 1.0, largest) / _full_range(bits)
     return Fit(scale, torch.full_like(scale, 2 ** (bits - 1)))
 
 
@@ -106,7 +108,7 @@ def _fit_quarot_sym(low: Tensor, high: Tensor, bits: int) -> Fit:
 def _fit_deepspeed_sym(low: Tensor, high: Tensor, bits: int) -> Fit:
     """s = 2m/2^b; the largest positive value is clipped by one step (ZeroQuant, DeepSpeed)."""
     largest = _largest(low, high)
-    scale = torch.where(largest == 0, 1.0, largest) / 2 ** (bits - 1)
+    scale = torch.where(largest < TINY, 1.0, largest) / 2 ** (bits - 1)
     return Fit(scale, torch.full_like(scale, 2 ** (bits - 1)))
 
 
@@ -114,13 +116,13 @@ def _fit_deepspeed_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
     """s = (hi − lo)/2^b with the offset s·round(lo/s), that is z = −round(lo/s), which no clamp holds in 0…2^b − 1."""
     spread = high - low
     # A constant group: one level must hit the value, so its scale is the value itself (1 for zeros).
-    scale = torch.where(spread == 0, torch.where(low == 0, 1.0, low.abs()), spread / 2**bits)
+    scale = torch.where(spread < TINY, torch.where(low == 0, 1.0, low.abs()), spread / 2**bits)
     return Fit(scale, -torch.round(low / scale))
 
 
 def _fit_spqr_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
     """s = (hi − lo)/(2^b − 1), z = −lo/s, a real number; a constant group gets the range −1, +1."""
-    constant = low == high
+    constant = high - low < TINY
     low, high = torch.where(constant, -1.0, low), torch.where(constant, 1.0, high)
     scale = (high - low) / _full_range(bits)
     return Fit(scale, -low / scale)
@@ -257,7 +259,10 @@ def _stored(fitted: Fit, grid: UniformGrid) -> Fit:
     if dtype == torch.float32:
         return fitted
     # A scale below the smallest half-precision number would become 0 and divide by 0.
-    return Fit(fitted.scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny), fitted.zero_point)
+    scale = fitted.scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
+    if grid.rule.zero_point != "real":
+        return Fit(scale, fitted.zero_point)
+    return Fit(scale, fitted.zero_point * fitted.scale / scale)  # the offset s·z stays: it may be many steps from 0
 
 
 def _clip_error(groups: Tensor, fitted: Fit, grid: UniformGrid) -> Tensor:
@@ -285,11 +290,13 @@ def fake_quantize(x: Tensor, grid: UniformGrid) -> Tensor:
 
 def quantize(weight: Tensor, grid: UniformGrid, name: str = "weight") -> QuantizedTensor:
     """Put a (rows, channels) matrix on its grid. Raises UserError if the group size does not divide the channels, or
-    if the matrix holds a value that is not finite."""
+    if the matrix holds a value that is not finite, or too large for the grid's scales."""
     if not torch.isfinite(weight).all():
         raise UserError(f"{name} holds values that are not finite; the checkpoint is damaged or overflowed its dtype")
     groups = split_groups(weight.float(), grid.group_size, name)
     fitted = fit(groups, grid)
+    if not torch.isfinite(fitted.scale).all():
+        raise UserError(f"{name} holds values up to {weight.abs().max():.3g}, too large for {grid.scale_dtype} scales")
     codes = merge_groups(encode(groups, fitted, grid)).to(torch.uint8)
     return QuantizedTensor(
         codes, fitted.scale[..., 0].to(SCALE_DTYPES[grid.scale_dtype]), fitted.zero_point[..., 0], grid
