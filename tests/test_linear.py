@@ -1,0 +1,87 @@
+"""QuantLinear: packed weights compute what their dequantized form computes, and take the promised space."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantization.grids import CONVENTIONS, UniformGrid, fake_quantize, quantize
+from quantization.linear import QuantLinear, stored_tensors, unpack_weight
+
+GRIDS = [UniformGrid(bits, 12, convention) for convention in CONVENTIONS for bits in (2, 3, 4, 8)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def name_of(grid: UniformGrid) -> str:
+    return f"{grid.convention}-{grid.bits}"
+
+
+def layer(weight: Tensor, grid: UniformGrid, bias: Tensor | None) -> QuantLinear:
+    return QuantLinear(stored_tensors(quantize(weight, grid)), grid, weight.shape[1], bias)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=name_of)
+def test_what_is_stored_is_what_was_quantized(grid: UniformGrid) -> None:
+    weight = quantize(random(10, 36), grid)  # three groups a row: codes and zero points both need padding
+    again = unpack_weight(stored_tensors(weight), grid, 36)
+    assert torch.equal(again.codes, weight.codes)
+    assert torch.equal(again.scale, weight.scale)
+    assert torch.equal(again.zero_point, weight.zero_point)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_output_is_that_of_the_fake_quantized_weight_bit_for_bit(
+    grid: UniformGrid, dtype: torch.dtype, has_bias: bool
+) -> None:
+    weight, x = random(10, 36).to(dtype), random(2, 5, 36, seed=1).to(dtype)
+    bias = random(10, seed=2).to(dtype) if has_bias else None
+    expected = torch.nn.functional.linear(x, fake_quantize(weight, grid), bias)
+    output = layer(weight, grid, bias)(x)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+
+
+def test_a_layer_shows_its_shape_and_keeps_no_dense_weight() -> None:
+    linear = layer(random(10, 36), UniformGrid(4, 12), random(10))
+    assert (linear.out_features, linear.in_features) == (10, 36)
+    assert "in_features=36, out_features=10" in repr(linear)
+    assert sorted(linear.state_dict()) == ["bias", "codes", "scale", "zero_point"]
+    assert not any(parameter.requires_grad for parameter in linear.parameters())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("scale_bits", [16, 32])
+def test_an_asymmetric_weight_takes_b_plus_scale_plus_b_over_s_bits(
+    bits: int, group_size: int, scale_bits: int
+) -> None:
+    weight = random(24, 256)  # 8 or 16 groups a row: zero points fill whole bytes
+    stored = stored_tensors(quantize(weight, UniformGrid(bits, group_size, scale_dtype=f"float{scale_bits}")))
+    taken = 8 * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert taken / weight.numel() == bits + (scale_bits + bits) / group_size
+
+
+@pytest.mark.parametrize(("bits", "published"), [(4, 4.16), (3, 3.15)])
+def test_a_group_of_128_with_half_precision_scales_takes_the_published_bits(bits: int, published: float) -> None:
+    weight = random(8, 1024)
+    stored = stored_tensors(quantize(weight, UniformGrid(bits, 128, scale_dtype="float16")))
+    taken = 8 * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert round(taken / weight.numel(), 2) == published
+
+
+@pytest.mark.parametrize("convention", [c for c, rule in CONVENTIONS.items() if rule.zero_point == "constant"])
+def test_a_constant_zero_point_takes_no_space(convention: str) -> None:
+    stored = stored_tensors(quantize(random(8, 64), UniformGrid(4, 16, convention)))
+    assert set(stored) == {"codes", "scale"}
