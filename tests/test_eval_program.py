@@ -1,0 +1,255 @@
+"""The program `python -m eval` and its scripts, from the outside."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from corpora.errors import run_program
+from eval.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(120))
+
+
+@pytest.fixture
+def model(intactkv_root, tiny_checkpoint) -> Path:
+    """A tiny dense checkpoint in its own zoo."""
+    return tiny_checkpoint(intactkv_root / "modelzoo", "llama")
+
+
+@pytest.fixture
+def text(intactkv_root) -> Path:
+    """A text file of a few thousand tokens."""
+    path = intactkv_root / "some text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(arguments…) -> (exit code, stdout, stderr), run in this process."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval", *map(str, arguments)])
+        try:
+            run_program(main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_a_text_file_a_recipe_and_a_prefix_give_a_record(program, model, text, intactkv_root):
+    """The call of the README, on a tiny model."""
+    arguments = ("ppl", "--model", model, "--corpus", text, "--window", 64, "--limit", 8, "--recipe", "rtn", "--bits",
+                 4, "--group-size", 32, "--prefix", "bos")  # fmt: skip
+    code, out, _ = program(*arguments, "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["perplexity"] > 1
+    assert record["windows"] == 8
+    assert record["targets"] == 8 * 62
+    settings = record["settings"]
+    assert settings["weights"] == "rtn-w4g32"
+    assert settings["prefix"] == {"label": "[B]", "ids": [1], "file": None, "intact": True}
+    assert settings["corpus"] == "some text.txt"
+    assert len(list((intactkv_root / "outputs" / "runs").iterdir())) == 1
+    # Asked again, the record is read back: the same start, no second file.
+    again = json.loads(program(*arguments, "--json")[1])
+    assert again == record
+    # The written artefacts have readable names with the identity behind.
+    quantized = list((intactkv_root / "modelzoo" / "quantized" / "tiny-llama").glob("rtn-w4g32-*"))
+    assert len([q for q in quantized if q.is_dir()]) == 1
+
+
+def test_vanilla_and_intact_share_the_quantized_checkpoint_and_a_row(program, model, text, intactkv_root):
+    common = ("--model", model, "--corpus", text, "--window", 64, "--limit", 4, "--recipe", "rtn-w3",
+              "--group-size", 32)  # fmt: skip
+    for prefix in ("none", "bos"):
+        assert program("ppl", *common, "--prefix", prefix)[0] == 0
+    places = list((intactkv_root / "modelzoo" / "quantized" / "tiny-llama").glob("rtn*"))
+    assert len(places) == 1
+    code, out, _ = program("table", "--format", "csv")
+    assert code == 0
+    (row,) = csv.DictReader(out.splitlines())
+    assert (row["weights"], row["prefix"]) == ("rtn-w3g32", "[B]")
+    assert float(row["vanilla"]) != float(row["IntactKV"])
+
+
+def test_a_quantized_directory_gives_the_figures_of_its_recipe(program, model, text, intactkv_root):
+    common = ("--corpus", text, "--window", 64, "--limit", 4, "--json")
+    on_the_way = json.loads(program("ppl", "--model", model, "--recipe", "rtn-w4", "--group-size", 32, "--prefix",
+                                    "bos", *common)[1])  # fmt: skip
+    (place,) = (intactkv_root / "modelzoo" / "quantized" / "tiny-llama").glob("rtn*")
+    for packed in ((), ("--packed",)):
+        record = json.loads(program("ppl", "--model", place, "--prefix", "bos", *packed, *common)[1])
+        assert record["perplexity"] == on_the_way["perplexity"]
+        assert record["settings"]["weights"] == "rtn-w4g32"
+
+
+def test_the_vanilla_arm_of_a_text_prefix_sees_its_tokens(program, model, text):
+    common = ("--model", model, "--corpus", text, "--window", 64, "--limit", 4, "--prefix", "A fox.", "--json")
+    intact, vanilla = json.loads(program("ppl", *common)[1]), json.loads(program("ppl", *common, "--vanilla")[1])
+    assert intact["settings"]["prefix"]["ids"] == vanilla["settings"]["prefix"]["ids"]
+    # In full precision the two arms are the same function of the same tokens.
+    assert intact["perplexity"] == pytest.approx(vanilla["perplexity"], rel=1e-4)
+
+
+def test_a_prefix_file_serves_the_quantized_model(program, model, text, intactkv_root, monkeypatch, capsys):
+    from quantization.__main__ import main as quantization_main
+
+    file = intactkv_root / "bos.safetensors"
+    monkeypatch.setattr(sys, "argv", ["quantization", "prefix", "build", "--model", str(model), "--prefix", "bos",
+                                      "--out", str(file)])  # fmt: skip
+    quantization_main()
+    capsys.readouterr()
+    common = ("ppl", "--model", model, "--corpus", text, "--window", 64, "--limit", 4, "--recipe", "rtn-w3",
+              "--group-size", 32, "--json")  # fmt: skip
+    by_word, by_file = (json.loads(program(*common, "--prefix", prefix)[1]) for prefix in ("bos", file))
+    assert by_file["perplexity"] == by_word["perplexity"]
+
+
+BAD_INPUT = {
+    "unknown recipe": (["--recipe", "gptx"], "'gptx'; choose from fp16"),
+    "unknown corpus": (["--corpus", "no-such-corpus"], "'no-such-corpus'"),
+    "group size that does not divide": (["--recipe", "rtn", "--group-size", "48"], "48 does not divide its 64"),
+    "bits without weights": (["--bits", "4"], "--recipe rtn"),
+    "too many bits": (["--recipe", "rtn", "--bits", "9"], "bits=9"),
+    "KV bits out of range": (["--kv-bits", "1"], "KV bits=1"),
+    "unknown KV policy": (["--kv", "magic", "--kv-bits", "4"], "'magic'; choose from none, per_head"),
+    "KV policy without bits": (["--kv", "per_head"], "--kv-bits"),
+    "no GPU of that index": (["--device", "cuda:7"], "cuda:7"),
+    "unknown device": (["--device", "tpu"], "tpu"),
+    "unknown field": (["--recipe", "rtn", "--set", "weights.grid.bitz=3"], "'bitz'"),
+    "text shorter than a window": (["--window", "100000"], "less than one window of 100000"),
+    "window too small": (["--window", "2"], "window is 2"),
+    "no windows": (["--limit", "0"], "limit is 0"),
+    "no batch": (["--batch-size", "0"], "--batch-size 0"),
+    "missing prefix file": (["--prefix", "nowhere.safetensors"], "nowhere.safetensors is missing"),
+    "prompt without chat template": (["--prefix", "prompt"], "no chat template"),
+    "discovery that does not exist": (["--prefix", "auto"], "'auto'"),
+    "vanilla of nothing": (["--vanilla"], "--prefix bos"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_and_exit_code_2(case, program, model, text, intactkv_root):
+    arguments, named = BAD_INPUT[case]
+    given = ("ppl", "--model", model, "--window", 64, "--limit", 2)
+    corpus = () if "--corpus" in arguments else ("--corpus", text)
+    code, out, err = program(*given, *corpus, *arguments)
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert "Traceback" not in err
+    assert not list((intactkv_root / "outputs").glob("runs/*"))
+
+
+def test_a_missing_model_and_a_prefix_of_another_model_are_refused(
+    program, model, text, tiny_checkpoint, intactkv_root
+):
+    code, _, err = program("ppl", "--model", intactkv_root / "nothing", "--corpus", text)
+    assert (code, "nothing is missing" in err) == (2, True)
+    other = tiny_checkpoint(intactkv_root / "others", "llama", seed=5)
+    program("ppl", "--model", other, "--corpus", text, "--window", 64, "--limit", 1, "--prefix", "bos")
+    (file,) = (intactkv_root / "modelzoo" / "prefixes").rglob("*.safetensors")
+    code, _, err = program("ppl", "--model", model, "--corpus", text, "--window", 64, "--limit", 1, "--prefix", file)
+    assert code == 2
+    assert "belongs to another model" in err
+
+
+def test_figures_are_pictures_with_their_numbers_beside(program, model, text, intactkv_root):
+    for prefix in ("none", "bos"):
+        program("ppl", "--model", model, "--corpus", text, "--window", 64, "--limit", 2, "--prefix", prefix)
+    bars, pivots = intactkv_root / "figures" / "bars.png", intactkv_root / "figures" / "pivots.png"
+    assert program("plot", "perplexity", "--model", "tiny-llama", "--out", bars)[0] == 0
+    assert program("plot", "pivots", "--model", model, "--corpus", text, "--tokens", 12, "--out", pivots)[0] == 0
+    for picture in (bars, pivots):
+        from matplotlib import image
+
+        assert image.imread(picture).std() > 0.05  # something is drawn
+    (row,) = csv.DictReader(bars.with_suffix(".csv").open())
+    assert float(row["vanilla"]) == pytest.approx(float(row["IntactKV"]), rel=1e-4)
+    table = list(csv.reader(pivots.with_suffix(".csv").open()))
+    assert len(table) == 1 + 4  # embeddings and three layers
+    assert len(table[0]) == 2 + 12
+
+
+def test_a_figure_of_mixed_protocols_is_refused(program, model, text, intactkv_root):
+    for window in (32, 64):
+        program("ppl", "--model", model, "--corpus", text, "--window", window, "--limit", 2)
+    code, _, err = program("plot", "perplexity", "--model", "tiny-llama", "--out", intactkv_root / "x.png")
+    assert code == 2
+    assert "--window" in err
+    assert program("plot", "perplexity", "--model", "tiny-llama", "--window", 64, "--out",
+                   intactkv_root / "x.png")[0] == 0  # fmt: skip
+
+
+def run(command: list[object], **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | variables, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("program_name", ["eval", "quantization", "intactkv", "corpora"])
+def test_help_does_not_wait_for_torch(program_name):
+    code = ("import runpy, sys; sys.argv = ['x', '--help']\n"
+            f"try:\n    runpy.run_module('{program_name}', run_name='__main__')\n"
+            "except SystemExit:\n    pass\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")  # fmt: skip
+    result = run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+
+
+def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactkv_root):
+    call = ["ppl", "--model", model, "--corpus", text, "--window", 64, "--limit", 7, "--batch-size", 2, "--recipe",
+            "rtn-w4", "--group-size", 32, "--prefix", "bos", "--device", "cpu", "--json"]  # fmt: skip
+    one = run([sys.executable, "-m", "eval", *call, "--force"])
+    assert one.returncode == 0, one.stderr
+    two = run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 29511, "-m", "eval", *call,
+               "--force"])  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    first, second = json.loads(one.stdout), json.loads(two.stdout)  # two would be no JSON if both processes printed
+    assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-6)
+    assert second["windows"] == 7
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["llama-2", "7b", "gptx", "3", "16", "ppl", "29500", "cpu"], "'gptx' is not available; choose fp16"),
+    (["llama-2", "7b", "rtn", "3", "16", "poetry", "29500", "cpu"], "'poetry' is not available"),
+    (["llama-2", "7b", "rtn", "3", "16", "ppl"], "got 6 of 8"),
+    (["llama-2", "7b", "rtn", "3", "16", "ppl", "29500", "gpu"], "device 'gpu'"),
+    (["no-such", "7b", "rtn", "3", "16", "ppl", "29500", "cpu"], "modelzoo/no-such/no-such-7b is missing"),
+])  # fmt: skip
+def test_the_published_call_refuses_in_one_line(arguments, named):
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("scripts/setup.sh has not made .venv")
+    result = run(["bash", "scripts/eval/eval.sh", *arguments])
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert named in result.stderr
+
+
+@pytest.mark.slow
+def test_the_published_call_evaluates_both_arms_of_smollm2(tmp_path):
+    if not (ROOT / "modelzoo" / "smollm2" / "smollm2-135m" / "config.json").exists():
+        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
+    for part in ("modelzoo", "datasets"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "datasets" / "sample").symlink_to(ROOT / "datasets" / "sample")
+    result = run(["bash", "scripts/eval/eval.sh", "smollm2", "135m", "rtn", "4", "4", "ppl", "29500", "cpu"],
+                 INTACTKV_ROOT=str(tmp_path), WINDOW="128", LIMIT="4")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "| smollm2-135m | rtn-w4g64 | 4 PerHead | sample | [B]    |" in result.stdout
+    assert len(list((tmp_path / "outputs" / "runs").glob("*.json"))) == 2

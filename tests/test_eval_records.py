@@ -1,0 +1,129 @@
+"""Run records and the tables made from them."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from corpora.errors import UserError
+from eval.runs import all_records, record_of
+from eval.tables import perplexity_rows, render
+
+SETTINGS: dict[str, Any] = {
+    "model": "tiny-llama", "weights": "rtn-w4g64", "made_of": {"source": "abc"}, "recipe": {}, "kv": None,
+    "prefix": {"label": "none", "ids": [], "file": None, "intact": False}, "dtype": "float32", "device": "cpu",
+    "packed": False, "corpus": "sample", "text_sha256": "00", "protocol": "intactkv", "window": 512, "limit": 8,
+    "batch_size": 4,
+}  # fmt: skip
+CHANGED: dict[str, Any] = {
+    "model": "other", "weights": "rtn-w3g64", "made_of": {"source": "abd"}, "recipe": {"x": 1},
+    "kv": {"kind": "PerHead", "bits": 4}, "prefix": {"label": "[B]", "ids": [1], "file": None, "intact": True},
+    "dtype": "bfloat16", "device": "cuda", "packed": True, "corpus": "c4", "text_sha256": "01", "protocol": "gptq",
+    "window": 2048, "limit": None, "batch_size": 1,
+}  # fmt: skip
+
+
+def test_a_finished_run_is_read_back_and_not_run_again(intactkv_root):
+    calls = []
+
+    def run() -> dict[str, float]:
+        calls.append(1)
+        return {"perplexity": 10.0 + len(calls)}
+
+    first = record_of("ppl", "tiny", SETTINGS, run)
+    assert record_of("ppl", "tiny", SETTINGS, run) == first
+    assert len(calls) == 1
+    forced = record_of("ppl", "tiny", SETTINGS, run, force=True)
+    assert forced["perplexity"] == 12.0
+    assert record_of("ppl", "tiny", SETTINGS, run)["perplexity"] == 12.0
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_every_setting_is_part_of_the_identity(field, intactkv_root):
+    one = record_of("ppl", "tiny", SETTINGS, lambda: {"perplexity": 1.0})
+    other = record_of("ppl", "tiny", SETTINGS | {field: CHANGED[field]}, lambda: {"perplexity": 2.0})
+    assert one["identity"] != other["identity"]
+    assert other["perplexity"] == 2.0
+
+
+def test_a_record_says_what_it_was_made_with(intactkv_root):
+    record = record_of("ppl", "tiny", SETTINGS, lambda: {"perplexity": 1.0})
+    stored = json.loads((intactkv_root / "outputs" / "runs" / f"ppl-tiny-{record['identity']}.json").read_text())
+    assert stored["settings"] == SETTINGS
+    assert {"torch", "transformers", "commit", "processor", "cores"} <= stored["environment"].keys()
+
+
+def test_a_run_that_dies_leaves_no_record(intactkv_root):
+    def run() -> dict[str, float]:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        record_of("ppl", "tiny", SETTINGS, run)
+    assert not list(intactkv_root.rglob("*.json"))
+
+
+@pytest.mark.parametrize("content", ["", '{"perplexity": 1', "[]", '{"perplexity": 1}'])
+def test_a_broken_record_is_named_and_left_alone(content, intactkv_root):
+    record = record_of("ppl", "tiny", SETTINGS, lambda: {"perplexity": 1.0})
+    path = intactkv_root / "outputs" / "runs" / f"ppl-tiny-{record['identity']}.json"
+    path.write_text(content)
+    for read in (lambda: all_records("ppl"), lambda: record_of("ppl", "tiny", SETTINGS, dict)):
+        with pytest.raises(UserError, match=path.name):
+            read()
+    assert path.read_text() == content
+
+
+def record(perplexity: float, started: str = "2026-01-01", **settings: Any) -> dict[str, Any]:
+    return {"settings": SETTINGS | settings, "identity": "x", "started": started, "perplexity": perplexity}
+
+
+BOS = {"label": "[B]", "ids": [1], "file": None, "intact": True}
+PROMPT = {"label": "[P]", "ids": [1, 2], "file": None, "intact": True}
+
+
+def test_both_arms_of_a_setting_share_a_row(intactkv_root):
+    rows = perplexity_rows([
+        record(20.0), record(15.0, prefix=BOS),
+        record(22.0, prefix=PROMPT | {"intact": False}), record(11.0, prefix=PROMPT),
+        record(30.0, kv={"kind": "PerHead", "bits": 4}),
+    ])  # fmt: skip
+    assert [(r.kv, r.prefix, r.vanilla, r.intact, r.change) for r in rows] == [
+        ("16", "[B]", 20.0, 15.0, pytest.approx(-0.25)),
+        ("16", "[P]", 22.0, 11.0, pytest.approx(-0.5)),
+        ("4 PerHead", "[B]", 30.0, None, None),
+    ]
+
+
+@pytest.mark.parametrize("field", ["protocol", "window", "limit", "dtype", "device"])
+def test_figures_of_different_protocols_never_share_a_table(field):
+    text = render(perplexity_rows([record(20.0), record(21.0, **{field: CHANGED[field]})]), "markdown")
+    assert text.count("Perplexity (") == 2
+    first, second = text.split("\n\nPerplexity (")
+    assert ("20.00" in first) != ("20.00" in second)
+
+
+def test_a_gptq_run_without_a_prefix_is_not_the_vanilla_arm_of_bos():
+    rows = perplexity_rows([record(20.0, protocol="gptq"), record(15.0, protocol="gptq", prefix=BOS)])
+    assert [(r.prefix, r.vanilla, r.intact) for r in rows] == [("none", 20.0, None), ("[B]", None, 15.0)]
+
+
+def test_the_newest_of_two_runs_of_a_cell_counts(intactkv_root):
+    rows = perplexity_rows([record(20.0), record(19.0, "2026-01-02", batch_size=1)])
+    assert [r.vanilla for r in rows] == [19.0]
+
+
+def test_csv_holds_what_the_markdown_shows():
+    rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS), record(1234.5, weights="rtn-w2g64")])
+    table = list(csv.DictReader(io.StringIO(render(rows, "csv"))))
+    assert [(line["weights"], line["vanilla"], line["IntactKV"], line["change"]) for line in table] == [
+        ("rtn-w4g64", "20", "15", "-0.25"),
+        ("rtn-w2g64", "1234.5", "", ""),
+    ]
+    markdown = render(rows, "markdown")
+    assert "| -25.0% |" in markdown
+    assert "1.23e+03" in markdown
+    assert "n/a" in markdown
+    widths = {len(line) for line in markdown.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
