@@ -42,21 +42,22 @@ def quantize(arguments: list[str]) -> None:
     if options.list:
         list_recipes()
         return
-    from quantization.loading import calibration_of, find_checkpoint, load_tokenizer, quantized_directory
+    from quantization.loading import find_checkpoint, plan_run, quantized_directory
     from quantization.pipeline import quantize_checkpoint
 
     show_log(options.verbose)
     device = chosen_device(options.device)
-    checkpoint = find_checkpoint(options.model)
-    if checkpoint.manifest is not None:
-        raise UserError(
-            f"{options.model} is quantized already ({checkpoint.manifest['label']}); give a dense checkpoint"
-        )
-    recipe = chosen_recipe(options, checkpoint)
-    segments = calibration_of(recipe, load_tokenizer(options.model)) if recipe.calibrates else None
-    out = options.out or quantized_directory(checkpoint, recipe, segments, None)
+    recipe = chosen_recipe(options, find_checkpoint(options.model))
+    plan = plan_run(options.model, recipe, device=device)
+    out = options.out or quantized_directory(plan.checkpoint, recipe, plan.segments, plan.calibration_prefix)
     quantize_checkpoint(
-        options.model, recipe, out, segments=segments, device=device, fingerprint=checkpoint.fingerprint
+        options.model,
+        recipe,
+        out,
+        segments=plan.segments,
+        prefix_ids=plan.calibration_prefix,
+        device=device,
+        fingerprint=plan.checkpoint.fingerprint,
     )
     size = sum(file.stat().st_size for file in out.glob("block-*.safetensors"))
     print(f"{recipe.label()}  decoder blocks {size / 1e6:.1f} MB  {out}")

@@ -5,7 +5,7 @@ Only the standard library is imported here, so that `--help` answers at once.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -175,10 +175,13 @@ def chosen_dtype(name: str | None) -> "torch.dtype | None":
     return None if name is None else getattr(torch, name)
 
 
-def show_log(verbose: Any = True) -> None:
-    """Let the library's log lines (one per block, prefix, cache) appear on stderr."""
+def show_log(verbose: bool = True) -> None:
+    """Let the library's log lines (one per block, prefix, cache) appear on stderr, and nobody else's."""
     import logging
+
+    from transformers.utils.logging import disable_progress_bar
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
     for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    disable_progress_bar()  # one bar a program: ours

@@ -1,0 +1,49 @@
+"""What must hold on a CUDA device: the same codes, the same logits, the same text as on the CPU."""
+
+import pytest
+import torch
+
+from intactkv.attach import attach
+from intactkv.prefix import build_prefix
+from quantization.grids import UniformGrid, quantize
+from quantization.kv_cache import PerHead
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_codes_do_not_depend_on_the_device():
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4, 8):
+        grid = UniformGrid(bits, 64)
+        on_cpu, on_gpu = quantize(weight, grid), quantize(weight.cuda(), grid)
+        # Division may differ in the last bit between the two, which can move a value that lies on a rounding border.
+        assert (on_cpu.codes != on_gpu.codes.cpu()).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_prefix_made_on_the_cpu_serves_a_model_on_the_gpu(model_type, dtype, tiny_model):
+    model = tiny_model(model_type)
+    prefix = build_prefix(model, [1, 7, 9])
+    ids = torch.randint(5, 101, (2, 40), generator=torch.Generator().manual_seed(1))
+    ids[:, :3] = prefix.ids
+    expected = model(ids).logits
+    model = model.to("cuda", dtype)
+    logits = attach(model, prefix).score(ids.cuda()).cpu()
+    tolerance = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}[dtype]
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_kv_quantized_text_keeps_the_prefix_exact(tiny_model):
+    model = tiny_model("llama").cuda()
+    prefix = build_prefix(model, [1, 7, 9])
+    prompt = torch.tensor([[1, 7, 9, 20, 21, 22]], device="cuda")
+    output = attach(model, prefix, PerHead(3)).generate(
+        prompt, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+    )
+    for layer, key, value in zip(output.past_key_values.intact_layers, prefix.keys, prefix.values, strict=True):
+        assert torch.equal(layer.held[0][:, :, :3].cpu(), key)
+        assert torch.equal(layer.held[1][:, :, :3].cpu(), value)
