@@ -88,13 +88,7 @@ def _open_text(path: Path) -> IO[str]:
 
 
 def _zstd_stream(path: Path) -> IO[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(
-            f"reading {path} needs the zstandard package: .venv/bin/pip install zstandard, or unpack the file beside "
-            f"itself (zstd -d {path.name})"
-        ) from None
+    import zstandard
 
     class WholeFrames(io.RawIOBase):
         """The unpacked bytes; a file that ends inside a frame is an error, as it is for gzip."""

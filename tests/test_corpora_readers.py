@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from corpora.errors import UserError
 from corpora.readers import read_documents, read_records
@@ -30,7 +31,7 @@ def write_json_lines(path: Path) -> Path:
     if path.suffix == ".gz":
         data = gzip.compress(data)
     if path.suffix == ".zst":
-        data = pytest.importorskip("zstandard").compress(data)
+        data = zstandard.compress(data)
     path.write_bytes(data)
     return path
 

@@ -36,7 +36,7 @@ def draw_pivots(model_directory: Path, corpus: str | None, tokens: int, device: 
         if i in pivots:
             tick.set_color("#d55e00")
             tick.set_fontweight("bold")
-    axes.set_yticks([i + 0.5 for i in range(0, len(largest), 5)], range(0, len(largest), 5))
+    axes.set_yticks([i + 0.5 for i in range(0, len(largest), 5)], [str(i) for i in range(0, len(largest), 5)])
     axes.set_ylabel("output of block (0: embeddings)")
     axes.set_xlabel("token; pivots (over 100 and over 1000 × the layer's median) in bold")
     axes.set_title(
