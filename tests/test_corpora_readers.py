@@ -107,8 +107,6 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json.gz", "a.jsonl.zst", "a.jsonl"])
 def test_what_is_not_of_the_format_is_named(tmp_path: Path, name: str) -> None:
-    if name.endswith(".zst"):
-        pytest.importorskip("zstandard")
     (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)  # a clone without git-lfs
     with pytest.raises(UserError, match=f"{name} is truncated or damaged"):
         list(read_documents(tmp_path / name))
@@ -138,10 +136,3 @@ def test_text_in_another_encoding_and_folders_of_something_else_are_refused(tmp_
         list(read_documents(tmp_path / "a.txt"))
     with pytest.raises(UserError, match="save_to_disk"):
         list(read_documents(tmp_path))
-
-
-def test_zst_without_its_package_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    (tmp_path / "val.jsonl.zst").write_bytes(b"")
-    with pytest.raises(UserError, match="pip install zstandard"):
-        list(read_documents(tmp_path / "val.jsonl.zst"))
