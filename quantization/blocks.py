@@ -45,7 +45,8 @@ class DecoderBlock:
         """
         assert self.stream is not None, "this quantizer calibrates, but no calibration text was given"
         handles = [
-            linear.register_forward_pre_hook(lambda _module, args, name=name: look(name, args[0]))
+            # OPT flattens the tokens in front of its feed-forward linears.
+            linear.register_forward_pre_hook(lambda _module, args, name=name: look(name, args[0].flatten(0, -2)[None]))
             for name, linear in self.linears().items()
         ]
         try:

@@ -74,22 +74,35 @@ class DenseCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter, in its stored dtype, on the CPU. Raises UserError if the checkpoint lacks it."""
+        stored, file = self._located(name)
+        with _open(file) as tensors:
+            return tensors.get_tensor(stored)
+
+    def _located(self, name: str) -> tuple[str, Path]:
         stored = self.stored_name(name)
         if stored is None:
             raise UserError(f"{self.directory} lacks the tensor {name!r}; the checkpoint is incomplete, fetch it again")
-        with _open(self._file_of[stored]) as tensors:
-            return tensors.get_tensor(stored)
+        return stored, self._file_of[stored]
+
+    def check(self, model: nn.Module) -> None:
+        """Compare names and shapes with an empty model's, from the files' headers. Raises UserError for the first that
+        does not fit; only a tied head may be missing."""
+        for name, parameter in model.state_dict().items():
+            if name in tied_names(model) and self.stored_name(name) is None:
+                continue
+            stored, file = self._located(name)
+            with _open(file) as tensors:
+                shape = tuple(tensors.get_slice(stored).get_shape())
+            if shape != tuple(parameter.shape):
+                raise UserError(
+                    f"{self.directory}: the tensor {name!r} has shape {shape}, config.json asks for "
+                    f"{tuple(parameter.shape)}; the checkpoint and its configuration belong to different models"
+                )
 
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the checkpoint."""
         state = {name: self.tensor(f"{prefix}.{name}").to(device) for name in module.state_dict()}
-        try:
-            module.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise UserError(
-                f"{self.directory}: {prefix} does not fit config.json ({error}); the checkpoint and its "
-                "configuration belong to different models"
-            ) from None
+        module.load_state_dict(state, strict=True, assign=True)
 
 
 def _open(file: Path) -> Any:
@@ -116,6 +129,13 @@ def empty_model(directory: Path) -> PreTrainedModel:
         return (
             AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval().requires_grad_(False)
         )
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Parameters that a checkpoint need not hold, because they are the input embeddings."""
+    config = model.config
+    assert isinstance(config, PreTrainedConfig)
+    return {"lm_head.weight"} if config.get_text_config(decoder=True).tie_word_embeddings else set()
 
 
 def is_quantized(directory: Path) -> bool:
@@ -224,9 +244,9 @@ def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> 
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{directory} does not fit its config.json ({error})") from None
-    tied = {"lm_head.weight"} if model.config.get_text_config(decoder=True).tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
+    missing = sorted(set(missing) - tied_names(model))
+    if unexpected or missing:
         raise UserError(
-            f"{directory} is damaged: missing {sorted(set(missing) - tied)[:3]}, unexpected "
-            f"{sorted(unexpected)[:3]}; delete the directory and quantize again"
+            f"{directory} is damaged: missing {missing[:3]}, unexpected {sorted(unexpected)[:3]}; delete the "
+            "directory and quantize again"
         )

@@ -115,6 +115,8 @@ def quantize_checkpoint(
         if partial.exists() and _identity_of(partial) != manifest["identity"]:
             shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
         partial.mkdir(parents=True, exist_ok=True)
+        for half_written in partial.glob(".*.partial"):  # a killed run's; no other process is at work here
+            half_written.unlink()
         copy_companions(source, partial)
         write_json(partial / MANIFEST, manifest)
         _work_off(dense, recipe, partial, segments, prefix_ids, torch.device(device))
@@ -132,6 +134,7 @@ def _work_off(
 ) -> None:
     """Process every block that has no file yet, then the ends."""
     model = empty_model(dense.directory)
+    dense.check(model)
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
     count = len(blocks)
@@ -235,7 +238,7 @@ def _identity_of(directory: Path) -> str | None:
     """The identity that a directory claims; None if it has no readable manifest."""
     try:
         return read_json(directory / MANIFEST, "quantization manifest").get("identity")
-    except UserError:
+    except (UserError, OSError):  # OSError: a file stands where the directory should be
         return None
 
 

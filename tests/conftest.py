@@ -42,6 +42,7 @@ def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 def _tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in evaluation mode whose activations and logits spread widely; `overrides` go to its config."""
     config = _tiny_config(model_type, **overrides)
+    dtype = config.dtype  # from_config overwrites it
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -55,7 +56,8 @@ def _tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedM
         else:
             parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
     model.tie_weights()
-    return model.to(config.dtype)
+    model.config.dtype = dtype
+    return model.to(dtype)
 
 
 def _tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
