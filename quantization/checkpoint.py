@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from corpora.errors import UserError
 from corpora.storage import read_json, write_tensors
+from quantization.architecture import architecture_of
 from quantization.grids import QuantizedTensor, UniformGrid
 from quantization.linear import QuantLinear, stored_tensors, unpack_weight
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_quantized",
     "read_block",
     "read_config",
+    "read_manifest",
     "write_block",
     "write_ends",
 ]
@@ -125,6 +127,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
 def empty_model(directory: Path) -> PreTrainedModel:
     """The model of a directory's configuration without weights (meta device); its buffers are real."""
     config = read_config(directory)
+    architecture_of(config)  # refuses what is no supported causal language model
     with init_empty_weights(include_buffers=False):
         return (
             AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval().requires_grad_(False)
@@ -141,6 +144,18 @@ def tied_names(model: nn.Module) -> set[str]:
 def is_quantized(directory: Path) -> bool:
     """Whether a directory is a quantized checkpoint of this project."""
     return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What made a quantized checkpoint. Raises UserError if its manifest is missing, damaged or of another version."""
+    manifest = read_json(directory / MANIFEST, "quantization manifest")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT or not {"identity", "made_of", "basis", "source"} <= manifest.keys():
+        raise UserError(
+            f"{directory / MANIFEST} is not a whole manifest of format {FORMAT} (its format: {version}); delete the "
+            "directory and quantize again"
+        )
+    return manifest
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -209,9 +224,7 @@ def load_quantized(
     packed: keep the weights packed in `QuantLinear` modules; otherwise they are dequantized into plain linears. Both
     compute the same bits. dtype: of the computation; the checkpoint's by default.
     """
-    manifest = read_json(directory / MANIFEST, "quantization manifest")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}; quantize again")
+    manifest = read_manifest(directory)
     model = empty_model(directory)
     dtype = dtype or model.dtype
     state: dict[str, Tensor] = {}

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from corpora.catalog import model_defaults
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
-from corpora.storage import checkpoint_fingerprint, identity, read_json, sha256_of_file
+from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file
 from corpora.text import calibration_segments
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import PLAIN_BASIS, Prefix
-from quantization.checkpoint import MANIFEST, DenseCheckpoint, is_quantized, load_quantized, read_config
+from quantization.checkpoint import DenseCheckpoint, is_quantized, load_quantized, read_config, read_manifest
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
 from quantization.prefixes import PrefixChoice, choose_prefix, stored_prefix
 from quantization.recipe import PUBLISHED_GROUP, Recipe, describe
@@ -54,7 +54,7 @@ class Checkpoint:
 def find_checkpoint(directory: Path) -> Checkpoint:
     """Look at a model directory. Raises UserError if it is missing, truncated or no checkpoint."""
     if directory.is_dir() and is_quantized(directory):
-        manifest = read_json(directory / MANIFEST, "quantization manifest")
+        manifest = read_manifest(directory)
         name = f"{manifest['source']['name']}/{directory.name}"
         return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
     DenseCheckpoint(directory)

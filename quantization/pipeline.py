@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, identity, read_json, sha256_of_tensor, write_json
+from corpora.storage import checkpoint_fingerprint, identity, sha256_of_tensor, write_json
 from intactkv.prefix import PLAIN_BASIS
 from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
@@ -33,7 +33,9 @@ from quantization.checkpoint import (
     block_file,
     copy_companions,
     empty_model,
+    is_quantized,
     read_block,
+    read_manifest,
     write_block,
     write_ends,
 )
@@ -83,6 +85,8 @@ def quantize_checkpoint(
     segments: (N, T) calibration ids, needed if the recipe calibrates. prefix_ids: (P,), needed if it calibrates behind
     the prefix. Returns `out`. Raises UserError if `out` holds something else, or the source is incomplete.
     """
+    if is_quantized(source):
+        raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
     dense = DenseCheckpoint(source)
     fingerprint = fingerprint or checkpoint_fingerprint(source)
     if not recipe.changes_weights:
@@ -237,7 +241,7 @@ def _load_ends(model: PreTrainedModel, dense: DenseCheckpoint, ends: list[str], 
 def _identity_of(directory: Path) -> str | None:
     """The identity that a directory claims; None if it has no readable manifest."""
     try:
-        return read_json(directory / MANIFEST, "quantization manifest").get("identity")
+        return read_manifest(directory)["identity"]
     except (UserError, OSError):  # OSError: a file stands where the directory should be
         return None
 
