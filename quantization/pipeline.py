@@ -39,7 +39,7 @@ from quantization.checkpoint import (
     write_block,
     write_ends,
 )
-from quantization.grids import QuantizedTensor
+from quantization.grids import QuantizedTensor, split_groups
 from quantization.linear import unpack_weight
 from quantization.recipe import Recipe, describe
 
@@ -115,6 +115,7 @@ def quantize_checkpoint(
         if out.exists():
             _refuse_other(out, manifest)
             return out
+        model = _empty_model_for(dense, recipe)
         partial = out.with_name(f"{out.name}.partial")
         if partial.exists() and _identity_of(partial) != manifest["identity"]:
             shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
@@ -123,22 +124,34 @@ def quantize_checkpoint(
             half_written.unlink()
         copy_companions(source, partial)
         write_json(partial / MANIFEST, manifest)
-        _work_off(dense, recipe, partial, segments, prefix_ids, torch.device(device))
+        _work_off(dense, model, recipe, partial, segments, prefix_ids, torch.device(device))
         partial.rename(out)
     return out
 
 
+def _empty_model_for(dense: DenseCheckpoint, recipe: Recipe) -> PreTrainedModel:
+    """The model without weights, after everything that can be refused without reading them."""
+    model = empty_model(dense.directory)
+    architecture = architecture_of(model.config)
+    dense.check(model)
+    for index, module in enumerate(architecture.blocks_of(model)):
+        block = DecoderBlock(index, module, architecture)
+        for name, linear in block.linears().items():
+            if recipe.weights is not None:
+                split_groups(linear.weight, recipe.weights.grid.group_size, f"{block.name}.{name}")
+    return model
+
+
 def _work_off(
     dense: DenseCheckpoint,
+    model: PreTrainedModel,
     recipe: Recipe,
     partial: Path,
     segments: Tensor | None,
     prefix_ids: Tensor | None,
     device: torch.device,
 ) -> None:
-    """Process every block that has no file yet, then the ends."""
-    model = empty_model(dense.directory)
-    dense.check(model)
+    """Process every block that has no file yet, then the ends. model: without weights."""
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
     count = len(blocks)
