@@ -21,6 +21,9 @@ from intactkv.prefix import Prefix, input_embeddings
 
 __all__ = ["IntactModel", "attach"]
 
+DEFAULT_NEW_TOKENS = 20  # what transformers appends when nobody says how many
+ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+
 
 def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = None) -> "IntactModel":
     """Put an intact prefix in front of a model, and a KV policy on its cache; both are optional.
@@ -77,20 +80,27 @@ class IntactModel:
     ) -> Any:
         """One forward pass over tokens that follow the prefix; returns the module's own output.
 
-        ids: (B, T), without the prefix. mask: (B, T), 0 at padding, or None. through: a part of the model that takes
-        the same arguments, such as its decoder without the head; the whole model by default. cache: one made by
-        `new_cache`, for a caller that wants to look at it afterwards.
+        ids: (B, T), without the prefix. mask: 0 at padding, or None; (B, T), or longer where the cache holds earlier
+        tokens: it covers everything behind the prefix. through: a part of the model that takes the same arguments,
+        such as its decoder without the head; the whole model by default. cache: one made by `new_cache`, for a caller
+        that wants to look at it afterwards, or to feed a text in several calls.
         """
+        cache = self.new_cache() if cache is None else cache
         full, positions = None, None
         if mask is not None and not bool(mask.all()):
             full = torch.cat([mask.new_ones(mask.shape[0], self.prefix_length), mask], dim=1)
+            if full.shape[1] != cache.get_seq_length() + ids.shape[1]:
+                raise UserError(
+                    f"mask has {mask.shape[1]} columns; expected one for each of the "
+                    f"{cache.get_seq_length() + ids.shape[1] - self.prefix_length} tokens behind the prefix"
+                )
             # Default positions count physical slots; with pads between prefix and text they would be wrong for RoPE.
-            positions = (full.cumsum(-1) - 1).clamp_min(0)[:, self.prefix_length :]
+            positions = (full.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None and self._takes_positions():
             arguments["position_ids"] = positions
         with prefix_attention(self.model):
-            return (through or self.model)(input_ids=ids, past_key_values=cache or self.new_cache(), **arguments)
+            return (through or self.model)(input_ids=ids, past_key_values=cache, **arguments)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
@@ -127,16 +137,14 @@ class IntactModel:
         Raises UserError for prompts without the prefix, a prompt that equals the prefix (nothing to feed), a mixed
         batch, a cache of another dialogue, or padding that would push the prefix out of a sliding window.
         """
-        if options.get("cache_implementation") is not None:
-            raise UserError("cache_implementation cannot be combined with a prefix: the prefix is the cache")
+        self._refuse_options(options)
         rows = self._take_apart(input_ids, attention_mask)
         if self.prefix is not None and not rows.had_prefix and not prepend:
             raise UserError(
                 "the prompt does not start with the prefix's tokens; put them in front, or pass "
                 "prepend=True to have that done"
             )
-        new_tokens = options.get("max_new_tokens") or self.model.generation_config.max_new_tokens or 0
-        self._refuse_pushed_out(rows, new_tokens)
+        self._refuse_pushed_out(rows, self._new_tokens(options, self.prefix_length + rows.feed.shape[1]))
 
         batch = rows.feed.shape[0]
         lead = rows.feed.new_empty(batch, 0)
@@ -145,12 +153,19 @@ class IntactModel:
         ids = torch.cat([lead, rows.feed], dim=1)
         mask = torch.cat([torch.ones_like(lead), rows.mask], dim=1)
         cache = self.new_cache() if past_key_values is None else self._continued(past_key_values, ids)
+        cache.tokens = None  # until it is known what an answer that may be interrupted leaves here
+        cache.batch_repeat_interleave(
+            max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
+        )
         with prefix_attention(self.model):
             generate: Any = self.model.generate
-            output = generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+            output = generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, **{"use_cache": True, **options}
+            )
 
         sequences = output if isinstance(output, Tensor) else output.sequences
-        cache.tokens = sequences[:, : cache.get_seq_length()] if sequences.shape[0] == 1 else None
+        if cache.intact_layers[0].held[0].shape[0] == 1:  # beams leave their last state, not the sequence that won
+            cache.tokens = sequences[:, : cache.get_seq_length()]
         given = input_ids.to(sequences).repeat_interleave(sequences.shape[0] // batch, dim=0)
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):  # right padding moved left
             given = _left_padded(input_ids, attention_mask)[0].to(sequences)
@@ -204,8 +219,36 @@ class IntactModel:
         columns = torch.arange(longest, device=device)
         return _Rows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)
 
+    def _option(self, options: dict[str, Any], name: str) -> Any:
+        """An option as `generate` will read it: passed itself, in a given configuration, or the model's own."""
+        given = options.get("generation_config")
+        values = (options.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
+        return next((value for value in values if value is not None), None)
+
+    def _new_tokens(self, options: dict[str, Any], fed: int) -> int:
+        """How many tokens `generate` will append at most, `fed` being the prompt's length with prefix and pads."""
+        if (count := self._option(options, "max_new_tokens")) is not None:
+            return count
+        length = self._option(options, "max_length")
+        return DEFAULT_NEW_TOKENS if length is None else max(length - fed, 0)
+
+    def _refuse_options(self, options: dict[str, Any]) -> None:
+        """Refuse what transformers does not combine, or combines wrongly and silently, with tokens in the cache."""
+        if self._option(options, "cache_implementation") is not None:
+            raise UserError("cache_implementation cannot be combined with a prefix: the prefix is the cache")
+        given = options.get("use_cache", getattr(options.get("generation_config"), "use_cache", None))
+        if given is False:
+            raise UserError("use_cache=False cannot be combined with a prefix: the prefix is in the cache")
+        for name in ASSISTANTS:
+            if self.prefix is not None and self._option(options, name):
+                raise UserError(
+                    f"{name} cannot be combined with a prefix: assisted decoding starts with an empty cache"
+                )
+
     def _refuse_pushed_out(self, rows: _Rows, new_tokens: int) -> None:
         """A sliding window counts physical slots: pads behind the prefix would push it out too early."""
+        if self.prefix is None:
+            return  # pads in front of everything shift nothing
         window = self.new_cache().smallest_window
         slots = self.prefix_length + rows.feed.shape[1] + new_tokens
         if window is not None and bool(rows.pads.any()) and slots > window:
@@ -215,14 +258,10 @@ class IntactModel:
             )
 
     def _continued(self, cache: IntactCache, ids: Tensor) -> IntactCache:
-        """Check that a kept cache holds the beginning of this prompt."""
-        seen = cache.tokens
-        if (
-            seen is None
-            or ids.shape[0] != 1
-            or seen.shape[1] >= ids.shape[1]
-            or not torch.equal(seen, ids[:, : seen.shape[1]])
-        ):
+        """Check that a kept cache holds the beginning of this prompt, behind the same prefix, quantized alike."""
+        seen = cache.tokens if isinstance(cache, IntactCache) and cache.same_kind(self.new_cache()) else None
+        seen = ids if seen is None else seen[:, : cache.get_seq_length()]  # a cropped cache has forgotten the last
+        if ids.shape[0] != 1 or seen.shape[1] >= ids.shape[1] or not torch.equal(seen, ids[:, : seen.shape[1]]):
             raise UserError(
                 "past_key_values does not hold the beginning of this prompt; pass the cache of the answer "
                 "that the prompt continues (batch of one), or leave it out to feed the dialogue again"

@@ -76,6 +76,7 @@ class IntactLayer(DynamicLayer):
                 f"{self.get_seq_length() - self.prefix_length} tokens follow it"
             )
         super().crop(tokens_to_remove)
+        self.quantized_tokens = min(self.quantized_tokens, self.get_seq_length() - self.prefix_length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the sequences for beam search; nothing to do while only the shared prefix is held."""
@@ -111,8 +112,8 @@ class IntactSlidingLayer(IntactLayer, DynamicSlidingWindowLayer):
         return self.cumulative_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget tokens; a layer that holds nothing beyond its prefix is left alone (transformers would fail)."""
-        if self.is_initialized:
+        """Forget tokens; nothing to forget before the first ones arrive (transformers would fail)."""
+        if self.is_initialized or tokens_to_remove:
             super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -153,6 +154,15 @@ class IntactCache(Cache):
         self.prefix_length = layers[0].prefix_length
         # The token ids that a finished `generate` left here, (1, length): lets a dialogue go on safely.
         self.tokens: Tensor | None = None
+
+    def same_kind(self, other: "IntactCache") -> bool:
+        """Whether both stand behind the same prefix and quantize alike, whatever text they hold."""
+        return len(self) == len(other) and all(
+            ours.policy == theirs.policy
+            and len(ours.prefix or ()) == len(theirs.prefix or ())
+            and all(x is y or torch.equal(x, y) for x, y in zip(ours.prefix or (), theirs.prefix or (), strict=True))
+            for ours, theirs in zip(self.intact_layers, other.intact_layers, strict=True)
+        )
 
     @property
     def quantized_fraction(self) -> float:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 PAD, BOS, EOS = 0, 1, 2
+THREADS = torch.get_num_threads()
 
 
 def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
@@ -114,3 +115,10 @@ def intactkv_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh place for datasets/, modelzoo/ and outputs/, so that no test reads or writes the checkout's."""
     monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One thread for tiny models: theirs wait for each other far longer than they compute, most of all on a busy
+    machine. The real checkpoint gets all cores."""
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("slow") else 1)
