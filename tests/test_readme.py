@@ -54,5 +54,4 @@ def test_the_python_example_runs(tmp_path):
                                 text=True, timeout=600, check=False)  # fmt: skip
         assert result.returncode == 0, result.stderr
     assert "assistant" in result.stdout
-    answer = result.stdout.rpartition("assistant")[2]
-    assert re.search(r"red|blue|green|yellow", answer, re.IGNORECASE), answer
+    assert "Paris" in result.stdout.rpartition("assistant")[2]
