@@ -6,6 +6,7 @@ from pathlib import Path
 
 from corpora.errors import UserError, run_program
 from quantization.options import (
+    Parser,
     add_dtype_option,
     add_model_options,
     add_prefix_option,
@@ -19,7 +20,7 @@ from quantization.options import (
 
 def quantize_parser() -> argparse.ArgumentParser:
     """The options of the main program."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m quantization",
         description="Quantize a dense checkpoint, one decoder block at a time. A killed run goes on where it stopped.",
         epilog="example: python -m quantization --model modelzoo/smollm2/smollm2-135m --recipe rtn --bits 4 "
@@ -75,7 +76,7 @@ def list_recipes() -> None:
 
 def prefix_parser(program: str) -> argparse.ArgumentParser:
     """The options of the prefix programs."""
-    parser = argparse.ArgumentParser(prog=program, description="Prefixes: keys and values of the pivot tokens.")
+    parser = Parser(prog=program, description="Prefixes: keys and values of the pivot tokens.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="build")
     build = commands.add_parser(
         "build",
