@@ -1,0 +1,229 @@
+"""The words of --prefix, the file behind each, and what the prefix is for: less error where the sink is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import plain_logits, random_ids
+
+from corpora.errors import UserError
+from corpora.sharegpt import VICUNA_SYSTEM
+from intactkv.attach import attach
+from intactkv.prefix import Prefix, build_prefix
+from quantization.grids import UniformGrid, fake_quantize
+from quantization.kv_cache import PerHead
+from quantization.prefixes import choose_prefix, stored_prefix
+
+BOS, EOS = 1, 2
+CHAT = (
+    "{% if messages[0]['role'] != 'system' %}<s>[SYS]Be kind.[/SYS]\n{% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    return tiny_tokenizer()
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_none_is_no_prefix(tokenizer):
+    choice = choose_prefix("none", tokenizer, "tiny")
+    assert (choice.label, choice.ids, choice.file) == ("none", (), None)
+
+
+def test_bos_is_the_start_token_and_eos_where_a_tokenizer_has_no_bos(tokenizer, tiny_tokenizer):
+    assert (choose_prefix("bos", tokenizer, "tiny").label, choose_prefix("bos", tokenizer, "tiny").ids) == ("[B]", (1,))
+    assert choose_prefix("bos", tiny_tokenizer(bos_token=None), "tiny").ids == (EOS,)
+    with pytest.raises(UserError, match="neither a BOS nor an EOS"):
+        choose_prefix("bos", tiny_tokenizer(bos_token=None, eos_token=None), "tiny")
+
+
+@pytest.mark.parametrize("text", ["Hello you", "<s>Hello you"])
+def test_a_text_gets_exactly_one_start_token_in_front(tokenizer, text):
+    choice = choose_prefix(text, tokenizer, "tiny")
+    assert choice.label == "[T]"
+    assert tokenizer.decode(choice.ids) == "<s>Hello you"
+    assert choice.ids.count(BOS) == 1
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    texts = ["apples", "Zebras", "1 + 1 = ?", "é", "<tag>", "a\nb", "user: user:"]
+    single = [[{"role": "user", "content": text}] for text in texts]
+    dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    return [*single, [*dialogue, {"role": "user", "content": "Bye"}]]
+
+
+def test_prompt_is_what_every_conversation_of_the_chat_template_starts_with(tokenizer):
+    tokenizer.chat_template = CHAT
+    choice = choose_prefix("prompt", tokenizer, "tiny")
+    assert choice.label == "[P]"
+    assert tokenizer.decode(choice.ids) == "<s>[SYS]Be kind.[/SYS]\n<s>user: "
+    for conversation in conversations():
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tuple(ids[: len(choice.ids)]) == choice.ids
+
+
+def test_a_chat_template_that_spells_out_no_start_token_gets_one(tokenizer):
+    tokenizer.chat_template = CHAT.replace("<s>", "")
+    ids = choose_prefix("prompt", tokenizer, "tiny").ids
+    assert tokenizer.decode(ids) == "<s>[SYS]Be kind.[/SYS]\nuser: "
+
+
+def test_a_chat_template_with_nothing_in_common_leaves_the_start_token(tokenizer):
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert choose_prefix("prompt", tokenizer, "tiny").ids == (BOS,)
+
+
+def test_prompt_of_vicuna_is_its_published_system_message(tokenizer):
+    ids = choose_prefix("prompt", tokenizer, "Vicuna-v1.5-7b").ids
+    assert tokenizer.decode(ids) == f"<s>{VICUNA_SYSTEM} USER:"
+    assert len(VICUNA_SYSTEM) == 154
+
+
+def test_prompt_without_a_chat_template_is_refused_by_the_models_name(tokenizer):
+    with pytest.raises(UserError, match="tokenizer of llama-2-7b has no chat template"):
+        choose_prefix("prompt", tokenizer, "llama-2-7b")
+
+
+def test_auto_is_refused_with_the_words_there_are(tokenizer):
+    with pytest.raises(UserError, match=r"'auto'.* is not available; choose none, bos, prompt"):
+        choose_prefix("auto", tokenizer, "tiny")
+
+
+def test_a_file_gives_its_ids_and_its_name(tokenizer, tiny_model, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    build_prefix(tiny_model("llama"), [BOS, 9, 8]).save(path)
+    choice = choose_prefix(str(path), tokenizer, "tiny")
+    assert (choice.label, choice.ids, choice.file) == ("[mine]", (1, 9, 8), path)
+
+
+def test_a_missing_or_broken_file_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="is missing"):
+        choose_prefix(str(tmp_path / "absent.safetensors"), tokenizer, "tiny")
+    (tmp_path / "broken.safetensors").write_text("broken")
+    with pytest.raises(UserError, match="truncated or not a prefix"):
+        choose_prefix(str(tmp_path / "broken.safetensors"), tokenizer, "tiny")
+
+
+def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"looks like a path, but prefix files end in \.safetensors"):
+        choose_prefix(str(tmp_path / "prefix.pt"), tokenizer, "tiny")
+    assert choose_prefix("either/or", tokenizer, "tiny").label == "[T]"
+
+
+# Files kept by identity -----------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_built_once_and_again_only_if_anything_that_made_it_differs(tokenizer, tiny_model, intactkv_root):
+    built = []
+
+    def twin():
+        built.append(1)
+        return tiny_model("llama")
+
+    def prefix(word: str = "bos", basis: str = "plain", dtype: torch.dtype = torch.float32) -> Prefix:
+        choice = choose_prefix(word, tokenizer, "tiny")
+        made_of = {"source": "0123", "basis": basis}
+        return stored_prefix(choice, model_name="tiny", made_of=made_of, dtype=dtype, twin=twin)
+
+    first = prefix()
+    assert torch.equal(prefix().keys[0], first.keys[0])
+    assert len(built) == 1
+    prefix(basis="rotated")
+    prefix(dtype=torch.float16)
+    prefix("a text")
+    assert len(built) == 4
+    prefix("a text")
+    assert len(built) == 4
+    files = sorted(path.name.split("-")[0] for path in (intactkv_root / "modelzoo" / "prefixes" / "tiny").iterdir())
+    assert files == ["bos", "bos", "bos", "text"]
+
+
+def test_a_given_file_is_read_and_nothing_is_built(tokenizer, tiny_model, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    build_prefix(tiny_model("llama"), [BOS, 9]).save(path)
+
+    def twin():
+        raise AssertionError("the file was there")
+
+    choice = choose_prefix(str(path), tokenizer, "tiny")
+    prefix = stored_prefix(choice, model_name="tiny", made_of={}, dtype=torch.float32, twin=twin)
+    assert prefix.ids.tolist() == [BOS, 9]
+
+
+# What it is for -------------------------------------------------------------------------------------------------------
+
+
+def with_a_sink(tiny_model):
+    """A llama in which [BOS] is a true pivot: one huge hidden channel, and a key that every query leans on.
+
+    No block writes to channel 0, a constant of all tokens that drives one dimension of every query, nor to channel 1,
+    which only [BOS] has and which drives the same dimension of the keys (of the slowest RoPE pair, which hardly turns).
+    So [BOS] draws most of the attention, and what is wrong with its key and value reaches every later token: a grid
+    that spans the large dimension of its key rounds the others away, as rounded weights move its large hidden state.
+    """
+    model = tiny_model("llama", max_position_embeddings=64)
+    embedding = model.get_input_embeddings().weight
+    embedding[:, :2] = torch.tensor([5.0, 0.0])
+    embedding[BOS, 1] = 200.0
+    slow = model.config.head_dim - 1
+    for block in model.model.layers:
+        block.input_layernorm.weight[:2] = 1
+        block.self_attn.o_proj.weight[:2] = 0
+        block.mlp.down_proj.weight[:2] = 0
+        for projection, channel, size in ((block.self_attn.q_proj, 0, 1.0), (block.self_attn.k_proj, 1, 2.0)):
+            projection.weight[slow :: model.config.head_dim] = 0
+            projection.weight[slow :: model.config.head_dim, channel] = size
+    return model
+
+
+def error_behind(model, prefix: Prefix | None, text: torch.Tensor, truth: torch.Tensor, kv=None) -> float:
+    logits = attach(model, prefix, kv).score(text[None])[0]
+    return float((logits - truth)[1:].norm() / truth[1:].norm())
+
+
+def test_the_planted_sink_draws_the_attention(tiny_model):
+    model = with_a_sink(tiny_model)
+    model.set_attn_implementation("eager")
+    text = torch.cat([torch.tensor([BOS]), random_ids(40)])
+    for attention in model(text[None], output_attentions=True).attentions:
+        assert attention[0, :, 10:, 0].mean() > 0.5  # one of at least 11 tokens
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_with_a_sink_the_kv_error_behind_an_intact_bos_is_below_that_without(tiny_model, bits):
+    model = with_a_sink(tiny_model)
+    prefix = build_prefix(model, [BOS])
+    with_prefix = without = 0.0
+    for seed in range(4):
+        text = torch.cat([torch.tensor([BOS]), random_ids(40, seed)])
+        truth = plain_logits(model, text)
+        with_prefix += error_behind(model, prefix, text, truth, PerHead(bits))
+        without += error_behind(model, None, text, truth, PerHead(bits))
+    assert with_prefix < 0.5 * without  # most of the attention stands on a slot that has no error
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_with_a_sink_the_weight_error_behind_an_intact_bos_is_below_that_without(tiny_model, bits):
+    model = with_a_sink(tiny_model)
+    prefix = build_prefix(model, [BOS])
+    texts = [torch.cat([torch.tensor([BOS]), random_ids(40, seed)]) for seed in range(4)]
+    truths = [plain_logits(model, text) for text in texts]
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.copy_(fake_quantize(weight, UniformGrid(bits, 16)))
+    errors = [sum(error_behind(model, p, *pair) for pair in zip(texts, truths, strict=True)) for p in (prefix, None)]
+    assert errors[0] < errors[1]
+
+
+def test_a_prefix_that_another_model_wrote_would_have_made_it_worse(tiny_model):
+    model = with_a_sink(tiny_model)
+    prefix, text = build_prefix(model, [BOS]), torch.cat([torch.tensor([BOS]), random_ids(40)])
+    truth = plain_logits(model, text)
+    foreign = build_prefix(tiny_model("llama", max_position_embeddings=64), [BOS])
+    forged = replace(prefix, keys=foreign.keys, values=foreign.values)
+    assert error_behind(model, prefix, text, truth) < 1e-4 < error_behind(model, forged, text, truth)
