@@ -182,6 +182,7 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
     return {
         "perplexity": float(losses.mean().exp()),
         "nll": float(losses.mean()),
+        "window_nll": [round(loss, 6) for loss in losses.tolist()],
         "windows": len(windows.fed),
         "targets": tokens,
         "stream_tokens": len(stream.ids),

@@ -1,12 +1,14 @@
 """Tables of finished runs: every setting's vanilla arm beside its IntactKV arm.
 
-Figures of different protocols, windows or dtypes never share a table.
+Figures of different protocols, windows or dtypes never share a table. Both arms score the same windows, so the change
+carries a standard error from the windows' paired differences d: exp(mean d) − 1 ± exp(mean d) · sd(d) / √W.
 """
 
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import stdev
 from typing import Any
 
 from corpora.text import PROTOCOLS
@@ -16,7 +18,8 @@ __all__ = ["Row", "perplexity_rows", "print_table", "render"]
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: perplexity without and with the intact prefix; None where no run exists."""
+    """One setting: perplexity without and with the intact prefix, and the relative change with its standard error over
+    windows; None where no run exists (or, for the error, where there is only one window)."""
 
     caption: str
     model: str
@@ -26,13 +29,8 @@ class Row:
     prefix: str
     vanilla: float | None
     intact: float | None
-
-    @property
-    def change(self) -> float | None:
-        """Relative change that the intact prefix makes."""
-        if self.vanilla is None or self.intact is None:
-            return None
-        return self.intact / self.vanilla - 1
+    change: float | None
+    error: float | None
 
 
 def kv_label(kv: dict[str, Any] | None) -> str:
@@ -42,7 +40,7 @@ def kv_label(kv: dict[str, Any] | None) -> str:
 
 def perplexity_rows(records: Iterable[dict[str, Any]]) -> list[Row]:
     """Join the records of both arms into rows; of several runs of one cell the newest counts."""
-    cells: dict[tuple[str, str, str, str, str, str], dict[bool, float]] = {}
+    cells: dict[tuple[str, ...], dict[bool, dict[str, Any]]] = {}
     for record in records:
         s = record["settings"]
         limit = "all" if s["limit"] is None else s["limit"]
@@ -50,16 +48,30 @@ def perplexity_rows(records: Iterable[dict[str, Any]]) -> list[Row]:
         # A window that starts with [BOS] anyway is the vanilla arm of [B].
         without = s["prefix"]["label"] == "none"
         context = "[B]" if without and PROTOCOLS[s["protocol"]].bos_in_every_window else s["prefix"]["label"]
-        key = (caption, s["model"], s["weights"], kv_label(s["kv"]), s["corpus"], context)
-        cells.setdefault(key, {})[s["prefix"]["intact"]] = record["perplexity"]
+        key = (caption, s["model"], s["weights"], kv_label(s["kv"]), s["corpus"], context, s["text_sha256"])
+        cells.setdefault(key, {})[s["prefix"]["intact"]] = record
     order = {key: i for i, key in enumerate(cells)}
-    return [
-        Row(*key, arms.get(False), arms.get(True))
-        for key, arms in sorted(cells.items(), key=lambda cell: (cell[0][0], order[cell[0]]))
-    ]
+    return [_row(key, arms) for key, arms in sorted(cells.items(), key=lambda cell: (cell[0][0], order[cell[0]]))]
 
 
-HEAD = ("model", "weights", "KV bits", "corpus", "prefix", "vanilla", "IntactKV", "change")
+def _row(key: tuple[str, ...], arms: dict[bool, dict[str, Any]]) -> Row:
+    caption, model, weights, kv, corpus, prefix, _text = key
+    row = Row(caption, model, weights, kv, corpus, prefix, None, None, None, None)
+    vanilla, intact = arms.get(False), arms.get(True)
+    row = replace(
+        row,
+        vanilla=vanilla["perplexity"] if vanilla else None,
+        intact=intact["perplexity"] if intact else None,
+    )
+    if vanilla is None or intact is None:
+        return row
+    ratio = intact["perplexity"] / vanilla["perplexity"]
+    differences = [b - a for a, b in zip(vanilla["window_nll"], intact["window_nll"], strict=True)]
+    error = ratio * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return replace(row, change=ratio - 1, error=error)
+
+
+HEAD = ("model", "weights", "KV bits", "corpus", "prefix", "vanilla", "IntactKV", "change", "standard error")
 
 
 def render(rows: list[Row], style: str) -> str:
@@ -77,7 +89,7 @@ def render(rows: list[Row], style: str) -> str:
                     row.kv,
                     row.corpus,
                     row.prefix,
-                    *("" if x is None else f"{x:.6g}" for x in (row.vanilla, row.intact, row.change)),
+                    *("" if x is None else f"{x:.6g}" for x in (row.vanilla, row.intact, row.change, row.error)),
                 )
             )
         return out.getvalue()
@@ -93,6 +105,7 @@ def render(rows: list[Row], style: str) -> str:
                 _figure(r.vanilla),
                 _figure(r.intact),
                 "n/a" if r.change is None else f"{r.change:+.1%}",
+                "n/a" if r.error is None else f"{r.error:.1%}",
             )
             for r in rows
             if r.caption == caption
@@ -110,7 +123,7 @@ def _figure(value: float | None) -> str:
 def _aligned(lines: list[tuple[str, ...]]) -> str:
     """A Markdown table whose source is aligned, too: words to the left, figures to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = [i >= len(widths) - 3 for i in range(len(widths))]
+    right = [i >= len(widths) - 4 for i in range(len(widths))]
     rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
     text = [
         "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from typing import Any
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_broken_record_is_named_and_left_alone(content, intactkv_root):
 
 
 def record(perplexity: float, started: str = "2026-01-01", **settings: Any) -> dict[str, Any]:
-    return {"settings": SETTINGS | settings, "identity": "x", "started": started, "perplexity": perplexity}
+    nll = [math.log(perplexity) + shift for shift in (-0.3, 0.1, 0.2)]
+    return {"settings": SETTINGS | settings, "identity": "x", "started": started, "perplexity": perplexity,
+            "window_nll": nll}  # fmt: skip
 
 
 BOS = {"label": "[B]", "ids": [1], "file": None, "intact": True}
@@ -109,6 +112,20 @@ def test_a_gptq_run_without_a_prefix_is_not_the_vanilla_arm_of_bos():
     assert [(r.prefix, r.vanilla, r.intact) for r in rows] == [("none", 20.0, None), ("[B]", None, 15.0)]
 
 
+def test_the_error_of_a_change_comes_from_paired_windows():
+    vanilla, intact = record(20.0), record(15.0, prefix=BOS)
+    (row,) = perplexity_rows([vanilla, intact])
+    assert row.error == pytest.approx(0, abs=1e-12)  # the windows differ much, the arms by the same in each
+    intact["window_nll"] = [a + d for a, d in zip(vanilla["window_nll"], (-0.4, -0.2, -0.3), strict=True)]
+    (row,) = perplexity_rows([vanilla, intact])
+    assert row.error == pytest.approx(0.75 * 0.1 / 3**0.5)
+
+
+def test_files_of_one_name_and_another_text_do_not_meet():
+    rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS, text_sha256="01")])
+    assert [(r.vanilla, r.intact) for r in rows] == [(20.0, None), (None, 15.0)]
+
+
 def test_the_newest_of_two_runs_of_a_cell_counts(intactkv_root):
     rows = perplexity_rows([record(20.0), record(19.0, "2026-01-02", batch_size=1)])
     assert [r.vanilla for r in rows] == [19.0]
@@ -122,7 +139,7 @@ def test_csv_holds_what_the_markdown_shows():
         ("rtn-w2g64", "1234.5", "", ""),
     ]
     markdown = render(rows, "markdown")
-    assert "| -25.0% |" in markdown
+    assert "| -25.0% |           0.0% |" in markdown
     assert "1.23e+03" in markdown
     assert "n/a" in markdown
     widths = {len(line) for line in markdown.splitlines() if line.startswith("|")}

@@ -41,7 +41,7 @@ def draw(rows: list[Row], path: Path) -> None:
         figure,
         path,
         HEAD,
-        [(r.model, r.weights, r.kv, r.corpus, r.prefix, r.vanilla, r.intact, r.change) for r in rows],
+        [(r.model, r.weights, r.kv, r.corpus, r.prefix, r.vanilla, r.intact, r.change, r.error) for r in rows],
     )
 
 
