@@ -230,6 +230,7 @@ def test_what_is_calibrated_on_and_behind_changes_the_identity() -> None:
         identity_of(behind, prefix=torch.tensor([1, 5])),
     ]
     assert len(set(identities)) == len(identities)
+    assert behind.weights_identity() != recipe.weights_identity()  # by the switch alone, before any ids are known
 
 
 @pytest.mark.parametrize("quantizer", [RTN(GRID), Looking(GRID)])
