@@ -597,6 +597,16 @@ def test_a_padded_batch_may_be_fed_in_chunks_with_the_whole_mask(model):
         assert_close(row[keep], plain_logits(model, torch.cat([IDS[:3], text]))[3:], **SAME)
 
 
+def test_a_mask_that_does_not_cover_all_behind_the_prefix_is_refused(llama):
+    behind, (ids, mask) = behind_prefix(llama), batch_of([random_ids(4), random_ids(9)], "left")
+    with pytest.raises(UserError, match="mask has 8 columns; expected one for each of the 9 tokens"):
+        behind.feed(ids, mask[:, 1:] * 0)
+    cache = behind.new_cache()
+    behind.feed(ids, mask, cache=cache)
+    with pytest.raises(UserError, match="mask has 9 columns; expected one for each of the 18 tokens"):
+        behind.feed(ids, mask, cache=cache)
+
+
 def test_a_part_of_the_model_can_be_fed(model):
     behind, text = behind_prefix(model), random_ids(9)
     states = behind.feed(text[None], through=model.base_model).last_hidden_state

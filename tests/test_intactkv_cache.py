@@ -229,6 +229,7 @@ def test_after_a_reset_only_the_prefix_is_left(model, prefix, policy):
     assert cache.get_seq_length() == P
     assert cache.quantized_fraction == 0
     assert torch.equal(run(model, cache, batch(2, 5)), expected)
+    assert cache.quantized_fraction == (0 if policy is None else 1)
 
 
 def test_sequences_of_a_batch_do_not_read_each_other(model, prefix):
