@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from corpora.errors import UserError, run_program
+from corpora.errors import Parser, UserError, run_program
 
 EXAMPLES = """\
 examples:
@@ -16,7 +16,7 @@ examples:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m corpora",
         description="Lists the data sets and models that the project knows: present or missing, where they belong, "
         "and how to get them. Data lie in datasets/, models in modelzoo/, of this checkout or of $INTACTKV_ROOT.",

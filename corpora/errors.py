@@ -5,10 +5,20 @@ The message names the thing, the value, what is allowed and the way out. Our own
 their traceback.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-__all__ = ["UserError", "run_program"]
+__all__ = ["Parser", "UserError", "run_program"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help explains the options\n")
 
 
 class UserError(ValueError):

@@ -97,6 +97,8 @@ def checkpoint_fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     config = read_json(directory / "config.json", "the model configuration")
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / 'config.json'} is not a model configuration; fetch the checkpoint again")
     # Which library version wrote the file, and under which path it was loaded, does not change the function.
     digest.update(
         identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}, 64).encode()

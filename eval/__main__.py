@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from corpora.errors import UserError, run_program
+from corpora.errors import Parser, UserError, run_program
 from quantization.options import add_model_options, add_recipe_options, add_run_options
 
 
 def parser() -> argparse.ArgumentParser:
     """Every subcommand's options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m eval",
         description="Evaluate a model, dense or quantized, with and without an intact prefix.",
         epilog="example: python -m eval ppl --model modelzoo/smollm2/smollm2-135m --recipe rtn-w3 --prefix bos "

@@ -191,8 +191,8 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
     """Run the full-precision twin on the prefix tokens and keep its K, V and logits.
 
     ids: P token ids, at positions 0…P − 1, usually starting with [BOS]. `model` must be unquantized, with every exact
-    transform of the quantized model applied. Raises UserError for no ids, ids outside the vocabulary, or a prefix that
-    a sliding-window layer could not hold.
+    transform of the quantized model applied. Raises UserError for no ids, ids outside the vocabulary, a model in
+    training mode, or a prefix that a sliding-window layer could not hold.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu().clone()  # the caller may go on writing to its own
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -200,6 +200,8 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
         raise UserError("a prefix needs at least one token; for no prefix, leave it out")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise UserError(f"prefix token ids {ids.tolist()} lie outside the vocabulary of {vocabulary}")
+    if model.training:
+        raise UserError("the model is in training mode, where dropout would make the prefix random; call model.eval()")
     cache = IntactCache(model.config)
     window = cache.smallest_window
     if window is not None and ids.numel() >= window:

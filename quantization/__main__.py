@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from corpora.errors import UserError, run_program
+from corpora.errors import Parser, UserError, run_program
 from quantization.options import (
-    Parser,
     add_dtype_option,
     add_model_options,
     add_prefix_option,

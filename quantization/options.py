@@ -5,7 +5,7 @@ Only the standard library is imported here, so that `--help` answers at once.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from quantization.recipe import Recipe
 
 __all__ = [
-    "Parser",
     "add_dtype_option",
     "add_model_options",
     "add_prefix_option",
@@ -25,14 +24,6 @@ __all__ = [
     "chosen_recipe",
     "show_log",
 ]
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as all our errors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"error: {message}; {self.prog} --help explains the options\n")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

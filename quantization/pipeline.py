@@ -118,12 +118,17 @@ def quantize_checkpoint(
         model = _empty_model_for(dense, recipe)
         partial = out.with_name(f"{out.name}.partial")
         if partial.exists() and _identity_of(partial) != manifest["identity"]:
+            if not is_quantized(partial) and any(partial.iterdir()):
+                raise UserError(
+                    f"{partial} exists and is not a half-finished checkpoint of ours; the work would go there, so move "
+                    "it away or choose another --out"
+                )
             shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
         partial.mkdir(parents=True, exist_ok=True)
         for half_written in partial.glob(".*.partial"):  # a killed run's; no other process is at work here
             half_written.unlink()
+        write_json(partial / MANIFEST, manifest)  # first: it marks the directory as ours
         copy_companions(source, partial)
-        write_json(partial / MANIFEST, manifest)
         _work_off(dense, model, recipe, partial, segments, prefix_ids, torch.device(device))
         partial.rename(out)
     return out

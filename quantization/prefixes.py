@@ -42,6 +42,8 @@ class PrefixChoice:
 
 def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str) -> PrefixChoice:
     """Turn a prefix word into token ids. Raises UserError if the model has no such prefix, or the file is broken."""
+    if not word.strip():
+        raise UserError(f"--prefix is empty; choose {WORDS}")
     if word == "none":
         return PrefixChoice(word, "none", ())
     if word == "bos":

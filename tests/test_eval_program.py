@@ -136,6 +136,7 @@ BAD_INPUT = {
     "missing prefix file": (["--prefix", "nowhere.safetensors"], "nowhere.safetensors is missing"),
     "prompt without chat template": (["--prefix", "prompt"], "no chat template"),
     "discovery that does not exist": (["--prefix", "auto"], "'auto'"),
+    "an empty prefix": (["--prefix", ""], "--prefix is empty"),
     "vanilla of nothing": (["--vanilla"], "--prefix bos"),
 }
 
@@ -153,6 +154,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, program, model, text, int
     assert named in lines[0]
     assert "Traceback" not in err
     assert not list((intactkv_root / "outputs").glob("runs/*"))
+
+
+@pytest.mark.parametrize("arguments", [("ppl",), ("ppl", "--window", "wide"), ("dance",), ("plot", "pivots")])
+def test_a_wrong_option_is_one_line_too(arguments, program):
+    code, out, err = program(*arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "--help" in err
 
 
 def test_a_missing_model_and_a_prefix_of_another_model_are_refused(

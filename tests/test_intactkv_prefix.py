@@ -51,6 +51,11 @@ def assert_bit_identical(actual: Prefix, expected: Prefix) -> None:
 # What it holds --------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_in_training_mode_is_refused(tiny_model) -> None:
+    with pytest.raises(UserError, match=r"call model\.eval\(\)"):
+        build_prefix(tiny_model("opt").train(), [1])
+
+
 def test_keys_and_values_are_bit_for_bit_what_the_plain_model_caches(model):
     prefix, cache = build_prefix(model, IDS), plain_cache(model, IDS[None])
     for layer, keys, values in zip(cache.layers, prefix.keys, prefix.values, strict=True):

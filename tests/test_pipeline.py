@@ -409,6 +409,17 @@ def test_the_leftover_of_another_recipe_is_discarded(checkpoint: Callable[..., P
     assert made(checkpoint(), RECIPES["rtn"], tmp_path / "out") == whole
 
 
+def test_a_directory_of_the_users_in_the_way_of_the_work_is_left_alone(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    theirs = tmp_path / "out.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"out\.partial exists and is not"):
+        quantize_checkpoint(checkpoint("llama"), Recipe(weights=RTN(UniformGrid(4, 32))), tmp_path / "out")
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+
+
 def test_the_leftover_of_another_model_is_discarded(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     whole = made(checkpoint(), RECIPES["rtn"], tmp_path / "whole")
     made(checkpoint(seed=1), RECIPES["rtn"], tmp_path / "other")
