@@ -31,7 +31,7 @@ def plain_loop(model: IntactModel, windows: Windows) -> float:
 
 def evaluator(model: IntactModel, windows: Windows, window: int) -> float:
     """Mean NLL by `eval ppl`."""
-    return float(window_losses(model, windows, batch_size=default_batch_size(window)).mean())
+    return float(window_losses(model, windows, batch_size=default_batch_size(window, model.model.device.type)).mean())
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ from quantization.architecture import ARCHITECTURES
 __all__ = ["Windows", "cut_windows", "default_batch_size", "token_losses", "window_losses"]
 
 LOGITS_AT_ONCE = 2**24  # values: 64 MB in float32, whatever the vocabulary
-TOKENS_AT_ONCE = 2048  # of a batch of windows: fills the machine, and a published window is a batch of one
+# Tokens in a batch of windows: 2048 fill a GPU (a published window is a batch of one); on a CPU 512 are as fast as any,
+# and more only leave its caches.
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +63,9 @@ def cut_windows(
     return Windows(lead, split_windows(ids, stream.window, limit, protocol, stream.start_id), intact)
 
 
-def default_batch_size(window: int) -> int:
-    """Windows per forward pass: as many as make about 2048 tokens."""
-    return max(1, TOKENS_AT_ONCE // window)
+def default_batch_size(window: int, device_type: str) -> int:
+    """Windows per forward pass: as many as make about `TOKENS_AT_ONCE` tokens, at least one."""
+    return max(1, TOKENS_AT_ONCE[device_type] // window)
 
 
 @torch.inference_mode()
@@ -75,7 +77,7 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     if not windows.intact and len(windows.lead):
         ids = torch.cat([windows.lead.to(device).expand(len(fed), -1), fed], dim=1)
     decoder, head = _decoder_and_head(model)
-    cache = model.new_cache()
+    cache = model.new_cache(single_pass=True)
     output = model.feed(ids, through=decoder, cache=cache)
     if model.kv is not None and cache.quantized_fraction == 0:
         raise RuntimeError(f"{model.kv} was asked for, but no token of the cache went through it")

@@ -63,13 +63,11 @@ class IntactModel:
         """P, the number of prefix tokens; 0 without a prefix."""
         return 0 if self.prefix is None else len(self.prefix)
 
-    def new_cache(self) -> IntactCache:
-        """A fresh cache that holds the prefix and applies the KV policy."""
-        return (
-            self.prefix.cache(self.model.config, self.kv)
-            if self.prefix
-            else IntactCache(self.model.config, policy=self.kv)
-        )
+    def new_cache(self, single_pass: bool = False) -> IntactCache:
+        """A fresh cache that holds the prefix and applies the KV policy; `single_pass` if one pass is all it is for."""
+        if self.prefix is None:
+            return IntactCache(self.model.config, policy=self.kv, single_pass=single_pass)
+        return self.prefix.cache(self.model.config, self.kv, single_pass)
 
     def feed(
         self,
@@ -83,9 +81,9 @@ class IntactModel:
         ids: (B, T), without the prefix. mask: 0 at padding, or None; (B, T), or longer where the cache holds earlier
         tokens: it covers everything behind the prefix. through: a part of the model that takes the same arguments,
         such as its decoder without the head; the whole model by default. cache: one made by `new_cache`, for a caller
-        that wants to look at it afterwards, or to feed a text in several calls.
+        that wants to look at it afterwards, or to feed a text in several calls; by default nothing is kept.
         """
-        cache = self.new_cache() if cache is None else cache
+        cache = self.new_cache(single_pass=True) if cache is None else cache
         full, positions = None, None
         if mask is not None and not bool(mask.all()):
             full = torch.cat([mask.new_ones(mask.shape[0], self.prefix_length), mask], dim=1)

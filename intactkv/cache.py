@@ -42,6 +42,8 @@ class IntactLayer(DynamicLayer):
         self.policy = policy
         self.prefix_length = 0 if prefix is None else prefix[0].shape[-2]
         self.quantized_tokens = 0
+        self.single_pass = False
+        self.passed_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with the prefix, one view per sequence of the batch, in the dtype and on the device of the states."""
@@ -55,7 +57,20 @@ class IntactLayer(DynamicLayer):
         if self.policy is not None:
             key_states, value_states = self.policy.keys(key_states), self.policy.values(value_states)
             self.quantized_tokens += key_states.shape[-2]
-        return super().update(key_states, value_states, *args, **kwargs)
+        if not self.single_pass:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.passed_tokens:
+            raise RuntimeError("this cache was made for a single pass and holds nothing of the first one")
+        states = super().update(key_states, value_states, *args, **kwargs)
+        quantized = self.quantized_tokens
+        self.reset()
+        self.passed_tokens, self.quantized_tokens = key_states.shape[-2], quantized
+        return states
+
+    @property
+    def tokens_behind(self) -> int:
+        """Tokens that followed the prefix, held or passed."""
+        return self.passed_tokens if self.single_pass else self.get_seq_length() - self.prefix_length
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
@@ -70,13 +85,12 @@ class IntactLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last −tokens_to_remove tokens. Refuses to cut into the prefix (ValueError)."""
-        if -tokens_to_remove > self.get_seq_length() - self.prefix_length:
+        if -tokens_to_remove > self.tokens_behind:
             raise ValueError(
-                f"crop({tokens_to_remove}) would cut into the intact prefix: only "
-                f"{self.get_seq_length() - self.prefix_length} tokens follow it"
+                f"crop({tokens_to_remove}) would cut into the intact prefix: only {self.tokens_behind} tokens follow it"
             )
         super().crop(tokens_to_remove)
-        self.quantized_tokens = min(self.quantized_tokens, self.get_seq_length() - self.prefix_length)
+        self.quantized_tokens = min(self.quantized_tokens, self.tokens_behind)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the sequences for beam search; nothing to do while only the shared prefix is held."""
@@ -96,7 +110,7 @@ class IntactLayer(DynamicLayer):
     def reset(self) -> None:
         """Back to the prefix alone."""
         super().reset()
-        self.quantized_tokens = 0
+        self.quantized_tokens = self.passed_tokens = 0
 
 
 class IntactSlidingLayer(IntactLayer, DynamicSlidingWindowLayer):
@@ -125,6 +139,8 @@ class IntactSlidingLayer(IntactLayer, DynamicSlidingWindowLayer):
 class IntactCache(Cache):
     """The cache of one call: one layer per decoder layer of `config`, behind a prefix, under a KV policy.
 
+    single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
+        text's cache would cost more memory than its activations.
     layers' prefix: `keys[l]` and `values[l]`, each (1, KV heads, P, D), keys after RoPE at positions 0…P − 1.
     Raises UserError for layers that are no softmax attention over all or a window of the tokens.
     """
@@ -135,6 +151,7 @@ class IntactCache(Cache):
         keys: Sequence[Tensor] = (),
         values: Sequence[Tensor] = (),
         policy: KVPolicy | None = None,
+        single_pass: bool = False,
     ):
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer] = []
@@ -151,6 +168,8 @@ class IntactCache(Cache):
                 )
         super().__init__(layers=list(layers))
         self.intact_layers = layers
+        for layer in layers:
+            layer.single_pass = single_pass
         self.prefix_length = layers[0].prefix_length
         # The token ids that a finished `generate` left here, (1, length): lets a dialogue go on safely.
         self.tokens: Tensor | None = None
@@ -167,7 +186,7 @@ class IntactCache(Cache):
     @property
     def quantized_fraction(self) -> float:
         """Share of the tokens behind the prefix that went through the policy, in [0, 1]; 0 while there are none."""
-        seen = sum(layer.get_seq_length() - layer.prefix_length for layer in self.intact_layers)
+        seen = sum(layer.tokens_behind for layer in self.intact_layers)
         return sum(layer.quantized_tokens for layer in self.intact_layers) / seen if seen else 0.0
 
     @property

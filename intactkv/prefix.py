@@ -122,9 +122,11 @@ class Prefix:
             embeddings=self.embeddings[:count],
         )
 
-    def cache(self, config: "PreTrainedConfig", policy: KVPolicy | None = None) -> IntactCache:
+    def cache(
+        self, config: "PreTrainedConfig", policy: KVPolicy | None = None, single_pass: bool = False
+    ) -> IntactCache:
         """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call."""
-        return IntactCache(config, self.keys, self.values, policy)
+        return IntactCache(config, self.keys, self.values, policy, single_pass)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""
