@@ -34,21 +34,20 @@ def prepare_directory(
     `build` fills an empty directory beside `target` and returns the note to keep in `prepared.json`; the hashes of
     all files are added, and only then is the directory renamed to `target`. `current` says whether the note of an
     existing directory still describes what `build` would make. A damaged or outdated directory of ours is built again.
-    Raises UserError if `target` holds something that this program did not put there.
+    Files that the note does not name are the user's: they are no damage, and a directory built again keeps them.
+    Raises UserError if `target` is not of this program's making, or one of the user's files is in the way.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target):
-        for stale in target.parent.glob(f".{target.name}.*.partial"):  # left by a killed run: we hold the lock
-            shutil.rmtree(stale)
+        _clear_away(target)  # what a killed run left: we hold the lock
+        foreign: list[Path] = []
         if target.exists():
-            if not (target / PREPARED).is_file():
-                raise UserError(
-                    f"{target} exists, but this command did not make it (it holds no {PREPARED}); move it away or use "
-                    "it as it is"
-                )
-            note = read_json(target / PREPARED, "the note of a prepared directory")
-            if current(note) and note.get("files") == file_hashes(target):
+            note = _read_note(target)
+            named = {target / name: sha256 for name, sha256 in note["files"].items()}
+            if current(note) and all(file.is_file() and sha256_of_file(file) == named[file] for file in named):
                 return False
+            ours = {*named, target / PREPARED}
+            foreign = [path for path in target.rglob("*") if path not in ours and (path.is_symlink() or path.is_file())]
         beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
         beside.mkdir()
         try:
@@ -56,13 +55,50 @@ def prepare_directory(
             write_json(beside / PREPARED, {**note, "files": file_hashes(beside)})
             for file in beside.rglob("*"):  # safetensors writes files that only their owner can read
                 file.chmod(file.stat().st_mode | 0o044)
+            for path in foreign:
+                _carry_over(path, beside / path.relative_to(target))
             if target.exists():
-                target.rename(target.with_name(f".{target.name}.old.partial"))
+                target.rename(_old(target))
             beside.rename(target)
         finally:
-            for rest in target.parent.glob(f".{target.name}.*.partial"):
-                shutil.rmtree(rest)
+            _clear_away(target)
     return True
+
+
+def _read_note(target: Path) -> dict[str, Any]:
+    """The note of a directory that this program made. Raises UserError if there is none."""
+    if not (target / PREPARED).is_file():
+        raise UserError(
+            f"{target} exists, but this command did not make it (it holds no {PREPARED}); move it away or use "
+            "it as it is"
+        )
+    note = read_json(target / PREPARED, "the note of a prepared directory")
+    if not isinstance(note, dict) or not isinstance(note.get("files"), dict):
+        raise UserError(f"{target / PREPARED} does not list the files of its directory; move {target} away or use it")
+    return note
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old.partial")
+
+
+def _clear_away(target: Path) -> None:
+    """Delete what lies beside `target` for the time of a build; a run killed while it swapped the two is undone."""
+    if _old(target).exists() and not target.exists():
+        _old(target).rename(target)
+    for rest in target.parent.glob(f".{target.name}.*.partial"):
+        shutil.rmtree(rest)
+
+
+def _carry_over(path: Path, destination: Path) -> None:
+    """Give a file of the user's a second place, without a copy where the file system can."""
+    if destination.exists():
+        raise UserError(f"{path} is not of this command's making, but stands where it puts a file; move it away")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, destination, follow_symlinks=False)
 
 
 @contextmanager

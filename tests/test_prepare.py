@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,19 +79,100 @@ def test_a_killed_build_does_not_count_and_is_cleared_away(tmp_path: Path) -> No
     assert names(tmp_path) == ["target"]
 
 
-@pytest.mark.parametrize("damage", ["changed", "deleted", "added", "outdated"])
-def test_what_is_damaged_or_outdated_is_built_again(tmp_path: Path, damage: str) -> None:
-    target = tmp_path / "target"
-    prepare_directory(target, build, is_current)
+def damage_or_outdate(target: Path, damage: str) -> Callable[[dict], bool]:
+    """Spoil a prepared directory; returns what then says whether its note is current."""
     if damage == "changed":
         (target / "a.txt").write_text("b")
     elif damage == "deleted":
         (target / "a.txt").unlink()
-    elif damage == "added":
-        (target / "b.txt").touch()
-    assert prepare_directory(target, build, is_current if damage != "outdated" else lambda _: False)
+    return is_current if damage != "outdated" else lambda _: False
+
+
+DAMAGES = ["changed", "deleted", "outdated"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_or_outdated_is_built_again(tmp_path: Path, damage: str) -> None:
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    assert prepare_directory(target, build, damage_or_outdate(target, damage))
+    assert (target / "a.txt").read_text() == "a"
     assert names(tmp_path) == ["target"]
     assert names(target) == ["a.txt", "prepared.json"]
+
+
+def add_files(target: Path) -> None:
+    """What a user may put into a prepared directory."""
+    (target / "sub").mkdir()
+    (target / "sub" / "prepared.json").write_text("mine")
+    (target / "mine.txt").write_text("mine")
+    (target / "mine.txt").chmod(0o600)
+    (target / "link").symlink_to("nowhere")
+
+
+def test_files_of_the_user_are_no_damage(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    add_files(target)
+    assert not prepare_directory(target, lambda _: pytest.fail("built again"), is_current)
+    assert names(target) == ["a.txt", "link", "mine.txt", "prepared.json", "sub"]
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_of_the_user_outlive_a_rebuild(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, can_link: bool
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    add_files(target)
+    current = damage_or_outdate(target, damage)
+    for again in (False, True):
+        assert prepare_directory(target, build, current) is (not again or damage == "outdated")
+        assert (target / "a.txt").read_text() == "a"
+        assert (target / "mine.txt").read_text() == (target / "sub" / "prepared.json").read_text() == "mine"
+        assert (target / "mine.txt").stat().st_mode & 0o777 == 0o600
+        assert (target / "link").readlink() == Path("nowhere")
+    assert json.loads((target / "prepared.json").read_text())["files"].keys() == {"a.txt"}
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_file_of_the_user_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
+    def build_more(directory: Path) -> dict:
+        (directory / "b.txt").write_text("new")
+        return build(directory)
+
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    (target / "b.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"b\.txt is not of this command's making"):
+        prepare_directory(target, build_more, lambda _: False)
+    assert (target / "b.txt").read_text() == "mine"
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    (target / "mine.txt").write_text("mine")
+    target.rename(tmp_path / ".target.old.partial")
+    assert not prepare_directory(target, build, is_current)
+    assert names(tmp_path) == ["target"]
+    assert names(target) == ["a.txt", "mine.txt", "prepared.json"]
+
+
+@pytest.mark.parametrize("note", ["[]", "{}", '{"version": 1, "files": []}'])
+def test_a_note_that_names_no_files_is_refused(tmp_path: Path, note: str) -> None:
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    (target / "prepared.json").write_text(note)
+    with pytest.raises(UserError, match=r"prepared\.json does not list the files"):
+        prepare_directory(target, build, is_current)
 
 
 def test_a_directory_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
