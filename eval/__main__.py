@@ -64,9 +64,7 @@ def parser() -> argparse.ArgumentParser:
         description="Print the perplexities in outputs/runs/, vanilla beside IntactKV.",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv"], help="default: markdown")
-    table.add_argument("--model", default=None, metavar="NAME", help="only this model, for example smollm2-135m")
-    table.add_argument("--window", type=int, default=None, metavar="TOKENS", help="only runs with this window")
-    table.add_argument("--limit", type=int, default=None, metavar="WINDOWS", help="only runs with this limit")
+    _add_filters(table, required=False)
 
     plot = commands.add_parser("plot", help="figures", description="Draw a figure as PNG, with its data as CSV.")
     figures = plot.add_subparsers(dest="figure", required=True, metavar="perplexity|pivots")
@@ -75,9 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="perplexity per setting, with and without IntactKV",
         description="Perplexity per setting, from the records in outputs/runs/.",
     )
-    bars.add_argument("--model", required=True, metavar="NAME", help="a model's name, for example smollm2-135m")
-    bars.add_argument("--window", type=int, default=None, metavar="TOKENS", help="only runs with this window")
-    bars.add_argument("--limit", type=int, default=None, metavar="WINDOWS", help="only runs with this limit")
+    _add_filters(bars, required=True)
     pivots = figures.add_parser(
         "pivots",
         help="activation magnitude per token and layer",
@@ -91,11 +87,25 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Which finished runs to show."""
+    parser.add_argument("--model", required=required, metavar="NAME", help="only this one, for example smollm2-135m")
+    parser.add_argument("--corpus", metavar="NAME", help="only runs on this corpus or text file")
+    parser.add_argument("--protocol", choices=["intactkv", "gptq"], help="only runs by this protocol")
+    parser.add_argument("--window", type=int, metavar="TOKENS", help="only runs with this window")
+    parser.add_argument("--limit", metavar="WINDOWS|all", help="only runs with this limit")
+    parser.add_argument("--dtype", metavar="NAME", help="only runs computed in this dtype")
+    parser.add_argument("--device", metavar="cpu|cuda", help="only runs on this kind of device")
+
+
 def perplexity(options: argparse.Namespace) -> None:
     """The program `ppl`."""
     import logging
 
+    import torch
+
     from corpora.catalog import model_defaults
+    from corpora.storage import sha256_of_tensor
     from corpora.text import evaluation_stream, protocol
     from eval.perplexity import cut_windows, default_batch_size
     from eval.runs import record_of
@@ -117,6 +127,8 @@ def perplexity(options: argparse.Namespace) -> None:
         dtype=chosen_dtype(options.dtype),
         packed=options.packed,
     )
+    if options.window < 3:
+        raise UserError(f"--window {options.window}: give at least 3 tokens")
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: give at least 1 window")
     batch_size = options.batch_size or default_batch_size(options.window, device.type)
@@ -128,9 +140,16 @@ def perplexity(options: argparse.Namespace) -> None:
     for corpus in options.corpus or model_defaults(checkpoint.family_name).default_corpora:
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
+        longest = windows.lead.numel() + windows.fed.shape[1]
+        if plan.context is not None and longest > plan.context:
+            raise UserError(
+                f"--window {options.window}: {longest} tokens with what stands in front do not fit the "
+                f"{plan.context} positions of {plan.checkpoint.name}; use a smaller window"
+            )
         settings = description | {
             "corpus": stream.corpus if not Path(stream.corpus).exists() else Path(stream.corpus).name,
             "text_sha256": stream.text_sha256,
+            "tokens_sha256": sha256_of_tensor(torch.cat([windows.lead, windows.fed.flatten()])),
             "protocol": rules.name,
             "window": options.window,
             "limit": options.limit,
@@ -207,17 +226,25 @@ def _is_first(processes: Any) -> bool:
     return processes is None or processes.is_main_process
 
 
+FILTERS = ("model", "corpus", "protocol", "window", "limit", "dtype", "device")
+
+
+def _shown(value: Any) -> str:
+    """A setting as a filter spells it; no limit is `all`."""
+    return "all" if value is None else str(value)
+
+
 def _rows(options: argparse.Namespace) -> list[Any]:
     """The finished perplexities that the filters leave. Raises UserError if there are none."""
     from corpora.paths import outputs_dir
     from eval.runs import all_records
     from eval.tables import perplexity_rows
 
-    wanted = {"model": options.model, "window": options.window, "limit": options.limit}
+    wanted = {key: getattr(options, key) for key in FILTERS}
     records = [
         record
         for record in all_records("ppl")
-        if all(value is None or record["settings"][key] == value for key, value in wanted.items())
+        if all(value is None or str(value) == _shown(record["settings"][key]) for key, value in wanted.items())
     ]
     if not records:
         raise UserError(f"{outputs_dir() / 'runs'} holds no finished run that fits; run `python -m eval ppl` first")

@@ -65,7 +65,8 @@ def all_records(task: str) -> list[dict[str, Any]]:
 
 def _checked(path: Path) -> dict[str, Any]:
     record = read_json(path, "run record")
-    if not isinstance(record, dict) or not {"settings", "identity", "started"} <= record.keys():
+    whole = isinstance(record, dict) and {"settings", "identity", "started", "format"} <= record.keys()
+    if not whole or record["format"] != FORMAT:
         raise UserError(f"run record {path} is damaged; delete the file (or use --force) and run again")
     return record | {"path": str(path)}
 

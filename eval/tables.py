@@ -6,11 +6,13 @@ carries a standard error from the windows' paired differences d: exp(mean d) −
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import stdev
 from typing import Any
 
+from corpora.storage import identity
 from corpora.text import PROTOCOLS
 
 __all__ = ["Row", "perplexity_rows", "print_table", "render"]
@@ -27,10 +29,16 @@ class Row:
     kv: str
     corpus: str
     prefix: str
+    identity: str
     vanilla: float | None
     intact: float | None
-    change: float | None
-    error: float | None
+    change: float | None = None
+    error: float | None = None
+
+    @property
+    def visible(self) -> tuple[str, ...]:
+        """What a reader of the table can tell rows apart by."""
+        return self.caption, self.model, self.weights, self.kv, self.corpus, self.prefix
 
 
 def kv_label(kv: dict[str, Any] | None) -> str:
@@ -39,27 +47,44 @@ def kv_label(kv: dict[str, Any] | None) -> str:
 
 
 def perplexity_rows(records: Iterable[dict[str, Any]]) -> list[Row]:
-    """Join the records of both arms into rows; of several runs of one cell the newest counts."""
+    """Join the records of both arms into rows; of several runs of one arm the newest counts.
+
+    Two arms belong together if the same weights and KV policy scored the same tokens, whatever their labels say.
+    """
     cells: dict[tuple[str, ...], dict[bool, dict[str, Any]]] = {}
     for record in records:
         s = record["settings"]
-        limit = "all" if s["limit"] is None else s["limit"]
-        caption = f"protocol {s['protocol']}, window {s['window']}, windows {limit}, {s['dtype']} on {s['device']}"
-        # A window that starts with [BOS] anyway is the vanilla arm of [B].
-        without = s["prefix"]["label"] == "none"
-        context = "[B]" if without and PROTOCOLS[s["protocol"]].bos_in_every_window else s["prefix"]["label"]
-        key = (caption, s["model"], s["weights"], kv_label(s["kv"]), s["corpus"], context, s["text_sha256"])
-        cells.setdefault(key, {})[s["prefix"]["intact"]] = record
+        same = identity({"made_of": s["made_of"], "kv": s["kv"], "tokens": s["tokens_sha256"]})
+        cells.setdefault((_caption(s), same), {})[s["prefix"]["intact"]] = record
     order = {key: i for i, key in enumerate(cells)}
-    return [_row(key, arms) for key, arms in sorted(cells.items(), key=lambda cell: (cell[0][0], order[cell[0]]))]
+    rows = [_row(cells[key]) for key in sorted(cells, key=lambda key: (key[0], order[key]))]
+    # Settings that differ only where no column shows it (a convention, a text prefix) get their identity as a name.
+    seen = Counter(row.visible for row in rows)
+    return [replace(row, weights=f"{row.weights}-{row.identity}") if seen[row.visible] > 1 else row for row in rows]
 
 
-def _row(key: tuple[str, ...], arms: dict[bool, dict[str, Any]]) -> Row:
-    caption, model, weights, kv, corpus, prefix, _text = key
-    row = Row(caption, model, weights, kv, corpus, prefix, None, None, None, None)
+def _caption(settings: dict[str, Any]) -> str:
+    limit = "all" if settings["limit"] is None else settings["limit"]
+    return (
+        f"protocol {settings['protocol']}, window {settings['window']}, windows {limit}, {settings['dtype']} on "
+        f"{settings['device']}"
+    )
+
+
+def _row(arms: dict[bool, dict[str, Any]]) -> Row:
     vanilla, intact = arms.get(False), arms.get(True)
-    row = replace(
-        row,
+    s = (intact or arms[False])["settings"]
+    label = s["prefix"]["label"]
+    if label == "none" and PROTOCOLS[s["protocol"]].bos_in_every_window:
+        label = "[B]"  # every window starts with [BOS] anyway: the vanilla arm of [B]
+    row = Row(
+        caption=_caption(s),
+        model=s["model"],
+        weights=s["weights"],
+        kv=kv_label(s["kv"]),
+        corpus=s["corpus"],
+        prefix=label,
+        identity=identity({"made_of": s["made_of"], "kv": s["kv"], "tokens": s["tokens_sha256"]}),
         vanilla=vanilla["perplexity"] if vanilla else None,
         intact=intact["perplexity"] if intact else None,
     )

@@ -4,7 +4,7 @@
     logits = [stored prefix logits | new logits], the last L_in columns        (IntactKV, arXiv 2403.01241, section 3)
 
 Physical layout of a padded batch: [prefix | pads | text], attention mask [1…1 | 0…0 | 1…1], positions counted by the
-mask. With `prefix=None` the same code is the vanilla arm, so that both arms see the same tokens.
+mask. With `prefix=None` rows are run as they are, through the same code.
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +30,12 @@ def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = 
 
     The model itself is not changed. Raises UserError if the prefix belongs to another model or another basis.
     """
+    needed = getattr(model, "intactkv_needs_prefix", None)
+    if needed is not None and (prefix is None or prefix.ids.tolist() != needed):
+        raise UserError(
+            f"this model was calibrated behind a prefix of {len(needed)} tokens and is refused without it, because the "
+            "pivots' own error grew; attach that prefix"
+        )
     if prefix is not None:
         prefix.check(model)
     return IntactModel(model, prefix, kv)
@@ -40,7 +46,7 @@ class _Rows:
     """A batch taken apart: what is fed behind the prefix, and how its columns map back.
 
     feed, mask: (B, T) ids and 0/1, padded on the left. pads: (B,) pad columns per row of `feed`.
-    had_prefix: whether the given rows contained the prefix ids. dropped_bos: per row, 1 if the row's own [BOS] went.
+    had_prefix: whether the given rows contained the prefix ids. dropped: leading tokens that are not fed, per row.
     """
 
     feed: Tensor
@@ -95,7 +101,7 @@ class IntactModel:
             # Default positions count physical slots; with pads between prefix and text they would be wrong for RoPE.
             positions = (full.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
-        if positions is not None and self._takes_positions():
+        if positions is not None:
             arguments["position_ids"] = positions
         with prefix_attention(self.model):
             return (through or self.model)(input_ids=ids, past_key_values=cache, **arguments)
@@ -173,10 +179,6 @@ class IntactModel:
             return sequences
         output.sequences = sequences
         return output
-
-    def _takes_positions(self) -> bool:
-        # OPT's learned positions follow from the mask; every RoPE model takes them as an argument.
-        return self.model.config.model_type != "opt"
 
     def _take_apart(self, input_ids: Tensor, attention_mask: Tensor | None) -> _Rows:
         """Find the prefix in every row and lay the rest out behind it, padded on the left."""

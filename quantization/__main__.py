@@ -17,7 +17,7 @@ from quantization.options import (
 )
 
 
-def quantize_parser() -> argparse.ArgumentParser:
+def quantize_parser(listing: bool) -> argparse.ArgumentParser:
     """The options of the main program."""
     parser = Parser(
         prog="python -m quantization",
@@ -25,7 +25,7 @@ def quantize_parser() -> argparse.ArgumentParser:
         epilog="example: python -m quantization --model modelzoo/smollm2/smollm2-135m --recipe rtn --bits 4 "
         "--out modelzoo/my-w4.   `python -m quantization prefix build --help` builds prefixes.",
     )
-    if "--list" not in sys.argv:
+    if not listing:
         add_model_options(parser)
         add_recipe_options(parser)
         parser.add_argument(
@@ -38,7 +38,7 @@ def quantize_parser() -> argparse.ArgumentParser:
 
 def quantize(arguments: list[str]) -> None:
     """The main program."""
-    options = quantize_parser().parse_args(arguments)
+    options = quantize_parser("--list" in arguments and "--help" not in arguments).parse_args(arguments)
     if options.list:
         list_recipes()
         return
@@ -96,8 +96,11 @@ def build_prefix(arguments: list[str], program: str = "python -m quantization pr
     options = prefix_parser(program).parse_args(arguments)
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
+    from intactkv.prefix import Prefix
     from quantization.loading import find_checkpoint, plan_run
 
+    if options.out.exists():
+        Prefix.load(options.out)  # replaces an older prefix, and refuses to replace anything else
     show_log()
     device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
     plan = plan_run(options.model, chosen_recipe(options, find_checkpoint(options.model)), device=device, dtype=dtype)

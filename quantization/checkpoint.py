@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json, write_tensors
+from corpora.storage import read_json, weight_files, write_tensors
 from quantization.architecture import architecture_of
 from quantization.grids import QuantizedTensor, UniformGrid
 from quantization.linear import QuantLinear, stored_tensors, unpack_weight
@@ -40,6 +40,7 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST = "quantization.json"
+MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
 
 
@@ -58,14 +59,9 @@ class DenseCheckpoint:
             raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
         self.directory = directory
         self._file_of: dict[str, Path] = {}
-        for file in sorted(directory.glob("*.safetensors")):
+        for file in weight_files(directory):
             with _open(file) as tensors:
                 self._file_of.update(dict.fromkeys(tensors.keys(), file))
-        if not self._file_of:
-            raise UserError(
-                f"{directory} holds no *.safetensors file; convert the checkpoint with save_pretrained, or "
-                "fetch it in safetensors format"
-            )
 
     def stored_name(self, name: str) -> str | None:
         """The name under which a parameter is stored, None if it is not; old files lack the leading `model.`."""
@@ -150,7 +146,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """What made a quantized checkpoint. Raises UserError if its manifest is missing, damaged or of another version."""
     manifest = read_json(directory / MANIFEST, "quantization manifest")
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT or not {"identity", "made_of", "basis", "source"} <= manifest.keys():
+    if version != FORMAT or not manifest.keys() >= MANIFEST_KEYS:
         raise UserError(
             f"{directory / MANIFEST} is not a whole manifest of format {FORMAT} (its format: {version}); delete the "
             "directory and quantize again"
@@ -161,7 +157,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what stands beside the weights: configuration, tokenizer, chat template."""
     for file in source.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name:
+        if (
+            file.is_file()
+            and file.suffix in (".json", ".txt", ".model", ".jinja")
+            and "index" not in file.name
+            and file.name != "prepared.json"
+        ):
             shutil.copyfile(file, target / file.name)
 
 
@@ -242,24 +243,26 @@ def load_quantized(
                 state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             else:
                 state[f"{name}.weight"] = unpack_weight(parts, grid, channels).dequantize(dtype)
-    _fill(model, state, directory)
-    model.tie_weights()
+    if "lm_head.weight" in _fill(model, state, directory):
+        model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]
     model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model
 
 
-def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
-    """Assign a state to an empty model; only a tied head may be missing."""
+def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> list[str]:
+    """Assign a state to an empty model; only a tied head may be missing. Returns what is missing."""
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{directory} does not fit its config.json ({error})") from None
-    missing = sorted(set(missing) - tied_names(model))
-    if unexpected or missing:
+    lost = sorted(set(missing) - tied_names(model))
+    if unexpected or lost:
         raise UserError(
-            f"{directory} is damaged: missing {missing[:3]}, unexpected {sorted(unexpected)[:3]}; delete the "
+            f"{directory} is damaged: missing {lost[:3]}, unexpected {sorted(unexpected)[:3]}; delete the "
             "directory and quantize again"
         )
+    return missing

@@ -5,6 +5,7 @@
 which is then dropped), and only then the quantized model, so that two models are never held at once.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from intactkv.prefix import PLAIN_BASIS, Prefix
 from quantization.checkpoint import DenseCheckpoint, is_quantized, load_quantized, read_config, read_manifest
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
 from quantization.prefixes import PrefixChoice, choose_prefix, stored_prefix
-from quantization.recipe import PUBLISHED_GROUP, Recipe, describe
+from quantization.recipe import PUBLISHED_GROUP, Calibration, Recipe, describe
 
 __all__ = [
     "Checkpoint",
@@ -58,7 +59,7 @@ def find_checkpoint(directory: Path) -> Checkpoint:
         name = f"{manifest['source']['name']}/{directory.name}"
         return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
     DenseCheckpoint(directory)
-    return Checkpoint(directory, directory.resolve().name, checkpoint_fingerprint(directory), None)
+    return Checkpoint(directory, Path(os.path.abspath(directory)).name, checkpoint_fingerprint(directory), None)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -73,11 +74,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def with_model_defaults(recipe: Recipe, checkpoint: Checkpoint, settings: list[str]) -> list[str]:
-    """Settings with the model's own group size in front, where the recipe has the published 128."""
-    own = model_defaults(checkpoint.family_name).default_group_size
-    if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own:
-        return [f"weights.grid.group_size={own}", *settings]
-    return settings
+    """Settings with the model's own group size and calibration text in front, if the recipe has the published ones."""
+    own, front = model_defaults(checkpoint.family_name), []
+    if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own.default_group_size:
+        front.append(f"weights.grid.group_size={own.default_group_size}")
+    if recipe.calibrates and recipe.calibration.corpus == Calibration().corpus != own.default_calibration:
+        front.append(f"calibration.corpus={own.default_calibration}")
+    return [*front, *settings]
 
 
 def quantized_directory(
@@ -113,6 +116,7 @@ class Plan:
     device: torch.device
     vanilla: bool
     packed: bool
+    context: int | None  # positions the model has, None if its configuration does not say
 
     @property
     def calibration_prefix(self) -> torch.Tensor | None:
@@ -187,6 +191,14 @@ class Plan:
         """The directory of the full-precision twin: the dense checkpoint, or its transformed form."""
         manifest, directory = self.checkpoint.manifest, self.checkpoint.directory
         if manifest is None:
+            calibrating = [step.name for step in self.recipe.transforms if step.calibrates]
+            if calibrating and self.recipe.weights is not None:
+                # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
+                # different: its K and V would be in another basis than the quantized model's.
+                raise UserError(
+                    f"the prefix of a recipe whose transform {calibrating[0]} calibrates must come from the run that "
+                    "quantizes, which is not available; leave --prefix out"
+                )
             return self.written(self.recipe.twin)
         dense = directory.parent / manifest["source"]["directory"]
         if (
@@ -232,7 +244,8 @@ def plan_run(
     tokenizer = load_tokenizer(directory)
     choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
     segments = calibration_of(recipe, tokenizer)
-    plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed)
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context)
     needed = manifest["needs_prefix"] if manifest is not None else plan.calibration_prefix
     if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
         raise UserError(

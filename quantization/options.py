@@ -125,8 +125,12 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
             f"--bits and --group-size set the grid of the weights, but the recipe "
             f"{options.recipe or 'fp16'} quantizes none; name one that does, for example --recipe rtn"
         )
-    if getattr(options, "prefix", None) is not None:  # first: a setting may need it
+    # Prefix and KV policy first: a setting may need the one or reach into the other.
+    if getattr(options, "prefix", None) is not None:
         recipe = replace(recipe, prefix=options.prefix)
+    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
+    if name is not None or bits is not None:
+        recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
     recipe = with_settings(
         recipe,
         with_model_defaults(
@@ -139,9 +143,6 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
             ],
         ),
     )
-    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
-    if name is not None or bits is not None:
-        recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
     return recipe
 
 

@@ -105,7 +105,7 @@ def quantize_checkpoint(
         "recipe": describe(recipe),
         "basis": basis_of(fingerprint, recipe, segments, prefix_ids),
         "source": {
-            "name": source.resolve().name,
+            "name": Path(os.path.abspath(source)).name,
             "directory": os.path.relpath(source, out.parent),
             "fingerprint": fingerprint,
         },

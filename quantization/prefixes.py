@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
-from corpora.sharegpt import VICUNA_SYSTEM
+from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import identity
 from corpora.text import encode, start_token_id
 from intactkv.prefix import Prefix, build_prefix
@@ -73,7 +73,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int
         shared = first[: same.index(False)] if False in same else first[: len(same)]
         return _behind_start(shared, tokenizer)
     if "vicuna" in model_name.lower():  # published without a chat template in the tokenizer
-        return _behind_start(encode(tokenizer, f"{VICUNA_SYSTEM} USER:"), tokenizer)
+        return _behind_start(encode(tokenizer, VICUNA_PROMPT), tokenizer)
     raise UserError(
         f"--prefix prompt: the tokenizer of {model_name} has no chat template, so there is no prompt that "
         'every conversation starts with; give the text itself: --prefix "…"'
@@ -102,9 +102,12 @@ def stored_prefix(
     if choice.file is not None:
         return Prefix.load(choice.file)
     key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
-    name = {"[B]": "bos", "[P]": "prompt"}.get(choice.label, "text")
+    name = choice.word if choice.word in ("bos", "prompt") else "text"
     path = modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
-    if not path.is_file():
+    try:
+        return Prefix.load(path)
+    except UserError as error:  # not there yet, or a file that an older version or a failing disk left
+        log.debug("%s", error)
         build_prefix(twin(), choice.ids).save(path)
         log.info("built the prefix %s of %d tokens: %s", choice.label, len(choice.ids), path)
     return Prefix.load(path)

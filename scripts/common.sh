@@ -15,6 +15,12 @@ model_directory() { # MODEL SIZE, where SIZE may be spelled 7b or vicuna-v1.5-7b
     echo "modelzoo/$1/$1-${2#"$1"-}"
 }
 
+need_gpu() { # INDEX: fail unless this machine shows a GPU of that index
+    local count
+    count=$(python -c 'import torch; print(torch.cuda.device_count())')
+    [ "$1" -lt "$count" ] || fail "GPU index $1 is not there: this machine shows $count CUDA GPUs; choose another or cpu"
+}
+
 run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     # DEVICE: cpu, one GPU index, or several joined by commas; indices count within CUDA_VISIBLE_DEVICES if that is set.
     local device=$1 port=$2
@@ -22,7 +28,8 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     case "$device" in
         cpu) python -m eval "$@" --device cpu ;;
         *,*)
-            local visible=$device
+            local visible=$device gpu
+            for gpu in ${device//,/ }; do need_gpu "$gpu"; done
             if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
                 local all index
                 IFS=, read -ra all <<< "$CUDA_VISIBLE_DEVICES"

@@ -13,11 +13,11 @@ window=${WINDOW:-512} limit=${LIMIT:-8}
 
 for recipe in fp16 rtn-w4 rtn-w3 kv4 kv3 kv2; do
     for prefix in none bos; do
-        $python -m eval ppl --model $model --recipe $recipe --prefix $prefix --window "$window" --limit "$limit" > /dev/null
+        $python -m eval ppl --model $model --corpus sample --recipe $recipe --prefix $prefix --window "$window" --limit "$limit" > /dev/null
     done
 done
 echo
-$python -m eval table --model $name --window "$window" --limit "$limit"
+$python -m eval table --model $name --corpus sample --protocol intactkv --window "$window" --limit "$limit"
 echo
-$python -m eval plot perplexity --model $name --window "$window" --limit "$limit" --out outputs/figures/perplexity.png
+$python -m eval plot perplexity --model $name --corpus sample --protocol intactkv --window "$window" --limit "$limit" --out outputs/figures/perplexity.png
 $python -m eval plot pivots --model $model --out outputs/figures/pivots.png

@@ -130,7 +130,9 @@ BAD_INPUT = {
     "unknown device": (["--device", "tpu"], "tpu"),
     "unknown field": (["--recipe", "rtn", "--set", "weights.grid.bitz=3"], "'bitz'"),
     "text shorter than a window": (["--window", "100000"], "less than one window of 100000"),
-    "window too small": (["--window", "2"], "window is 2"),
+    "no window at all": (["--window", "0"], "--window 0"),
+    "window longer than the model": (["--window", "300"], "do not fit the 256 positions"),
+    "window too small": (["--window", "2"], "--window 2"),
     "no windows": (["--limit", "0"], "limit is 0"),
     "no batch": (["--batch-size", "0"], "--batch-size 0"),
     "missing prefix file": (["--prefix", "nowhere.safetensors"], "nowhere.safetensors is missing"),
@@ -235,10 +237,11 @@ def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactk
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["llama-2", "7b", "gptx", "3", "16", "ppl", "29500", "cpu"], "'gptx' is not available; choose fp16"),
+    (["smollm2", "135m", "gptx", "3", "16", "ppl", "29500", "cpu"], "unknown recipe 'gptx'; choose from fp16"),
     (["llama-2", "7b", "rtn", "3", "16", "poetry", "29500", "cpu"], "'poetry' is not available"),
     (["llama-2", "7b", "rtn", "3", "16", "ppl"], "got 6 of 8"),
     (["llama-2", "7b", "rtn", "3", "16", "ppl", "29500", "gpu"], "device 'gpu'"),
+        (["llama-2", "7b", "rtn", "3", "16", "ppl", "29500", "97,98"], "GPU index 97 is not there"),
     (["no-such", "7b", "rtn", "3", "16", "ppl", "29500", "cpu"], "modelzoo/no-such/no-such-7b is missing"),
 ])  # fmt: skip
 def test_the_published_call_refuses_in_one_line(arguments, named):

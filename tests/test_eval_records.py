@@ -15,13 +15,14 @@ from eval.tables import perplexity_rows, render
 SETTINGS: dict[str, Any] = {
     "model": "tiny-llama", "weights": "rtn-w4g64", "made_of": {"source": "abc"}, "recipe": {}, "kv": None,
     "prefix": {"label": "none", "ids": [], "file": None, "intact": False}, "dtype": "float32", "device": "cpu",
-    "packed": False, "corpus": "sample", "text_sha256": "00", "protocol": "intactkv", "window": 512, "limit": 8,
-    "batch_size": 4,
+    "packed": False, "corpus": "sample", "text_sha256": "00", "tokens_sha256": "aa",
+    "protocol": "intactkv", "window": 512, "limit": 8, "batch_size": 4,
 }  # fmt: skip
 CHANGED: dict[str, Any] = {
     "model": "other", "weights": "rtn-w3g64", "made_of": {"source": "abd"}, "recipe": {"x": 1},
     "kv": {"kind": "PerHead", "bits": 4}, "prefix": {"label": "[B]", "ids": [1], "file": None, "intact": True},
-    "dtype": "bfloat16", "device": "cuda", "packed": True, "corpus": "c4", "text_sha256": "01", "protocol": "gptq",
+    "dtype": "bfloat16", "device": "cuda", "packed": True, "corpus": "c4", "text_sha256": "01", "tokens_sha256": "ab",
+    "protocol": "gptq",
     "window": 2048, "limit": None, "batch_size": 1,
 }  # fmt: skip
 
@@ -89,7 +90,8 @@ PROMPT = {"label": "[P]", "ids": [1, 2], "file": None, "intact": True}
 def test_both_arms_of_a_setting_share_a_row(intactkv_root):
     rows = perplexity_rows([
         record(20.0), record(15.0, prefix=BOS),
-        record(22.0, prefix=PROMPT | {"intact": False}), record(11.0, prefix=PROMPT),
+        record(22.0, prefix=PROMPT | {"intact": False}, tokens_sha256="p"),
+        record(11.0, prefix=PROMPT, tokens_sha256="p"),
         record(30.0, kv={"kind": "PerHead", "bits": 4}),
     ])  # fmt: skip
     assert [(r.kv, r.prefix, r.vanilla, r.intact, r.change) for r in rows] == [
@@ -108,8 +110,17 @@ def test_figures_of_different_protocols_never_share_a_table(field):
 
 
 def test_a_gptq_run_without_a_prefix_is_not_the_vanilla_arm_of_bos():
-    rows = perplexity_rows([record(20.0, protocol="gptq"), record(15.0, protocol="gptq", prefix=BOS)])
+    rows = perplexity_rows(
+        [record(20.0, protocol="gptq"), record(15.0, protocol="gptq", prefix=BOS, tokens_sha256="bb")]
+    )
     assert [(r.prefix, r.vanilla, r.intact) for r in rows] == [("none", 20.0, None), ("[B]", None, 15.0)]
+
+
+def test_settings_that_no_column_shows_are_told_apart():
+    clipped = {"source": "abc", "weights": {"grid": {"clip_search": True}}}
+    rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS), record(18.0, made_of=clipped)])
+    assert [(r.vanilla, r.intact) for r in rows] == [(20.0, 15.0), (18.0, None)]
+    assert len({r.weights for r in rows}) == 2
 
 
 def test_the_error_of_a_change_comes_from_paired_windows():
@@ -122,7 +133,7 @@ def test_the_error_of_a_change_comes_from_paired_windows():
 
 
 def test_files_of_one_name_and_another_text_do_not_meet():
-    rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS, text_sha256="01")])
+    rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS, tokens_sha256="bb")])
     assert [(r.vanilla, r.intact) for r in rows] == [(20.0, None), (None, 15.0)]
 
 
@@ -132,7 +143,9 @@ def test_the_newest_of_two_runs_of_a_cell_counts(intactkv_root):
 
 
 def test_csv_holds_what_the_markdown_shows():
-    rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS), record(1234.5, weights="rtn-w2g64")])
+    rows = perplexity_rows(
+        [record(20.0), record(15.0, prefix=BOS), record(1234.5, weights="rtn-w2g64", made_of={"bits": 2})]
+    )
     table = list(csv.DictReader(io.StringIO(render(rows, "csv"))))
     assert [(line["weights"], line["vanilla"], line["IntactKV"], line["change"]) for line in table] == [
         ("rtn-w4g64", "20", "15", "-0.25"),

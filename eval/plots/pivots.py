@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm
 from corpora.catalog import model_defaults
 from corpora.errors import UserError
 from corpora.text import evaluation_stream, protocol
-from eval.plots.canvas import plt, save
+from eval.plots.canvas import VANILLA, plt, save
 from intactkv.pivots import hidden_magnitudes
 from quantization.loading import plan_run
 from quantization.options import chosen_device
@@ -34,7 +34,7 @@ def draw_pivots(model_directory: Path, corpus: str | None, tokens: int, device: 
     axes.set_xticks([i + 0.5 for i in range(len(ids))], names, rotation=90, fontsize=6.5)
     for i, tick in enumerate(axes.get_xticklabels()):
         if i in pivots:
-            tick.set_color("#d55e00")
+            tick.set_color(VANILLA)
             tick.set_fontweight("bold")
     axes.set_yticks([i + 0.5 for i in range(0, len(largest), 5)], [str(i) for i in range(0, len(largest), 5)])
     axes.set_ylabel("output of block (0: embeddings)")

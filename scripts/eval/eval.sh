@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate a method, vanilla and with IntactKV_[B].
 # Usage: eval.sh MODEL SIZE METHOD BITS KV_BITS TASK PORT DEVICE      for example: eval.sh llama-2 7b rtn 3 16 ppl 29500 0
-#   METHOD  fp16 | rtn          BITS  of the weights (16 with fp16)      KV_BITS  16 for a full-precision cache, or 2…8
+#   METHOD  a recipe: fp16, rtn, …     BITS  of the weights, 16 with fp16     KV_BITS  2 to 8, or 16 for full precision
 #   TASK    ppl                 PORT  of accelerate, used with several GPUs
 #   DEVICE  cpu, a GPU index, or several joined by commas
 # Environment: CORPUS, GROUP_SIZE, WINDOW, LIMIT override the model's defaults.
@@ -11,11 +11,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 enter_project
 model=$(model_directory "$1" "$2") method=$3 bits=$4 kv_bits=$5 task=$6 port=$7 device=$8
 
-case "$method" in
-    fp16) recipe=(--recipe fp16) ;;
-    rtn) recipe=(--recipe rtn --bits "$bits" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"}) ;;
-    *) fail "method '$method' is not available; choose fp16 or rtn" ;;
-esac
+recipe=(--recipe "$method" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
+[ "$bits" = 16 ] || recipe+=(--bits "$bits")
 [ "$kv_bits" = 16 ] || recipe+=(--kv-bits "$kv_bits")
 [ "$task" = ppl ] || fail "task '$task' is not available; choose ppl"
 
@@ -23,4 +20,4 @@ for prefix in none bos; do
     run_eval "$device" "$port" ppl --model "$model" "${recipe[@]}" --prefix "$prefix" \
         ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"}
 done
-python -m eval table --model "$(basename "$model")"
+python -m eval table --model "$(basename "$model")" # all finished runs of the model, to compare
