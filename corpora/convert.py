@@ -9,7 +9,7 @@ import pickle
 from pathlib import Path
 
 from corpora.errors import UserError
-from corpora.storage import read_json, write_json, write_tensors
+from corpora.storage import indexed_files, write_json, write_tensors
 
 __all__ = ["bin_files", "bin_to_safetensors"]
 
@@ -17,11 +17,13 @@ log = logging.getLogger(__name__)
 
 
 def bin_files(directory: Path) -> list[Path]:
-    """The pytorch_model*.bin files of a checkpoint, those that its index names if it has one."""
+    """The pytorch_model*.bin files of a checkpoint, those that its index names if it has one.
+
+    Raises UserError if the index is damaged.
+    """
     index = directory / "pytorch_model.bin.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index, "the index of the checkpoint")["weight_map"].values()))
-        return [directory / name for name in names]
+        return sorted(set(indexed_files(index).values()))
     return sorted(directory.glob("pytorch_model.bin"))
 
 

@@ -20,10 +20,13 @@ from corpora.errors import UserError
 
 __all__ = [
     "checkpoint_fingerprint",
+    "disk_errors",
     "identity",
+    "indexed_files",
     "read_json",
     "sha256_of_file",
     "sha256_of_tensor",
+    "weight_files",
     "write_beside",
     "write_json",
     "write_tensors",
@@ -62,18 +65,24 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{what} {path} is not readable JSON ({error}); delete the file and make it again") from None
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors raises when the disk refuses (full, read-only) into an OSError with the name of `path`."""
+    try:
+        yield
+    except SafetensorError as error:  # the system's error, wrapped in a class of its own
+        raise OSError(None, f"cannot write: {error}", str(path)) from None
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, atomically. Tensors are moved to the CPU and made contiguous.
 
     Raises OSError when the disk refuses (full, read-only), with the file's name.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with write_beside(path) as beside:
-        try:
-            save_file(plain, beside, metadata=dict(metadata) if metadata else None)
-            beside.chmod(0o644)  # safetensors writes for the owner alone; colleagues on a cluster read these files
-        except SafetensorError as error:  # safetensors wraps the system's error in its own class
-            raise OSError(None, f"cannot write: {error}", str(path)) from None
+    with write_beside(path) as beside, disk_errors(path):
+        save_file(plain, beside, metadata=dict(metadata) if metadata else None)
+        beside.chmod(0o644)  # safetensors writes for the owner alone; colleagues on a cluster read these files
 
 
 def identity(made_of: Mapping[str, Any], digits: int = 8) -> str:
@@ -88,11 +97,63 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def indexed_files(index: Path) -> dict[str, Path]:
+    """The file of every tensor, as a checkpoint's index names it. Raises UserError if the index is damaged."""
+    content = read_json(index, "the index of the checkpoint")
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files; fetch the checkpoint again")
+    return {tensor: index.parent / name for tensor, name in names.items()}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold a dense checkpoint's weights, and no others that lie beside them.
+
+    Those that model.safetensors.index.json names; without an index model*.safetensors; without these every
+    *.safetensors that is no prefix file. Raises UserError if there is none, or one that the index names is missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        file_of = indexed_files(index)
+        for tensor, file in file_of.items():
+            if not file.is_file():
+                raise UserError(
+                    f"{directory} lacks the tensor {tensor!r}: its index names {file.name}, which is missing; the "
+                    "checkpoint is incomplete, fetch it again"
+                )
+        files = sorted(set(file_of.values()))
+    else:
+        files = sorted(directory.glob("model*.safetensors"))
+        files = files or [file for file in sorted(directory.glob("*.safetensors")) if not _is_prefix(file)]
+    if not files:
+        raise UserError(
+            f"{directory} holds no *.safetensors file with weights; convert the checkpoint with save_pretrained, or "
+            "fetch it in safetensors format"
+        )
+    return files
+
+
+def _is_prefix(file: Path) -> bool:
+    """Whether a safetensors file is one that IntactKV wrote."""
+    with _reading(file), safe_open(file, framework="pt") as tensors:
+        return "intactkv" in (tensors.metadata() or {})
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
+
+
 def checkpoint_fingerprint(directory: Path) -> str:
     """Identity of a dense checkpoint's content, whatever the directory is called: 16 hexadecimal digits.
 
-    Covers the configuration and, for every tensor of its safetensors files, the name, shape, dtype and up to 4 KiB of
-    values spread over the tensor: two training runs differ in every tensor, and a 70B checkpoint is read in a second.
+    Covers the configuration and, for every tensor of its `weight_files`, the name, shape, dtype and a sample: the first
+    128 values of 8 rows spread over the tensor and, of a matrix, of its first 8 rows too, where most vocabularies have
+    their special tokens. Two training runs differ in every tensor, so they never meet, and a 70B checkpoint is read in
+    seconds; but an edit of a few single values can escape the sample and leaves the fingerprint as it was.
     Raises UserError if a file is missing, truncated or not safetensors.
     """
     digest = hashlib.sha256()
@@ -103,33 +164,24 @@ def checkpoint_fingerprint(directory: Path) -> str:
     digest.update(
         identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}, 64).encode()
     )
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{directory} holds no *.safetensors file; convert the checkpoint with save_pretrained, or "
-            "fetch it in safetensors format"
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in sorted(tensors.keys()):
-                    view = tensors.get_slice(name)
-                    shape = view.get_shape()
-                    digest.update(f"{name}{shape}{view.get_dtype()}".encode())
-                    digest.update(_sample(view, shape).contiguous().view(torch.uint8).numpy().tobytes())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again"
-            ) from None
+    for file in weight_files(directory):
+        with _reading(file), safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                view = tensors.get_slice(name)
+                shape = view.get_shape()
+                digest.update(f"{name}{shape}{view.get_dtype()}".encode())
+                digest.update(_sample(view, shape).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def _sample(view: Any, shape: list[int]) -> torch.Tensor:
-    """Up to 1024 values from 8 rows spread over a tensor, read without loading the rest."""
+    """Up to 128 values from each of at most 16 rows of a tensor, read without loading the rest."""
     if not shape:
         return view[:].reshape(1)
-    rows = torch.linspace(0, shape[0] - 1, min(8, shape[0])).long().tolist()
-    return torch.cat([view[row : row + 1].flatten()[:128] for row in rows])
+    rows = set(torch.linspace(0, shape[0] - 1, min(8, shape[0])).long().tolist())
+    if len(shape) == 2:
+        rows.update(range(min(8, shape[0])))
+    return torch.cat([view[row : row + 1].flatten()[:128] for row in sorted(rows)])
 
 
 def sha256_of_tensor(tensor: torch.Tensor) -> str:
