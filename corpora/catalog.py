@@ -214,7 +214,8 @@ def corpus_files(name: str, role: str) -> list[Path]:
     directory = corpus_directory(name)
     patterns = {"calibration": CORPORA[name].calibration, "evaluation": CORPORA[name].evaluation}[role]
     for pattern in patterns:
-        files = sorted(file for file in directory.glob(pattern) if file.is_file())
+        # datasets.map leaves cache-*.arrow in the folders of save_to_disk: no rows of the corpus.
+        files = sorted(f for f in directory.glob(pattern) if f.is_file() and not f.name.startswith("cache-"))
         if files:
             return files
     return []

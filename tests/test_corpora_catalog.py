@@ -80,6 +80,24 @@ def test_known_layouts_are_found(
     assert corpus_files(corpus, role) == [path]
 
 
+@pytest.mark.parametrize(
+    ("corpus", "folder"),
+    [("wikitext2", "wikitext/test"), ("c4", "allenai/c4/validation"), ("pile", "pile-val-backup/validation")],
+)
+def test_what_datasets_caches_in_a_folder_is_no_part_of_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: str, folder: str
+) -> None:
+    monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
+    directory = tmp_path / "datasets" / folder
+    directory.mkdir(parents=True)
+    (directory / "cache-0123456789abcdef.arrow").touch()
+    assert corpus_files(corpus, "evaluation") == []
+    shards = [directory / f"data-0000{i}-of-00002.arrow" for i in range(2)]
+    for shard in shards:
+        shard.touch()
+    assert corpus_files(corpus, "evaluation") == shards
+
+
 def rows(readme: str) -> list[list[str]]:
     """Cells of the first table of a README, code marks taken off, without its head."""
     lines = [line for line in (CHECKOUT / readme).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
@@ -147,3 +165,15 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: 
     assert result.returncode == 2
     assert len(errors) == 1
     assert words in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("data.sh", []), ("data.sh", ["a", "b"]), ("model.sh", []), ("model.sh", ["llama-2"]), ("model.sh", list("abc"))],
+)
+def test_a_script_called_wrongly_says_its_usage_in_one_line(tmp_path: Path, script: str, arguments: list[str]) -> None:
+    command = ["bash", str(CHECKOUT / "scripts/prepare" / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch(rf"error: usage: {script} .*\n", result.stderr)
