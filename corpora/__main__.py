@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 
 from corpora.errors import Parser, UserError, run_program
 
@@ -107,4 +106,3 @@ def _rows() -> list[dict[str, str | bool]]:
 
 if __name__ == "__main__":
     run_program(main)
-    sys.stdout.flush()

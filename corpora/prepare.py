@@ -26,9 +26,9 @@ def model_is_present(directory: Path) -> bool:
         return (directory / "model.safetensors").is_file()
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return all((directory / file).is_file() for file in files)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):  # no index, whatever it is
         return False
-    return all((directory / file).is_file() for file in files)
 
 
 def prepare_model(family: str, size: str) -> tuple[Path, bool]:

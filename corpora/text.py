@@ -162,7 +162,7 @@ def calibration_segments(
         if len(ids) <= length:
             raise UserError(
                 f"{corpus} has {len(ids)} tokens for calibration, but a segment takes {length} and one more; give a "
-                "longer text or a smaller --calibration-length"
+                "longer text or use shorter segments"
             )
         generator = random.Random(seed)
         starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]

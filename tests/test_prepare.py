@@ -253,7 +253,8 @@ def test_a_disk_that_refuses_the_model_is_an_error_of_the_disk(
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "words = Tokenizer(WordLevel({f'word {i}': i for i in range(2000)}, unk_token='word 0'))\n"
         "tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "run_program(lambda: _save(tokenizer, model, Path(sys.argv[2])))\n"
     )
     command = [sys.executable, "-c", program, str(tiny_checkpoint(tmp_path, "llama")), str(tmp_path / "out")]
@@ -341,6 +342,16 @@ def test_a_checkpoint_with_a_missing_shard_is_not_present(tmp_path: Path) -> Non
     assert not model_is_present(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").touch()
     assert model_is_present(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_that_names_no_files_is_no_crash(hub: dict[str, list], content: str) -> None:
+    directory = model_directory("vicuna-v1.5", "7b")
+    hub["files"] = [*SMALL_FILES, ("pytorch_model.bin.index.json", content.encode())]
+    with pytest.raises(UserError, match=r"pytorch_model\.bin\.index\.json"):
+        prepare_model("vicuna-v1.5", "7b")
+    (directory / "model.safetensors.index.json").write_text(content)
+    assert not model_is_present(directory)
 
 
 def test_a_checkpoint_of_bin_files_is_converted(hub: dict[str, list], tmp_path: Path) -> None:
