@@ -61,7 +61,9 @@ class IntactLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if self.passed_tokens:
             raise RuntimeError("this cache was made for a single pass and holds nothing of the first one")
-        states = super().update(key_states, value_states, *args, **kwargs)
+        states = key_states, value_states
+        if self.prefix is not None:
+            states = super().update(key_states, value_states, *args, **kwargs)
         quantized = self.quantized_tokens
         self.reset()
         self.passed_tokens, self.quantized_tokens = key_states.shape[-2], quantized
