@@ -19,7 +19,7 @@ from corpora.storage import identity, read_json, write_json
 
 __all__ = ["all_records", "environment", "peak_memory_mb", "record_of"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def record_of(
