@@ -28,8 +28,8 @@ from quantization.architecture import ARCHITECTURES
 
 __all__ = ["Windows", "cut_windows", "default_batch_size", "token_losses", "window_losses"]
 
-# Values, 24 MB in float32 whatever the vocabulary: malloc maps blocks over 32 MB anew each time, which cost a CPU 4 %
-# of the pass (benchmarks.perplexity).
+# Values, 24 MB in float32 whatever the vocabulary: malloc maps blocks over 32 MB anew each time, page by page,
+# and smaller ones were the faster by a few per cent where it was tried on a CPU (benchmarks.perplexity).
 LOGITS_AT_ONCE = 6 * 2**20
 # Tokens in a batch of windows: 2048 fill a GPU (a published window is a batch of one); on a CPU 512 are as fast as any,
 # and more only leave its caches.
