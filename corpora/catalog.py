@@ -136,12 +136,24 @@ TEXT_FILE = Corpus(folder=".", hub_id=None, fetch=(), calibration=(), evaluation
 
 
 @dataclass(frozen=True)
+class CalibrationText:
+    """How much of which corpus a model calibrates on: `samples` pieces of `length` tokens."""
+
+    corpus: str
+    samples: int
+    length: int
+
+
+@dataclass(frozen=True)
 class ModelDefaults:
-    """What a program uses for a model when the user names nothing else."""
+    """What a program uses for a model when the user names nothing else.
+
+    default_calibration: None takes what each method's paper calibrated on.
+    """
 
     default_corpora: tuple[str, ...] = ("wikitext2", "c4")
     default_group_size: int = 128
-    default_calibration: str = "c4"
+    default_calibration: CalibrationText | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,7 @@ def _named(pattern: str, *sizes: str) -> dict[str, str | None]:
 
 
 FAMILIES: dict[str, Family] = {
-    "smollm2": Family({"135m": None}, ModelDefaults(("sample",), 64, "sample")),
+    "smollm2": Family({"135m": None}, ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512))),
     "llama": Family(_named("huggyllama/llama-{}", "7b", "13b", "30b", "65b")),
     "llama-2": Family(_named("meta-llama/Llama-2-{}-hf", "7b", "13b", "70b")),
     "llama-3": Family(_named("meta-llama/Meta-Llama-3-{}", "8B", "70B")),

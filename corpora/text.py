@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from corpora.storage import sha256_of_file
 from corpora.tokens import cached_ids, encode, start_token_id, text_hash, tokenizer_fingerprint
 
 __all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_segments", "documents", "encode",
-           "evaluation_stream", "protocol", "split_windows", "start_token_id"]  # fmt: skip
+           "evaluation_stream", "packed_documents", "protocol", "split_windows", "start_token_id"]  # fmt: skip
 
 C4_OLD = "c4-old"  # GPTQ's first C4 test: 256 random segments of the validation file instead of its first documents
 CORPUS_NAMES = (*(name for name, corpus in CORPORA.items() if corpus.calibration_text), C4_OLD)
@@ -171,6 +172,34 @@ def calibration_segments(
         segments = segments.clone()
         segments[:, 0] = start_token_id(tokenizer)
     return segments
+
+
+def packed_documents(tokenizer: Any, corpus: str, *, samples: int, length: int, seed: int) -> Tensor:
+    """Whole short documents packed into pieces: (pieces, length) int64, the way AWQ calibrates (2306.00978).
+
+    The corpus' calibration documents in a random order; each stripped and opened by [BOS]; those longer than `length`
+    tokens and empty ones are left out; the first `samples` that remain are joined and cut, the rest is dropped.
+    The order is that of `datasets.Dataset.shuffle` with the same seed.
+    Raises UserError if the corpus is unknown, not there, or its documents do not fill one piece.
+    """
+    for option, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if value < least:
+            raise UserError(f"calibration {option} is {value}; give {least} or more")
+    texts = list(documents(corpus, "calibration"))
+    start, kept = start_token_id(tokenizer), []
+    for i in np.random.default_rng(seed).permutation(len(texts)):
+        ids = [start, *encode(tokenizer, texts[i].strip())]
+        if 1 < len(ids) <= length:
+            kept.append(torch.tensor(ids))
+            if len(kept) == samples:
+                break
+    stream = torch.cat(kept) if kept else torch.empty(0, dtype=torch.long)
+    if len(stream) < length:
+        raise UserError(
+            f"{corpus} has {len(kept)} documents of at most {length} tokens for calibration, {len(stream)} tokens in "
+            f"all, which fill no piece of {length}; take random pieces instead (--set calibration.draw=segments)"
+        )
+    return stream[: len(stream) // length * length].view(-1, length)
 
 
 def documents(corpus: str, role: str, limit: int | None = None) -> list[str]:

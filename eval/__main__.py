@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.errors import Parser, UserError, run_program
-from quantization.options import add_model_options, add_recipe_options, add_run_options
+from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_model_options(ppl)
     add_recipe_options(ppl)
+    add_calibration_options(ppl)
     add_run_options(ppl)
     data = ppl.add_argument_group("data and protocol")
     data.add_argument(

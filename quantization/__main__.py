@@ -6,6 +6,7 @@ from pathlib import Path
 
 from corpora.errors import Parser, UserError, run_program
 from quantization.options import (
+    add_calibration_options,
     add_dtype_option,
     add_model_options,
     add_prefix_option,
@@ -28,6 +29,8 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
     if not listing:
         add_model_options(parser)
         add_recipe_options(parser)
+        add_calibration_options(parser)
+        add_prefix_option(parser)
         parser.add_argument(
             "--out", type=Path, metavar="DIR", help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)"
         )
@@ -85,6 +88,7 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
     )
     add_model_options(build)
     add_recipe_options(build)
+    add_calibration_options(build)
     add_prefix_option(build)
     add_dtype_option(build)
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, *.safetensors")

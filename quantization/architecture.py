@@ -4,14 +4,26 @@ The key is the configuration's `model_type`. A new family is a row; it gets no f
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from corpora.errors import UserError
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "Feed", "architecture_of"]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A module and the linears that read its output and nothing else, within a block.
+
+    inside: the smallest module that holds the consumers and all that is computed from them alone.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    inside: str
 
 
 @dataclass(frozen=True)
@@ -21,12 +33,20 @@ class Architecture:
     decoder: everything but the head; returns the hidden states that the head reads.
     blocks: the list of decoder blocks. head: the vocabulary projection.
     linears: within a block, in the order of computation; linears of one inner tuple read the same input.
+    feeds: within a block, in the order of computation: what scales can be moved through.
+    attention: within a block. query, key: what a query ↔ key pair scales, the last maps in front of RoPE (the norms of
+    models that have them). rotary: whether positions rotate pairs (i, i + D/2) of a head's channels.
     """
 
     decoder: str
     blocks: str
     head: str
     linears: tuple[tuple[str, ...], ...]
+    feeds: tuple[Feed, ...]
+    attention: str = "self_attn"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    rotary: bool = True
 
     def block_name(self, index: int) -> str:
         """Dotted name of a block, as in the checkpoint: `model.layers.3`."""
@@ -35,6 +55,15 @@ class Architecture:
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """The decoder blocks, first to last."""
         return list(model.get_submodule(self.blocks).children())
+
+    def feeds_of(self, config: PreTrainedConfig) -> tuple[Feed, ...]:
+        """The block's feeds. Raises UserError for a variant whose norms stand behind what they should feed."""
+        if getattr(config, "do_layer_norm_before", True) is False:
+            raise UserError(
+                f"this {config.model_type} puts its norms behind attention and feed-forward (do_layer_norm_before="
+                "false), where scales cannot be folded into them; use a method without scales, such as gptq or rtn"
+            )
+        return self.feeds
 
     def linears_of(self, block: nn.Module, name: str) -> dict[str, nn.Linear]:
         """The block's linears in the order of computation, by their name within the block.
@@ -61,7 +90,14 @@ LLAMA = Architecture(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    feeds=(
+        Feed("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
+        Feed("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
+        Feed("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
+        Feed("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
+    ),
 )
+QWEN3 = replace(LLAMA, query="self_attn.q_norm", key="self_attn.k_norm")
 OPT = Architecture(
     decoder="model.decoder",
     blocks="model.decoder.layers",
@@ -72,12 +108,19 @@ OPT = Architecture(
         ("fc1",),
         ("fc2",),
     ),
+    feeds=(
+        Feed("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
+        Feed("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj"),
+        Feed("final_layer_norm", ("fc1",), "fc1"),
+        Feed("fc1", ("fc2",), "fc2"),  # ReLU lets positive scales pass, but no shift
+    ),
+    rotary=False,
 )
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": LLAMA,  # LLaMA 1 to 3, Vicuna, SmolLM2
     "mistral": LLAMA,
     "qwen2": LLAMA,
-    "qwen3": LLAMA,
+    "qwen3": QWEN3,
     "opt": OPT,
 }
 

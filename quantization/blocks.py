@@ -6,55 +6,115 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from corpora.errors import UserError
 from intactkv.cache import IntactCache
 from intactkv.prefix import input_embeddings
-from quantization.architecture import Architecture
+from quantization.architecture import Architecture, Feed
+from quantization.rescale import Rescaling, rescale
 
 __all__ = ["CalibrationStream", "DecoderBlock"]
 
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """A block in full precision, with the calibration stream in front of it (None if nothing calibrates)."""
+    """A block in full precision, with the calibration stream in front of it (None if nothing calibrates).
+
+    rescalings: what `rescale` applied so far; the checkpoint keeps them. figures: what a quantizer has to report of
+    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks.
+    """
 
     index: int
     module: nn.Module
     architecture: Architecture
+    config: PreTrainedConfig
     stream: "CalibrationStream | None" = None
+    rescalings: list[Rescaling] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Dotted name in the checkpoint."""
         return self.architecture.block_name(self.index)
 
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return int(getattr(self.module.get_submodule(self.architecture.attention), "head_dim"))  # noqa: B009 (mypy)
+
     def linears(self) -> dict[str, nn.Linear]:
         """The block's linears, in the order of computation."""
         return self.architecture.linears_of(self.module, self.name)
+
+    def feeds(self) -> tuple[Feed, ...]:
+        """What scales can be moved through, in the order of computation."""
+        return self.architecture.feeds_of(self.config)
+
+    def rescale(self, step: Rescaling) -> None:
+        """Apply an equivalent rescaling to the weights and remember it."""
+        rescale(self.module, step, self.head_size)
+        self.rescalings.append(step)
+
+    def report(self, **figures: float) -> None:
+        """Add to the figures of this block."""
+        for name, value in figures.items():
+            self.figures[name] = self.figures.get(name, 0.0) + float(value)
 
     def observe(self, look: Callable[[str, Tensor], None]) -> None:
         """Run the calibration text through the block once; `look(linear name, input)` sees every linear's input.
 
         Inputs are (1, tokens, channels), one call per sample and linear, never containing a prefix token.
+        Raises UserError, with the linear's name, if an input is not finite.
         """
-        assert self.stream is not None, "this quantizer calibrates, but no calibration text was given"
         handles = [
-            # OPT flattens the tokens in front of its feed-forward linears.
-            linear.register_forward_pre_hook(lambda _module, args, name=name: look(name, args[0].flatten(0, -2)[None]))
+            linear.register_forward_pre_hook(lambda _module, args, name=name: look(name, self._flat(name, args[0])))
             for name, linear in self.linears().items()
         ]
         try:
-            for _ in self.stream.outputs(self):
+            for _ in self._stream.outputs(self):
                 pass
         finally:
             for handle in handles:
                 handle.remove()
+
+    def inputs(self, linear: str) -> Iterator[Tensor]:
+        """The input of one linear for every sample, (tokens, channels); the block is left as soon as it is known."""
+        seen: list[Tensor] = []
+
+        def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(self._flat(linear, args[0])[0])
+            raise _Reached
+
+        for hidden in self._stream.hidden:
+            handle = self.module.get_submodule(linear).register_forward_pre_hook(catch)
+            try:
+                with torch.no_grad():
+                    self._stream.forward(self, hidden)
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+            yield seen.pop()
+
+    @property
+    def _stream(self) -> "CalibrationStream":
+        assert self.stream is not None, "this quantizer calibrates, but no calibration text was given"
+        return self.stream
+
+    def _flat(self, linear: str, x: Tensor) -> Tensor:
+        """(1, tokens, channels): OPT flattens the tokens in front of its feed-forward linears."""
+        if not torch.isfinite(x).all():
+            raise UserError(
+                f"the calibration text gives values that are not finite in front of {self.name}.{linear}; the "
+                "checkpoint is damaged, or its dtype too narrow: convert it to bfloat16 or float32"
+            )
+        return x.flatten(0, -2)[None]
 
 
 class _Reached(Exception):
@@ -88,10 +148,18 @@ class CalibrationStream:
             # Masks and positions need only the prefix's length; its values come when a block is seeded.
             blank = self._prefix.new_zeros(1, heads, prefix_ids.numel(), size)
             self._keys = self._values = [blank] * len(self._blocks)
-        entered = [self._enter(model, segment[None], self._cache()) for segment in segments]
+        entered = [
+            self._enter(model, segment[None], IntactCache(model.config, self._keys, self._values))
+            for segment in segments
+        ]
         self.hidden: list[Tensor] = [hidden for hidden, _ in entered]  # N × (1, T, hidden size)
+        # What full-precision blocks would have passed on, and what the current one makes of it: kept only for methods
+        # that ask (`WeightQuantizer.reads`).
+        self.full: list[Tensor] = []
+        self.targets: list[Tensor] = []
         self._arguments = entered[0][1]
 
+    @torch.no_grad()
     def seed(self, block: DecoderBlock) -> None:
         """Let the full-precision block write its keys and values of the prefix; call it again after a transform."""
         if self._prefix is not None:
@@ -101,23 +169,61 @@ class CalibrationStream:
             self._keys = [*self._keys[: block.index], keys, *self._keys[block.index + 1 :]]
             self._values = [*self._values[: block.index], values, *self._values[block.index + 1 :]]
 
-    def outputs(self, block: DecoderBlock) -> Iterator[Tensor]:
-        """The block's output for every sample, (1, T, hidden size), with the weights that it has now."""
-        for hidden in self.hidden:
-            yield self._call(block, hidden, self._arguments, self._cache())
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the prefix that the text runs behind."""
+        return 0 if self._prefix is None else self._prefix.shape[1]
 
-    def advance(self, block: DecoderBlock) -> None:
-        """Pass the text on through the quantized block; the prefix went through the full-precision one in `seed`."""
-        self.hidden = list(self.outputs(block))
+    def seeded(self, block: DecoderBlock) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefix in a block that was seeded, each (1, KV heads, P, D)."""
+        return self._keys[block.index], self._values[block.index]
+
+    def forward(
+        self,
+        block: DecoderBlock,
+        hidden: Tensor,
+        weights: dict[str, Tensor] | None = None,
+        seeded: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The block's output for one sample's hidden states (1, T, hidden size), with gradients where they are on.
+
+        weights: stand in for the block's own parameters of the same names. seeded: other keys and values of the prefix
+        than the block was seeded with.
+        """
+        keys, values = self._keys, self._values
+        if seeded is not None:
+            keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
+            values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
+        return self._call(block, hidden, self._arguments, IntactCache(self._config, keys, values), weights)
+
+    @torch.no_grad()
+    def outputs(self, block: DecoderBlock, hidden: list[Tensor] | None = None) -> Iterator[Tensor]:
+        """The block's output for every sample, (1, T, hidden size), with the weights that it has now.
+
+        hidden: other inputs than the stream's own, such as `full`.
+        """
+        for sample in self.hidden if hidden is None else hidden:
+            yield self.forward(block, sample)
+
+    def advance(self, block: DecoderBlock, following: list[Tensor] | None = None) -> None:
+        """Pass the text on, through the block as it is now, or as the given outputs; the prefix went through the
+        full-precision block in `seed`."""
+        self.hidden = list(self.outputs(block)) if following is None else following
         if self._prefix is not None:
             self._prefix = self._prefix_output
 
-    def _cache(self) -> IntactCache:
-        return IntactCache(self._config, self._keys, self._values)
-
-    @torch.no_grad()
-    def _call(self, block: DecoderBlock, hidden: Tensor, arguments: list[dict[str, Any]], cache: IntactCache) -> Tensor:
-        return block.module(hidden, **{**arguments[block.index], "past_key_values": cache})
+    def _call(
+        self,
+        block: DecoderBlock,
+        hidden: Tensor,
+        arguments: list[dict[str, Any]],
+        cache: IntactCache,
+        weights: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        keywords = {**arguments[block.index], "past_key_values": cache}
+        if weights is None:
+            return block.module(hidden, **keywords)
+        return torch.func.functional_call(block.module, weights, (hidden,), keywords)
 
     @torch.no_grad()
     def _enter(self, model: PreTrainedModel, ids: Tensor, cache: IntactCache) -> tuple[Tensor, list[dict[str, Any]]]:

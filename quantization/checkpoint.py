@@ -1,14 +1,15 @@
 """Checkpoints on disk: dense ones read lazily, quantized ones written block by block and loaded whole.
 
 A quantized checkpoint is a directory: the dense one's configuration and tokenizer files, `quantization.json` (what made
-it), `block-000.safetensors`, … (one per decoder block; its header names the grid of every linear) and
-`ends.safetensors` (embeddings, final norm, head: untouched). Packed codes, scales and zero points; no pickle.
+it), `block-000.safetensors`, … (one per decoder block; its header names the kind and grid of every linear) and
+`ends.safetensors` (embeddings, final norm, head: untouched). Packed codes, scales and zero points, and the rescalings
+that the weights went through before they were rounded; no pickle.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from corpora.errors import UserError
 from corpora.storage import read_json, weight_files, write_tensors
 from quantization.architecture import architecture_of
-from quantization.grids import QuantizedTensor, UniformGrid
-from quantization.linear import QuantLinear, stored_tensors, unpack_weight
+from quantization.linear import QuantLinear
+from quantization.rescale import Rescaling
+from quantization.stored import StoredWeight, restore
 
 __all__ = [
     "MANIFEST",
     "DenseCheckpoint",
+    "StoredBlock",
     "copy_companions",
     "empty_model",
     "is_quantized",
@@ -38,10 +41,11 @@ __all__ = [
     "write_ends",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "quantization.json"
 MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
+RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
 
 
 class DenseCheckpoint:
@@ -171,22 +175,43 @@ def block_file(directory: Path, index: int) -> Path:
     return directory / f"block-{index:03d}.safetensors"
 
 
+@dataclass(frozen=True)
+class StoredBlock:
+    """A finished block as its file holds it.
+
+    parameters: what is not quantized, by name. linears: (kind, packed parts, header) by name; names are the model's.
+    rescalings: applied before rounding, named within the block. figures: what the quantizer reported.
+    """
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    linears: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
+    rescalings: list[Rescaling] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
 def write_block(
-    directory: Path, index: int, name: str, module: nn.Module, quantized: dict[str, QuantizedTensor]
+    directory: Path,
+    index: int,
+    name: str,
+    module: nn.Module,
+    quantized: Mapping[str, StoredWeight],
+    rescalings: Sequence[Rescaling] = (),
+    figures: Mapping[str, float] | None = None,
 ) -> None:
     """Write a finished block, atomically: quantized linears packed, everything else as it is."""
     tensors: dict[str, Tensor] = {}
     for key, tensor in module.state_dict().items():
         if key.removesuffix(".weight") not in quantized:
             tensors[f"{name}.{key}"] = tensor
+    linears = {}
     for linear, weight in quantized.items():
-        tensors |= {f"{name}.{linear}.{part}": value for part, value in stored_tensors(weight).items()}
-    grids = {
-        f"{name}.{linear}": asdict(weight.grid) | {"channels": weight.codes.shape[1]}
-        for linear, weight in quantized.items()
-    }
+        tensors |= {f"{name}.{linear}.{part}": value for part, value in weight.tensors().items()}
+        linears[f"{name}.{linear}"] = {"kind": weight.kind, **weight.header()}
+    for i, step in enumerate(rescalings):
+        tensors |= {f"{RESCALING}{i}.{part}": value for part, value in step.tensors().items()}
+    header = {"linears": linears, "rescalings": [step.header() for step in rescalings], "figures": dict(figures or {})}
     # One metadata key only: safetensors writes several in an order that changes from run to run.
-    write_tensors(block_file(directory, index), tensors, {"grids": json.dumps(grids, sort_keys=True)})
+    write_tensors(block_file(directory, index), tensors, {"block": json.dumps(header, sort_keys=True)})
 
 
 def write_ends(directory: Path, dense: DenseCheckpoint, names: list[str]) -> None:
@@ -194,27 +219,30 @@ def write_ends(directory: Path, dense: DenseCheckpoint, names: list[str]) -> Non
     write_tensors(directory / ENDS, {name: dense.tensor(name) for name in names if dense.stored_name(name)})
 
 
-def read_block(file: Path) -> Iterator[tuple[str, Tensor | tuple[dict[str, Tensor], UniformGrid, int]]]:
-    """Everything in a block's file: (parameter name, tensor), or (linear name, (packed parts, grid, channels)).
-
-    Raises UserError if the file is missing or truncated.
-    """
+def read_block(file: Path) -> StoredBlock:
+    """Everything in a block's file, or in that of the ends. Raises UserError if it is missing or damaged."""
     if not file.is_file():
         raise UserError(
             f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize again"
         )
     with _open(file) as tensors:
-        grids = json.loads((tensors.metadata() or {}).get("grids", "{}"))
-        parts: dict[str, dict[str, Tensor]] = {linear: {} for linear in grids}
+        header = json.loads((tensors.metadata() or {}).get("block", "{}"))
+        kinds: dict[str, dict[str, Any]] = header.get("linears", {})
+        parts: dict[str, dict[str, Tensor]] = {linear: {} for linear in kinds}
+        steps: list[dict[str, Tensor]] = [{} for _ in header.get("rescalings", [])]
+        block = StoredBlock(figures=header.get("figures", {}))
         for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-            linear, _, part = key.rpartition(".")
-            if linear in grids and part != "bias":
-                parts[linear][part] = tensors.get_tensor(key)
+            owner, _, part = key.rpartition(".")
+            if owner.startswith(RESCALING):
+                steps[int(owner.removeprefix(RESCALING))][part] = tensors.get_tensor(key)
+            elif owner in kinds and part != "bias":
+                parts[owner][part] = tensors.get_tensor(key)
             else:
-                yield key, tensors.get_tensor(key)
-        for linear, grid in grids.items():
-            channels = grid.pop("channels")
-            yield linear, (parts[linear], UniformGrid(**grid), channels)
+                block.parameters[key] = tensors.get_tensor(key)
+    for linear, fields in kinds.items():
+        block.linears[linear] = (fields.pop("kind"), parts[linear], fields)
+    block.rescalings.extend(Rescaling.restore(t, h) for t, h in zip(steps, header.get("rescalings", []), strict=True))
+    return block
 
 
 def load_quantized(
@@ -231,18 +259,18 @@ def load_quantized(
     state: dict[str, Tensor] = {}
     files = [block_file(directory, i) for i in range(model.config.num_hidden_layers)]
     for file in (*files, directory / ENDS):
-        for name, value in read_block(file):
-            if isinstance(value, Tensor):
-                state[name] = value.to(device, dtype if value.is_floating_point() else None)
-                continue
-            parts, grid, channels = value
+        block = read_block(file)
+        for name, tensor in block.parameters.items():
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, (kind, parts, header) in block.linears.items():
             parts = {part: tensor.to(device) for part, tensor in parts.items()}
             if packed:
                 old = model.get_submodule(name)
-                model.set_submodule(name, QuantLinear(parts, grid, channels, getattr(old, "bias", None)))
+                shape = model.get_parameter(f"{name}.weight").shape
+                model.set_submodule(name, QuantLinear(kind, parts, header, shape, getattr(old, "bias", None)))
                 state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             else:
-                state[f"{name}.weight"] = unpack_weight(parts, grid, channels).dequantize(dtype)
+                state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
     if "lm_head.weight" in _fill(model, state, directory):
         model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies

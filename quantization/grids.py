@@ -11,25 +11,27 @@ zero.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from corpora.errors import UserError
+from quantization.packing import pack_codes, unpack_codes
 
 __all__ = [
     "CONVENTIONS",
     "Convention",
     "QuantizedTensor",
     "UniformGrid",
+    "constant_zero_point",
+    "encode",
     "fake_quantize",
+    "fit",
     "merge_groups",
-    "pack_codes",
     "quantize",
     "split_groups",
-    "unpack_codes",
 ]
 
 EPS = 1e-5  # smallest range (AWQ) or maximum (SmoothQuant, QuaRot) that those repositories divide by
@@ -203,17 +205,64 @@ class QuantizedTensor:
 
     codes: (rows, channels) uint8, 0…grid.top. scale: (rows, groups), in the grid's scale dtype.
     zero_point: (rows, groups) float32, integers unless the convention's zero point is real.
+    group_index: (channels,) int32, the group of every channel, where groups are not runs of neighbours (GPTQ's
+    activation order without static groups); None where they are.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     grid: UniformGrid
+    group_index: Tensor | None = None
+    kind: ClassVar[str] = "uniform"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Real values s·(q − z), computed in float32: (rows, channels)."""
+        if self.group_index is not None:
+            of_channel = self.group_index.long()
+            return ((self.codes.float() - self.zero_point[:, of_channel]) * self.scale.float()[:, of_channel]).to(dtype)
         codes = split_groups(self.codes, self.grid.group_size).float()
         return merge_groups((codes - self.zero_point[..., None]) * self.scale.float()[..., None]).to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: `codes` (packed), `scale`, `zero_point` as its convention says, `group_index`.
+
+        Integer zero points are packed like codes, real ones stay float32, constant ones follow from the grid.
+        """
+        stored = {"codes": pack_codes(self.codes, self.grid.bits), "scale": self.scale}
+        if self.grid.rule.zero_point == "code":
+            stored["zero_point"] = pack_codes(self.zero_point.to(torch.uint8), self.grid.bits)
+        elif self.grid.rule.zero_point == "real":
+            stored["zero_point"] = self.zero_point
+        if self.group_index is not None:
+            stored["group_index"] = self.group_index
+        return stored
+
+    def header(self) -> dict[str, Any]:
+        """What `tensors` does not tell: the grid and the number of channels."""
+        return asdict(self.grid) | {"channels": self.codes.shape[1]}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "QuantizedTensor":
+        """Undo `tensors` and `header`."""
+        fields = dict(header)
+        channels = fields.pop("channels")
+        grid = UniformGrid(**fields)
+        scale = tensors["scale"]
+        if grid.rule.zero_point == "code":
+            zero_point = unpack_codes(tensors["zero_point"], grid.bits, scale.shape[-1]).float()
+        elif grid.rule.zero_point == "real":
+            zero_point = tensors["zero_point"]
+        else:
+            zero_point = constant_zero_point(grid).to(scale.device).expand(scale.shape)
+        codes = unpack_codes(tensors["codes"], grid.bits, channels)
+        return cls(codes, scale, zero_point, grid, tensors.get("group_index"))
+
+
+def constant_zero_point(grid: UniformGrid) -> Tensor:
+    """The zero point (1,) of a convention where it follows from the bits."""
+    one = torch.ones(1)
+    return grid.rule.fit(-one, one, grid.bits).zero_point
 
 
 def split_groups(x: Tensor, group_size: int, name: str = "tensor") -> Tensor:
@@ -270,6 +319,21 @@ def _clip_error(groups: Tensor, fitted: Fit, grid: UniformGrid) -> Tensor:
     return (restored - groups).abs_().pow_(CLIP_NORM).sum(-1, keepdim=True)
 
 
+def fit_finite(groups: Tensor, grid: UniformGrid, name: str) -> Fit:
+    """`fit`. Raises UserError if a value is too large for the grid's scales."""
+    fitted = fit(groups, grid)
+    if not torch.isfinite(fitted.scale).all():
+        raise UserError(f"{name} holds values up to {groups.abs().max():.3g}, too large for {grid.scale_dtype} scales")
+    return fitted
+
+
+def finite(weight: Tensor, name: str) -> Tensor:
+    """The weight itself. Raises UserError if it holds NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{name} holds values that are not finite; the checkpoint is damaged or overflowed its dtype")
+    return weight
+
+
 def encode(groups: Tensor, fitted: Fit, grid: UniformGrid) -> Tensor:
     """Codes of (..., group_size) float32 values on a fitted grid, as float32 integers 0…grid.top."""
     steps = groups / fitted.scale
@@ -291,34 +355,9 @@ def fake_quantize(x: Tensor, grid: UniformGrid) -> Tensor:
 def quantize(weight: Tensor, grid: UniformGrid, name: str = "weight") -> QuantizedTensor:
     """Put a (rows, channels) matrix on its grid. Raises UserError if the group size does not divide the channels, or
     if the matrix holds a value that is not finite, or too large for the grid's scales."""
-    if not torch.isfinite(weight).all():
-        raise UserError(f"{name} holds values that are not finite; the checkpoint is damaged or overflowed its dtype")
-    groups = split_groups(weight.float(), grid.group_size, name)
-    fitted = fit(groups, grid)
-    if not torch.isfinite(fitted.scale).all():
-        raise UserError(f"{name} holds values up to {weight.abs().max():.3g}, too large for {grid.scale_dtype} scales")
+    groups = split_groups(finite(weight, name).float(), grid.group_size, name)
+    fitted = fit_finite(groups, grid, name)
     codes = merge_groups(encode(groups, fitted, grid)).to(torch.uint8)
     return QuantizedTensor(
         codes, fitted.scale[..., 0].to(SCALE_DTYPES[grid.scale_dtype]), fitted.zero_point[..., 0], grid
     )
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes 0…2^bits − 1 of any shape (..., n) without gaps: eight codes become `bits` bytes.
-
-    Little-endian bit stream per row: code i occupies bits i·bits … (i+1)·bits − 1. A row whose length is no multiple
-    of eight is padded with zeros. Returns uint8 (..., ceil(n/8)·bits).
-    """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).long()
-    word = sum(padded[..., i] << (bits * i) for i in range(8))  # (..., n/8), up to 64 bits
-    assert isinstance(word, Tensor)
-    return torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], dim=-1).flatten(-2).to(torch.uint8)
-
-
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Undo `pack_codes`: uint8 (..., ceil(count/8)·bits) to uint8 codes (..., count)."""
-    octets = packed.unflatten(-1, (-1, bits)).long()
-    word = sum(octets[..., j] << (8 * j) for j in range(bits))
-    assert isinstance(word, Tensor)
-    codes = torch.stack([(word >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=-1)
-    return codes.flatten(-2)[..., :count].to(torch.uint8)

@@ -17,13 +17,24 @@ from corpora.catalog import model_defaults
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file
-from corpora.text import calibration_segments
+from corpora.text import calibration_segments, packed_documents
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import PLAIN_BASIS, Prefix
-from quantization.checkpoint import DenseCheckpoint, is_quantized, load_quantized, read_config, read_manifest
+from quantization.architecture import architecture_of
+from quantization.blocks import DecoderBlock
+from quantization.checkpoint import (
+    DenseCheckpoint,
+    block_file,
+    is_quantized,
+    load_quantized,
+    read_block,
+    read_config,
+    read_manifest,
+)
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
 from quantization.prefixes import PrefixChoice, choose_prefix, stored_prefix
-from quantization.recipe import PUBLISHED_GROUP, Calibration, Recipe, describe
+from quantization.recipe import PUBLISHED_GROUP, Recipe, describe
+from quantization.rescale import rescale_all
 
 __all__ = [
     "Checkpoint",
@@ -74,12 +85,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def with_model_defaults(recipe: Recipe, checkpoint: Checkpoint, settings: list[str]) -> list[str]:
-    """Settings with the model's own group size and calibration text in front, if the recipe has the published ones."""
+    """Settings with the model's own group size and calibration text in front, where it has other than the published."""
     own, front = model_defaults(checkpoint.family_name), []
     if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own.default_group_size:
         front.append(f"weights.grid.group_size={own.default_group_size}")
-    if recipe.calibrates and recipe.calibration.corpus == Calibration().corpus != own.default_calibration:
-        front.append(f"calibration.corpus={own.default_calibration}")
+    if recipe.calibrates and own.default_calibration is not None:
+        text = own.default_calibration
+        front += [
+            f"calibration.corpus={text.corpus}",
+            f"calibration.samples={text.samples}",
+            f"calibration.length={text.length}",
+            "calibration.draw=segments",
+        ]
     return [*front, *settings]
 
 
@@ -96,7 +113,8 @@ def calibration_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.
     if not recipe.calibrates:
         return None
     c = recipe.calibration
-    return calibration_segments(tokenizer, c.corpus, samples=c.samples, length=c.length, seed=c.seed)
+    draw = packed_documents if c.draw == "documents" else calibration_segments
+    return draw(tokenizer, c.corpus, samples=c.samples, length=c.length, seed=c.seed)
 
 
 @dataclass(frozen=True)
@@ -184,25 +202,36 @@ class Plan:
             model_name=self.checkpoint.family_name,
             dtype=self.dtype,
             made_of={"source": self.checkpoint.fingerprint, "basis": self.basis},
-            twin=lambda: _load(self._twin(), self.dtype, self.device),
+            twin=self._load_twin,
         )
 
-    def _twin(self) -> Path:
-        """The directory of the full-precision twin: the dense checkpoint, or its transformed form."""
-        manifest, directory = self.checkpoint.manifest, self.checkpoint.directory
-        if manifest is None:
-            calibrating = [step.name for step in self.recipe.transforms if step.calibrates]
-            if calibrating and self.recipe.weights is not None:
-                # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
-                # different: its K and V would be in another basis than the quantized model's.
-                raise UserError(
-                    f"the prefix of a recipe whose transform {calibrating[0]} calibrates must come from the run that "
-                    "quantizes, which is not available; leave --prefix out"
-                )
-            return self.written(self.recipe.twin)
+    def _load_twin(self) -> PreTrainedModel:
+        """The full-precision twin: the dense checkpoint, its transformed form, or itself rescaled as the quantized
+        checkpoint was."""
+        manifest, directory, recipe = self.checkpoint.manifest, self.checkpoint.directory, self.recipe
+        if manifest is not None:
+            dense = self._dense_of(manifest)
+            if manifest["basis"] == PLAIN_BASIS:
+                return _load(dense, self.dtype, self.device)
+            return _load_rescaled(dense, directory, self.dtype, self.device)
+        calibrating = [step.name for step in recipe.transforms if step.calibrates]
+        if calibrating and recipe.weights is not None:
+            # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
+            # different: its K and V would be in another basis than the quantized model's.
+            raise UserError(
+                f"the prefix of a recipe whose transform {calibrating[0]} calibrates must come from the run that "
+                "quantizes, which is not available; leave --prefix out"
+            )
+        if recipe.weights is not None and recipe.weights.rescales:
+            return _load_rescaled(directory, self.written(recipe), self.dtype, self.device)
+        return _load(self.written(recipe.twin), self.dtype, self.device)
+
+    def _dense_of(self, manifest: dict[str, Any]) -> Path:
+        """The dense checkpoint that a quantized one was made from. Raises UserError if it is not at hand."""
+        directory = self.checkpoint.directory
         dense = directory.parent / manifest["source"]["directory"]
         if (
-            manifest["basis"] != PLAIN_BASIS
+            manifest["recipe"]["transforms"]
             or not (dense / "config.json").is_file()
             or checkpoint_fingerprint(dense) != self.checkpoint.fingerprint
         ):
@@ -262,3 +291,13 @@ def _load(directory: Path, dtype: torch.dtype, device: torch.device, packed: boo
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
+
+
+def _load_rescaled(dense: Path, quantized: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The dense model, rescaled block by block as the quantized checkpoint was before it was rounded."""
+    model = _load(dense, dtype, device)
+    architecture = architecture_of(model.config)
+    for index, module in enumerate(architecture.blocks_of(model)):
+        block = DecoderBlock(index, module, architecture, model.config)
+        rescale_all(module, read_block(block_file(quantized, index)).rescalings, block.head_size)
+    return model

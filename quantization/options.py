@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantization.recipe import Recipe
 
 __all__ = [
+    "add_calibration_options",
     "add_dtype_option",
     "add_model_options",
     "add_prefix_option",
@@ -70,6 +71,25 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    """The text that methods calibrate on, and whether it runs behind the prefix."""
+    group = parser.add_argument_group("calibration (methods that need none refuse these)")
+    group.add_argument(
+        "--calibration",
+        metavar="NAME|FILE",
+        help="a corpus by name or a text file (default: the paper's, or the model's own where that has one)",
+    )
+    group.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: the same)")
+    group.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: the same)")
+    group.add_argument("--seed", type=int, metavar="S", help="of the draw (default: the recipe's)")
+    group.add_argument(
+        "--calibrate-behind-prefix",
+        action="store_true",
+        help="let the text run behind the intact --prefix, as it will when the model is used; the result is refused "
+        "without that prefix",
+    )
+
+
 def add_prefix_option(parser: argparse._ActionsContainer) -> None:
     """--prefix."""
     parser.add_argument(
@@ -111,6 +131,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _setting(field: str, value: object) -> list[str]:
+    return [] if value is None else [f"{field}={value}"]
+
+
 def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
     """The recipe that the options spell, with the model's own group size. Raises UserError for what cannot be."""
     from dataclasses import replace
@@ -131,18 +155,26 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
     if name is not None or bits is not None:
         recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
+    settings = [
+        *_setting("weights.grid.bits", options.bits),
+        *_setting("weights.grid.group_size", options.group_size),
+    ]
+    calibration = [
+        *_setting("calibration.corpus", getattr(options, "calibration", None)),
+        *_setting("calibration.samples", getattr(options, "calibration_samples", None)),
+        *_setting("calibration.length", getattr(options, "calibration_length", None)),
+        *_setting("calibration.seed", getattr(options, "seed", None)),
+    ]
+    if calibration and not recipe.calibrates:
+        raise UserError(
+            f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ')} has "
+            "nothing to act on; leave it out"
+        )
     recipe = with_settings(
-        recipe,
-        with_model_defaults(
-            recipe,
-            checkpoint,
-            [
-                *([] if options.bits is None else [f"weights.grid.bits={options.bits}"]),
-                *([] if options.group_size is None else [f"weights.grid.group_size={options.group_size}"]),
-                *options.settings,
-            ],
-        ),
+        recipe, with_model_defaults(recipe, checkpoint, [*settings, *calibration, *options.settings])
     )
+    if getattr(options, "calibrate_behind_prefix", False):
+        recipe = replace(recipe, calibrate_behind_prefix=True)
     return recipe
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ from quantization.checkpoint import (
     write_block,
     write_ends,
 )
-from quantization.grids import QuantizedTensor, split_groups
-from quantization.linear import unpack_weight
 from quantization.recipe import Recipe, describe
+from quantization.rescale import rescale_all
+from quantization.stored import StoredWeight, restore
 
 __all__ = ["artefact_identity", "quantize_checkpoint"]
 
@@ -64,7 +64,9 @@ def artefact_identity(
 
 
 def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | None) -> str:
-    """Name of the basis that a recipe's transforms put K and V in: `plain` without transforms."""
+    """Name of the basis that a recipe puts K and V in: `plain` if nothing rewrites the full-precision weights."""
+    if recipe.weights is not None and recipe.weights.rescales:
+        return identity(artefact_identity(fingerprint, recipe, segments, prefix_ids))
     if not recipe.transforms:
         return PLAIN_BASIS
     return identity(artefact_identity(fingerprint, recipe.twin, segments, prefix_ids))
@@ -140,10 +142,9 @@ def _empty_model_for(dense: DenseCheckpoint, recipe: Recipe) -> PreTrainedModel:
     architecture = architecture_of(model.config)
     dense.check(model)
     for index, module in enumerate(architecture.blocks_of(model)):
-        block = DecoderBlock(index, module, architecture)
-        for name, linear in block.linears().items():
-            if recipe.weights is not None:
-                split_groups(linear.weight, recipe.weights.grid.group_size, f"{block.name}.{name}")
+        block = DecoderBlock(index, module, architecture, model.config)
+        if recipe.weights is not None:
+            recipe.weights.check(block)
     return model
 
 
@@ -169,7 +170,7 @@ def _work_off(
         stream = CalibrationStream(model, architecture, segments, behind)
     method = recipe.label()
     for index in tqdm(range(count), desc=f"quantize {method}", unit="block"):
-        block = DecoderBlock(index, blocks[index], architecture, stream)
+        block = DecoderBlock(index, blocks[index], architecture, model.config, stream)
         if stream is None and block_file(partial, index).is_file():
             continue
         started = time.perf_counter()
@@ -200,45 +201,47 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     """Transform, quantize and write one block, and pass the text on. Returns the relative weight error.
 
     A block that an earlier run finished is transformed again (the prefix needs the transformed full-precision block),
-    but its codes are read back: choosing them is the expensive part.
+    but its codes and rescalings are read back: choosing them is the expensive part.
     """
-    if block.stream is not None:
-        block.stream.seed(block)
+    stream, reads = block.stream, "quantized" if recipe.weights is None else recipe.weights.reads
+    if stream is not None:
+        stream.seed(block)
     for transform in recipe.transforms:
         transform.transform_block(block)
-        if block.stream is not None:  # the keys and values may be in another basis now
-            block.stream.seed(block)
+        if stream is not None:  # the keys and values may be in another basis now
+            stream.seed(block)
+    if stream is not None and reads != "quantized":
+        stream.full = stream.full or list(stream.hidden)  # the same in front of the first block
+        stream.targets = list(stream.outputs(block, stream.full))
     finished = block_file(partial, block.index).is_file()
-    quantized: dict[str, QuantizedTensor] = {}
+    quantized: Mapping[str, StoredWeight] = {}
     if finished:
-        quantized = _read_codes(block, partial)
+        stored = read_block(block_file(partial, block.index))
+        rescale_all(block.module, stored.rescalings, block.head_size)
+        block.rescalings.extend(stored.rescalings)
+        quantized = {n.removeprefix(f"{block.name}."): restore(*parts) for n, parts in stored.linears.items()}
     elif recipe.weights is not None:
         quantized = recipe.weights.quantize_block(block)
+    if stream is not None and block.rescalings:
+        stream.seed(block)
     error = _relative_error(block.linears(), quantized)
     _set_weights(block.linears(), quantized)
-    if block.stream is not None:
-        block.stream.advance(block)
+    if stream is not None:
+        stream.advance(block, stream.targets if reads == "full" else None)
+        if reads != "quantized":
+            stream.full, stream.targets = stream.targets, []
     if not finished:
-        write_block(partial, block.index, block.name, block.module, quantized)
+        write_block(partial, block.index, block.name, block.module, quantized, block.rescalings, block.figures)
     return error
 
 
-def _read_codes(block: DecoderBlock, partial: Path) -> dict[str, QuantizedTensor]:
-    """The quantized linears of a finished block, by their name within the block."""
-    return {
-        name.removeprefix(f"{block.name}."): unpack_weight(*value)
-        for name, value in read_block(block_file(partial, block.index))
-        if not isinstance(value, Tensor)
-    }
-
-
-def _set_weights(linears: dict[str, nn.Linear], quantized: dict[str, QuantizedTensor]) -> None:
+def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> None:
     for name, weight in quantized.items():
         linear = linears[name]
         linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
 
 
-def _relative_error(linears: dict[str, nn.Linear], quantized: dict[str, QuantizedTensor]) -> float:
+def _relative_error(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> float:
     """‖Ŵ − W‖ / ‖W‖ over all linears of a block."""
     error = sum(
         float((weight.dequantize() - linears[name].weight.float()).square().sum()) for name, weight in quantized.items()

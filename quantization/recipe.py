@@ -6,13 +6,17 @@ checkpoint and its identity, the KV policy and the prefix are chosen when it run
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Protocol, get_type_hints
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 
 from corpora.errors import UserError
+from corpora.storage import sha256_of_file
 from intactkv.cache import KVPolicy
 from quantization.blocks import DecoderBlock
-from quantization.grids import QuantizedTensor, UniformGrid
+from quantization.grids import UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead
+from quantization.stored import Grid, StoredWeight
+from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
 
 __all__ = [
@@ -43,29 +47,64 @@ class Transform(Protocol):
 
 
 class WeightQuantizer(Protocol):
-    """Chooses the points on the grid for the linears of one block."""
+    """Chooses the points on the grid for the linears of one block.
+
+    A frozen dataclass; every field is part of the checkpoint's identity and can be set with --set weights.FIELD=VALUE.
+    """
 
     name: ClassVar[str]
-    calibrates: ClassVar[bool]
+    # The calibration text that it wants: passed on by quantized blocks (errors accumulate, the method can repair them),
+    # by full-precision blocks, or both.
+    reads: ClassVar[Literal["quantized", "full", "both"]]
 
     @property
-    def grid(self) -> UniformGrid:
+    def grid(self) -> Grid:
         """The grid of the weights."""
         ...
 
-    def quantize_block(self, block: DecoderBlock) -> dict[str, QuantizedTensor]:
-        """Every linear of the block on its grid, by the linear's name within the block."""
+    @property
+    def calibrates(self) -> bool:
+        """Whether it looks at calibration text."""
+        ...
+
+    @property
+    def rescales(self) -> bool:
+        """Whether it rewrites the full-precision weights (DecoderBlock.rescale), so that the twin is another model."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that decide the result; their content is part of the identity."""
+        ...
+
+    def check(self, block: DecoderBlock) -> None:
+        """Raise UserError for a block without weights (meta device) whose shapes it cannot do."""
+        ...
+
+    def quantize_block(self, block: DecoderBlock) -> Mapping[str, StoredWeight]:
+        """Every linear of the block in its stored form, by the linear's name within the block.
+
+        Leaves the block in full precision (rescaled, if it does that).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a method calibrates on: `samples` segments of `length` tokens, drawn from a corpus with a seed."""
+    """What a method calibrates on: `samples` pieces of `length` tokens, drawn from a corpus with a seed.
+
+    draw: "segments" takes random pieces of the text; "documents" packs `samples` whole short documents into pieces.
+    """
 
     corpus: str = "c4"
     samples: int = 128
     length: int = 2048
     seed: int = 42
+    draw: str = "segments"
+
+    def __post_init__(self) -> None:
+        if self.draw not in ("segments", "documents"):
+            raise UserError(f"calibration.draw={self.draw} is not known; choose segments or documents")
 
 
 @dataclass(frozen=True)
@@ -113,6 +152,8 @@ class Recipe:
     def weights_identity(self) -> dict[str, Any]:
         """All of the recipe that changes weights, for the checkpoint's identity."""
         made_of: dict[str, Any] = {"transforms": describe(self.transforms), "weights": describe(self.weights)}
+        if self.weights is not None and self.weights.files:
+            made_of["files"] = [sha256_of_file(file) for file in self.weights.files]
         if self.calibrates:
             made_of["calibration"] = describe(self.calibration)
             made_of["calibrate_behind_prefix"] = self.calibrate_behind_prefix
@@ -125,7 +166,8 @@ class Recipe:
             return "-".join([*steps, "full"])
         grid = self.weights.grid
         group = "row" if grid.group_size == -1 else f"g{grid.group_size}"
-        return "-".join([*steps, self.weights.name, f"w{grid.bits}{group}"])
+        behind = ["behind"] if self.calibrate_behind_prefix else []
+        return "-".join([*steps, self.weights.name, f"w{grid.bits}{group}", *behind])
 
 
 def describe(value: Any) -> Any:
@@ -152,7 +194,12 @@ def _rtn(bits: int) -> Recipe:
     return Recipe(weights=RTN(UniformGrid(bits, PUBLISHED_GROUP)))
 
 
+def _gptq(bits: int) -> Recipe:
+    return Recipe(weights=GPTQ(UniformGrid(bits, PUBLISHED_GROUP)))
+
+
 AFFINE = "Jacob et al. 2018, 1712.05877"
+FRANTAR = "Frantar et al. 2023, 2210.17323"
 INTACTKV = "Liu et al. 2024, 2403.01241"
 RECIPES: Mapping[str, NamedRecipe] = {
     "fp16": NamedRecipe(Recipe(), "-", "nothing quantized; computes in --dtype"),
@@ -160,6 +207,18 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "rtn-w4": NamedRecipe(_rtn(4), AFFINE, "round to nearest, 4 bits"),
     "rtn-w3": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits"),
     "rtn-w2": NamedRecipe(_rtn(2), AFFINE, "round to nearest, 2 bits"),
+    "gptq": NamedRecipe(_gptq(3), FRANTAR, "GPTQ as IntactKV used it: act-order, groups, true-sequential, 3 bits"),
+    "gptq-w4": NamedRecipe(_gptq(4), FRANTAR, "the same, 4 bits"),
+    "gptq-w3": NamedRecipe(_gptq(3), FRANTAR, "the same, 3 bits"),
+    "gptq-w2": NamedRecipe(_gptq(2), FRANTAR, "the same, 2 bits"),
+    "gptq-row": NamedRecipe(
+        Recipe(
+            weights=GPTQ(UniformGrid(4), true_sequential=False),
+            calibration=Calibration(seed=0),
+        ),
+        FRANTAR,
+        "GPTQ's own tables: act-order, one grid per row, 4 bits",
+    ),
     "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
     "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
     "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),

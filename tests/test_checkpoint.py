@@ -256,11 +256,11 @@ def test_a_quantized_checkpoint_with_lost_or_foreign_tensors_is_damaged(quantize
 def test_a_format_of_another_version_is_refused(quantized: Path) -> None:
     manifest = json.loads((quantized / MANIFEST).read_text())
     (quantized / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(UserError, match=r"not a whole manifest of format 1 \(its format: 99\).*quantize again"):
+    with pytest.raises(UserError, match=r"not a whole manifest of format 2 \(its format: 99\).*quantize again"):
         load_quantized(quantized)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}'])
 def test_a_broken_manifest_is_named(quantized: Path, content: str) -> None:
     (quantized / MANIFEST).write_text(content)
     for read in (find_checkpoint, load_quantized):

@@ -15,11 +15,10 @@ from quantization.grids import (
     UniformGrid,
     fake_quantize,
     fit,
-    pack_codes,
     quantize,
     split_groups,
-    unpack_codes,
 )
+from quantization.packing import pack_codes, unpack_codes
 
 BITS = range(2, 9)
 ALL = tuple(CONVENTIONS)

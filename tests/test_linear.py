@@ -1,13 +1,14 @@
 """QuantLinear: packed weights compute what their dequantized form computes, and take the promised space."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantization.grids import CONVENTIONS, UniformGrid, fake_quantize, quantize
-from quantization.linear import QuantLinear, stored_tensors, unpack_weight
+from quantization.grids import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
+from quantization.linear import QuantLinear
 
 GRIDS = [UniformGrid(bits, 12, convention) for convention in CONVENTIONS for bits in (2, 3, 4, 8)]
 
@@ -21,7 +22,8 @@ def name_of(grid: UniformGrid) -> str:
 
 
 def layer(weight: Tensor, grid: UniformGrid, bias: Tensor | None) -> QuantLinear:
-    return QuantLinear(stored_tensors(quantize(weight, grid)), grid, weight.shape[1], bias)
+    quantized = quantize(weight, grid)
+    return QuantLinear(quantized.kind, quantized.tensors(), quantized.header(), weight.shape, bias)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,8 @@ def no_grad() -> Iterator[None]:
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
 def test_what_is_stored_is_what_was_quantized(grid: UniformGrid) -> None:
     weight = quantize(random(10, 36), grid)  # three groups a row: codes and zero points both need padding
-    again = unpack_weight(stored_tensors(weight), grid, 36)
+    again = QuantizedTensor.restore(weight.tensors(), json.loads(json.dumps(weight.header())))
+    assert again.grid == grid
     assert torch.equal(again.codes, weight.codes)
     assert torch.equal(again.scale, weight.scale)
     assert torch.equal(again.zero_point, weight.zero_point)
@@ -68,7 +71,7 @@ def test_an_asymmetric_weight_takes_b_plus_scale_plus_b_over_s_bits(
     bits: int, group_size: int, scale_bits: int
 ) -> None:
     weight = random(24, 256)  # 8 or 16 groups a row: zero points fill whole bytes
-    stored = stored_tensors(quantize(weight, UniformGrid(bits, group_size, scale_dtype=f"float{scale_bits}")))
+    stored = quantize(weight, UniformGrid(bits, group_size, scale_dtype=f"float{scale_bits}")).tensors()
     taken = 8 * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert taken / weight.numel() == bits + (scale_bits + bits) / group_size
 
@@ -76,12 +79,12 @@ def test_an_asymmetric_weight_takes_b_plus_scale_plus_b_over_s_bits(
 @pytest.mark.parametrize(("bits", "published"), [(4, 4.16), (3, 3.15)])
 def test_a_group_of_128_with_half_precision_scales_takes_the_published_bits(bits: int, published: float) -> None:
     weight = random(8, 1024)
-    stored = stored_tensors(quantize(weight, UniformGrid(bits, 128, scale_dtype="float16")))
+    stored = quantize(weight, UniformGrid(bits, 128, scale_dtype="float16")).tensors()
     taken = 8 * sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert round(taken / weight.numel(), 2) == published
 
 
 @pytest.mark.parametrize("convention", [c for c, rule in CONVENTIONS.items() if rule.zero_point == "constant"])
 def test_a_constant_zero_point_takes_no_space(convention: str) -> None:
-    stored = stored_tensors(quantize(random(8, 64), UniformGrid(4, 16, convention)))
+    stored = quantize(random(8, 64), UniformGrid(4, 16, convention)).tensors()
     assert set(stored) == {"codes", "scale"}

@@ -29,6 +29,7 @@ from quantization.linear import QuantLinear
 from quantization.loading import plan_run
 from quantization.pipeline import quantize_checkpoint
 from quantization.recipe import Recipe
+from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 
 
 @dataclass(frozen=True)
-class Recording:
+class Recording(GridQuantizer):
     """Notes what every linear and block sees; rounds the weights to the grid if `lossy`, leaves them else."""
 
     grid: UniformGrid
@@ -90,7 +91,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Shrinking:
+class Shrinking(GridQuantizer):
     """A poor but honest calibrating quantizer: what it writes depends on every input of every linear."""
 
     grid: UniformGrid

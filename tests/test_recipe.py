@@ -24,13 +24,14 @@ from quantization.recipe import (
     named_recipe,
     with_settings,
 )
+from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
 GRID = UniformGrid(4, 32)
 
 
 @dataclass(frozen=True)
-class Looking:
+class Looking(GridQuantizer):
     """A weight quantizer that calibrates."""
 
     grid: UniformGrid

@@ -10,12 +10,13 @@ from typing import ClassVar
 
 from quantization.blocks import DecoderBlock
 from quantization.grids import QuantizedTensor, UniformGrid, quantize
+from quantization.weights.base import GridQuantizer
 
 __all__ = ["RTN"]
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(GridQuantizer):
     """Round every weight to the nearest level of its group's grid."""
 
     grid: UniformGrid

@@ -1,0 +1,29 @@
+"""What most weight quantizers have in common: no files, no rescaling, groups that must fit the channels."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from quantization.blocks import DecoderBlock
+from quantization.grids import split_groups
+from quantization.stored import Grid
+
+__all__ = ["GridQuantizer"]
+
+
+class GridQuantizer:
+    """Defaults of `quantization.recipe.WeightQuantizer` for a method with a `grid`."""
+
+    grid: Grid
+    reads: ClassVar[Literal["quantized", "full", "both"]] = "quantized"
+    calibrates: ClassVar[bool] = True
+    rescales: ClassVar[bool] = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """No files."""
+        return ()
+
+    def check(self, block: DecoderBlock) -> None:
+        """Groups of channels must fill every row. Raises UserError, with the linear's name."""
+        for name, linear in block.linears().items():
+            split_groups(linear.weight, self.grid.group_size, f"{block.name}.{name}")

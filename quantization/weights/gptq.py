@@ -1,0 +1,264 @@
+"""GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323): round channel after channel, let the later ones make up for it.
+
+    H = 2/n · Σ x xᵀ,   H_λ = H + λI,   H_λ⁻¹ = UᵀU                      section 3, step 3 (Cholesky)
+    e_c = (w_c − ŵ_c) / U_cc,   w_j ← w_j − e_c · U_cj  for j > c          Eq. 2 and 3
+
+`Hessian` accumulates H, `inverse_factor` is U, `column_loop` the rounding, `gptq` one matrix. The grid is RTN's.
+
+Departs from the reference: linears that read the same input share one H and go through the loop as one matrix; U comes
+from one factorization (of H_λ with both axes flipped); groups that are fitted on the way see all updates made so far;
+λ is a share of the mean over inputs that occur at all; a Hessian that cannot be factorized gets more damping, then
+float64, instead of an error.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from corpora.errors import UserError
+from quantization.blocks import DecoderBlock
+from quantization.grids import (
+    SCALE_DTYPES,
+    Fit,
+    QuantizedTensor,
+    UniformGrid,
+    encode,
+    finite,
+    fit_finite,
+    split_groups,
+)
+from quantization.weights.base import GridQuantizer
+
+__all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "shared_hessians"]
+
+log = logging.getLogger(__name__)
+
+COLUMNS = 128  # that are updated one by one before the rest is; changes the speed only
+DAMP_STEPS = 3  # times that λ grows tenfold, in float32 and then in float64
+
+
+class Hessian:
+    """H of a linear's inputs, in float32: (channels, channels). Samples may come one at a time."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._samples = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take the inputs of one sample, (tokens, channels)."""
+        x = x.float()
+        if self._sum is None:
+            self._sum = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        self._sum.addmm_(x.T, x)
+        self._samples += 1
+
+    def take(self) -> Tensor:
+        """H, with n counting samples; the memory is the caller's from then on."""
+        assert self._sum is not None, "no sample was added"
+        h, self._sum = self._sum.mul_(2 / self._samples), None
+        return h
+
+
+def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tensor, int]:
+    """U, upper triangular, with (H + λI)⁻¹ = UᵀU, and how many times the damping had to grow.
+
+    h: (n, n) without zeros on its diagonal; overwritten. λ = damp · mean diag H.
+    With J the reversal of both axes and J(H_λ) = L Lᵀ: U = J(L⁻¹).
+    Raises UserError if even 10³ times the damping in float64 gives no factor.
+    """
+    step, diagonal = damp * float(h.diagonal().mean()), h.diagonal()
+    exact = h.dtype == torch.float64
+    for attempt in range(DAMP_STEPS + 1):
+        # λ, then 10λ, …: what is missing to the next is added.
+        diagonal += step * (1 if attempt == 0 else 10**attempt - 10 ** (attempt - 1))
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if not failed:
+            if attempt:
+                log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
+            identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1), attempt
+        del lower
+    if exact:
+        raise UserError(
+            f"{name}: the Hessian has no Cholesky factor even with {10**DAMP_STEPS} × the damping of {damp:g} in "
+            "float64; the calibration text is degenerate, give more or other text (--calibration), or --set "
+            "weights.damp=…"
+        )
+    log.warning("%s: no Cholesky factor in float32; trying float64", name)
+    diagonal -= step * 10**DAMP_STEPS
+    factor, attempt = inverse_factor(h.double(), damp, name)
+    return factor.float(), DAMP_STEPS + 1 + attempt
+
+
+def column_loop(
+    w: Tensor, factor: Tensor, round_column: Callable[[int, Tensor], Tensor], columns: int = COLUMNS
+) -> Tensor:
+    """Round channel after channel, spreading each one's error over the later ones; `w` becomes the result.
+
+    w: (in, out) float32, input channels in processing order. factor: U, (in, in). round_column: the index of a channel
+    and its current weights (out,) to their rounded values. columns: updated one by one before the rest is.
+    Returns Σ‖e_c‖², which is tr(ΔW H_λ ΔWᵀ).
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start in range(0, len(w), columns):
+        stop = min(start + columns, len(w))
+        inner = factor[start:stop, start:stop].contiguous()
+        pivots = inner.diagonal().tolist()
+        errors = torch.empty_like(w[start:stop])
+        for c in range(start, stop):
+            i = c - start
+            rounded = round_column(c, w[c])
+            torch.sub(w[c], rounded, out=errors[i]).div_(pivots[i])
+            w[c] = rounded
+            if c + 1 < stop:
+                w[c + 1 : stop].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        if stop < len(w):
+            w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        loss += errors.double().square().sum()
+    return loss
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: UniformGrid,
+    *,
+    damp: float = 0.01,
+    act_order: bool = True,
+    static_groups: bool = True,
+    columns: int = COLUMNS,
+    name: str = "weight",
+) -> tuple[QuantizedTensor, float, int]:
+    """One matrix on its grid: the quantized matrix, its loss ‖E‖², and how often the damping grew.
+
+    weight: (out, in). hessian: (in, in) float32, overwritten. damp: λ over mean diag H. act_order: channels in the
+    order of falling diag H. static_groups: groups are runs of neighbours, fitted before the loop; otherwise each is a
+    run in processing order, fitted on its current weights when the loop reaches it.
+    Raises UserError for weights that are not finite and for a Hessian without a factor.
+    """
+    out, channels = weight.shape
+    size = channels if grid.group_size == -1 else grid.group_size
+    w = finite(weight, name).float().T.contiguous()  # (in, out): a channel is a contiguous row
+    split_groups(weight, grid.group_size, name)  # refuses groups that do not fill a row
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    w[dead] = 0  # no token ever fed them: any value is as good
+    diagonal[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0  # neither 1 (GPTQ) nor 0: keeps λ what it is
+    static = static_groups or grid.group_size == -1
+    fitted: list[Fit] = []
+    if static:  # of each channel's own neighbours, before any order
+        scale, zero_point = fit_finite(split_groups(w.T, grid.group_size), grid, name)  # (out, groups, 1)
+        fitted = [Fit(scale[:, i, 0], zero_point[:, i, 0]) for i in range(channels // size)]
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    if order is not None:
+        w, hessian = w[order], hessian[order][:, order]
+    factor, repairs = inverse_factor(hessian, damp, name)
+    del hessian, diagonal
+    position = range(channels) if order is None else order.tolist()
+    codes = torch.empty(channels, out, dtype=torch.uint8, device=w.device)
+
+    def round_column(c: int, column: Tensor) -> Tensor:
+        if not static and c % size == 0:
+            now = fit_finite(w[c : c + size].T, grid, name)
+            fitted.append(Fit(now.scale[:, 0], now.zero_point[:, 0]))
+        of_group = fitted[position[c] // size if static else c // size]
+        code = encode(column, of_group, grid)
+        codes[c] = code.to(torch.uint8)
+        return (code - of_group.zero_point).mul_(of_group.scale)
+
+    # Groups that are fitted on the way must not reach into channels that wait for their updates.
+    columns = columns if static else -(-columns // size) * size
+    loss = float(column_loop(w, factor, round_column, columns))
+    scale, zero_point = (torch.stack(parts, dim=1) for parts in zip(*fitted, strict=True))
+    group_index = None
+    if order is not None:
+        codes = codes[torch.argsort(order)]
+        if not static:
+            group_index = (torch.argsort(order) // size).int()
+    quantized = QuantizedTensor(
+        codes.T.contiguous(), scale.to(SCALE_DTYPES[grid.scale_dtype]), zero_point, grid, group_index
+    )
+    return quantized, loss, repairs
+
+
+def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tuple[tuple[str, ...], Tensor]]:
+    """Every set of linears that read one input, with its Hessian; sets in the order of computation.
+
+    true_sequential: a Hessian is taken after the earlier sets were given their quantized weights, one at a time;
+    otherwise all in one pass through the full-precision block.
+    """
+    sets = block.architecture.linears
+    if true_sequential:
+        for names in sets:
+            hessian = Hessian()
+            for x in block.inputs(names[0]):
+                hessian.add(x)
+            yield names, hessian.take()
+        return
+    hessians = {names[0]: Hessian() for names in sets}
+    block.observe(lambda name, x: hessians[name].add(x[0]) if name in hessians else None)
+    for names in sets:
+        yield names, hessians.pop(names[0]).take()
+
+
+@dataclass(frozen=True)
+class GPTQ(GridQuantizer):
+    """Second-order rounding of every linear of a block.
+
+    damp: λ as a share of mean diag H. act_order, static_groups: see `gptq`. true_sequential: q, k, v, then o, then
+    gate and up, then down, each calibrated behind the quantized ones before it.
+    """
+
+    grid: UniformGrid
+    damp: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    true_sequential: bool = True
+    name: ClassVar[str] = "gptq"
+
+    def __post_init__(self) -> None:
+        if not self.damp > 0:
+            raise UserError(f"weights.damp={self.damp:g} is not allowed; give a positive share, 0.01 as published")
+
+    def quantize_block(self, block: DecoderBlock) -> Mapping[str, QuantizedTensor]:
+        """Every linear of the block; `figures` gets the proxy loss and the number of repaired Hessians."""
+        linears = block.linears()
+        full = {name: linear.weight.data for name, linear in linears.items()}
+        quantized: dict[str, QuantizedTensor] = {}
+        for names, hessian in shared_hessians(block, self.true_sequential):
+            whole, loss, repairs = gptq(
+                torch.cat([full[name] for name in names]),
+                hessian,
+                self.grid,
+                damp=self.damp,
+                act_order=self.act_order,
+                static_groups=self.static_groups,
+                name=f"{block.name}.{'+'.join(names)}",
+            )
+            quantized |= split_rows(whole, names, linears)
+            if self.true_sequential:  # the next Hessians see these
+                for name in names:
+                    linears[name].weight.data = quantized[name].dequantize(full[name].dtype)
+            block.report(loss=loss, repaired_hessians=repairs > 0)
+        for name, linear in linears.items():
+            linear.weight.data = full[name]
+        return quantized
+
+
+def split_rows(
+    whole: QuantizedTensor, names: tuple[str, ...], linears: Mapping[str, nn.Linear]
+) -> dict[str, QuantizedTensor]:
+    """Undo the stacking of several linears into one matrix."""
+    parts, start = {}, 0
+    for name in names:
+        rows = slice(start, start + linears[name].out_features)
+        parts[name] = replace(
+            whole, codes=whole.codes[rows], scale=whole.scale[rows], zero_point=whole.zero_point[rows]
+        )
+        start = rows.stop
+    return parts
