@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eval.runs import environment
+from corpora.machine import environment
 
 
 def alternating(

@@ -65,10 +65,13 @@ def parser() -> argparse.ArgumentParser:
         description="Print the perplexities in outputs/runs/, vanilla beside IntactKV.",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv"], help="default: markdown")
+    table.add_argument(
+        "--costs", action="store_true", help="also what quantizing took: bits per weight, seconds, peak memory"
+    )
     _add_filters(table, required=False)
 
     plot = commands.add_parser("plot", help="figures", description="Draw a figure as PNG, with its data as CSV.")
-    figures = plot.add_subparsers(dest="figure", required=True, metavar="perplexity|pivots")
+    figures = plot.add_subparsers(dest="figure", required=True, metavar="perplexity|pivots|hessian")
     bars = figures.add_parser(
         "perplexity",
         help="perplexity per setting, with and without IntactKV",
@@ -83,7 +86,16 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(pivots)
     pivots.add_argument("--corpus", default=None, metavar="NAME|FILE", help="text to run (default: the model's own)")
     pivots.add_argument("--tokens", type=int, default=48, metavar="T", help="length of the text (default: 48)")
-    for figure in (bars, pivots):
+    hessian = figures.add_parser(
+        "hessian",
+        help="the first token's share of every Hessian",
+        description="How much of every Hessian's trace the first token of the calibration text owns, per block.",
+    )
+    add_model_options(hessian)
+    hessian.add_argument("--calibration", metavar="NAME|FILE", help="text to run (default: the model's own, or c4)")
+    hessian.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: 16)")
+    hessian.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: 512 or 2048)")
+    for figure in (bars, pivots, hessian):
         figure.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="file to write")
     return top
 
@@ -160,7 +172,8 @@ def perplexity(options: argparse.Namespace) -> None:
         def run(windows: Any = windows, stream: Any = stream) -> dict[str, Any]:
             if not model:
                 model.append(plan.load())
-            return _measure(model[0], windows, stream, batch_size, device, processes)
+            figures = _measure(model[0], windows, stream, batch_size, device, processes)
+            return figures | {"quantization": plan.cost()}
 
         name = f"{description['model']}-{description['weights']}-{settings['corpus']}"
         records.append(record_of("ppl", name, settings, run, force=options.force, write=_is_first(processes)))
@@ -169,7 +182,7 @@ def perplexity(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
-        print_table(perplexity_rows(records))
+        print_table(perplexity_rows(records), costs=True)
 
 
 def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any, processes: Any) -> dict[str, Any]:
@@ -178,8 +191,8 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
 
     from tqdm import tqdm
 
+    from corpora.machine import peak_memory_mb
     from eval.perplexity import window_losses
-    from eval.runs import peak_memory_mb
 
     starts = range(0, len(windows.fed), batch_size)
     mine = starts if processes is None else starts[processes.process_index :: processes.num_processes]
@@ -256,7 +269,7 @@ def table(options: argparse.Namespace) -> None:
     """The program `table`."""
     from eval.tables import print_table
 
-    print_table(_rows(options), options.format)
+    print_table(_rows(options), options.format, options.costs)
 
 
 def plot(options: argparse.Namespace) -> None:
@@ -267,6 +280,11 @@ def plot(options: argparse.Namespace) -> None:
         from eval.plots.perplexity import draw
 
         draw(_rows(options), options.out)
+    elif options.figure == "hessian":
+        from eval.plots.hessian import draw_hessian
+
+        size = options.calibration_samples, options.calibration_length
+        draw_hessian(options.model, options.calibration, *size, options.device, options.out)
     else:
         from eval.plots.pivots import draw_pivots
 

@@ -3,21 +3,17 @@
 The identity covers everything that can change the figures. A finished run is read back, not run again.
 """
 
-import os
-import platform
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
+from corpora.machine import environment
 from corpora.paths import outputs_dir
 from corpora.storage import identity, read_json, write_json
 
-__all__ = ["all_records", "environment", "peak_memory_mb", "record_of"]
+__all__ = ["all_records", "record_of"]
 
 FORMAT = 2
 
@@ -69,52 +65,3 @@ def _checked(path: Path) -> dict[str, Any]:
     if not whole or record["format"] != FORMAT:
         raise UserError(f"run record {path} is damaged; delete the file (or use --force) and run again")
     return record | {"path": str(path)}
-
-
-def environment() -> dict[str, Any]:
-    """What a figure was made with: versions, commit, machine."""
-    from importlib.metadata import version
-
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "accelerate")}
-    return packages | {
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-    }
-
-
-def _commit() -> str:
-    """Commit of the code, with `+changes` if the work tree differs; `unknown` outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "-C", here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip()[:12] + ("+changes" if changes.stdout.strip() else "")
-
-
-def _processor() -> str:
-    """The processor's name."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def peak_memory_mb(device_type: str) -> float:
-    """Peak memory of this process so far in MB: GPU memory on a GPU, resident memory on a CPU."""
-    import torch
-
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return kilobytes * 1024 / 1e6

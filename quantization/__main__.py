@@ -45,6 +45,7 @@ def quantize(arguments: list[str]) -> None:
     if options.list:
         list_recipes()
         return
+    from quantization.checkpoint import read_cost
     from quantization.loading import find_checkpoint, plan_run, quantized_directory
     from quantization.pipeline import quantize_checkpoint
 
@@ -62,8 +63,14 @@ def quantize(arguments: list[str]) -> None:
         device=device,
         fingerprint=plan.checkpoint.fingerprint,
     )
-    size = sum(file.stat().st_size for file in out.glob("block-*.safetensors"))
-    print(f"{recipe.label()}  decoder blocks {size / 1e6:.1f} MB  {out}")
+    cost = read_cost(out)
+    bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "
+    repaired = int(cost["figures"].get("repaired_hessians", 0))
+    print(
+        f"{recipe.label()}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
+        + (f"{repaired} Hessians needed more damping  " if repaired else "")
+        + str(out)
+    )
 
 
 def list_recipes() -> None:

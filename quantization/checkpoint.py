@@ -27,6 +27,7 @@ from quantization.rescale import Rescaling
 from quantization.stored import StoredWeight, restore
 
 __all__ = [
+    "COST",
     "MANIFEST",
     "DenseCheckpoint",
     "StoredBlock",
@@ -36,6 +37,7 @@ __all__ = [
     "load_quantized",
     "read_block",
     "read_config",
+    "read_cost",
     "read_manifest",
     "write_block",
     "write_ends",
@@ -43,6 +45,9 @@ __all__ = [
 
 FORMAT = 2
 MANIFEST = "quantization.json"
+COST = (
+    "cost.json"  # seconds, memory and bits per weight of the run that finished a checkpoint: not part of its identity
+)
 MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
@@ -156,6 +161,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             "directory and quantize again"
         )
     return manifest
+
+
+def read_cost(directory: Path) -> dict[str, Any]:
+    """What it took to make a quantized checkpoint. Raises UserError if the file is missing or damaged."""
+    return read_json(directory / COST, "the cost of the quantization,")
 
 
 def copy_companions(source: Path, target: Path) -> None:

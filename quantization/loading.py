@@ -29,6 +29,7 @@ from quantization.checkpoint import (
     load_quantized,
     read_block,
     read_config,
+    read_cost,
     read_manifest,
 )
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
@@ -194,6 +195,12 @@ class Plan:
             device=self.device,
             fingerprint=self.checkpoint.fingerprint,
         )
+
+    def cost(self) -> dict[str, Any] | None:
+        """What it took to make the quantized checkpoint; None for a dense one. Call it after `load`."""
+        if self.checkpoint.manifest is None and not self.recipe.changes_weights:
+            return None
+        return read_cost(self.written(self.recipe))
 
     def prefix(self) -> Prefix:
         """The intact prefix: from its file, or written now by the full-precision twin."""

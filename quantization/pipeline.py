@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from corpora.machine import peak_memory_mb
 from corpora.storage import checkpoint_fingerprint, identity, sha256_of_tensor, write_json
 from intactkv.prefix import PLAIN_BASIS
 from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
 from quantization.checkpoint import (
+    COST,
     FORMAT,
     MANIFEST,
     DenseCheckpoint,
@@ -131,7 +134,12 @@ def quantize_checkpoint(
             half_written.unlink()
         write_json(partial / MANIFEST, manifest)  # first: it marks the directory as ours
         copy_companions(source, partial)
+        done = sum(block_file(partial, index).is_file() for index in range(model.config.num_hidden_layers))
+        started = time.perf_counter()
         _work_off(dense, model, recipe, partial, segments, prefix_ids, torch.device(device))
+        cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
+        cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
+        write_json(partial / COST, cost | _sizes(partial, model))
         partial.rename(out)
     return out
 
@@ -187,6 +195,18 @@ def _work_off(
         block.module.to_empty(device="meta")
         _return_memory()
     write_ends(partial, dense, ends)
+
+
+def _sizes(directory: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """Bits per quantized weight, from the bytes in the files, and what the quantizer reported, summed over blocks."""
+    weights, size, figures = 0, 0, Counter[str]()
+    for index in range(model.config.num_hidden_layers):
+        block = read_block(block_file(directory, index))
+        for name, (_, parts, _) in block.linears.items():
+            weights += model.get_parameter(f"{name}.weight").numel()
+            size += sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
+        figures.update(block.figures)
+    return {"bits_per_weight": 8 * size / weights if weights else None, "figures": dict(figures)}
 
 
 def _return_memory() -> None:

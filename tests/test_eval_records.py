@@ -94,7 +94,7 @@ def test_both_arms_of_a_setting_share_a_row(intactkv_root):
         record(11.0, prefix=PROMPT, tokens_sha256="p"),
         record(30.0, kv={"kind": "PerHead", "bits": 4}),
     ])  # fmt: skip
-    assert [(r.kv, r.prefix, r.vanilla, r.intact, r.change) for r in rows] == [
+    assert [(r.kv, r.prefix, r.vanilla.perplexity, r.intact.perplexity, r.intact.change) for r in rows] == [
         ("16", "[B]", 20.0, 15.0, pytest.approx(-0.25)),
         ("16", "[P]", 22.0, 11.0, pytest.approx(-0.5)),
         ("4 PerHead", "[B]", 30.0, None, None),
@@ -113,33 +113,69 @@ def test_a_gptq_run_without_a_prefix_is_not_the_vanilla_arm_of_bos():
     rows = perplexity_rows(
         [record(20.0, protocol="gptq"), record(15.0, protocol="gptq", prefix=BOS, tokens_sha256="bb")]
     )
-    assert [(r.prefix, r.vanilla, r.intact) for r in rows] == [("none", 20.0, None), ("[B]", None, 15.0)]
+    assert [(r.prefix, r.vanilla.perplexity, r.intact.perplexity) for r in rows] == [
+        ("none", 20.0, None),
+        ("[B]", None, 15.0),
+    ]
 
 
 def test_settings_that_no_column_shows_are_told_apart():
     clipped = {"source": "abc", "weights": {"grid": {"clip_search": True}}}
     rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS), record(18.0, made_of=clipped)])
-    assert [(r.vanilla, r.intact) for r in rows] == [(20.0, 15.0), (18.0, None)]
+    assert [(r.vanilla.perplexity, r.intact.perplexity) for r in rows] == [(20.0, 15.0), (18.0, None)]
     assert len({r.weights for r in rows}) == 2
+
+
+def behind(perplexity: float, **changes: Any) -> dict[str, Any]:
+    """A run of weights that were calibrated behind [BOS]."""
+    made_of = SETTINGS["made_of"] | {"calibrate_behind_prefix": True, "prefix": [1]} | changes
+    return record(perplexity, prefix=BOS, made_of=made_of, weights=f"{SETTINGS['weights']}-behind")
+
+
+def test_weights_calibrated_behind_the_prefix_are_a_third_arm_of_their_row():
+    plain = SETTINGS["made_of"] | {"calibrate_behind_prefix": False}
+    rows = perplexity_rows([record(20.0, made_of=plain), record(15.0, prefix=BOS, made_of=plain), behind(10.0)])
+    assert [(r.weights, r.vanilla.perplexity, r.intact.perplexity, r.behind.perplexity) for r in rows] == [
+        (SETTINGS["weights"], 20.0, 15.0, 10.0)
+    ]
+    assert rows[0].behind.change == pytest.approx(-0.5)
+    text = render(rows, "markdown")
+    assert "calibrated behind" in text
+    assert "-50.0%" in text
+    assert "calibrated behind" not in render(perplexity_rows([record(20.0)]), "markdown")
+
+
+def test_weights_of_other_calibration_text_are_no_arm_of_the_row():
+    rows = perplexity_rows([record(20.0), behind(10.0, segments="others")])
+    assert len(rows) == 2
+
+
+def test_costs_are_shown_where_they_are_asked_for_and_known():
+    cost = {"bits_per_weight": 3.5, "seconds": 61.4, "peak_memory_mb": 900.2}
+    rows = perplexity_rows([record(20.0) | {"quantization": cost}, record(18.0, kv={"kind": "PerHead", "bits": 4})])
+    assert "bits per weight" not in render(rows, "markdown")
+    lines = render(rows, "markdown", costs=True).splitlines()
+    assert [cell.strip() for cell in lines[4].split("|")[-4:-1]] == ["3.50", "61", "900"]
+    assert [cell.strip() for cell in lines[5].split("|")[-4:-1]] == ["n/a"] * 3
 
 
 def test_the_error_of_a_change_comes_from_paired_windows():
     vanilla, intact = record(20.0), record(15.0, prefix=BOS)
     (row,) = perplexity_rows([vanilla, intact])
-    assert row.error == pytest.approx(0, abs=1e-12)  # the windows differ much, the arms by the same in each
+    assert row.intact.error == pytest.approx(0, abs=1e-12)  # the windows differ much, the arms by the same in each
     intact["window_nll"] = [a + d for a, d in zip(vanilla["window_nll"], (-0.4, -0.2, -0.3), strict=True)]
     (row,) = perplexity_rows([vanilla, intact])
-    assert row.error == pytest.approx(0.75 * 0.1 / 3**0.5)
+    assert row.intact.error == pytest.approx(0.75 * 0.1 / 3**0.5)
 
 
 def test_files_of_one_name_and_another_text_do_not_meet():
     rows = perplexity_rows([record(20.0), record(15.0, prefix=BOS, tokens_sha256="bb")])
-    assert [(r.vanilla, r.intact) for r in rows] == [(20.0, None), (None, 15.0)]
+    assert [(r.vanilla.perplexity, r.intact.perplexity) for r in rows] == [(20.0, None), (None, 15.0)]
 
 
 def test_the_newest_of_two_runs_of_a_cell_counts(intactkv_root):
     rows = perplexity_rows([record(20.0), record(19.0, "2026-01-02", batch_size=1)])
-    assert [r.vanilla for r in rows] == [19.0]
+    assert [r.vanilla.perplexity for r in rows] == [19.0]
 
 
 def test_csv_holds_what_the_markdown_shows():

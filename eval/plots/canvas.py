@@ -13,11 +13,13 @@ from matplotlib import pyplot as plt
 
 from corpora.storage import write_beside
 
-__all__ = ["INTACT", "VANILLA", "plt", "save"]
+__all__ = ["BEHIND", "INTACT", "SERIES", "VANILLA", "plt", "save"]
 
-# Okabe and Ito's vermilion and blue: told apart with any colour vision.
+# Okabe and Ito's vermilion, blue and green: told apart with any colour vision.
 VANILLA = "#d55e00"
 INTACT = "#0072b2"
+BEHIND = "#009e73"
+SERIES = (INTACT, "#e69f00", BEHIND, VANILLA)
 
 
 def save(figure: Any, path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

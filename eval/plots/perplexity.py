@@ -1,10 +1,10 @@
-"""Perplexity per setting, with and without the intact prefix: two bars each, on a logarithmic axis."""
+"""Perplexity per setting: without the intact prefix, with it, and calibrated behind it; bars on a logarithmic axis."""
 
 from pathlib import Path
 
 from corpora.errors import UserError
-from eval.plots.canvas import INTACT, VANILLA, plt, save
-from eval.tables import HEAD, Row
+from eval.plots.canvas import BEHIND, INTACT, VANILLA, plt, save
+from eval.tables import ARMS, BEHIND_COLUMNS, HEAD, Row, behind_of, figures_of
 
 __all__ = ["draw"]
 
@@ -18,31 +18,30 @@ def draw(rows: list[Row], path: Path) -> None:
                 f"one figure shows one {what}, but the runs have {len(found)}: {'; '.join(found)}; narrow "
                 "them down with --window and --limit"
             )
-    rows = [row for row in rows if row.vanilla is not None or row.intact is not None]
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(rows) + 1.5), 4.2))
-    for shift, colour, label, values in (
-        (-0.2, VANILLA, "vanilla", [row.vanilla for row in rows]),
-        (0.2, INTACT, "IntactKV", [row.intact for row in rows]),
-    ):
-        places = [i + shift for i, value in enumerate(values) if value is not None]
+    arms: list[tuple[str, str, list[float | None]]] = [
+        (VANILLA, "vanilla", [row.vanilla.perplexity for row in rows]),
+        (INTACT, "IntactKV", [row.intact.perplexity for row in rows]),
+        (BEHIND, "IntactKV, calibrated behind the prefix", [row.behind.perplexity for row in rows]),
+    ]
+    arms = [arm for arm in arms if any(value is not None for value in arm[2])]
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.55 * len(arms) * len(rows) + 1.5), 4.2))
+    width = 0.8 / len(arms)
+    for number, (colour, label, values) in enumerate(arms):
+        places = [i + (number - (len(arms) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
         heights = [value for value in values if value is not None]
-        bars = axes.bar(places, heights, width=0.38, color=colour, label=label)
-        axes.bar_label(bars, [f"{h:.1f}" if h < 100 else f"{h:.0f}" for h in heights], fontsize=7.5, padding=2)
+        bars = axes.bar(places, heights, width=0.95 * width, color=colour, label=label)
+        axes.bar_label(bars, [f"{h:.1f}" if h < 100 else f"{h:.0f}" for h in heights], fontsize=7, padding=2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
-    lowest = min(v for row in rows for v in (row.vanilla, row.intact) if v is not None)
-    highest = max(v for row in rows for v in (row.vanilla, row.intact) if v is not None)
-    axes.set_ylim(lowest / 1.6, highest * 1.8)
+    found = [value for _, _, values in arms for value in values if value is not None]
+    lowest, highest = min(found), max(found)
+    axes.set_ylim(lowest / 1.6, highest * 1.4)
     axes.set_ylabel(f"perplexity on {rows[0].corpus} (log scale)")
-    axes.set_title(f"{rows[0].model}: {rows[0].caption}", fontsize=9)
+    axes.set_title(f"{rows[0].model}: {rows[0].caption}", fontsize=9, pad=24)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
-    save(
-        figure,
-        path,
-        HEAD,
-        [(r.model, r.weights, r.kv, r.corpus, r.prefix, r.vanilla, r.intact, r.change, r.error) for r in rows],
-    )
+    axes.legend(frameon=False, fontsize=8, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 0.99))
+    head = (*HEAD, *ARMS, *(f"behind: {name}" for name in BEHIND_COLUMNS))
+    save(figure, path, head, [(*row.visible[1:], *figures_of(row), *behind_of(row)) for row in rows])
 
 
 def _label(row: Row) -> str:

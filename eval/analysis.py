@@ -1,0 +1,41 @@
+"""What calibration sees: how much of every Hessian belongs to the first token."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantization.architecture import architecture_of
+
+__all__ = ["first_token_share"]
+
+
+@torch.no_grad()
+def first_token_share(model: PreTrainedModel, segments: Tensor) -> dict[str, Tensor]:
+    """Share of tr H that position 0 owns, per block, for every set of linears that read one input.
+
+    H = Σ x xᵀ over all tokens, so tr H = Σ ‖x‖² and the share of a token is its ‖x‖². An even share is 1/T.
+    segments: (N, T) ids. Returns shares in 0…1, (blocks,), by the name of the set's first linear.
+    """
+    architecture = architecture_of(model.config)
+    blocks = architecture.blocks_of(model)
+    names = [linears[0] for linears in architecture.linears]
+    energy = {name: torch.zeros(len(blocks), segments.shape[1], dtype=torch.float64) for name in names}
+
+    def look(name: str, index: int, x: Tensor) -> None:
+        energy[name][index] += x.reshape(-1, x.shape[-1]).double().square().sum(-1).cpu()
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name, index=index: look(name, index, args[0])
+        )
+        for index, block in enumerate(blocks)
+        for name in names
+    ]
+    decoder: nn.Module = model.get_submodule(architecture.decoder)
+    try:
+        for segment in segments:
+            decoder(input_ids=segment[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (per_token[:, 0] / per_token.sum(-1)).float() for name, per_token in energy.items()}
