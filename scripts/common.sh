@@ -21,6 +21,38 @@ need_gpu() { # INDEX: fail unless this machine shows a GPU of that index
     [ "$1" -lt "$count" ] || fail "GPU index $1 is not there: this machine shows $count CUDA GPUs; choose another or cpu"
 }
 
+device_option() { # DEVICE: cpu or one GPU index, as the programs' --device spells it
+    case "$1" in
+        cpu) echo cpu ;;
+        *[!0-9]* | "") fail "device '$1' is not known; give cpu or a GPU index such as 0" ;;
+        *) need_gpu "$1" && echo "cuda:$1" ;;
+    esac
+}
+
+calibration=( # what the environment says of the text that methods calibrate on
+    ${CALIBRATION:+--calibration "$CALIBRATION"}
+    ${CALIBRATION_SAMPLES:+--calibration-samples "$CALIBRATION_SAMPLES"}
+    ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"}
+)
+
+quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calibrates behind that prefix
+    local device
+    device=$(device_option "$1")
+    python -m quantization --model "$2" --device "$device" "${@:3}" "${calibration[@]}" \
+        ${BEHIND:+--calibrate-behind-prefix --prefix "$BEHIND"}
+}
+
+perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options: vanilla, with [B], and calibrated behind BEHIND
+    local arms=("--prefix none" "--prefix bos") arm
+    [ -z "${BEHIND:-}" ] || arms+=("--prefix $BEHIND --calibrate-behind-prefix")
+    for arm in "${arms[@]}"; do
+        # shellcheck disable=SC2086 # an arm is several words
+        run_eval "$1" "$2" ppl --model "$3" "${@:4}" "${calibration[@]}" $arm \
+            ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"}
+    done
+    python -m eval table --model "$(basename "$3")" --costs # all finished runs of the model, to compare
+}
+
 run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     # DEVICE: cpu, one GPU index, or several joined by commas; indices count within CUDA_VISIBLE_DEVICES if that is set.
     local device=$1 port=$2

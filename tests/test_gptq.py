@@ -373,6 +373,20 @@ def test_every_linear_is_quantized_as_if_it_stood_alone(
         assert agree.float().mean() > 0.99, name  # sums of other widths: single roundings may tip
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_dynamic_groups_come_back_from_the_checkpoint(
+    packed: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, Watching.seen = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1), {}
+    method = Watching(UniformGrid(3, 32), static_groups=False, true_sequential=False)
+    out = quantize_checkpoint(source, Recipe(weights=method), tmp_path / "q", segments=SEGMENTS)
+    name = "model.layers.0.mlp.down_proj"
+    weight = AutoModelForCausalLM.from_pretrained(source).get_submodule(name).weight
+    expected, _, _ = gptq(weight, Watching.seen[name], UniformGrid(3, 32), static_groups=False)
+    linear = load_quantized(out, packed=packed).get_submodule(name)
+    assert torch.equal(linear.stored().dequantize() if packed else linear.weight, expected.dequantize())
+
+
 def test_a_repaired_hessian_is_reported_with_the_checkpoint(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

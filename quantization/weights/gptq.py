@@ -258,7 +258,12 @@ def split_rows(
     for name in names:
         rows = slice(start, start + linears[name].out_features)
         parts[name] = replace(
-            whole, codes=whole.codes[rows], scale=whole.scale[rows], zero_point=whole.zero_point[rows]
+            whole,
+            codes=whole.codes[rows],
+            scale=whole.scale[rows],
+            zero_point=whole.zero_point[rows],
+            # safetensors refuses tensors that share memory
+            group_index=None if whole.group_index is None else whole.group_index.clone(),
         )
         start = rows.stop
     return parts

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Evaluate a method, vanilla and with IntactKV_[B].
 # Usage: eval.sh MODEL SIZE METHOD BITS KV_BITS TASK PORT DEVICE      for example: eval.sh llama-2 7b rtn 3 16 ppl 29500 0
-#   METHOD  a recipe: fp16, rtn, …     BITS  of the weights, 16 with fp16     KV_BITS  2 to 8, or 16 for full precision
+#   METHOD  a recipe: fp16, rtn, gptq, awq, omniquant, spqr, bcq, …          BITS  of the weights, 16 with fp16
+#   KV_BITS 2 to 8, or 16 for full precision
 #   TASK    ppl                 PORT  of accelerate, used with several GPUs
 #   DEVICE  cpu, a GPU index, or several joined by commas
-# Environment: CORPUS, GROUP_SIZE, WINDOW, LIMIT override the model's defaults.
+# Environment: CORPUS, GROUP_SIZE, WINDOW, LIMIT, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the
+# model's defaults; BEHIND=bos adds the weights that are calibrated behind that prefix.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 8 ] || fail "usage: eval.sh MODEL SIZE METHOD BITS KV_BITS TASK PORT DEVICE (got $# of 8 arguments)"
@@ -16,8 +18,4 @@ recipe=(--recipe "$method" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
 [ "$kv_bits" = 16 ] || recipe+=(--kv-bits "$kv_bits")
 [ "$task" = ppl ] || fail "task '$task' is not available; choose ppl"
 
-for prefix in none bos; do
-    run_eval "$device" "$port" ppl --model "$model" "${recipe[@]}" --prefix "$prefix" \
-        ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"}
-done
-python -m eval table --model "$(basename "$model")" # all finished runs of the model, to compare
+perplexities "$device" "$port" "$model" "${recipe[@]}"
