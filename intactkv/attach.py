@@ -30,7 +30,8 @@ def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = 
 
     The model itself is not changed. Raises UserError if the prefix belongs to another model or another basis.
     """
-    needed = getattr(model, "intactkv_needs_prefix", None)
+    exported = getattr(model.config, "intactkv", None) or {}
+    needed = getattr(model, "intactkv_needs_prefix", exported.get("needs_prefix"))
     if needed is not None and (prefix is None or prefix.ids.tolist() != needed):
         raise UserError(
             f"this model was calibrated behind a prefix of {len(needed)} tokens and is refused without it, because the "

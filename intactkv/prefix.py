@@ -63,11 +63,14 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
 def identity_of(model: PreTrainedModel) -> ModelIdentity:
     """Identity of a loaded model.
 
-    The project's loaders leave `intactkv_source` (fingerprint, basis) on the model; any other model is taken to be in
-    the plain basis, with the fingerprint of the local directory that it was loaded from, if there is one.
+    The project's loaders leave `intactkv_source` (fingerprint, basis) on the model, its exports the same in the
+    configuration; any other model is taken to be in the plain basis, with the fingerprint of the local directory that
+    it was loaded from, if there is one.
     """
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     source = getattr(model, "intactkv_source", None)
+    if source is None and (exported := getattr(model.config, "intactkv", None)) is not None:
+        source = (exported["fingerprint"], exported["basis"])
     if source is None:
         directory = Path(model.name_or_path or "")
         quantized = getattr(model.config, "quantization_config", None) is not None
@@ -210,6 +213,11 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
         raise UserError(
             f"a prefix of {ids.numel()} tokens does not fit the model's sliding window of {window}; use a "
             f"prefix of at most {window - 1} tokens"
+        )
+    if getattr(model.config, "intactkv", None) is not None:
+        raise UserError(
+            "this model is an export of quantized weights, so the prefix would not be intact; take the one that lies "
+            "beside it, or build it with the full-precision twin"
         )
     embedding = input_embeddings(model)
     output = model(input_ids=ids[None].to(embedding.device), past_key_values=cache, use_cache=True)

@@ -8,7 +8,7 @@ s and δ are found. A quantized checkpoint keeps what was applied, so that its f
 and values are in the same basis, is the dense checkpoint with the same rescalings and no rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from corpora.errors import UserError
 
-__all__ = ["Rescaling", "per_column", "rescale"]
+__all__ = ["Rescaling", "per_column", "rescale", "rescaled"]
 
 
 @dataclass(frozen=True)
 class Rescaling:
     """One pair within a block, by the dotted names of its modules.
 
-    scale: (channels,) float32, positive, one per channel that the producer puts out (per KV channel for v → o).
+    scale: (channels,) float32, positive, one per channel that the producer puts out; per KV channel for v → o and for
+    query ↔ key, where the query heads that share a KV head share its scales.
     shift: (channels,) or None; needs a producer and consumers with biases.
     rows: scale the consumers' rows instead of their columns: the query ↔ key pair.
     """
@@ -60,35 +61,45 @@ def per_column(values: Tensor, columns: int, head_size: int) -> Tensor:
     return values.view(heads, 1, head_size).expand(heads, repeats, head_size).reshape(columns)
 
 
+def rescaled(parameters: Mapping[str, Tensor], step: Rescaling, head_size: int) -> Iterator[tuple[str, Tensor]]:
+    """What a rescaling makes of a block's parameters: name and new value of each that it changes, in float32.
+
+    parameters: by their dotted names. Gradients flow to scale and shift. Raises UserError if a shift has no bias to
+    live in.
+    """
+    if step.shift is not None and any(f"{name}.bias" not in parameters for name in (step.producer, *step.consumers)):
+        raise UserError(f"{step.producer} → {', '.join(step.consumers)}: a shift needs biases, and some have none")
+    weight, bias = _weight_and_bias(parameters, step.producer)
+    scale = step.scale.to(weight.device, torch.float32)
+    shift = None if step.shift is None else step.shift.to(weight.device, torch.float32)
+    over = per_column(scale, weight.shape[0], head_size)  # the query heads of a KV head share its scales
+    yield f"{step.producer}.weight", weight / (over[:, None] if weight.ndim == 2 else over)
+    if bias is not None:
+        yield f"{step.producer}.bias", (bias if shift is None else bias - shift) / over
+    for name in step.consumers:
+        weight, bias = _weight_and_bias(parameters, name)
+        if step.rows:
+            yield f"{name}.weight", weight * (scale[:, None] if weight.ndim == 2 else scale)
+            if bias is not None:
+                yield f"{name}.bias", bias * scale
+            continue
+        columns = weight.shape[1]
+        if shift is not None and bias is not None:
+            yield f"{name}.bias", bias + weight @ per_column(shift, columns, head_size)
+        yield f"{name}.weight", weight * per_column(scale, columns, head_size)
+
+
 @torch.no_grad()
 def rescale(block: nn.Module, step: Rescaling, head_size: int) -> None:
     """Apply a rescaling to a block's weights, in place: arithmetic in float32, results in the weights' dtype.
 
     Raises UserError if a scale is not positive and finite, or if a shift has no bias to live in.
     """
-    producer = block.get_submodule(step.producer)
-    weight = _parameter(producer, "weight")
-    scale = step.scale.to(weight.device, torch.float32)
-    if not (torch.isfinite(scale).all() and (scale > 0).all()):
+    if not (torch.isfinite(step.scale).all() and (step.scale > 0).all()):
         raise UserError(f"the scales of {step.producer} → {', '.join(step.consumers)} are not all positive and finite")
-    biases = [getattr(module, "bias", None) for module in (producer, *map(block.get_submodule, step.consumers))]
-    if step.shift is not None and any(bias is None for bias in biases):
-        raise UserError(f"{step.producer} → {', '.join(step.consumers)}: a shift needs biases, and some have none")
-    shift = None if step.shift is None else step.shift.to(weight.device, torch.float32)
-    _set(weight, weight.float() / (scale[:, None] if weight.ndim == 2 else scale))
-    if biases[0] is not None:
-        _set(biases[0], (biases[0].float() - (0 if shift is None else shift)) / scale)
-    for name, bias in zip(step.consumers, biases[1:], strict=True):
-        consumer = _parameter(block.get_submodule(name), "weight")
-        if step.rows:
-            _set(consumer, consumer.float() * (scale[:, None] if consumer.ndim == 2 else scale))
-            if bias is not None:
-                _set(bias, bias.float() * scale)
-            continue
-        columns = consumer.shape[1]
-        if shift is not None and bias is not None:
-            _set(bias, bias.float() + consumer.float() @ per_column(shift, columns, head_size))
-        _set(consumer, consumer.float() * per_column(scale, columns, head_size))
+    parameters = dict(block.named_parameters())
+    for name, value in rescaled(parameters, step, head_size):
+        parameters[name].data = value.to(parameters[name].dtype)
 
 
 def rescale_all(block: nn.Module, steps: Sequence[Rescaling], head_size: int) -> None:
@@ -97,11 +108,7 @@ def rescale_all(block: nn.Module, steps: Sequence[Rescaling], head_size: int) ->
         rescale(block, step, head_size)
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _set(parameter: Tensor, value: Tensor) -> None:
-    parameter.data = value.to(parameter.dtype)
+def _weight_and_bias(parameters: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor | None]:
+    """Of a module, in float32; no bias is None."""
+    bias = parameters.get(f"{module}.bias")
+    return parameters[f"{module}.weight"].float(), None if bias is None else bias.float()

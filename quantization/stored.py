@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
+from quantization.binary_coding import BinaryCoded
 from quantization.grids import QuantizedTensor
+from quantization.sparse import SpQRWeight
 
 __all__ = ["KINDS", "Grid", "StoredWeight", "restore"]
 
@@ -49,7 +51,7 @@ class StoredWeight(Protocol):
         ...
 
 
-KINDS: Mapping[str, type[StoredWeight]] = {kind.kind: kind for kind in (QuantizedTensor,)}
+KINDS: Mapping[str, type[StoredWeight]] = {kind.kind: kind for kind in (QuantizedTensor, BinaryCoded, SpQRWeight)}
 
 
 def restore(kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> StoredWeight:

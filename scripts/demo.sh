@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on the embedded default: what quantization costs SmolLM2-135M, and what IntactKV gives back.
-# Usage: demo.sh      (sets up, prepares model and text, quantizes, evaluates, prints the table, draws two figures)
-# Environment: LIMIT windows of WINDOW tokens per run (default 8 of 512: fits ten minutes on two cores).
+# Usage: demo.sh      (sets up, prepares model and text, quantizes, evaluates, prints the table, draws three figures)
+# Environment: LIMIT windows of WINDOW tokens per run (default 8 of 512: fits 15 minutes on two cores).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -11,13 +11,16 @@ export HF_HUB_OFFLINE=1
 name=smollm2-135m model=modelzoo/smollm2/smollm2-135m python=.venv/bin/python
 window=${WINDOW:-512} limit=${LIMIT:-8}
 
-for recipe in fp16 rtn-w4 rtn-w3 kv4 kv3 kv2; do
+run() { $python -m eval ppl --model $model --corpus sample --window "$window" --limit "$limit" "$@" > /dev/null; }
+for recipe in fp16 gptq-w3 rtn-w4 rtn-w3 kv4 kv3 kv2; do
     for prefix in none bos; do
-        $python -m eval ppl --model $model --corpus sample --recipe $recipe --prefix $prefix --window "$window" --limit "$limit" > /dev/null
+        run --recipe $recipe --prefix $prefix
     done
+    [ $recipe != gptq-w3 ] || run --recipe $recipe --prefix bos --calibrate-behind-prefix
 done
 echo
 $python -m eval table --model $name --corpus sample --protocol intactkv --window "$window" --limit "$limit"
 echo
 $python -m eval plot perplexity --model $name --corpus sample --protocol intactkv --window "$window" --limit "$limit" --out outputs/figures/perplexity.png
 $python -m eval plot pivots --model $model --out outputs/figures/pivots.png
+$python -m eval plot hessian --model $model --out outputs/figures/hessian.png

@@ -1,6 +1,7 @@
 """python -m quantization: what it prints, what it makes, and one line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from quantization.checkpoint import load_quantized
 from quantization.grids import QuantizedTensor, UniformGrid
 from quantization.pipeline import quantize_checkpoint
 from quantization.recipe import RECIPES, NamedRecipe, Recipe
+from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +86,9 @@ def test_help_answers_without_importing_torch(arguments: list[str]) -> None:
 def test_help_names_every_option(program: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = program("--help")
     assert code == 0
-    for option in ("--model", "--recipe", "--bits", "--group-size", "--set", "--out", "--device", "--list"):
+    shared = ("--model", "--recipe", "--bits", "--group-size", "--set", "--out", "--device", "--list", "--prefix")
+    text = ("--calibration", "--calibration-samples", "--calibration-length", "--seed", "--calibrate-behind-prefix")
+    for option in (*shared, *text):
         assert option in out
 
 
@@ -108,8 +112,8 @@ def test_a_whole_run_writes_what_the_library_writes(dense: Path, intactkv_root: 
     assert {f.name: f.read_bytes() for f in out.glob("*.safetensors")} == {
         f.name: f.read_bytes() for f in library.glob("*.safetensors")
     }
-    size = sum(file.stat().st_size for file in out.glob("block-*"))
-    assert done.stdout == f"rtn-w4g32  decoder blocks {size / 1e6:.1f} MB  {out}\n"
+    # 4 bits, and a float32 scale per 32 weights: symmetric, so no zero point
+    assert re.fullmatch(rf"rtn-w4g32  5\.00 bits per weight  \d+ s  \d+ MB  {re.escape(str(out))}\n", done.stdout)
     assert done.stderr.count("weight error") == 3  # --verbose: one line a block
 
 
@@ -130,6 +134,66 @@ def test_without_out_the_result_lies_in_the_zoo_under_its_identity_and_is_found_
         assert torch.isfinite(load_quantized(made)(torch.arange(10)[None]).logits).all()
 
 
+@pytest.fixture
+def text(intactkv_root: Path) -> Path:
+    """A text of 2,700 characters, each a token of the tiny tokenizer."""
+    file = intactkv_root / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    return file
+
+
+GPTQ = ("--recipe", "gptq", "--group-size", "32", "--calibration-samples", "3", "--calibration-length", "20")
+
+
+def test_the_calibration_options_decide_the_text_and_its_identity(
+    dense: Path, text: Path, intactkv_root: Path, program: Callable[..., tuple[int, str, str]]
+) -> None:
+    places = []
+    for extra in ([], ["--seed", "7"], ["--calibration-samples", "4"], ["--calibration-length", "24"]):
+        code, out, err = program("--model", dense, *GPTQ, "--calibration", text, *extra)
+        assert code == 0, err
+        places.append(Path(out.split()[-1]))
+    assert len(set(places)) == 4
+    manifest = json.loads((places[1] / "quantization.json").read_text())
+    assert manifest["recipe"]["calibration"] == {
+        "kind": "Calibration", "corpus": str(text), "samples": 3, "length": 20, "seed": 7, "draw": "segments",
+    }  # fmt: skip
+    assert manifest["needs_prefix"] is None
+
+
+def test_calibrating_behind_a_prefix_is_one_switch(
+    dense: Path, text: Path, program: Callable[..., tuple[int, str, str]]
+) -> None:
+    call = ("--model", dense, *GPTQ, "--calibration", text, "--calibrate-behind-prefix")
+    code, out, err = program(*call, "--prefix", "bos")
+    assert code == 0, err
+    place = Path(out.split()[-1])
+    assert place.name.startswith("gptq-w3g32-behind-")
+    assert json.loads((place / "quantization.json").read_text())["needs_prefix"] == [1]
+    code, _, err = program(*call)
+    assert (code, err.strip()) == (
+        2, "error: calibrate_behind_prefix=true needs a prefix; choose one, for example --prefix bos",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("extra", "named"), [
+    (["--recipe", "rtn", "--calibration", "c4"], "rtn calibrates on no text"),
+    (["--recipe", "rtn", "--calibrate-behind-prefix", "--prefix", "bos"], "rtn needs no calibration"),
+    ([*GPTQ, "--calibration", "nowhere.txt"], "nowhere.txt"),
+    ([*GPTQ, "--calibration-length", "5000"], "2701 tokens for calibration, but a segment takes 5000"),
+    ([*GPTQ, "--set", "calibration.draw=lots"], "calibration.draw=lots"),
+    ([*GPTQ, "--set", "weights.damp=-1"], "weights.damp=-1"),
+])  # fmt: skip
+def test_what_cannot_calibrate_is_refused_in_one_line(
+    extra: list[str], named: str, dense: Path, text: Path, program: Callable[..., tuple[int, str, str]]
+) -> None:
+    given = [] if "--calibration" in extra or "rtn" in extra else ["--calibration", text]
+    code, out, err = program("--model", dense, *extra, *given)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert named in err
+
+
 def test_a_model_of_the_zoo_brings_its_own_group_size_and_an_option_overrides_it(
     tiny_checkpoint: Callable[..., Path], intactkv_root: Path, program: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -144,7 +208,7 @@ def test_a_model_of_the_zoo_brings_its_own_group_size_and_an_option_overrides_it
 
 
 @dataclass(frozen=True)
-class Peeking:
+class Peeking(GridQuantizer):
     """RTN that asks to see calibration text."""
 
     grid: UniformGrid

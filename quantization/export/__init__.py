@@ -1,0 +1,1 @@
+"""Checkpoints that other runtimes load: compressed-tensors, GPTQ, AWQ and plain dense ones."""

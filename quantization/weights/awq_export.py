@@ -1,0 +1,68 @@
+"""An AWQ checkpoint's search as a file of the model zoo, for other programs or to be applied again."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from corpora.errors import UserError
+from corpora.storage import checkpoint_fingerprint
+from quantization.architecture import architecture_of
+from quantization.blocks import DecoderBlock
+from quantization.checkpoint import DenseCheckpoint, block_file, empty_model, read_block, read_manifest
+from quantization.grids import QuantizedTensor, merge_groups, quantize, split_groups
+from quantization.rescale import rescale_all
+from quantization.stored import restore
+from quantization.weights.awq import clip_candidates, is_clipped
+from quantization.weights.awq_zoo import ZooBlock, save_zoo
+
+__all__ = ["export_search", "recovered_limits"]
+
+
+def recovered_limits(weight: Tensor, rounded: QuantizedTensor) -> Tensor:
+    """The limits with which a search rounded a matrix to this: (out, groups, 1), NaN for a group that none explains.
+
+    Only ten are possible per group. Of those that give the same codes, scale and zero point the largest is taken.
+    """
+    groups = split_groups(weight.float(), rounded.grid.group_size)
+    limits = torch.full_like(groups[..., :1], float("nan"))
+    for candidate in reversed(clip_candidates(groups)):
+        again = quantize(merge_groups(groups.clamp(-candidate, candidate)), rounded.grid)
+        same = (again.scale == rounded.scale) & (again.zero_point == rounded.zero_point)
+        same &= split_groups(again.codes == rounded.codes, rounded.grid.group_size).all(-1)
+        limits = torch.where(same[..., None], candidate, limits)
+    return limits
+
+
+def export_search(dense: Path, quantized: Path, path: Path) -> None:
+    """Write the search behind an AWQ checkpoint as a file of the model zoo, which gives the same checkpoint again.
+
+    The scales are in the checkpoint; it does not keep the clip limits, they are recovered from its codes.
+    Raises UserError if AWQ's own search did not make it, or not from `dense`.
+    """
+    manifest = read_manifest(quantized)
+    if (manifest["recipe"]["weights"] or {}).get("kind") != "AWQ" or manifest["recipe"]["transforms"]:
+        raise UserError(f"{quantized} ({manifest['label']}) was not made by AWQ alone, so it holds no search to export")
+    if checkpoint_fingerprint(dense) != manifest["source"]["fingerprint"]:
+        raise UserError(f"{quantized} was not made from {dense}, but from {manifest['source']['name']}; give that one")
+    reader, model, results = DenseCheckpoint(dense), empty_model(dense), {}
+    architecture = architecture_of(model.config)
+    for index, module in enumerate(architecture.blocks_of(model)):
+        block = DecoderBlock(index, module, architecture, model.config)
+        stored = read_block(block_file(quantized, index))
+        reader.load_into(module, block.name, torch.device("cpu"))
+        rescale_all(module, stored.rescalings, block.head_size)
+        limits = {}
+        for name, linear in block.linears().items():
+            rounded = restore(*stored.linears[f"{block.name}.{name}"])
+            assert isinstance(rounded, QuantizedTensor)
+            if is_clipped(name):
+                limits[name] = recovered_limits(linear.weight, rounded)
+                if limits[name].isnan().any():
+                    raise UserError(
+                        f"{quantized}: no clip limit of a search gives the codes of {block.name}.{name}; if it was "
+                        "made from a file (weights.file), use that one"
+                    )
+        results[block.name] = ZooBlock(tuple(stored.rescalings), limits)
+        module.to_empty(device="meta")
+    save_zoo(path, results)

@@ -1,0 +1,155 @@
+"""LET, the learnable equivalent transformation of OmniQuant (Shao et al., ICLR 2024, arXiv:2308.13137, section 3.3).
+
+    x Wᵀ + b = ((x − δ)/s) (W diag(s))ᵀ + (b + W δ)                                              Eq. 3
+        norm → q, k, v;  norm → gate, up (fc1);  v → o
+    q · k = (q/s) · (s k)                                                                        Eq. 5
+
+A `Pair` holds what is learned, its `step` is the rescaling that it stands for; `quantization.rescale` applies it, while
+training and when the result is merged. No pair in front of down_proj (fc2).
+
+Departs from the reference: log s is learned, so s stays positive without truncation; both members of a rotary pair
+share one s (otherwise q·k changes with the distance), query heads that share a KV head share theirs, norms of q and k
+take one s for all heads; s starts from all linears that share an input (reference: q_proj, up_proj), and from the text
+as the quantized blocks before pass it on; v → o is the same routine as the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corpora.errors import UserError
+from quantization.architecture import Feed
+from quantization.blocks import DecoderBlock
+from quantization.rescale import Rescaling, rescaled
+
+__all__ = ["Pair", "check_pairs", "initial_pairs", "prefix_in_basis", "transformed"]
+
+SMALLEST = 1e-5  # of a maximum or a scale, in the formula that the scales start from
+REMEMBER = 0.99  # of the centre that the shifts start from, per sample
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is learned for one pair of maps.
+
+    log_scale: (channels,), or (heads, D/2) where both members of a rotary pair share it (`tied`).
+    shift: (channels,), or None. producer, consumers, rows: see `Rescaling`.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    log_scale: Tensor
+    shift: Tensor | None = None
+    rows: bool = False
+    tied: bool = False
+
+    @property
+    def step(self) -> Rescaling:
+        """The rescaling by what is learned so far, with gradients where they are on."""
+        scale = self.log_scale.exp()
+        if self.tied:  # channels i and i + D/2 of a head
+            scale = torch.cat([scale, scale], dim=-1).flatten()
+        return Rescaling(self.producer, self.consumers, scale, self.shift, self.rows)
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """The tensors that an optimizer moves."""
+        return [self.log_scale] if self.shift is None else [self.log_scale, self.shift]
+
+
+def _feeds(block: DecoderBlock) -> list[Feed]:
+    """norm → linears and v → o; nothing is learned for up → down (fc1 → fc2)."""
+    attention = f"{block.architecture.attention}."
+    linears = block.linears()
+    return [feed for feed in block.feeds() if feed.producer not in linears or feed.producer.startswith(attention)]
+
+
+def check_pairs(block: DecoderBlock, shift: bool) -> None:
+    """Raise UserError if the block has no place for the scales, or for the shifts if they are wanted."""
+    names = {name for name, _ in block.module.named_parameters()}
+    for feed in _feeds(block):
+        lacking = [name for name in (feed.producer, *feed.consumers) if f"{name}.bias" not in names]
+        if shift and lacking:
+            raise UserError(
+                f"weights.shift=true needs biases, and {block.name}.{lacking[0]} of this {block.config.model_type} "
+                "model has none; leave it out (shifts are for models such as OPT)"
+            )
+
+
+@torch.no_grad()
+def initial_pairs(block: DecoderBlock, alpha: float, shift: bool) -> tuple[Pair, ...]:
+    """The pairs of a block as training starts: s = max|x|^α / max|W|^(1−α), 1 for q ↔ k; δ the centre of x, if `shift`.
+
+    Maxima are per channel, over the calibration text and over all rows of all consumers, and at least 1e-5, as is s;
+    the centre (max + min)/2 is averaged over samples as they come (.99 old, .01 new).
+    """
+    feeds = _feeds(block)
+    largest: dict[str, Tensor] = {}
+    centre: dict[str, Tensor] = {}
+    inputs = {feed.consumers[0] for feed in feeds}
+
+    def look(name: str, x: Tensor) -> None:
+        if name not in inputs:
+            return
+        low, high = x[0].float().aminmax(dim=0)
+        peak, middle = torch.maximum(high, -low), (high + low) / 2
+        largest[name] = torch.maximum(largest.get(name, peak), peak)
+        centre[name] = REMEMBER * centre.get(name, middle) + (1 - REMEMBER) * middle
+
+    block.observe(look)
+    linears, pairs = block.linears(), []
+    for feed in feeds:
+        first = feed.consumers[0]
+        channels = block.module.get_parameter(f"{feed.producer}.weight").shape[0]
+        columns = torch.stack([linears[name].weight.float().abs().amax(dim=0) for name in feed.consumers]).amax(dim=0)
+        activation, weight = (_of_producer(x, channels, block.head_size) for x in (largest[first], columns))
+        scale = activation.clamp_min(SMALLEST) ** alpha / weight.clamp_min(SMALLEST) ** (1 - alpha)
+        delta = _of_producer(centre[first], channels, block.head_size) if shift else None
+        pairs.append(Pair(feed.producer, feed.consumers, scale.clamp_min(SMALLEST).log(), delta))
+    return (*pairs, _query_and_key(block))
+
+
+def _of_producer(values: Tensor, channels: int, head_size: int) -> Tensor:
+    """The largest of the values per column that one channel of the producer, of `channels`, feeds: undoes
+    `rescale.per_column`."""
+    if values.numel() == channels:
+        return values.clone()
+    return values.view(channels // head_size, -1, head_size).amax(dim=1).flatten()
+
+
+def _query_and_key(block: DecoderBlock) -> Pair:
+    """q ↔ k with s = 1: one per channel that the key map puts out, or per rotary pair of them."""
+    architecture = block.architecture
+    key = block.module.get_parameter(f"{architecture.key}.weight")
+    channels, size = key.shape[0], block.head_size
+    shape = (channels // size, size // 2) if architecture.rotary else (channels,)
+    zeros = torch.zeros(shape, device=key.device)
+    return Pair(architecture.query, (architecture.key,), zeros, rows=True, tied=architecture.rotary)
+
+
+def transformed(block: DecoderBlock, steps: Sequence[Rescaling]) -> dict[str, Tensor]:
+    """The block's parameters after the steps, by their dotted names; what no step touches is the block's own."""
+    parameters = {name: parameter.detach() for name, parameter in block.module.named_parameters()}
+    for step in steps:
+        parameters |= dict(rescaled(parameters, step, block.head_size))
+    return parameters
+
+
+def prefix_in_basis(
+    seeded: tuple[Tensor, Tensor], block: DecoderBlock, steps: Sequence[Rescaling]
+) -> tuple[Tensor, Tensor]:
+    """K·s and (V − δ)/s: what the transformed block would have written where the block itself wrote K and V.
+
+    seeded: each (1, KV heads, P, D), keys after RoPE, which scaling pairs of channels alike commutes with.
+    """
+    keys, values = (x.float() for x in seeded)
+    linears = block.linears()
+    for step in steps:
+        per_head = step.scale.view(-1, 1, block.head_size)  # (KV heads, 1, D); (1, 1, D) where heads share a norm
+        if step.rows:
+            keys = keys * per_head
+        elif step.producer in linears:  # v; the other producers are norms, whose scales the linears undo
+            values = (values if step.shift is None else values - step.shift.view_as(per_head)) / per_head
+    return keys, values

@@ -1,0 +1,67 @@
+"""The published calls: one line for every mistake, and the checkpoints that later calls find."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
+RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm")
+
+
+@pytest.fixture(autouse=True)
+def environment() -> None:
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("scripts/setup.sh has not made .venv")
+
+
+def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", f"scripts/{script}.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"INTACTKV_ROOT": str(ROOT)} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [
+        *((f"quantization/{name}", ("smollm2", "135m", "3"), "got 3 of 5") for name in QUANTIZERS),
+        *((f"quantization/{name}", ("no-such", "7b", "3", "64", "cpu"), "no-such-7b is") for name in QUANTIZERS),
+        *((f"quantization/{name}", ("smollm2", "135m", "3", "64", "gpu"), "device 'gpu'") for name in QUANTIZERS),
+        *((name, ("0",), "got 1 of") for name in RUNNERS),
+        ("run_gptq", ("cpu", "no-such-model"), "no-such-model"),
+        ("run_spqr", ("97", "modelzoo"), "cuda:97"),
+    ],
+)
+def test_a_mistake_is_one_line(script: str, arguments: tuple[str, ...], named: str) -> None:
+    done = run(script, *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert named in done.stderr
+
+
+@pytest.mark.slow
+def test_the_published_gptq_call_makes_what_the_evaluation_finds(tmp_path: Path) -> None:
+    if not (ROOT / "modelzoo" / "smollm2" / "smollm2-135m" / "config.json").exists():
+        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "sample").symlink_to(ROOT / "datasets" / "sample")
+    small = {"INTACTKV_ROOT": str(tmp_path), "CALIBRATION_SAMPLES": "2", "CALIBRATION_LENGTH": "64", "WINDOW": "64",
+             "LIMIT": "2"}  # fmt: skip
+    made = run("quantization/auto_gptq", "smollm2", "smollm2-135m", "3", "64", "cpu", **small)
+    assert made.returncode == 0, made.stderr
+    (place,) = (tmp_path / "modelzoo" / "quantized" / "smollm2-135m").glob("gptq-w3g64-????????")
+    before = (place / "cost.json").read_bytes()
+    call = ("smollm2", "135m", "gptq", "3", "16", "ppl", "29500", "cpu")
+    done = run("eval/eval", *call, **small, BEHIND="bos")
+    assert done.returncode == 0, done.stderr
+    assert (place / "cost.json").read_bytes() == before
+    line = next(line for line in done.stdout.splitlines() if "gptq-w3g64" in line)
+    assert "n/a" not in line  # vanilla, IntactKV, and calibrated behind the prefix
+    assert len(list((tmp_path / "outputs" / "runs").glob("*.json"))) == 3
