@@ -138,8 +138,8 @@ def unpack_planes(planes: Tensor, channels: int, group_size: int = -1) -> Tensor
 def from_uniform(weight: QuantizedTensor, name: str = "weight") -> BinaryCoded:
     """The same matrix in binary coding, whatever convention its zero points follow; α and z₀ in float32.
 
-    In float16 they would no longer be the same levels: z₀ is up to 2^(q−1) steps, so its rounding alone is up to 0.4 % of a
-    step at 4 bits and 6 % at 8. Raises UserError for groups that are not runs of neighbouring channels.
+    In float16 they would no longer be the same levels: z₀ is up to 2^(q−1) steps, so its rounding alone is up to 0.4 %
+    of a step at 4 bits and 6 % at 8. Raises UserError for groups that are not runs of neighbouring channels.
     """
     if weight.group_index is not None:
         raise UserError(

@@ -165,13 +165,15 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
         *_setting("calibration.length", getattr(options, "calibration_length", None)),
         *_setting("calibration.seed", getattr(options, "seed", None)),
     ]
-    if calibration and not recipe.calibrates:
+    # Whether a method calibrates may depend on its fields.
+    chosen = with_settings(recipe, [s for s in options.settings if s.startswith("weights.")])
+    if calibration and not chosen.calibrates:
         raise UserError(
             f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ')} has "
             "nothing to act on; leave it out"
         )
     recipe = with_settings(
-        recipe, with_model_defaults(recipe, checkpoint, [*settings, *calibration, *options.settings])
+        recipe, with_model_defaults(chosen, checkpoint, [*settings, *calibration, *options.settings])
     )
     if getattr(options, "calibrate_behind_prefix", False):
         recipe = replace(recipe, calibrate_behind_prefix=True)

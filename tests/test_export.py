@@ -286,6 +286,7 @@ ROUND_TRIPS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize(("model_type", "grid"), ROUND_TRIPS)
 def test_transformers_computes_our_bits_from_compressed_tensors(
     model_type: str, grid: tuple[Any, ...], dense: Callable[..., Path], tmp_path: Path
@@ -444,6 +445,14 @@ def test_linears_that_are_not_quantized_are_named_or_refused(dense: Callable[...
     assert left_out == [*(f"model.layers.{i}.mlp.down_proj" for i in range(3)), "lm_head"]
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj: it is not quantized, and GPTQ's format"):
         export_checkpoint(source, tmp_path / "gptq", "gptq-v2")
+
+
+def test_a_checkpoint_without_quantized_weights_goes_out_dense_only(dense: Callable[..., Path], tmp_path: Path) -> None:
+    source = mixed(dense(), tmp_path / "q", "gptq-sym", skip="proj")  # what a recipe of transforms alone writes
+    with pytest.raises(UserError, match="nothing to pack; use --format dense"):
+        export_checkpoint(source, tmp_path / "ct")
+    export_checkpoint(source, tmp_path / "dense", "dense")
+    assert torch.equal(logits(loaded(tmp_path / "dense")), logits(loaded(dense())))
 
 
 # prefixes -------------------------------------------------------------------------------------------------------------

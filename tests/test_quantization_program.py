@@ -176,6 +176,16 @@ def test_calibrating_behind_a_prefix_is_one_switch(
     )  # fmt: skip
 
 
+def test_a_method_that_calibrates_only_when_told_to_takes_its_text(
+    dense: Path, text: Path, program: Callable[..., tuple[int, str, str]]
+) -> None:
+    call = ("--model", dense, "--recipe", "bcq", "--group-size", "32", "--set", "weights.rounds=1",
+            "--calibration", text, "--calibration-samples", "2", "--calibration-length", "16")  # fmt: skip
+    code, out, err = program(*call, "--set", "weights.weighted=true")
+    assert code == 0, err
+    assert program(*call)[0] == 2
+
+
 @pytest.mark.parametrize(("extra", "named"), [
     (["--recipe", "rtn", "--calibration", "c4"], "rtn calibrates on no text"),
     (["--recipe", "rtn", "--calibrate-behind-prefix", "--prefix", "bos"], "rtn needs no calibration"),

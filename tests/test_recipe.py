@@ -208,7 +208,7 @@ def test_every_field_of_the_grid_changes_the_identity_of_the_weights(field: str)
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Calibration)])
 def test_every_field_of_the_calibration_changes_the_identity_if_something_calibrates(field: str) -> None:
-    other = {"corpus": "pile", "samples": 4, "length": 64, "seed": 1}
+    other = {"corpus": "pile", "samples": 4, "length": 64, "seed": 1, "draw": "documents"}
     changed = Calibration(**{field: other[field]})
     looking = Recipe(weights=Looking(GRID))
     assert identity_of(replace(looking, calibration=changed)) != identity_of(looking)

@@ -33,8 +33,8 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.bar_label(bars, [f"{h:.1f}" if h < 100 else f"{h:.0f}" for h in heights], fontsize=7, padding=2)
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
-    found = [value for _, _, values in arms for value in values if value is not None]
-    lowest, highest = min(found), max(found)
+    shown = [value for _, _, values in arms for value in values if value is not None]
+    lowest, highest = min(shown), max(shown)
     axes.set_ylim(lowest / 1.6, highest * 1.4)
     axes.set_ylabel(f"perplexity on {rows[0].corpus} (log scale)")
     axes.set_title(f"{rows[0].model}: {rows[0].caption}", fontsize=9, pad=24)

@@ -257,6 +257,11 @@ def _write_config(
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     if export.format.config is not None:
+        if not export.schemes:
+            raise UserError(
+                f"no weight of this checkpoint ({manifest['label']}) is quantized, so there is nothing to pack; use "
+                "--format dense"
+            )
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         plain = [name for name in linears if name not in export.schemes]
         blocks = architecture_of(model.config).blocks

@@ -1,9 +1,9 @@
 """BCQ, binary-coding quantization: fit α, signs (and z₀) of every group of weights to the weights themselves.
 
     min Σ_j d_j (w_j − Σ_i α_i b_ij − z₀)²                              d_j = 1, z₀ = 0 as published
-    greedy       b_i = sign(r), α_i = mean |r|, r ← r − α_i b_i          Guo et al. 2017, via Xu et al., 1802.00150
-    scale step   α ← (B D Bᵀ)⁻¹ B D w                                    alternating, Xu et al. 2018, 1802.00150
-    assignment   every w_j takes the nearest of the 2^q sums             …: their binary search
+    greedy       b_i = sign(r), α_i = mean |r|, r ← r − α_i b_i          Guo et al. 2017, 1706.02021
+    scale step   α ← (B D Bᵀ)⁻¹ B D w                                    Xu et al. 2018, 1802.00150: alternating
+    assignment   every w_j takes the nearest of the 2^q sums             the same, by binary search
 
 LUT-GEMM (Park et al., ICLR 2024, arXiv:2206.09557) multiplies by the result without rebuilding the weights.
 

@@ -300,7 +300,7 @@ def stacked(parts: tuple[SecondLevel, ...]) -> SecondLevel:
 def search(problem: Problem, how: SpQR, name: str) -> tuple[SpQRWeight, float]:
     """`round_all` with the threshold that takes `how.average_bits`, to `TOLERANCE` where single outliers allow it.
 
-    The share of outliers falls as τ rises, about as τ⁻²: this law proposes the next τ, and the interval between those
+    The share of outliers falls as τ rises, about as τ⁻¹·⁵: this law proposes the next τ, and the interval between those
     that took too many and too few outliers is halved where the law would leave it.
     """
     channels, out = problem.w.shape
@@ -316,7 +316,7 @@ def search(problem: Problem, how: SpQR, name: str) -> tuple[SpQRWeight, float]:
         if missed <= max(TOLERANCE / 32 * channels * out, 0.5):
             break
         low, high = (exponent, high) if outliers > wanted else (low, exponent)
-        exponent += math.log2(max(outliers, 0.5) / max(wanted, 0.5)) / 2
+        exponent += math.log2(max(outliers, 0.5) / max(wanted, 0.5)) / 1.5
         if not low < exponent < high:
             exponent = (low + high) / 2
     assert best is not None
