@@ -307,4 +307,6 @@ def _load_rescaled(dense: Path, quantized: Path, dtype: torch.dtype, device: tor
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)
         rescale_all(module, read_block(block_file(quantized, index)).rescalings, block.head_size)
+    manifest = read_manifest(quantized)
+    model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from corpora.catalog import CORPORA, FAMILIES, ModelDefaults, corpus_files, model_defaults, model_directory
+from corpora.catalog import (
+    CORPORA,
+    FAMILIES,
+    CalibrationText,
+    ModelDefaults,
+    corpus_files,
+    model_defaults,
+    model_directory,
+)
 from corpora.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PUBLISHED = ModelDefaults(("wikitext2", "c4"), 128, "c4")
-SMALL = ModelDefaults(("sample",), 64, "sample")
+PUBLISHED = ModelDefaults(("wikitext2", "c4"), 128, None)
+SMALL = ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from intactkv.attach import IntactModel, attach
 from intactkv.prefix import build_prefix
 from quantization.architecture import architecture_of
 from quantization.blocks import DecoderBlock
-from quantization.checkpoint import MANIFEST, block_file, load_quantized
+from quantization.checkpoint import COST, MANIFEST, block_file, load_quantized
 from quantization.grids import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
 from quantization.linear import QuantLinear
 from quantization.loading import plan_run
@@ -177,7 +177,8 @@ def fake_quantized(directory: Path, grid: UniformGrid) -> PreTrainedModel:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    files = [file for file in directory.iterdir() if file.name != COST]  # holds the seconds of the run
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def run_hooked(

@@ -181,7 +181,7 @@ def test_a_method_that_calibrates_only_when_told_to_takes_its_text(
 ) -> None:
     call = ("--model", dense, "--recipe", "bcq", "--group-size", "32", "--set", "weights.rounds=1",
             "--calibration", text, "--calibration-samples", "2", "--calibration-length", "16")  # fmt: skip
-    code, out, err = program(*call, "--set", "weights.weighted=true")
+    code, _, err = program(*call, "--set", "weights.weighted=true")
     assert code == 0, err
     assert program(*call)[0] == 2
 
