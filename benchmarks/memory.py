@@ -63,6 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=4, help="calibration samples (default: 4)")
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: 128)")
+    parser.add_argument("--blocks", type=int, nargs=2, metavar=("FEW", "MANY"), help="(small: 8 32, 8b: 2 4)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE")
     parser.add_argument("--child", nargs=2, type=Path, metavar=("SOURCE", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -74,6 +75,7 @@ def main() -> None:
     for shape, counts in BLOCKS.items():
         if options.shape not in (None, shape):
             continue
+        counts = options.blocks or counts
         for recipe in recipes:
             peaks = []
             for blocks in counts:
