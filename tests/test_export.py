@@ -435,7 +435,7 @@ def test_other_formats_refuse_linears_that_differ(
 
 
 def test_linears_that_are_not_quantized_are_named_or_refused(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = mixed(dense(), tmp_path / "q", "gptq-asym", skip="down_proj")
+    source = mixed(dense(), tmp_path / "q", "gptq-sym", skip="down_proj")
     export_checkpoint(source, tmp_path / "ct")
     assert torch.equal(logits(loaded(tmp_path / "ct")), logits(load_quantized(source)))
     export_checkpoint(source, tmp_path / "awq", "awq")

@@ -36,6 +36,8 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
         *((f"quantization/{name}", ("smollm2", "135m", "3", "64", "gpu"), "device 'gpu'") for name in QUANTIZERS),
         *((name, ("0",), "got 1 of") for name in RUNNERS),
         ("run_gptq", ("cpu", "no-such-model"), "no-such-model"),
+        ("table/weights", ("cpu",), "got 1 of at least 2"),
+        ("table/weights", ("cpu", "modelzoo", "gptx"), "'gptx' is not in the table"),
         ("run_spqr", ("97", "modelzoo"), "cuda:97"),
     ],
 )
