@@ -79,8 +79,9 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tenso
         if not failed:
             if attempt:
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
-            identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            h.zero_().diagonal().fill_(1)  # its memory serves as the identity: at 14336 channels a matrix takes 0.8 GB
+            inverse = torch.linalg.solve_triangular(lower, h, upper=False)
+            del lower
             return inverse.flip(0, 1), attempt
         del lower
     if exact:
@@ -143,7 +144,8 @@ def gptq(
     """
     out, channels = weight.shape
     size = channels if grid.group_size == -1 else grid.group_size
-    w = finite(weight, name).float().T.contiguous()  # (in, out): a channel is a contiguous row
+    # (in, out) float32: a channel is a contiguous row. Copied once, because stacked linears are large.
+    w = torch.empty(weight.T.shape, device=weight.device).copy_(finite(weight, name).T)
     split_groups(weight, grid.group_size, name)  # refuses groups that do not fill a row
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -156,7 +158,8 @@ def gptq(
         fitted = [Fit(scale[:, i, 0], zero_point[:, i, 0]) for i in range(channels // size)]
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
-        w, hessian = w[order], hessian[order][:, order]
+        w = w[order]
+        hessian.copy_(hessian[order][:, order])  # the caller still holds the old one: no second copy of it
     factor, repairs = inverse_factor(hessian, damp, name)
     del hessian, diagonal
     position = range(channels) if order is None else order.tolist()

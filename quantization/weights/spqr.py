@@ -229,7 +229,8 @@ def spqr(
     are stacked; T is each one's own. Raises UserError for weights that are not finite, or too large for half-precision
     scales, and for a Hessian without a factor.
     """
-    w = finite(weight, name).float().T.contiguous()  # (in, out): a channel is a contiguous row
+    # (in, out) float32: a channel is a contiguous row. Copied once, because stacked linears are large.
+    w = torch.empty(weight.T.shape, device=weight.device).copy_(finite(weight, name).T)
     split_groups(weight, how.grid.group_size, name)  # refuses groups that do not fill a row
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -238,7 +239,8 @@ def spqr(
         diagonal.fill_(1.0)
     order = torch.argsort(diagonal, descending=True, stable=True) if how.act_order else None
     if order is not None:
-        w, hessian = w[order], hessian[order][:, order]
+        w = w[order]
+        hessian.copy_(hessian[order][:, order])  # the caller still holds the old one: no second copy of it
     factor, repairs = inverse_factor(hessian, how.damp, name)
     del hessian, diagonal
     weighted = factor.diagonal().square()
