@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import quantization.weights.gptq as driver
 import quantization.weights.spqr as module
 from corpora.errors import UserError
 from quantization.architecture import LLAMA
@@ -650,7 +651,7 @@ def test_later_linears_see_the_quantized_ones_before_them_if_asked_to(
 ) -> None:
     """And the block is in full precision afterwards."""
     seen: list[bool] = []
-    shared = module.shared_hessians
+    shared = driver.shared_hessians
 
     def looking(block: DecoderBlock, sequential: bool) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         before = {name: linear.weight.data.clone() for name, linear in block.linears().items()}
@@ -667,7 +668,7 @@ def test_later_linears_see_the_quantized_ones_before_them_if_asked_to(
         assert all(torch.equal(before[n], m.weight.data) for n, m in block.linears().items())
         return result
 
-    monkeypatch.setattr(module, "shared_hessians", looking)
+    monkeypatch.setattr(driver, "shared_hessians", looking)
     monkeypatch.setattr(SpQR, "quantize_block", checking)
     recipe = Recipe(weights=SpQR(W3, true_sequential=true_sequential))
     source = checkpoint("llama", num_hidden_layers=1)
@@ -684,7 +685,7 @@ def test_every_linear_of_a_block_comes_out_as_it_would_alone(
         linears = block.linears()
         linears["self_attn.k_proj"].weight.data *= 5
         result = real(self, block)
-        for names, hessian in module.shared_hessians(block, False):
+        for names, hessian in driver.shared_hessians(block, False):
             for name in names:
                 alone, _, _ = spqr(linears[name].weight, hessian.clone(), self)
                 assert torch.equal(result[name].dequantize(), alone.dequantize()), name

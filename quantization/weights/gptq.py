@@ -14,7 +14,7 @@ float64, instead of an error.
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,14 @@ from quantization.grids import (
     fit_finite,
     split_groups,
 )
+from quantization.stored import StoredWeight
 from quantization.weights.base import GridQuantizer
 
-__all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "shared_hessians"]
+__all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]
 
 log = logging.getLogger(__name__)
+
+Weight = TypeVar("Weight", bound=StoredWeight)
 
 COLUMNS = 128  # that are updated one by one before the rest is; changes the speed only
 DAMP_STEPS = 3  # times that λ grows tenfold, in float32 and then in float64
@@ -209,6 +212,32 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
         yield names, hessians.pop(names[0]).take()
 
 
+def quantize_sets(
+    block: DecoderBlock,
+    true_sequential: bool,
+    choose: Callable[[tuple[str, ...], Tensor, Tensor, str], tuple[Mapping[str, Weight], float, int]],
+) -> dict[str, Weight]:
+    """Quantize a block's linears, set after set; the block keeps its full-precision weights.
+
+    choose: names of a set, its weights stacked (rows, in), its Hessian and its name, to the quantized linears by name,
+    the loss, and how often the damping grew; the last two go into the block's figures.
+    """
+    linears = block.linears()
+    full = {name: linear.weight.data for name, linear in linears.items()}
+    quantized: dict[str, Weight] = {}
+    for names, hessian in shared_hessians(block, true_sequential):
+        stacked = torch.cat([full[name] for name in names])
+        chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
+        quantized |= chosen
+        if true_sequential:  # the next Hessians see these
+            for name in names:
+                linears[name].weight.data = quantized[name].dequantize(full[name].dtype)
+        block.report(loss=loss, repaired_hessians=repairs > 0)
+    for name, linear in linears.items():
+        linear.weight.data = full[name]
+    return quantized
+
+
 @dataclass(frozen=True)
 class GPTQ(GridQuantizer):
     """Second-order rounding of every linear of a block.
@@ -231,26 +260,22 @@ class GPTQ(GridQuantizer):
     def quantize_block(self, block: DecoderBlock) -> Mapping[str, QuantizedTensor]:
         """Every linear of the block; `figures` gets the proxy loss and the number of repaired Hessians."""
         linears = block.linears()
-        full = {name: linear.weight.data for name, linear in linears.items()}
-        quantized: dict[str, QuantizedTensor] = {}
-        for names, hessian in shared_hessians(block, self.true_sequential):
+
+        def choose(
+            names: tuple[str, ...], weight: Tensor, hessian: Tensor, name: str
+        ) -> tuple[dict[str, QuantizedTensor], float, int]:
             whole, loss, repairs = gptq(
-                torch.cat([full[name] for name in names]),
+                weight,
                 hessian,
                 self.grid,
                 damp=self.damp,
                 act_order=self.act_order,
                 static_groups=self.static_groups,
-                name=f"{block.name}.{'+'.join(names)}",
+                name=name,
             )
-            quantized |= split_rows(whole, names, linears)
-            if self.true_sequential:  # the next Hessians see these
-                for name in names:
-                    linears[name].weight.data = quantized[name].dequantize(full[name].dtype)
-            block.report(loss=loss, repaired_hessians=repairs > 0)
-        for name, linear in linears.items():
-            linear.weight.data = full[name]
-        return quantized
+            return split_rows(whole, names, linears), loss, repairs
+
+        return quantize_sets(block, self.true_sequential, choose)
 
 
 def split_rows(

@@ -30,7 +30,7 @@ from quantization.blocks import DecoderBlock
 from quantization.grids import TINY, Fit, UniformGrid, encode, finite, split_groups
 from quantization.sparse import SMALLEST_SCALE, SecondLevel, SparseRows, SpQRWeight, first_level
 from quantization.weights.base import GridQuantizer
-from quantization.weights.gptq import COLUMNS, column_loop, inverse_factor, shared_hessians
+from quantization.weights.gptq import COLUMNS, column_loop, inverse_factor, quantize_sets
 
 __all__ = ["SpQR", "average_bits", "fit_first", "fit_groups", "fit_second", "leave_one_out_gain", "spqr"]
 
@@ -102,27 +102,19 @@ class SpQR(GridQuantizer):
         """Every linear of the block. `figures` gets the proxy loss, the number of repaired Hessians, and numbers of
         weights, outliers and stored bits (as the paper counts them), whose ratios are averages over blocks."""
         linears = block.linears()
-        full = {name: linear.weight.data for name, linear in linears.items()}
-        quantized: dict[str, SpQRWeight] = {}
-        for names, hessian in shared_hessians(block, self.true_sequential):
-            whole, loss, repairs = spqr(
-                torch.cat([full[name] for name in names]),
-                hessian,
-                self,
-                rows=[len(full[name]) for name in names],
-                name=f"{block.name}.{'+'.join(names)}",
-            )
-            ends = accumulate((len(full[name]) for name in names), initial=0)
-            quantized |= {name: whole.rows(*range_) for name, range_ in zip(names, pairwise(ends), strict=True)}
-            if self.true_sequential:  # the next Hessians see these
-                for name in names:
-                    linears[name].weight.data = quantized[name].dequantize(full[name].dtype)
-            block.report(loss=loss, repaired_hessians=repairs > 0)
-        for name, linear in linears.items():
-            linear.weight.data = full[name]
-            stored = quantized[name]
+
+        def choose(
+            names: tuple[str, ...], weight: Tensor, hessian: Tensor, name: str
+        ) -> tuple[dict[str, SpQRWeight], float, int]:
+            rows = [linears[linear].out_features for linear in names]
+            whole, loss, repairs = spqr(weight, hessian, self, rows=rows, name=name)
+            ranges = pairwise(accumulate(rows, initial=0))
+            return {linear: whole.rows(*range_) for linear, range_ in zip(names, ranges, strict=True)}, loss, repairs
+
+        quantized = quantize_sets(block, self.true_sequential, choose)
+        for name, stored in quantized.items():
             outliers = stored.corrections.values.numel()
-            block.report(weights=linear.weight.numel(), outliers=outliers, bits=stored.counted_bits())
+            block.report(weights=linears[name].weight.numel(), outliers=outliers, bits=stored.counted_bits())
         return quantized
 
 
