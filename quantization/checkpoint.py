@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json, weight_files, write_tensors
+from corpora.storage import read_json, sha256_of_file, weight_files, write_tensors
 from quantization.architecture import architecture_of
 from quantization.linear import QuantLinear
 from quantization.rescale import Rescaling
@@ -45,9 +45,7 @@ __all__ = [
 
 FORMAT = 2
 MANIFEST = "quantization.json"
-COST = (
-    "cost.json"  # seconds, memory and bits per weight of the run that finished a checkpoint: not part of its identity
-)
+COST = "cost.json"  # sums of the files, and what the run took that finished them
 MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
@@ -283,12 +281,25 @@ def load_quantized(
                 state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
     if "lm_head.weight" in _fill(model, state, directory):
         model.tie_weights()
+    _check_sums(directory)
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]
     model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model
+
+
+def _check_sums(directory: Path) -> None:
+    """Compare the files with the sums that the run which finished them left. Raises UserError for a changed byte."""
+    if not (directory / COST).is_file():
+        return
+    for name, expected in read_cost(directory).get("sha256", {}).items():
+        if sha256_of_file(directory / name) != expected:
+            raise UserError(
+                f"{directory / name} has changed since it was written; copy it again, or delete the directory and "
+                "quantize again"
+            )
 
 
 def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> list[str]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.machine import peak_memory_mb
-from corpora.storage import checkpoint_fingerprint, identity, sha256_of_tensor, write_json
+from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file, sha256_of_tensor, write_json
 from intactkv.prefix import PLAIN_BASIS
 from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
@@ -139,7 +139,8 @@ def quantize_checkpoint(
         _work_off(dense, model, recipe, partial, segments, prefix_ids, torch.device(device))
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
-        write_json(partial / COST, cost | _sizes(partial, model))
+        sums = {file.name: sha256_of_file(file) for file in sorted(partial.glob("*.safetensors"))}
+        write_json(partial / COST, cost | _sizes(partial, model) | {"sha256": sums})
         partial.rename(out)
     return out
 

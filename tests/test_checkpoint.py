@@ -254,6 +254,15 @@ def test_a_quantized_checkpoint_with_lost_or_foreign_tensors_is_damaged(quantize
         load_quantized(quantized)
 
 
+@pytest.mark.parametrize("name", ["block-001.safetensors", "ends.safetensors"])
+def test_a_changed_byte_is_noticed(quantized: Path, name: str) -> None:
+    content = bytearray((quantized / name).read_bytes())
+    content[-5] ^= 1  # in the values, not in the header
+    (quantized / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} has changed since it was written"):
+        load_quantized(quantized)
+
+
 def test_a_format_of_another_version_is_refused(quantized: Path) -> None:
     manifest = json.loads((quantized / MANIFEST).read_text())
     (quantized / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
