@@ -1,0 +1,44 @@
+"""One process or several (`accelerate launch`): who am I, who writes, and sums over all."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """This process among those that share an evaluation. index: 0 writes records and prints; count: 1 when alone."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState()
+        self.index: int = 0 if self._state is None else self._state.process_index
+        self.count: int = 1 if self._state is None else self._state.num_processes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes and prints."""
+        return self.index == 0
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device that accelerate gave this process; None when it is alone."""
+        return None if self._state is None else self._state.device
+
+    def mine(self, batches: range) -> range:
+        """This process' share of some batches."""
+        return batches[self.index :: self.count]
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU; each must have called it."""
+        if self._state is None:
+            return values
+        from accelerate.utils import reduce
+
+        return reduce(values.to(self._state.device), "sum").cpu()
