@@ -2,19 +2,20 @@
 
 Figures of different protocols, windows or dtypes never share a table. Both arms score the same windows, so the change
 carries a standard error from the windows' paired differences d: exp(mean d) − 1 ± exp(mean d) · sd(d) / √W.
-Weights that were calibrated behind the prefix are a third arm: the same recipe but for that switch.
+Weights that were calibrated behind the prefix are a third arm: the same recipe but for that switch. Runs that differ
+only in the seed of their calibration text can be joined: mean ± standard deviation over seeds, changes paired by seed.
 """
 
-import csv
-import io
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from corpora.storage import identity
 from corpora.text import PROTOCOLS
+from eval.render import Cell, Figure, Table, mean_of, percent, signed_percent
+from eval.render import render as render_tables
 
 __all__ = [
     "ARMS",
@@ -23,21 +24,37 @@ __all__ = [
     "Arm",
     "Row",
     "behind_of",
+    "caption_of",
     "figures_of",
+    "is_behind",
+    "kv_label",
     "perplexity_rows",
     "print_table",
     "render",
+    "weights_and_seed",
 ]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run a setting: its perplexity, and the relative change against vanilla with the standard error over
-    windows; None where there is nothing to compare with (or, for the error, only one window)."""
+    """One way to run a setting; None where there is nothing to compare with (or, for the error, only one window).
 
-    perplexity: float | None = None
-    change: float | None = None
+    figure: perplexity. relative: change against vanilla. error: its standard error over windows.
+    """
+
+    figure: Figure | None = None
+    relative: Figure | None = None
     error: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """The perplexity, or its mean over seeds."""
+        return self.figure.value if self.figure else None
+
+    @property
+    def change(self) -> float | None:
+        """The relative change against vanilla, or its mean over seeds."""
+        return self.relative.value if self.relative else None
 
 
 @dataclass(frozen=True)
@@ -68,36 +85,70 @@ def kv_label(kv: dict[str, Any] | None) -> str:
     return "16" if kv is None else f"{kv['bits']} {kv['kind']}"
 
 
-def perplexity_rows(records: Iterable[dict[str, Any]]) -> list[Row]:
-    """Join the records of all arms into rows; of several runs of one arm the newest counts.
+def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
+    """For every record what its weights were made of but for the calibration seed, and that seed (None: none).
+
+    The text that a seed drew goes with it. But weights whose text differs under one seed differ in more than the seed:
+    they stay as they are, under no seed.
+    """
+    parted = [_without_seed(record["settings"]["made_of"]) for record in records]
+    drawn = defaultdict(set)
+    for (rest, seed), record in zip(parted, records, strict=True):
+        drawn[identity(rest), seed].add(record["settings"]["made_of"].get("segments"))
+    mixed = {weights for (weights, _), texts in drawn.items() if len(texts) > 1}
+    return [
+        (record["settings"]["made_of"], None) if identity(rest) in mixed else (rest, seed)
+        for (rest, seed), record in zip(parted, records, strict=True)
+    ]
+
+
+def _without_seed(made_of: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    calibration = made_of.get("calibration")
+    if calibration is None:
+        return made_of, None
+    text = {key: value for key, value in calibration.items() if key != "seed"}
+    return {key: value for key, value in made_of.items() if key != "segments"} | {"calibration": text}, calibration[
+        "seed"
+    ]
+
+
+Runs = dict[int | None, dict[str, Any]]  # the runs of one arm by their seed; one of no seed if seeds are not joined
+
+
+def perplexity_rows(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Row]:
+    """Join the records of all arms into rows; of several runs of one arm (and seed) the newest counts.
 
     Arms belong together if the same weights (but for calibrating behind the prefix) and the same KV policy scored the
-    same tokens, whatever their labels say.
+    same tokens, whatever their labels say. over_seeds: weights that differ only in the calibration seed are the same.
     """
-    cells: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for record in records:
+    records = list(records)
+    weights = weights_and_seed(records) if over_seeds else [(record["settings"]["made_of"], None) for record in records]
+    cells: dict[tuple[str, str], dict[str, Runs]] = {}
+    for record, (made_of, seed) in zip(records, weights, strict=True):
         s = record["settings"]
-        arm = "behind" if _is_behind(s) else "intact" if s["prefix"]["intact"] else "vanilla"
-        cells.setdefault((_caption(s), _setting(s)), {})[arm] = record
+        arm = "behind" if is_behind(s) else "intact" if s["prefix"]["intact"] else "vanilla"
+        cells.setdefault((caption_of(s), _setting(s, made_of)), {}).setdefault(arm, {})[seed] = record
     order = {key: i for i, key in enumerate(cells)}
-    rows = [_row(cells[key]) for key in sorted(cells, key=lambda key: (key[0], order[key]))]
+    rows = [_row(*key, cells[key]) for key in sorted(cells, key=lambda key: (key[0], order[key]))]
     # Settings that differ only where no column shows it (a convention, a text prefix) get their identity as a name.
     seen = Counter(row.visible for row in rows)
     return [replace(row, weights=f"{row.weights}-{row.identity}") if seen[row.visible] > 1 else row for row in rows]
 
 
-def _is_behind(settings: dict[str, Any]) -> bool:
+def is_behind(settings: dict[str, Any]) -> bool:
+    """Whether the weights were calibrated behind a prefix."""
     return bool(settings["made_of"].get("calibrate_behind_prefix"))
 
 
-def _setting(settings: dict[str, Any]) -> str:
+def _setting(settings: dict[str, Any], made_of: dict[str, Any]) -> str:
     """Identity of what the arms of a row share."""
     arm = ("calibrate_behind_prefix", "prefix")
-    made_of = {key: value for key, value in settings["made_of"].items() if key not in arm}
+    made_of = {key: value for key, value in made_of.items() if key not in arm}
     return identity({"made_of": made_of, "kv": settings["kv"], "tokens": settings["tokens_sha256"]})
 
 
-def _caption(settings: dict[str, Any]) -> str:
+def caption_of(settings: dict[str, Any]) -> str:
+    """What perplexities of one table share."""
     limit = "all" if settings["limit"] is None else settings["limit"]
     return (
         f"protocol {settings['protocol']}, window {settings['window']}, windows {limit}, {settings['dtype']} on "
@@ -105,36 +156,49 @@ def _caption(settings: dict[str, Any]) -> str:
     )
 
 
-def _row(arms: dict[str, dict[str, Any]]) -> Row:
-    vanilla = arms.get("vanilla")
-    first = arms.get("intact") or arms.get("behind") or arms["vanilla"]
-    s = first["settings"]
+def _row(caption: str, setting: str, arms: dict[str, Runs]) -> Row:
+    vanilla = arms.get("vanilla", {})
+    first = arms.get("intact") or arms.get("behind") or vanilla
+    s = next(iter(first.values()))["settings"]
     label = s["prefix"]["label"]
     if label == "none" and PROTOCOLS[s["protocol"]].bos_in_every_window:
         label = "[B]"  # every window starts with [BOS] anyway: the vanilla arm of [B]
+    runs = (run for arm in arms.values() for run in arm.values())
     return Row(
-        caption=_caption(s),
+        caption=caption,
         model=s["model"],
         weights=s["weights"].removesuffix("-behind"),
         kv=kv_label(s["kv"]),
         corpus=s["corpus"],
         prefix=label,
-        identity=_setting(s),
-        vanilla=Arm(vanilla["perplexity"]) if vanilla else Arm(),
-        intact=_arm(arms.get("intact"), vanilla),
-        behind=_arm(arms.get("behind"), vanilla),
-        cost=next((arm["quantization"] for arm in arms.values() if arm.get("quantization")), None),
+        identity=setting,
+        vanilla=Arm(_mean(vanilla)),
+        intact=_arm(arms.get("intact", {}), vanilla),
+        behind=_arm(arms.get("behind", {}), vanilla),
+        cost=next((run["quantization"] for run in runs if run.get("quantization")), None),
     )
 
 
-def _arm(record: dict[str, Any] | None, vanilla: dict[str, Any] | None) -> Arm:
-    """An arm beside the vanilla one."""
-    if record is None or vanilla is None:
-        return Arm(record["perplexity"]) if record else Arm()
-    ratio = record["perplexity"] / vanilla["perplexity"]
-    differences = [b - a for a, b in zip(vanilla["window_nll"], record["window_nll"], strict=True)]
-    error = ratio * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-    return Arm(record["perplexity"], ratio - 1, error)
+def _mean(runs: Runs) -> Figure | None:
+    return mean_of([run["perplexity"] for run in runs.values()])
+
+
+def _arm(runs: Runs, vanilla: Runs) -> Arm:
+    """An arm beside the vanilla one, compared over the seeds that both have.
+
+    The windows' error is that of the change of the mean over seeds; the spread over seeds stands with the change.
+    """
+    both = [(vanilla[seed], run) for seed, run in runs.items() if seed in vanilla]
+    if not both:
+        return Arm(_mean(runs))
+    ratios = [run["perplexity"] / plain["perplexity"] for plain, run in both]
+    change = mean_of([ratio - 1 for ratio in ratios], signed_percent)
+    per_seed = [
+        [b - a for a, b in zip(plain["window_nll"], run["window_nll"], strict=True)] for plain, run in both
+    ]  # (seeds, windows)
+    differences = [fmean(window) for window in zip(*per_seed, strict=True)]
+    error = fmean(ratios) * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return Arm(_mean(runs), change, error)
 
 
 HEAD = ("model", "weights", "KV bits", "corpus", "prefix")
@@ -144,38 +208,26 @@ COSTS = ("bits per weight", "quantizing, s", "quantizing, MB")
 
 
 def render(rows: list[Row], style: str, costs: bool = False) -> str:
-    """Rows as text: `markdown` (a table per protocol, under its caption) or `csv` (one table, caption as a column).
+    """Rows as text: a table per protocol, under its caption; as `csv` one table with the protocol as a column.
 
-    The third arm and the costs (if wanted) get columns where a row has them.
+    The third arm and the costs (if wanted) get columns where a row has them, in CSV always.
     """
     if style == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("protocol", *HEAD, *ARMS, *(f"behind: {name}" for name in BEHIND_COLUMNS), *COSTS))
-        for row in rows:
-            figures = [*figures_of(row), *behind_of(row), *_costs(row)]
-            writer.writerow((*row.visible, *("" if x is None else f"{x:.6g}" for x in figures)))
-        return out.getvalue()
-    parts = []
+        head = ("protocol", *HEAD, *ARMS, *(f"behind: {name}" for name in BEHIND_COLUMNS), *COSTS)
+        lines = tuple((*row.visible, *_intact(row), *_behind(row), *_costs(row)) for row in rows)
+        return render_tables([Table("", head, lines, words=1 + len(HEAD))], style)
+    tables = []
     for caption in dict.fromkeys(row.caption for row in rows):
         mine = [row for row in rows if row.caption == caption]
-        behind = any(row.behind.perplexity is not None for row in mine)
+        behind = any(row.behind.figure is not None for row in mine)
         costly = costs and any(row.cost for row in mine)
         head = (*HEAD, *ARMS, *(BEHIND_COLUMNS if behind else ()), *(COSTS if costly else ()))
-        cells = []
-        for row in mine:
-            vanilla, intact, change, error = figures_of(row)
-            line = [*row.visible[1:], _figure(vanilla), _figure(intact), _percent(change, "+"), _percent(error)]
-            if behind:
-                perplexity, change, error = behind_of(row)
-                line += [_figure(perplexity), _percent(change, "+"), _percent(error)]
-            if costly:
-                bits, seconds, memory = _costs(row)
-                line += ["n/a" if bits is None else f"{bits:.2f}"]
-                line += ["n/a" if x is None else f"{x:.0f}" for x in (seconds, memory)]
-            cells.append(tuple(line))
-        parts.append(f"Perplexity ({caption})\n\n{_aligned([head, *cells])}")
-    return "\n\n".join(parts) + "\n"
+        lines = tuple(
+            (*row.visible[1:], *_intact(row), *(_behind(row) if behind else ()), *(_costs(row) if costly else ()))
+            for row in mine
+        )
+        tables.append(Table(f"Perplexity ({caption})", head, lines, words=len(HEAD)))
+    return render_tables(tables, style)
 
 
 def figures_of(row: Row) -> tuple[float | None, ...]:
@@ -188,30 +240,22 @@ def behind_of(row: Row) -> tuple[float | None, ...]:
     return row.behind.perplexity, row.behind.change, row.behind.error
 
 
-def _costs(row: Row) -> tuple[float | None, ...]:
-    return tuple((row.cost or {}).get(key) for key in ("bits_per_weight", "seconds", "peak_memory_mb"))
+def _compared(arm: Arm) -> tuple[Cell, ...]:
+    return arm.figure, arm.relative, None if arm.error is None else Figure(arm.error, percent)
 
 
-def _percent(value: float | None, sign: str = "") -> str:
-    return "n/a" if value is None else f"{value:{sign}.1%}"
+def _intact(row: Row) -> tuple[Cell, ...]:
+    return row.vanilla.figure, *_compared(row.intact)
 
 
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+def _behind(row: Row) -> tuple[Cell, ...]:
+    return _compared(row.behind)
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose source is aligned, too: words to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = [i >= len(HEAD) for i in range(len(widths))]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
-    text = [
-        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
-        for line in lines
-    ]
-    return "\n".join([text[0], rule, *text[1:]])
+def _costs(row: Row) -> tuple[Cell, ...]:
+    cost = row.cost or {}
+    forms = {"bits_per_weight": "{:.2f}".format, "seconds": "{:.0f}".format, "peak_memory_mb": "{:.0f}".format}
+    return tuple(None if cost.get(key) is None else Figure(cost[key], form) for key, form in forms.items())
 
 
 def print_table(rows: list[Row], style: str = "markdown", costs: bool = False) -> None:

@@ -1,39 +1,72 @@
-"""python -m eval table: finished runs as a table."""
+"""python -m eval table: finished runs as a table, the paper's tables with ours beside them."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
 
 __all__ = ["add", "add_filters", "chosen_rows", "run"]
 
+WHICH = ("1", "2", "3", "4", "tasks")
+
 
 def add(commands: Any) -> None:
     """Declare the subcommand and its options."""
     table = commands.add_parser(
         "table",
-        help="finished runs as a table, vanilla beside IntactKV",
-        description="Print the perplexities in outputs/runs/, vanilla beside IntactKV.",
+        help="finished runs as a table, vanilla beside IntactKV; the paper's tables",
+        description="Print the figures in outputs/runs/, vanilla beside IntactKV, or one of IntactKV's tables with "
+        "ours beside the published ones.",
     )
-    table.add_argument("--format", default="markdown", choices=["markdown", "csv"], help="default: markdown")
+    table.add_argument(
+        "which",
+        nargs="?",
+        metavar="1|2|3|4|tasks",
+        help="IntactKV's Table 1 (perplexity), 2 (MMLU), 3 (question answering) or 4 (MT-bench) with ours beside it; "
+        "tasks: all finished tasks; without it: all perplexities",
+    )
+    table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
+    table.add_argument("--out", type=Path, metavar="FILE", help="write the table to a file instead of printing it")
     table.add_argument(
         "--costs", action="store_true", help="also what quantizing took: bits per weight, seconds, peak memory"
     )
+    table.add_argument(
+        "--over-seeds",
+        action="store_true",
+        help="one figure, mean ± standard deviation (n), for runs that differ only in the calibration seed (Tables 1 "
+        "to 4 always do)",
+    )
     add_filters(table, required=False)
+    table.add_argument("--task", metavar="NAME", help="only this task, for example arc_easy (tasks)")
+    table.add_argument("--data", choices=["sample", "local", "hub"], help="only runs on this data (tasks)")
+    table.add_argument("--fewshot", type=int, metavar="N", help="only runs with so many examples (tasks)")
 
 
 def add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Which finished runs to show."""
-    parser.add_argument("--model", required=required, metavar="NAME", help="only this one, for example smollm2-135m")
+    """Which finished runs to show. required: of exactly one model (a figure); otherwise of any number of models."""
+    several = "" if required else "; may be given several times"
+    parser.add_argument(
+        "--model",
+        action="store" if required else "append",
+        required=required,
+        metavar="NAME",
+        help=f"only this one, for example smollm2-135m{several}",
+    )
     parser.add_argument("--corpus", metavar="NAME", help="only runs on this corpus or text file")
-    parser.add_argument("--protocol", choices=["intactkv", "gptq"], help="only runs by this protocol")
+    parser.add_argument("--protocol", choices=["intactkv", "gptq", "hendrycks", "lm-eval"], help="only by this one")
     parser.add_argument("--window", type=int, metavar="TOKENS", help="only runs with this window")
-    parser.add_argument("--limit", metavar="WINDOWS|all", help="only runs with this limit")
+    parser.add_argument("--limit", metavar="N|all", help="only runs with this limit, in windows or questions a task")
     parser.add_argument("--dtype", metavar="NAME", help="only runs computed in this dtype")
     parser.add_argument("--device", metavar="cpu|cuda", help="only runs on this kind of device")
 
 
-FILTERS = ("model", "corpus", "protocol", "window", "limit", "dtype", "device")
+# Options that filter, and the setting that they look at.
+FILTERS = {
+    **{name: name for name in ("corpus", "protocol", "window", "limit", "dtype", "device", "data", "fewshot")},
+    "task": "task_name",
+}
+ONLY_FOR = {"ppl": ("corpus", "window"), "tasks": ("task", "data", "fewshot")}
 
 
 def _shown(value: Any) -> str:
@@ -41,25 +74,98 @@ def _shown(value: Any) -> str:
     return "all" if value is None else str(value)
 
 
-def chosen_rows(options: argparse.Namespace) -> list[Any]:
-    """The finished perplexities that the filters leave. Raises UserError if there are none."""
-    from corpora.paths import outputs_dir
+def _filters(options: argparse.Namespace) -> dict[str, Any]:
+    """The filters that were given, but for --model; figures have fewer of them than tables."""
+    return {key: value for key in FILTERS if (value := getattr(options, key, None)) is not None}
+
+
+def _models(options: argparse.Namespace) -> list[str]:
+    return [options.model] if isinstance(options.model, str) else options.model or []
+
+
+def _words(filters: dict[str, Any]) -> str:
+    return " ".join(f"--{key} {value}" for key, value in filters.items())
+
+
+def _chosen(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of a kind (ppl, tasks) that the filters leave. Raises UserError for a filter of another kind of run."""
+    from eval.published import paper_name
     from eval.runs import all_records
+
+    filters = _filters(options)
+    foreign = [key for other, keys in ONLY_FOR.items() if other != kind for key in keys if key in filters]
+    if foreign:
+        runs = {"ppl": "perplexities", "tasks": "tasks"}[kind]
+        raise UserError(f"--{foreign[0]} is no setting of {runs}, which this table shows; leave it out")
+    models = {name for model in _models(options) for name in (model, paper_name(model))}
+    return [
+        record
+        for record in all_records(kind)
+        if (not models or models & {record["settings"]["model"], paper_name(record["settings"]["model"])})
+        and all(str(value) == _shown(record["settings"][FILTERS[key]]) for key, value in filters.items())
+    ]
+
+
+def _some(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same. Raises UserError if there are none."""
+    from corpora.paths import outputs_dir
+
+    records = _chosen(kind, options)
+    if not records:
+        asked = " ".join([*(f"--model {model}" for model in _models(options)), _words(_filters(options))]).strip()
+        fits = f" that fits {asked}" if asked else ""
+        raise UserError(
+            f"{outputs_dir() / 'runs'} holds no finished run{fits}; run `python -m eval {kind}` first"
+            + (", or leave a filter out" if asked else "")
+        )
+    return records
+
+
+def chosen_rows(options: argparse.Namespace, over_seeds: bool = False) -> list[Any]:
+    """The finished perplexities that the filters leave. Raises UserError if there are none."""
     from eval.tables import perplexity_rows
 
-    wanted = {key: getattr(options, key) for key in FILTERS}
-    records = [
-        record
-        for record in all_records("ppl")
-        if all(value is None or str(value) == _shown(record["settings"][key]) for key, value in wanted.items())
-    ]
-    if not records:
-        raise UserError(f"{outputs_dir() / 'runs'} holds no finished run that fits; run `python -m eval ppl` first")
-    return perplexity_rows(records)
+    return perplexity_rows(_some("ppl", options), over_seeds)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table."""
-    from eval.tables import print_table
+    """Print the table, or write it."""
+    if options.which is not None and options.which not in WHICH:
+        raise UserError(
+            f"table {options.which!r} is not known; choose 1, 2, 3 or 4 (IntactKV's tables), tasks, or nothing for "
+            "all perplexities"
+        )
+    if options.costs and options.which is not None:
+        raise UserError(f"--costs belongs to the table of all perplexities, not to table {options.which}; leave it out")
+    text = _table(options)
+    if options.out is None:
+        print(text, end="")
+        return
+    from corpora.storage import write_beside
 
-    print_table(chosen_rows(options), options.format, options.costs)
+    try:
+        with write_beside(options.out) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {options.out} cannot be written ({error.strerror}); name another file") from None
+    print(options.out)
+
+
+def _table(options: argparse.Namespace) -> str:
+    """The table as text."""
+    from eval import render, tables, task_tables
+
+    if options.which is None:
+        return tables.render(chosen_rows(options, options.over_seeds), options.format, options.costs)
+    if options.which == "tasks":
+        found = task_tables.task_tables(_some("tasks", options), options.over_seeds)
+        return render.render(found, options.format)
+    from eval.paper_runs import RECORDS
+    from eval.paper_tables import paper_tables
+
+    number = int(options.which)
+    filters = _words(_filters(options))
+    if number not in RECORDS and filters:
+        raise UserError(f"{filters}: table {number} has no runs of ours to choose from; only --model applies to it")
+    records = _chosen(RECORDS[number], options) if number in RECORDS else []
+    return render.render(paper_tables(number, records, _models(options), filters), options.format)

@@ -1,0 +1,222 @@
+"""Which finished runs have a place in IntactKV's Tables 1 to 3, and which of them stand there.
+
+A run has a place if its recipe is the table's: full precision or one of the methods at 3 bits in groups of 128 (or of
+the model's own default), nothing else quantized, alone or behind IntactKV_[B]. A column holds the runs of one model on
+one text under one setting; runs that differ only in the calibration seed share a place.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from corpora.catalog import model_defaults
+from corpora.storage import identity
+from eval.published import BITS, FULL, GROUP_SIZE, METHODS, PublishedTable, paper_name
+from eval.tables import caption_of, is_behind, weights_and_seed
+from eval.task_tables import QA_METRICS, qa_averages, task_caption
+from quantization.recipe import describe, named_recipe
+
+__all__ = ["RECORDS", "Column", "Scores", "columns_of", "departures", "one_per_model", "what_fits"]
+
+RECORDS: Mapping[int, str] = {1: "ppl", 2: "tasks", 3: "tasks"}  # whose records have a place in a table
+
+Scores = dict[str, float]  # by measure; Table 3 has two, the others one without a name
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run stands. source: fingerprint of the dense checkpoint. group: None for full precision, which belongs
+    to every group size of its model."""
+
+    setting: str
+    model: str
+    source: str
+    text: str
+    method: str
+    arm: str
+    group: int | None
+
+
+@dataclass
+class Variant:
+    """One way to make a method's weights: scores by arm and seed, one run's settings, and when the newest started."""
+
+    settings: Mapping[str, Any]
+    started: str = ""
+    arms: dict[str, dict[int | None, Scores]] = field(default_factory=dict)
+
+    @property
+    def preference(self) -> tuple[int, int, str]:
+        """Which of several stands in the table: nearest to the named recipe, then fullest, then newest."""
+        return -len(departures(self.settings)), sum(len(runs) for runs in self.arms.values()), self.started
+
+
+@dataclass
+class Column:
+    """The finished runs of one model on one text under one setting. methods: the variants of each, the first stands in
+    the table. as_published: model, text, its amount and the group size are the paper's."""
+
+    setting: str
+    model: str
+    text: str
+    group: int
+    as_published: bool
+    methods: dict[str, list[Variant]]
+
+    @property
+    def figures(self) -> int:
+        """How many places of the table it fills."""
+        return sum(len(variants[0].arms) for variants in self.methods.values())
+
+    @property
+    def started(self) -> str:
+        """When its newest run started."""
+        return max(variant.started for variants in self.methods.values() for variant in variants)
+
+    @property
+    def head(self) -> str:
+        """What a reader must know of it: `smollm2-135m, sample, groups of 64`."""
+        return f"{self.model}, {self.text}, groups of {self.group}"
+
+
+def what_fits(table: PublishedTable) -> str:
+    """What a run must be to have a place, in words."""
+    measured = {1: "perplexities by protocol intactkv", 2: "mmlu with 5 shots by protocol hendrycks"}
+    runs = measured.get(table.number, "the seven question answering tasks, all of them, without shots")
+    return f"{runs}, of full precision or of {', '.join(METHODS)} at {BITS} bits, with a 16-bit KV cache"
+
+
+def columns_of(table: PublishedTable, records: Iterable[dict[str, Any]]) -> list[Column]:
+    """Every model, text and setting that has a run in the table. records: oldest first; a place's newest counts."""
+    fitting = [(record, place) for record in records if (place := _place(table, record["settings"])) is not None]
+    runs: dict[tuple[_Place, str, int | None], dict[str, dict[str, Any]]] = {}
+    for (record, place), (made_of, seed) in zip(fitting, weights_and_seed([r for r, _ in fitting]), strict=True):
+        task = record["settings"].get("task_name", "")
+        runs.setdefault((place, identity(made_of), seed), {})[task] = record
+    found: dict[tuple[str, ...], dict[_Place, dict[str, Variant]]] = {}
+    for (place, weights, seed), mine in runs.items():
+        scores = _scores(table, mine)
+        if not scores:
+            continue
+        newest = max(mine.values(), key=lambda record: record["started"])
+        text = identity({task: _text(record["settings"]) for task, record in mine.items()})
+        shared = (place.setting, place.model, place.source, place.text, text)
+        variants = found.setdefault(shared, {}).setdefault(replace(place, arm=""), {})
+        variant = variants.setdefault(weights, Variant(newest["settings"]))
+        variant.arms.setdefault(place.arm, {})[seed] = scores
+        variant.started = max(variant.started, newest["started"])
+    return [column for places in found.values() for column in _by_group(table, places)]
+
+
+def _by_group(table: PublishedTable, places: Mapping[_Place, Mapping[str, Variant]]) -> list[Column]:
+    """The columns of one model, text and setting: one per group size, full precision in each."""
+    first, variants = next(iter(places.items()))
+    settings = next(iter(variants.values())).settings
+    groups = sorted({place.group for place in places if place.group is not None})
+    return [
+        Column(
+            setting=first.setting,
+            model=first.model,
+            text=first.text,
+            group=group,
+            as_published=first.model in table.models and group == GROUP_SIZE and _whole_text(table, settings),
+            methods={
+                place.method: sorted(variants.values(), key=lambda variant: variant.preference, reverse=True)
+                for place, variants in places.items()
+                if place.group in (None, group)
+            },
+        )
+        for group in groups or [model_defaults(first.model).default_group_size]
+    ]
+
+
+def _place(table: PublishedTable, settings: dict[str, Any]) -> _Place | None:
+    """The place of a run, None if the table has none for it."""
+    recipe, prefix = settings["recipe"], settings["prefix"]
+    weights = recipe.get("weights")
+    plain = ("kind", "weights", "prefix", "calibration", "calibrate_behind_prefix")
+    more = settings["kv"] is not None or any(part for name, part in recipe.items() if name not in plain)
+    if more or is_behind(settings) or prefix["label"] not in ("none", "[B]") or not _is_measured(table, settings):
+        return None
+    method, group = FULL, None
+    if weights is None and prefix["intact"]:
+        return None  # the same function as without the prefix; the paper shows it once
+    if weights is not None:
+        method, group = weights["kind"], weights["grid"]["group_size"]
+        groups = (GROUP_SIZE, model_defaults(settings["model"]).default_group_size)
+        if method not in METHODS or weights["grid"]["bits"] != BITS or group not in groups:
+            return None
+    if table.number == 1:
+        setting, text = caption_of(settings), settings["corpus"]
+    else:
+        setting, text = task_caption(settings), f"{settings['data']} data"
+    model, source = paper_name(settings["model"]), settings["made_of"]["source"]
+    return _Place(setting, model, source, text, method, table.arms[prefix["intact"]], group)
+
+
+def _is_measured(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
+    """Whether a run measured what the table shows."""
+    if table.number == 1:
+        return settings["protocol"] == "intactkv"
+    if table.number == 2:
+        return (settings["task_name"], settings["fewshot"], settings["protocol"]) == ("mmlu", 5, "hendrycks")
+    return settings["task_name"] in QA_METRICS and settings["fewshot"] == 0
+
+
+def _whole_text(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
+    """Whether the text, and how much of it, are the paper's."""
+    if table.number == 1:
+        return (settings["corpus"], settings["window"], settings["limit"]) == ("c4", 2048, None)
+    return settings["data"] != "sample" and settings["limit"] is None
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return settings["tokens_sha256"] if "tokens_sha256" in settings else settings["data_sha256"]
+
+
+def _scores(table: PublishedTable, records: Mapping[str, Mapping[str, Any]]) -> Scores:
+    """The table's figures from the records of one run, by task; empty if one is missing."""
+    if table.number == 1:
+        return {"": records[""]["perplexity"]}
+    if table.number == 2:
+        return {"": 100 * records["mmlu"]["metrics"]["acc"]}
+    return qa_averages(records)
+
+
+def one_per_model(table: PublishedTable, columns: Sequence[Column]) -> tuple[list[Column], list[Column]]:
+    """Every model's column, the paper's models first, and the columns that are left out.
+
+    A model's column is the nearest to the published one, then the fullest, then the newest.
+    """
+
+    def rank(column: Column) -> tuple[bool, bool, int, str]:
+        return column.as_published, table.number == 1 and column.text == "c4", column.figures, column.started
+
+    ordered = sorted(columns, key=rank, reverse=True)
+    best: dict[str, Column] = {}
+    for column in ordered:
+        best.setdefault(column.model, column)
+    models = [*table.models, *sorted(best.keys() - set(table.models))]
+    chosen = [best[model] for model in models if model in best]
+    return chosen, [column for column in ordered if column not in chosen]
+
+
+def departures(settings: Mapping[str, Any]) -> list[str]:
+    """What a run's method does otherwise than its named recipe; the group size and the calibration text apart."""
+    weights = settings["recipe"].get("weights")
+    if weights is None:
+        return []
+    named = dict(_flat(describe(named_recipe(METHODS[weights["kind"]]).weights)))
+    return [
+        f"{name}={value} (recipe: {named[name]})"
+        for name, value in _flat(weights)
+        if name in named and name != "grid.group_size" and value != named[name]
+    ]
+
+
+def _flat(part: Mapping[str, Any], front: str = "") -> list[tuple[str, Any]]:
+    """Fields of a described recipe by their dotted names, as --set spells them below `weights.`."""
+    fields = []
+    for name, value in part.items():
+        fields += _flat(value, f"{front}{name}.") if isinstance(value, Mapping) else [(front + name, value)]
+    return fields

@@ -1,0 +1,192 @@
+"""Tables as text: Markdown to read, CSV to compute with, LaTeX (booktabs) for a paper; one model of a table for all.
+
+A figure over several seeds prints as `mean ± sd (n)`: sd is the sample standard deviation, n the number of runs.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+__all__ = ["STYLES", "Cell", "Figure", "Table", "mean_of", "percent", "plain", "render", "signed", "signed_percent"]
+
+STYLES = ("markdown", "csv", "latex")
+ABSENT = "n/a"
+
+
+def plain(value: float) -> str:
+    """Two decimals, three digits from 1000 on: perplexities, accuracies in percent."""
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def signed(value: float) -> str:
+    """The same with its sign: differences."""
+    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+.3g}"
+
+
+def percent(value: float) -> str:
+    """A fraction as percent."""
+    return f"{value:.1%}"
+
+
+def signed_percent(value: float) -> str:
+    """A relative change as percent, with its sign."""
+    return f"{value:+.1%}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of a table. value, and over `runs` > 1 runs their mean with the sample standard deviation `deviation`.
+
+    form: how the number is printed; CSV holds the number itself.
+    """
+
+    value: float
+    form: Callable[[float], str] = plain
+    deviation: float | None = None
+    runs: int = 1
+
+    def __str__(self) -> str:
+        if self.deviation is None:
+            return self.form(self.value)
+        return f"{self.form(self.value)} ± {self.form(self.deviation).lstrip('+')} ({self.runs})"
+
+
+Cell = str | Figure | None  # words, a number, or nothing: not run
+
+
+def mean_of(values: Sequence[float], form: Callable[[float], str] = plain) -> Figure | None:
+    """One figure of several runs: their mean and spread, the figure alone for one run, None for none."""
+    if not values:
+        return None
+    deviation = stdev(values) if len(values) > 1 else None
+    return Figure(fmean(values), form, deviation, len(values))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A head and rows of as many cells; the first `words` columns are words. caption, notes: what a reader must know.
+
+    Heads name the columns of CSV, too: no head twice in a table that is written so, and tables share columns by them.
+    """
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    words: int = 1
+    notes: tuple[str, ...] = ()
+
+
+def render(tables: Sequence[Table], style: str) -> str:
+    """Tables as text in one of `STYLES`; it ends with a line feed."""
+    if style == "csv":
+        return _csv(tables)
+    one = {"markdown": _markdown, "latex": _latex}[style]
+    return "\n\n".join(one(table) for table in tables) + "\n"
+
+
+def _words(cell: Cell) -> str:
+    return ABSENT if cell is None else str(cell)
+
+
+def _markdown(table: Table) -> str:
+    """A Markdown table whose source is aligned, too: words to the left, figures to the right."""
+    lines = [table.head, *(tuple(_words(cell) for cell in row) for row in table.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    right = [i >= table.words for i in range(len(widths))]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    text = [
+        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        for line in lines
+    ]
+    notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
+    return "\n".join([table.caption, "", text[0], rule, *text[1:], *notes])
+
+
+def _csv(tables: Sequence[Table]) -> str:
+    """All tables as one, a column for every head there is; captions become the column `table`.
+
+    Numbers have six digits. A column with a spread is followed by its standard deviation (` sd`) and count (` runs`);
+    what was not run is empty. Notes are for readers and stay out.
+    """
+    heads = list(dict.fromkeys(head for table in tables for head in table.head))
+    lines = [(table.caption, dict(zip(table.head, row, strict=True))) for table in tables for row in table.rows]
+    captions = any(table.caption for table in tables)
+    spread = {
+        head
+        for _, line in lines
+        for head, cell in line.items()
+        if isinstance(cell, Figure) and cell.deviation is not None
+    }
+    first = ["table"] if captions else []
+    for head in heads:
+        first += [head, f"{head} sd", f"{head} runs"] if head in spread else [head]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(first)
+    for caption, line in lines:
+        fields = [" ".join(caption.split())] if captions else []
+        for head in heads:
+            cell = line.get(head)
+            figure = cell if isinstance(cell, Figure) else None
+            fields.append(f"{figure.value:.6g}" if figure else (_csv_words(cell)))
+            if head in spread:
+                deviation = figure.deviation if figure else None
+                fields += ["" if deviation is None else f"{deviation:.6g}", str(figure.runs) if figure else ""]
+        writer.writerow(fields)
+    return out.getvalue()
+
+
+def _csv_words(cell: Cell) -> str:
+    return "" if cell is None else str(cell)
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "→": r"$\to$",
+    "<": "$<$",
+    ">": "$>$",
+    "`": r"\textasciigrave{}",
+    "[": "{[}",  # behind a line's end LaTeX would read [ and * as options of it
+    "*": "{*}",
+} | {sign: f"\\{sign}" for sign in "&%$#_"}
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = _escaped(_words(cell))
+    return f"$-${text[1:]}" if isinstance(cell, Figure) and text.startswith("-") else text
+
+
+def _latex(table: Table) -> str:
+    """A table environment; needs \\usepackage{booktabs}. Notes stand below it in small print."""
+    columns = "l" * table.words + "r" * (len(table.head) - table.words)
+    lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in (table.head, *table.rows)]
+    notes = [rf"\par\footnotesize {_escaped(note)}" for note in table.notes]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_escaped(' '.join(table.caption.split()))}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            *notes,
+            r"\end{table}",
+        ]
+    )

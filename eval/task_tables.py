@@ -1,0 +1,182 @@
+"""Tables of finished tasks (MMLU, question answering): every setting's vanilla arm above its IntactKV arm.
+
+Accuracies are percent, changes are points. Figures of different protocols, shots, data or limits never share a table.
+The question answering average is IntactKV's: acc_norm where the task defines it, else acc, plain mean of all seven
+tasks. Which metric the paper averages is inferred, so the mean of plain acc stands beside it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from corpora.storage import identity
+from eval.render import Cell, Figure, Table, mean_of, signed
+from eval.tables import is_behind, kv_label, weights_and_seed
+
+__all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "task_caption", "task_tables"]
+
+# The seven tasks of the average and the metric that counts.
+QA_METRICS: Mapping[str, str] = {
+    "openbookqa": "acc_norm",
+    "winogrande": "acc",
+    "arc_challenge": "acc_norm",
+    "arc_easy": "acc_norm",
+    "boolq": "acc",
+    "hellaswag": "acc_norm",
+    "lambada_openai": "acc",
+}
+QA_AVERAGE, MEAN_ACC = "QA average", "mean of plain acc"
+HEAD = ("model", "weights", "KV bits", "prefix", "arm")
+
+Runs = dict[int | None, dict[str, dict[str, Any]]]  # by calibration seed: records by column of the task
+
+
+def in_percent(metric: str, value: float) -> float:
+    """A metric as it is printed: fractions of the questions in percent, a perplexity as it is."""
+    return value if "perplexity" in metric else 100 * value
+
+
+def qa_averages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The two averages of seven tasks in percent, from records by task name; empty unless all seven are there."""
+    if not QA_METRICS.keys() <= records.keys():
+        return {}
+    metrics = {task: records[task]["metrics"] for task in QA_METRICS}
+    return {
+        QA_AVERAGE: 100 * fmean(metrics[task][metric] for task, metric in QA_METRICS.items()),
+        MEAN_ACC: 100 * fmean(metrics[task]["acc"] for task in QA_METRICS),
+    }
+
+
+def task_caption(settings: Mapping[str, Any]) -> str:
+    """What figures of one table share."""
+    data = "a small sample, not the benchmark" if settings["data"] == "sample" else f"data {settings['data']}"
+    limit = "all questions" if settings["limit"] is None else f"at most {settings['limit']} questions a task"
+    shots = "1 shot" if settings["fewshot"] == 1 else f"{settings['fewshot'] or 'no'} shots"
+    return f"protocol {settings['protocol']}, {shots}, {data}, {limit}, {settings['dtype']} on {settings['device']}"
+
+
+@dataclass
+class _Setting:
+    """Lines that belong together: the words of the first columns, and the runs of every arm."""
+
+    words: tuple[str, ...]
+    identity: str
+    arms: dict[str, Runs] = field(default_factory=dict)
+
+
+def task_tables(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Table]:
+    """The tables of task records, oldest first; of several runs of one place the newest counts."""
+    records = list(records)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(task_caption(record["settings"]), []).append(record)
+    return [_table(caption, groups[caption], over_seeds) for caption in sorted(groups)]
+
+
+def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) -> Table:
+    columns = _task_columns(records)
+    settings = _settings(records, columns, over_seeds)
+    metrics = _metrics(records, columns)
+    questions = any(task in QA_METRICS for task, _ in columns)
+    averages = (QA_AVERAGE, MEAN_ACC) if questions else ()
+    newest = {record["settings"]["task_name"]: columns[_data(record)] for record in records}
+
+    def scores(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """All columns of one run of the tasks that it has."""
+        found = {
+            f"{column} {metric}": in_percent(metric, value)
+            for column, record in runs.items()
+            for metric, value in record["metrics"].items()
+        }
+        return found | qa_averages({task: runs[column] for task, column in newest.items() if column in runs})
+
+    heads = (*metrics, *averages)
+    seen = Counter(setting.words for setting in settings)
+    lines: list[tuple[Cell, ...]] = []
+    for setting in settings:
+        model, weights, *others = setting.words
+        words = (model, f"{weights}-{setting.identity}" if seen[setting.words] > 1 else weights, *others)
+        by_arm = {arm: {seed: scores(runs) for seed, runs in found.items()} for arm, found in setting.arms.items()}
+        lines += [(*words, label, *figures) for label, figures in _lines(by_arm, heads)]
+    notes = [_sizes(records, columns)]
+    errors = [100 * error for record in records for name, error in record["stderr"].items() if name.startswith("acc")]
+    if errors:
+        low, high = min(errors), max(errors)
+        notes.append(f"standard error of a single accuracy over its questions: {low:.1f} to {high:.1f} points")
+    if questions:
+        chosen = ", ".join(f"{task} {metric}" for task, metric in QA_METRICS.items())
+        notes.append(f"{QA_AVERAGE}: plain mean of {chosen}; n/a unless all seven are there")
+    return Table(f"Tasks, accuracy in %, change in points ({caption})", (*HEAD, *heads), tuple(lines), len(HEAD),
+                 tuple(notes))  # fmt: skip
+
+
+def _data(record: dict[str, Any]) -> tuple[str, str]:
+    return record["settings"]["task_name"], record["settings"]["data_sha256"]
+
+
+def _task_columns(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """A column's name for every task and its data: the task's name, with the data's hash where there are several."""
+    both = sorted({_data(record) for record in records})
+    several = Counter(task for task, _ in both)
+    return {(task, data): f"{task} {data[:8]}" if several[task] > 1 else task for task, data in both}
+
+
+def _metrics(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str]) -> tuple[str, ...]:
+    """Every column of the table before the averages: task by task, its metrics in the record's order."""
+    found: dict[str, dict[str, None]] = {column: {} for column in columns.values()}
+    for record in records:
+        found[columns[_data(record)]] |= dict.fromkeys(record["metrics"])
+    return tuple(f"{column} {metric}" for column, metrics in found.items() for metric in metrics)
+
+
+def _settings(
+    records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str], over_seeds: bool
+) -> list[_Setting]:
+    """Records joined by setting, arm, seed and task."""
+    weights = weights_and_seed(records) if over_seeds else [(record["settings"]["made_of"], None) for record in records]
+    settings: dict[str, _Setting] = {}
+    for record, (made_of, seed) in zip(records, weights, strict=True):
+        s = record["settings"]
+        prefix = s["prefix"]
+        # Without a prefix every prompt starts with [BOS] all the same: the vanilla arm of [B].
+        label = "[B]" if prefix["label"] == "none" else prefix["label"]
+        shared = {key: value for key, value in made_of.items() if key not in ("calibrate_behind_prefix", "prefix")}
+        text = [] if label == "[B]" else prefix["ids"]
+        key = identity({"made_of": shared, "kv": s["kv"], "model": s["model"], "label": label, "text": text})
+        words = (s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), label)
+        arm = "calibrated behind" if is_behind(s) else "IntactKV" if prefix["intact"] else "vanilla"
+        runs = settings.setdefault(key, _Setting(words, key)).arms.setdefault(arm, {})
+        runs.setdefault(seed, {})[columns[_data(record)]] = record
+    return list(settings.values())
+
+
+def _lines(
+    by_arm: Mapping[str, Mapping[int | None, Mapping[str, float]]], heads: Sequence[str]
+) -> list[tuple[str, tuple[Cell, ...]]]:
+    """Vanilla, then every other arm with its change against vanilla over the seeds that both have."""
+    vanilla = by_arm.get("vanilla", {})
+    lines: list[tuple[str, tuple[Cell, ...]]] = []
+    for arm in ("vanilla", "IntactKV", "calibrated behind"):
+        mine = by_arm.get(arm, {})
+        if not mine and arm != "vanilla":
+            continue
+        lines.append((arm, tuple(mean_of([run[head] for run in mine.values() if head in run]) for head in heads)))
+        if arm != "vanilla":
+            lines.append((f"{arm} − vanilla", tuple(_change(head, vanilla, mine) for head in heads)))
+    return lines
+
+
+def _change(
+    head: str, vanilla: Mapping[int | None, Mapping[str, float]], mine: Mapping[int | None, Mapping[str, float]]
+) -> Figure | None:
+    both = [
+        run[head] - vanilla[seed][head] for seed, run in mine.items() if head in run and head in vanilla.get(seed, {})
+    ]
+    return mean_of(both, signed)
+
+
+def _sizes(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str]) -> str:
+    sizes = {columns[_data(record)]: record["samples"] for record in records}
+    return "questions: " + ", ".join(f"{task} {sizes[task]}" for task in columns.values())
