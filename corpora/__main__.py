@@ -75,8 +75,10 @@ def _list(as_json: bool) -> None:
 def _rows() -> list[dict[str, str | bool]]:
     """One row for every data set and model of the catalogue."""
     from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_directory
+    from corpora.mmlu import MMLU_ARCHIVE, mmlu_directory
     from corpora.paths import root
     from corpora.prepare import model_is_present
+    from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA, sample_directory, scored_files, task_directory
 
     rows: list[dict[str, str | bool]] = []
     for name, corpus in CORPORA.items():
@@ -90,6 +92,31 @@ def _rows() -> list[dict[str, str | bool]]:
             "source": corpus.hub_id or "a package",
             "content": corpus.content,
         })  # fmt: skip
+    for name, task in TASK_DATA.items():
+        rows.append({
+            "kind": "task",
+            "name": name,
+            "present": bool(scored_files(task)),
+            "directory": str(task_directory(task).relative_to(root())),
+            "get": f"bash scripts/prepare/data.sh {name}",
+            "source": task.hub_id,
+        })  # fmt: skip
+    rows.append({
+        "kind": "task",
+        "name": "mmlu",
+        "present": any((mmlu_directory(sample=False) / "test").glob("*_test.csv")),
+        "directory": str(mmlu_directory(sample=False).parent.relative_to(root())),
+        "get": f"unpack {MMLU_ARCHIVE} there",
+        "source": "its authors",
+    })  # fmt: skip
+    rows.append({
+        "kind": "task",
+        "name": SAMPLE_TASKS_NAME,
+        "present": sample_directory().is_dir(),
+        "directory": str(sample_directory().relative_to(root())),
+        "get": f"bash scripts/prepare/data.sh {SAMPLE_TASKS_NAME}",
+        "source": "the sample text, by rule",
+    })  # fmt: skip
     for family, entry in FAMILIES.items():
         for size, hub_id in entry.sizes.items():
             directory = model_directory(family, size)

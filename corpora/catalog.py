@@ -13,7 +13,7 @@ from corpora.errors import UserError
 from corpora.paths import datasets_dir, modelzoo_dir
 
 __all__ = ["CORPORA", "FAMILIES", "TEXT_FILE", "Corpus", "Family", "ModelDefaults", "corpus_directory", "corpus_files",
-           "model_defaults", "model_directory"]  # fmt: skip
+           "model_defaults", "model_directory", "split_patterns"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _wikitext_line(line: str) -> str:
     return line if line.strip() else ""
 
 
-def _split(config: str, split: str, *, train_shards: bool = False) -> tuple[str, ...]:
+def split_patterns(config: str, split: str) -> tuple[str, ...]:
     """The names under which the hub, its parquet branch, caches and save_to_disk keep one split of a configuration."""
     return (
         f"{config}/{split}-*.parquet",
@@ -71,8 +71,8 @@ CORPORA: dict[str, Corpus] = {
         folder="wikitext",
         hub_id="Salesforce/wikitext",
         fetch=("wikitext-2-raw-v1/*",),
-        calibration=(*_split("wikitext-2-raw-v1", "train"), "wikitext-2-raw/wiki.train.raw", "wiki.train.raw"),
-        evaluation=(*_split("wikitext-2-raw-v1", "test"), "wikitext-2-raw/wiki.test.raw", "wiki.test.raw"),
+        calibration=(*split_patterns("wikitext-2-raw-v1", "train"), "wikitext-2-raw/wiki.train.raw", "wiki.train.raw"),
+        evaluation=(*split_patterns("wikitext-2-raw-v1", "test"), "wikitext-2-raw/wiki.test.raw", "wiki.test.raw"),
         content="WikiText-2 (raw), train and test",
         line=_wikitext_line,
     ),
@@ -81,8 +81,8 @@ CORPORA: dict[str, Corpus] = {
         hub_id="ptb-text-only/ptb_text_only",
         fetch=("penn_treebank/train/*", "penn_treebank/test/*"),
         revision="refs/convert/parquet",  # the main branch holds a loading script, which no library runs any more
-        calibration=(*_split("penn_treebank", "train"), "ptb.train.txt", "data/ptb.train.txt"),
-        evaluation=(*_split("penn_treebank", "test"), "ptb.test.txt", "data/ptb.test.txt"),
+        calibration=(*split_patterns("penn_treebank", "train"), "ptb.train.txt", "data/ptb.train.txt"),
+        evaluation=(*split_patterns("penn_treebank", "test"), "ptb.test.txt", "data/ptb.test.txt"),
         content="Penn Treebank, train and test sentences",
         field="sentence",
         joiner=" ",
@@ -148,12 +148,14 @@ class CalibrationText:
 class ModelDefaults:
     """What a program uses for a model when the user names nothing else.
 
-    default_calibration: None takes what each method's paper calibrated on.
+    default_calibration: None takes what each method's paper calibrated on. default_task_data: where the questions of
+    tasks come from, `local` or `sample`.
     """
 
     default_corpora: tuple[str, ...] = ("wikitext2", "c4")
     default_group_size: int = 128
     default_calibration: CalibrationText | None = None
+    default_task_data: str = "local"
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _named(pattern: str, *sizes: str) -> dict[str, str | None]:
 
 
 FAMILIES: dict[str, Family] = {
-    "smollm2": Family({"135m": None}, ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512))),
+    "smollm2": Family({"135m": None}, ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample")),
     "llama": Family(_named("huggyllama/llama-{}", "7b", "13b", "30b", "65b")),
     "llama-2": Family(_named("meta-llama/Llama-2-{}-hf", "7b", "13b", "70b")),
     "llama-3": Family(_named("meta-llama/Meta-Llama-3-{}", "8B", "70B")),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_directory
 from corpora.errors import UserError
+from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA, sample_directory, scored_files, task_directory
 
 __all__ = ["model_is_present", "prepare_data", "prepare_model"]
 
 MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
+TASK_FILES = ("*.parquet", "*.jsonl", "README.md")
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # for the repositories without safetensors
 
 
@@ -62,6 +64,22 @@ def prepare_model(family: str, size: str) -> tuple[Path, bool]:
     return directory, True
 
 
+def _fetch_task(name: str) -> bool:
+    """Fetch a task's data from the hub unless they are here; their hashes are the hub's own, checked by its client."""
+    data = TASK_DATA[name]
+    if scored_files(data):
+        return False
+    from corpora.fetch import hub_download
+
+    hub_download(data.hub_id, task_directory(data), TASK_FILES, dataset=True)
+    if not scored_files(data):
+        raise UserError(
+            f"{data.hub_id} was fetched to {task_directory(data)}, but no {next(iter(data.splits))} split is among it; "
+            "datasets/README.md has the forms that are read"
+        )
+    return True
+
+
 def _all_there(files: list[Path]) -> bool:
     return bool(files) and all(file.is_file() for file in files)
 
@@ -71,6 +89,14 @@ def prepare_data(name: str) -> tuple[Path, bool]:
 
     Raises UserError for an unknown name, or if it cannot be had from here.
     """
+    if name == SAMPLE_TASKS_NAME:
+        from corpora.cloze import prepare_sample_tasks
+
+        text, _ = prepare_data("sample")
+        return sample_directory(), prepare_sample_tasks(sample_directory(), text / "evaluation.jsonl")
+    if name in TASK_DATA:
+        fetched = _fetch_task(name)
+        return task_directory(TASK_DATA[name]), fetched
     directory = corpus_directory(name)
     corpus = CORPORA[name]
     if corpus.hub_id is None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from corpora.errors import UserError
 
-__all__ = ["read_documents", "read_records"]
+__all__ = ["read_documents", "read_records", "read_rows"]
 
 
 def read_documents(
@@ -43,6 +43,24 @@ def read_documents(
                 yield text
         else:
             yield from _plain_text(path, line)
+
+
+def read_rows(paths: Path | Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Whole records of one or several parquet, arrow or JSON files, in order, lazily.
+
+    Raises UserError if a file is missing, damaged, of another format, or holds something else than records.
+    """
+    for path in [paths] if isinstance(paths, Path) else paths:
+        if path.is_dir() or path.suffix in (".parquet", ".arrow"):
+            for _, columns in _tables(path):
+                yield from columns.to_pylist()
+        elif _is_json(path):
+            for number, record in enumerate(read_records(path), start=1):
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}: record {number} is a {type(record).__name__}, not an object with fields")
+                yield record
+        else:
+            raise UserError(f"{path} is of no format that holds records; give .parquet, .arrow, .json or .jsonl")
 
 
 def read_records(path: Path) -> Iterator[Any]:
@@ -140,18 +158,23 @@ def _plain_text(path: Path, line: Callable[[str], str] | None) -> Iterator[str]:
 
 def _column(path: Path, field: str) -> Iterator[str]:
     """One column of a parquet file, an arrow file, or all arrow files of a save_to_disk folder."""
+    for file, columns in _tables(path):
+        if field not in columns.schema.names:
+            raise UserError(f"{file} has no column {field!r}; it has: {', '.join(columns.schema.names)}")
+        for row, text in enumerate(columns.column(field).to_pylist()):
+            if not isinstance(text, str):
+                raise UserError(f"{file}: row {row} of column {field!r} holds {text!r}, not text")
+            yield text
+
+
+def _tables(path: Path) -> Iterator[tuple[Path, Any]]:
+    """File and record batch, for every batch of a parquet file, an arrow file, or a save_to_disk folder."""
     import pyarrow
 
-    files = _folder_files(path) if path.is_dir() else [path]
-    for file in files:
+    for file in _folder_files(path) if path.is_dir() else [path]:
         try:
             for columns in _batches(file):
-                if field not in columns.schema.names:
-                    raise UserError(f"{file} has no column {field!r}; it has: {', '.join(columns.schema.names)}")
-                for row, text in enumerate(columns.column(field).to_pylist()):
-                    if not isinstance(text, str):
-                        raise UserError(f"{file}: row {row} of column {field!r} holds {text!r}, not text")
-                    yield text
+                yield file, columns
         except FileNotFoundError:
             raise UserError(f"{file} is missing") from None
         except PermissionError:  # an OSError too, which is how pyarrow reports damage

@@ -22,15 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from corpora.text import Protocol, TokenStream, split_windows
+from eval.scoring import LOGITS_AT_ONCE, decoder_and_head
 from intactkv.attach import IntactModel
 from intactkv.prefix import input_embeddings
-from quantization.architecture import ARCHITECTURES
 
 __all__ = ["Windows", "cut_windows", "default_batch_size", "token_losses", "window_losses"]
 
-# Values, 24 MB in float32 whatever the vocabulary: malloc maps blocks over 32 MB anew each time, page by page,
-# and smaller ones were the faster by a few per cent where it was tried on a CPU (benchmarks.perplexity).
-LOGITS_AT_ONCE = 6 * 2**20
 # Tokens in a batch of windows: 2048 fill a GPU (a published window is a batch of one); on a CPU 512 are as fast as any,
 # and more only leave its caches.
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
@@ -78,7 +75,7 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     ids = fed
     if not windows.intact and len(windows.lead):
         ids = torch.cat([windows.lead.to(device).expand(len(fed), -1), fed], dim=1)
-    decoder, head = _decoder_and_head(model)
+    decoder, head = decoder_and_head(model.model)
     cache = model.new_cache(single_pass=True)
     output = model.feed(ids, through=decoder, cache=cache)
     if model.kv is not None and cache.quantized_fraction == 0:
@@ -119,13 +116,3 @@ def window_losses(
         if report is not None:
             report(rows.stop - rows.start, float(losses[done].mean().exp()))
     return losses
-
-
-def _decoder_and_head(model: IntactModel) -> tuple[nn.Module | None, nn.Linear | None]:
-    """Decoder and head, to be called apart; (None, None) for a model type whose logits are more than head(hidden)."""
-    architecture = ARCHITECTURES.get(model.model.config.model_type)
-    if architecture is None:
-        return None, None
-    head = model.model.get_submodule(architecture.head)
-    assert isinstance(head, nn.Linear)
-    return model.model.get_submodule(architecture.decoder), head

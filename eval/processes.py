@@ -31,6 +31,14 @@ class Processes:
         """The device that accelerate gave this process; None when it is alone."""
         return None if self._state is None else self._state.device
 
+    def accelerator(self) -> Any:
+        """An `accelerate.Accelerator` of these processes, for libraries that want one; None when alone."""
+        if self._state is None:
+            return None
+        from accelerate import Accelerator
+
+        return Accelerator(cpu=self._state.device.type == "cpu")
+
     def mine(self, batches: range) -> range:
         """This process' share of some batches."""
         return batches[self.index :: self.count]

@@ -1,0 +1,193 @@
+"""Data of evaluation tasks, from whatever files are here: clones and parquet branches of the hub, save_to_disk folders,
+and the raw files that the former loading scripts downloaded.
+
+`task_rows` gives the rows in the form that the hub serves today, which is the form that lm-eval's task files expect.
+`sample` rows are made by rule from the sample text (`corpora.cloze`): never the benchmark itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from corpora.catalog import split_patterns
+from corpora.errors import UserError
+from corpora.paths import datasets_dir
+from corpora.readers import read_rows
+
+__all__ = ["SAMPLE_TASKS", "SAMPLE_TASKS_NAME", "TASK_DATA", "TaskData", "TaskRows", "sample_directory",
+           "scored_files", "task_directory", "task_rows", "unlisted_task"]  # fmt: skip
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Where a task's data lie. folders: below datasets/, the first that exists is read; splits: patterns by the split's
+    name; convert: from a raw file's row to the hub's (a row of the hub passes unchanged)."""
+
+    hub_id: str
+    folders: tuple[str, ...]
+    splits: dict[str, tuple[str, ...]]
+    convert: Callable[[Row], Row] = field(default=lambda row: row)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Rows by split, and the files they came from."""
+
+    splits: dict[str, list[Row]]
+    files: tuple[Path, ...]
+
+
+def _question_with_stem(row: Row) -> Row:
+    """AllenAI's raw form, {"question": {"stem", "choices": [{"text", "label"}]}}, as the hub's columns."""
+    if not isinstance(row.get("question"), dict):
+        return row
+    choices = row["question"]["choices"]
+    return {
+        "id": row["id"],
+        "question": row["question"]["stem"],
+        "question_stem": row["question"]["stem"],
+        "choices": {"text": [c["text"] for c in choices], "label": [c["label"] for c in choices]},
+        "answerKey": row["answerKey"],
+    }
+
+
+def _boolq(row: Row) -> Row:
+    """The raw answer is true or false; the hub's label 1 or 0."""
+    return row | {"label": int(row["label"])}
+
+
+def _hellaswag(row: Row) -> Row:
+    """The raw label is a number, the hub's a text."""
+    return row | {"label": str(row["label"])}
+
+
+def _splits(config: str, **raw: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Patterns of each split: the hub's files of a configuration, then the raw ones."""
+    return {split: (*split_patterns(config, split), *names) for split, names in raw.items()}
+
+
+TASK_DATA: dict[str, TaskData] = {
+    "openbookqa": TaskData(
+        "allenai/openbookqa",
+        ("openbookqa", "allenai/openbookqa"),
+        _splits("main", test=("**/Main/test.jsonl", "test.jsonl"), train=("**/Main/train.jsonl", "train.jsonl")),
+        _question_with_stem,
+    ),
+    "winogrande": TaskData(
+        "allenai/winogrande",
+        ("winogrande", "allenai/winogrande"),
+        _splits("winogrande_xl", validation=("**/dev.jsonl",), train=("**/train_xl.jsonl",)),
+    ),
+    "arc_easy": TaskData(
+        "allenai/ai2_arc",
+        ("ai2_arc", "allenai/ai2_arc"),
+        _splits("ARC-Easy", test=("**/ARC-Easy-Test.jsonl",), train=("**/ARC-Easy-Train.jsonl",)),
+        _question_with_stem,
+    ),
+    "arc_challenge": TaskData(
+        "allenai/ai2_arc",
+        ("ai2_arc", "allenai/ai2_arc"),
+        _splits("ARC-Challenge", test=("**/ARC-Challenge-Test.jsonl",), train=("**/ARC-Challenge-Train.jsonl",)),
+        _question_with_stem,
+    ),
+    "boolq": TaskData(
+        "aps/super_glue",
+        ("super_glue", "aps/super_glue"),
+        _splits("boolq", validation=("BoolQ/val.jsonl", "**/val.jsonl"), train=("BoolQ/train.jsonl", "**/train.jsonl")),
+        _boolq,
+    ),
+    "hellaswag": TaskData(
+        "Rowan/hellaswag",
+        ("hellaswag", "Rowan/hellaswag"),
+        _splits("data", validation=("**/hellaswag_val.jsonl",), train=("**/hellaswag_train.jsonl",)),
+        _hellaswag,
+    ),
+    "lambada_openai": TaskData(
+        "EleutherAI/lambada_openai",
+        ("lambada_openai", "EleutherAI/lambada_openai"),
+        _splits("default", test=("**/lambada_test_en.jsonl", "**/lambada_test.jsonl")),
+    ),
+    "piqa": TaskData(
+        "baber/piqa",
+        ("piqa", "baber/piqa"),
+        _splits("plain_text", validation=("**/validation-*.parquet",), train=("**/train-*.parquet",)),
+    ),
+    "gsm8k": TaskData(
+        "openai/gsm8k", ("gsm8k", "openai/gsm8k"), _splits("main", test=("**/test.jsonl",), train=("**/train.jsonl",))
+    ),
+    "truthfulqa_gen": TaskData(
+        "truthfulqa/truthful_qa", ("truthful_qa", "truthfulqa/truthful_qa"), _splits("generation", validation=())
+    ),
+}
+SAMPLE_TASKS_NAME = "sample-tasks"
+SAMPLE_TASKS = tuple(name for name in TASK_DATA if name != "truthfulqa_gen")  # no rule makes a false belief
+
+
+def task_directory(data: TaskData) -> Path:
+    """Where a task's data lie, or belong if they are not here."""
+    folders = [datasets_dir() / folder for folder in data.folders]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def scored_files(data: TaskData) -> list[Path]:
+    """Files of the split that a task is scored on; empty if they are not here."""
+    return _first(task_directory(data), next(iter(data.splits.values())))
+
+
+def sample_directory() -> Path:
+    """Where the items made by rule lie."""
+    return datasets_dir() / SAMPLE_TASKS_NAME
+
+
+def unlisted_task(hub_id: str, config: str | None, splits: tuple[str, ...]) -> TaskData:
+    """Where the data of a task that is not in the table lie: a clone in a folder of the repository's name.
+
+    splits: their names, the one that the task is scored on first.
+    """
+    configs = [config] if config else ["data", "default"]
+    return TaskData(
+        hub_id,
+        tuple(dict.fromkeys((hub_id.rpartition("/")[2], hub_id))),
+        {split: tuple(p for c in configs for p in split_patterns(c, split)) for split in splits},
+    )
+
+
+def task_rows(name: str, data: TaskData, *, sample: bool) -> TaskRows:
+    """Rows of a task's local data, or of its sample.
+
+    Raises UserError, with the folder, what it should hold and where to get it, if the data are not here or the split
+    that the task is scored on is missing.
+    """
+    if sample:
+        if name not in SAMPLE_TASKS:
+            raise UserError(f"no sample is made of {name}; samples are {', '.join(SAMPLE_TASKS)}; use --data local")
+        folder, hint = sample_directory() / name, f"run 'bash scripts/prepare/data.sh {SAMPLE_TASKS_NAME}'"
+        splits = {split: (f"{split}.jsonl",) for split in data.splits}
+    else:
+        folder, splits = task_directory(data), data.splits
+        how = f"run 'bash scripts/prepare/data.sh {name}' or " if name in TASK_DATA else ""
+        hint = f"{how}copy {data.hub_id} of the hub there (datasets/README.md has all the forms), or use --data hub"
+    rows: dict[str, list[Row]] = {}
+    files: list[Path] = []
+    for split, patterns in splits.items():
+        found = _first(folder, patterns)
+        if found:
+            rows[split] = [data.convert(row) for row in read_rows(found)]
+            files += found
+    scored = next(iter(data.splits))
+    if not rows.get(scored):
+        state = "is missing" if not folder.is_dir() else f"holds no {scored} split (for example {splits[scored][0]})"
+        raise UserError(f"data of {name}: {folder} {state}; {hint}")
+    return TaskRows(rows, tuple(files))
+
+
+def _first(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Files of the first pattern that finds any, in reading order; datasets.map's caches are no data."""
+    for pattern in patterns:
+        files = sorted(f for f in folder.glob(pattern) if f.is_file() and not f.name.startswith("cache-"))
+        if files:
+            return files
+    return []

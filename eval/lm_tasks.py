@@ -1,0 +1,226 @@
+"""Tasks of lm-eval's harness, with data from local files: which tasks a name stands for, and what they score.
+
+lm-eval's own task files say how a question becomes a prompt and an answer a score; nothing of them is copied. Only
+where the data come from is replaced: `local` (files of `datasets/`), `sample` (made by rule, no benchmark), or `hub`.
+"""
+
+import difflib
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from corpora.errors import UserError
+from corpora.mmlu import LETTERS, SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
+from corpora.storage import identity, sha256_of_file
+from corpora.task_data import TASK_DATA, task_rows, unlisted_task
+from eval.lm import IntactLM
+
+__all__ = ["GROUPS", "TaskRun", "load_tasks", "run_tasks", "task_runs"]
+
+datasets.disable_progress_bars()  # one bar a program: ours
+
+YAMLS = Path(lm_eval.tasks.__file__).parent
+BOOTSTRAP = 1000  # draws for the standard errors that have no closed form (perplexity, BLEU)
+
+# Where lm-eval keeps the tasks that the published tables need: reading all its 14,000 names takes ten seconds.
+FILES = {
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "truthfulqa_gen": "truthfulqa/truthfulqa_gen.yaml",
+}
+# A word that stands for several tasks, each with a record of its own.
+GROUPS = {
+    "qa": ("openbookqa", "winogrande", "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai"),
+    "csqa": ("boolq", "arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande"),
+    "truthfulqa": ("truthfulqa_gen",),
+}
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What one record holds: a task, or a group of lm-eval's (mmlu, bbh) whose members are weighted by their size."""
+
+    name: str
+    leaves: tuple[tuple[str, Path], ...]  # name and lm-eval's file of every task
+
+
+def task_runs(names: Sequence[str]) -> list[TaskRun]:
+    """The runs that some names stand for, in order, each once. Raises UserError, with the nearest names, for unknown
+    ones."""
+    runs = {}
+    for name in names:
+        for member in GROUPS.get(name, (name,)):
+            runs[member] = TaskRun(member, _leaves(member))
+    return list(runs.values())
+
+
+def _leaves(name: str) -> tuple[tuple[str, Path], ...]:
+    if name in FILES:
+        return ((name, YAMLS / FILES[name]),)
+    if name == "mmlu":
+        folder = YAMLS / "mmlu" / "default"
+        return tuple((f"mmlu_{subject}", folder / f"mmlu_{subject}.yaml") for subject in SUBCATEGORIES)
+    index = _index()
+    if name not in index:
+        known = [*GROUPS, *index]
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or sorted(GROUPS)
+        raise UserError(f"there is no task {name!r}; the nearest names are {', '.join(near)}")
+    return tuple(_members(name, index))
+
+
+@functools.cache
+def _index() -> dict[str, Any]:
+    return TaskManager().task_index
+
+
+def _members(name: str, index: dict[str, Any]) -> list[tuple[str, Path]]:
+    """All tasks of a task, tag or group name, with their files."""
+    entry = index[name]
+    kind = entry.kind.name
+    if kind == "TASK" and entry.yaml_path is not None:
+        return [(name, entry.yaml_path)]
+    if kind == "TAG":
+        return [leaf for task in sorted(entry.tags) for leaf in _members(task, index)]
+    members = (entry.cfg or {}).get("task") if kind == "GROUP" else None
+    if not isinstance(members, list) or not all(isinstance(member, str) and member in index for member in members):
+        raise UserError(
+            f"the task {name!r} is defined by code or by a group with settings of its own, which cannot be given local "
+            "data; name its single tasks instead (lm_eval ls tasks)"
+        )
+    return [leaf for member in members for leaf in _members(member, index)]
+
+
+def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str, Task], str]:
+    """lm-eval's tasks of a run, ready to evaluate, and the identity of their data.
+
+    source: `local`, `sample` or `hub`. fewshot: examples shown, None for each task's own number.
+    Raises UserError if data are missing, or examples are asked for that are not there.
+    """
+    if source == "hub" and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise UserError(
+            f"--data hub: the data of {run.name} would come from the hub, but HF_HUB_OFFLINE is set; unset it, or give "
+            "local files (--data local)"
+        )
+    tasks, files = {}, []
+    mmlu = _hendrycks(source) if run.leaves[0][0].startswith("mmlu_") else {}
+    for name, path in run.leaves:
+        if mmlu and name not in mmlu:
+            continue  # the sample has some of the subjects
+        config = load_yaml(path)
+        for key in ("tag", "group", "task_list"):
+            config.pop(key, None)
+        if "class" in config:
+            raise UserError(f"the task {name} is defined by code and reads the hub by itself; it cannot be run here")
+        if source != "hub":
+            splits, origin = mmlu[name] if mmlu else _rows(name, config, source)
+            files += origin
+            _with_rows(config, splits, source)
+        own = config.get("num_fewshot") or 0
+        shots = own if fewshot is None else fewshot
+        task = ConfigurableTask(config=config)
+        if shots and task.fewshot_docs() is None:
+            raise UserError(
+                f"{name} shows {shots} examples, but its data have no split to take them from; add the training split "
+                "or use --fewshot 0"
+            )
+        task.set_config(key="num_fewshot", value=shots)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own default
+        tasks[name] = task
+    return tasks, identity([sha256_of_file(file) for file in files])
+
+
+def _hendrycks(source: str) -> dict[str, tuple[dict[str, list[dict[str, Any]]], list[Path]]]:
+    """Rows and files by lm-eval's name, from the authors' files; empty where lm-eval's own form of the data is to be
+    read."""
+    directory = mmlu_directory(sample=source == "sample")
+    if source == "hub" or (source == "local" and not (directory / "test").is_dir()):
+        return {}
+
+    def rows(subject: Subject, split: str) -> list[dict[str, Any]]:
+        return [
+            {"question": q.question, "choices": list(q.options), "answer": LETTERS.index(q.answer)}
+            for q in getattr(subject, split)
+        ]
+
+    return {
+        f"mmlu_{subject.name}": ({split: rows(subject, split) for split in ("test", "dev")}, list(subject.files))
+        for subject in read_mmlu(directory, strict=True)
+    }
+
+
+def _rows(name: str, config: dict[str, Any], source: str) -> tuple[dict[str, list[dict[str, Any]]], list[Path]]:
+    """Rows of a task's own splits, and their files."""
+    data = TASK_DATA.get(name)
+    if data is None:
+        names = [config.get(f"{role}_split") for role in ("test", "validation", "training", "fewshot")]
+        splits = tuple(dict.fromkeys(split for split in names if split))
+        data = unlisted_task(str(config.get("dataset_path")), config.get("dataset_name"), splits)
+    rows = task_rows(name, data, sample=source == "sample")
+    return rows.splits, list(rows.files)
+
+
+def _with_rows(config: dict[str, Any], splits: dict[str, list[dict[str, Any]]], source: str) -> None:
+    """Let a task's configuration read these rows; splits that are not there are not asked for."""
+    config["custom_dataset"] = lambda **_: datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    )
+    for role in ("training", "validation", "test", "fewshot"):
+        if config.get(f"{role}_split") not in splits:
+            config[f"{role}_split"] = None
+
+
+def run_tasks(lm: IntactLM, tasks: dict[str, Task], limit: int | None) -> dict[str, Any] | None:
+    """Score tasks and join them: figures weighted by the number of questions. None on all processes but the first.
+
+    A metric's name is lm-eval's, with its filter where that is not the only one: `exact_match,strict-match`.
+    """
+    results = evaluate(
+        lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+    )  # fmt: skip
+    if results is None:
+        return None
+    sizes = {name: int(results["n-samples"][name]["effective"]) for name in tasks}
+    total = sum(sizes.values())
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for name, size in sizes.items():
+        for key, value in results["results"][name].items():
+            metric, _, kind = key.partition(",")
+            if not kind or not isinstance(value, (int, float)):
+                continue
+            label = metric if kind == "none" else key
+            if metric.endswith("_stderr"):
+                label = label.replace("_stderr", "", 1)
+                errors[label] = errors.get(label, 0.0) + (value * size / total) ** 2
+            else:
+                metrics[label] = metrics.get(label, 0.0) + value * size / total
+    figures = {
+        "metrics": metrics,
+        "stderr": {label: variance**0.5 for label, variance in errors.items()},
+        "samples": total,
+        "versions": {name: results["versions"][name] for name in tasks},
+    }
+    if len(tasks) > 1:
+        figures["members"] = {
+            name: {"samples": sizes[name]}
+            | {k.partition(",")[0]: v for k, v in results["results"][name].items() if k.endswith(",none")}
+            for name in tasks
+        }
+    return figures

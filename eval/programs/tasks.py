@@ -1,0 +1,124 @@
+"""python -m eval tasks: MMLU, zero-shot QA and any other task of lm-eval's harness."""
+
+import argparse
+import json
+from typing import Any
+
+from corpora.errors import UserError
+from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
+
+__all__ = ["add", "run"]
+
+EXAMPLES = """\
+tasks:
+  mmlu         57 subjects, 5 examples shown; --protocol says whose prompts
+  qa           openbookqa, winogrande, arc_challenge, arc_easy, boolq, hellaswag, lambada_openai
+  csqa         boolq, arc_challenge, arc_easy, hellaswag, piqa, winogrande
+  piqa, gsm8k, truthfulqa, bbh, and every other name of lm-eval's harness (lm_eval ls tasks)
+
+examples:
+  python -m eval tasks --tasks mmlu --model modelzoo/vicuna-v1.5/vicuna-v1.5-7b --recipe rtn-w3 --prefix bos
+  python -m eval tasks --tasks qa --data sample --model modelzoo/smollm2/smollm2-135m
+"""
+
+
+def add(commands: Any) -> None:
+    """Declare the subcommand and its options."""
+    tasks = commands.add_parser(
+        "tasks",
+        help="MMLU, zero-shot QA, any task of lm-eval",
+        description="Tasks, through lm-eval's harness, on any recipe, with and without a prefix. Every task leaves a "
+        "record in outputs/runs/; a finished one is read back. Under `accelerate launch` the questions are shared.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(tasks)
+    add_recipe_options(tasks)
+    add_calibration_options(tasks)
+    add_run_options(tasks)
+    group = tasks.add_argument_group("tasks and protocol")
+    group.add_argument("--tasks", required=True, metavar="NAME,…", help="names, joined by commas")
+    group.add_argument(
+        "--data",
+        choices=["local", "sample", "hub"],
+        help="local: files in datasets/ (python -m corpora lists them); sample: small items that are made by rule or "
+        "written for this project, no benchmark; hub: what lm-eval fetches by itself (default: local, but sample for "
+        "the embedded model)",
+    )
+    group.add_argument("--fewshot", type=int, metavar="K", help="examples shown (default: the task's own; mmlu: 5)")
+    group.add_argument(
+        "--protocol",
+        default="hendrycks",
+        choices=["hendrycks", "lm-eval"],
+        help="of mmlu. hendrycks: the authors' and IntactKV's prompts, examples dropped past 2048 tokens (default); "
+        "lm-eval: the harness' own",
+    )
+    group.add_argument(
+        "--bos",
+        default="always",
+        choices=["always", "tokenizer"],
+        help="without a prefix: [BOS] in front of every prompt (default), or only if the tokenizer itself puts it "
+        "there, as stock lm-eval does",
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="at most N questions of each task (mmlu: each subject)")
+    group.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="rows per forward pass (default: 8)")
+    tasks.add_argument("--json", action="store_true", help="print the run records instead of the table")
+    tasks.add_argument("--force", action="store_true", help="run again, even if there is a record")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Score every task that has no finished run, and print all."""
+    import logging
+
+    from corpora.catalog import model_defaults
+    from eval.processes import Processes
+    from quantization.loading import find_checkpoint, plan_run
+    from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+
+    show_log()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for option, value, least in (("--limit", options.limit, 1), ("--batch-size", options.batch_size, 1),
+                                 ("--fewshot", options.fewshot, 0)):  # fmt: skip
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: give {least} or more")
+    names = [name for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks is empty; name one, for example --tasks qa")
+    processes = Processes()
+    if not processes.is_first:
+        logging.getLogger().setLevel(logging.WARNING)
+    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device)
+    checkpoint = find_checkpoint(options.model)
+    plan = plan_run(
+        options.model,
+        chosen_recipe(options, checkpoint),
+        device=device,
+        vanilla=options.vanilla,
+        dtype=chosen_dtype(options.dtype),
+        packed=options.packed,
+    )
+    source = options.data or model_defaults(checkpoint.family_name).default_task_data
+
+    from eval.lm_tasks import task_runs
+    from eval.task_runner import TaskRunner
+
+    runner = TaskRunner(
+        plan,
+        processes,
+        source=source,
+        fewshot=options.fewshot,
+        protocol=options.protocol,
+        bos_always=options.bos == "always",
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+    records = [runner.record(task, force=options.force) for task in task_runs(names)]
+    if not processes.is_first:
+        return
+    if options.json:
+        print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
+    else:
+        from eval.render import render
+        from eval.task_tables import task_tables
+
+        print(render(task_tables(records), "markdown"), end="")
