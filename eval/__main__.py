@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from corpora.errors import Parser, run_program
-from eval.programs import plot, ppl, table
+from eval.programs import plot, ppl, stats, table, tasks
 
-PROGRAMS = {"ppl": ppl, "table": table, "plot": plot}
+PROGRAMS = {"ppl": ppl, "tasks": tasks, "stats": stats, "table": table, "plot": plot}
 
 
 def parser() -> argparse.ArgumentParser:

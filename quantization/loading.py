@@ -209,12 +209,13 @@ class Plan:
             model_name=self.checkpoint.family_name,
             dtype=self.dtype,
             made_of={"source": self.checkpoint.fingerprint, "basis": self.basis},
-            twin=self._load_twin,
+            twin=self.twin,
         )
 
-    def _load_twin(self) -> PreTrainedModel:
-        """The full-precision twin: the dense checkpoint, its transformed form, or itself rescaled as the quantized
-        checkpoint was."""
+    def twin(self) -> PreTrainedModel:
+        """The full-precision twin, which writes the prefix and which errors are measured against: the dense checkpoint,
+        its transformed form, or itself rescaled as the quantized checkpoint was. Raises UserError if the dense
+        checkpoint behind a quantized one is not at hand."""
         manifest, directory, recipe = self.checkpoint.manifest, self.checkpoint.directory, self.recipe
         if manifest is not None:
             dense = self._dense_of(manifest)
@@ -243,8 +244,9 @@ class Plan:
             or checkpoint_fingerprint(dense) != self.checkpoint.fingerprint
         ):
             raise UserError(
-                f"the full-precision twin of {directory} is not at hand, so its prefix cannot be built; build it where "
-                "the dense checkpoint is (python -m intactkv build) and give the file: --prefix FILE.safetensors"
+                f"the full-precision twin of {directory} is not at hand, so its prefix cannot be built, nor its error "
+                "measured; do it where the dense checkpoint is, or give a prefix that was built there "
+                "(python -m intactkv build): --prefix FILE.safetensors"
             )
         return dense
 
