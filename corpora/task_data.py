@@ -165,7 +165,7 @@ def task_rows(name: str, data: TaskData, *, sample: bool) -> TaskRows:
         if name not in SAMPLE_TASKS:
             raise UserError(f"no sample is made of {name}; samples are {', '.join(SAMPLE_TASKS)}; use --data local")
         folder, hint = sample_directory() / name, f"run 'bash scripts/prepare/data.sh {SAMPLE_TASKS_NAME}'"
-        splits = {split: (f"{split}.jsonl",) for split in data.splits}
+        splits: dict[str, tuple[str, ...]] = {split: (f"{split}.jsonl",) for split in data.splits}
     else:
         folder, splits = task_directory(data), data.splits
         how = f"run 'bash scripts/prepare/data.sh {name}' or " if name in TASK_DATA else ""

@@ -143,7 +143,7 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
         tasks[name] = task
-    return tasks, identity([sha256_of_file(file) for file in files])
+    return tasks, identity({"files": [sha256_of_file(file) for file in files]})
 
 
 def _hendrycks(source: str) -> dict[str, tuple[dict[str, list[dict[str, Any]]], list[Path]]]:

@@ -73,7 +73,7 @@ class TaskRunner:
             short = next((s for s in subjects if len(s.dev) < shots), None)
             if short is not None:
                 raise UserError(f"--fewshot {shots}: {short.files[0]} has only {len(short.dev)} examples to show")
-            data = identity([sha256_of_file(file) for subject in subjects for file in subject.files])
+            data = identity({"files": [sha256_of_file(file) for subject in subjects for file in subject.files]})
         else:
             fewshot = MMLU_SHOTS if run.name == "mmlu" and self.fewshot is None else self.fewshot
             tasks, data = load_tasks(run, self.source, fewshot)
