@@ -1,8 +1,9 @@
-"""What every figure shares: a headless canvas, colours, and the atomic pair of picture and numbers."""
+"""What every figure shares: a headless canvas, colours, and where pictures and their numbers are written."""
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,90 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from corpora.errors import UserError
 from corpora.storage import write_beside
 
-__all__ = ["BEHIND", "INTACT", "SERIES", "VANILLA", "plt", "save"]
+__all__ = [
+    "BEHIND",
+    "FORMATS",
+    "GREY",
+    "INTACT",
+    "LARGEST_DPI",
+    "ORANGE",
+    "SERIES",
+    "VANILLA",
+    "Output",
+    "output_for",
+    "plt",
+]
 
-# Okabe and Ito's vermilion, blue and green: told apart with any colour vision.
+# Okabe and Ito's vermilion, blue, green and orange: told apart with any colour vision.
 VANILLA = "#d55e00"
 INTACT = "#0072b2"
 BEHIND = "#009e73"
-SERIES = (INTACT, "#e69f00", BEHIND, VANILLA)
+ORANGE = "#e69f00"
+SERIES = (INTACT, ORANGE, BEHIND, VANILLA)
+GREY = "0.35"
+
+# Without the time of writing the same numbers give the same file.
+FORMATS: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+LARGEST_DPI = 1200
 
 
-def save(figure: Any, path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write `path` (PNG) and the numbers in it as CSV under the same name, both atomically; closes the figure."""
-    with write_beside(path) as beside:
-        figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    with write_beside(path.with_suffix(".csv")) as beside:
-        beside.write_text(text.getvalue(), encoding="utf-8")
+@dataclass(frozen=True)
+class Output:
+    """Where a command's figures go. stem: path without a suffix; the parts of a command that draws several figures are
+    added to it. written: the files so far, in the order of writing."""
+
+    stem: Path
+    formats: tuple[str, ...] = ("png", "pdf")
+    dpi: int = 200
+    written: list[Path] = field(default_factory=list)
+
+    def path(self, part: str, suffix: str) -> Path:
+        """The file of a part ("" for the command's only or combined figure) in one format."""
+        return self.stem.with_name(f"{self.stem.name}{f'__{part}' if part else ''}.{suffix}")
+
+    def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
+        """Write a figure in every format and its numbers as CSV under the same name, atomically; closes the figure."""
+        try:
+            for suffix in self.formats:
+                with write_beside(path := self.path(part, suffix)) as beside:
+                    figure.savefig(
+                        beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=FORMATS[suffix]
+                    )  # fmt: skip
+                self.written.append(path)
+        finally:
+            plt.close(figure)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(head)
+        writer.writerows(rows)
+        with write_beside(path := self.path(part, "csv")) as beside:
+            beside.write_text(text.getvalue(), encoding="utf-8")
+        self.written.append(path)
+
+
+def output_for(out: Path, name: str, formats: str, dpi: int) -> Output:
+    """Where a command writes, as its options say.
+
+    out: a directory, whose files are called `name`, or a file in one of the formats, whose name replaces `name` and
+    whose format is added to the others. formats: a comma list. Raises UserError for what cannot be written.
+    """
+    chosen = [word.strip() for word in formats.split(",")]
+    if unknown := [word for word in chosen if word not in FORMATS]:
+        raise UserError(f"--format {formats}: {unknown[0]!r} is not known; give a comma list of {', '.join(FORMATS)}")
+    if not 10 <= dpi <= LARGEST_DPI:
+        raise UserError(f"--dpi {dpi} is out of range; give 10 to {LARGEST_DPI} dots per inch")
+    stem = out / name
+    if out.suffix and not out.is_dir():
+        if out.suffix[1:] not in FORMATS:
+            raise UserError(
+                f"--out {out}: figures are written as {', '.join(FORMATS)}; give a file with one of these endings, "
+                "or a directory (one whose name has a dot must exist)"
+            )
+        chosen.insert(0, out.suffix[1:])
+        stem = out.with_suffix("")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file without an ending; give a directory, or a file ending in .png")
+    return Output(stem, tuple(dict.fromkeys(chosen)), dpi)

@@ -1,16 +1,12 @@
 """Who owns the Hessian: the first token's share of its trace, per block and set of linears, on a logarithmic axis."""
 
-from pathlib import Path
-
 from matplotlib.ticker import FuncFormatter
 
 from corpora.catalog import CalibrationText, model_defaults
 from corpora.text import calibration_segments
 from eval.analysis import first_token_share
-from eval.plots.canvas import SERIES, plt, save
-from quantization.loading import plan_run
-from quantization.options import chosen_device
-from quantization.recipe import named_recipe
+from eval.plots.canvas import SERIES, Output, plt
+from quantization.loading import Plan
 
 __all__ = ["draw_hessian"]
 
@@ -18,12 +14,9 @@ PUBLISHED = CalibrationText("c4", 16, 2048)  # enough of GPTQ's text for a pictu
 STARTS = {False: "text from anywhere, as published", True: "[BOS] in front of every piece"}
 
 
-def draw_hessian(
-    model_directory: Path, corpus: str | None, samples: int | None, length: int | None, device: str, path: Path
-) -> None:
+def draw_hessian(plan: Plan, corpus: str | None, samples: int | None, length: int | None, output: Output) -> None:
     """Run calibration text through the full-precision model and draw tr H's share of position 0, two starts beside
     each other. corpus, samples, length: None takes the model's own."""
-    plan = plan_run(model_directory, named_recipe("fp16"), device=chosen_device(device))
     own = model_defaults(plan.checkpoint.family_name).default_calibration or PUBLISHED
     corpus, samples, length = corpus or own.corpus, samples or own.samples, length or own.length
     model = plan.load().model
@@ -52,4 +45,4 @@ def draw_hessian(
     )  # fmt: skip
     figure.suptitle(f"{plan.checkpoint.name}: Hessians of the inputs of …, {samples} × {length} tokens of {corpus}",
                     fontsize=9)  # fmt: skip
-    save(figure, path, ("start", "input of", "block", "share"), rows)
+    output.save(figure, ("start", "input of", "block", "share"), rows)

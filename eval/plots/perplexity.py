@@ -1,15 +1,13 @@
 """Perplexity per setting: without the intact prefix, with it, and calibrated behind it; bars on a logarithmic axis."""
 
-from pathlib import Path
-
 from corpora.errors import UserError
-from eval.plots.canvas import BEHIND, INTACT, VANILLA, plt, save
+from eval.plots.canvas import BEHIND, INTACT, VANILLA, Output, plt
 from eval.tables import ARMS, BEHIND_COLUMNS, HEAD, Row, behind_of, figures_of
 
 __all__ = ["draw"]
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], output: Output) -> None:
     """Draw rows of one protocol. Raises UserError if the rows mix protocols, models or corpora."""
     for what in ("caption", "model", "corpus"):
         found = sorted({str(getattr(row, what)) for row in rows})
@@ -41,7 +39,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 0.99))
     head = (*HEAD, *ARMS, *(f"behind: {name}" for name in BEHIND_COLUMNS))
-    save(figure, path, head, [(*row.visible[1:], *figures_of(row), *behind_of(row)) for row in rows])
+    output.save(figure, head, [(*row.visible[1:], *figures_of(row), *behind_of(row)) for row in rows])
 
 
 def _label(row: Row) -> str:

@@ -1,62 +1,321 @@
 """python -m eval plot: figures, each a picture and its numbers as CSV."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from corpora.errors import UserError
 from eval.programs.table import add_filters, chosen_rows
-from quantization.options import add_model_options
+from quantization.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
+
+if TYPE_CHECKING:
+    from eval.plots.canvas import Output
+    from eval.plots.subject import Subject
+    from quantization.loading import Plan
 
 __all__ = ["add", "run"]
+
+OUTPUT_HELP = (
+    "Every figure is written in each --format, and its numbers as CSV under the same name. With --out DIR the name is "
+    "MODEL__KIND[__PREFIX], with --out FILE.png it is that file's; a kind that draws several figures adds __PART (a "
+    "layer, a tensor) to it. With --prefix a figure shows the text without the prefix and behind it; positions count "
+    "the prefix, whose own tokens are not drawn."
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of figure. declare: adds its options. draw: makes it."""
+
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    draw: Callable[[argparse.Namespace], "Output"]
 
 
 def add(commands: Any) -> None:
     """Declare the subcommand and its options."""
-    plot = commands.add_parser("plot", help="figures", description="Draw a figure as PNG, with its data as CSV.")
-    figures = plot.add_subparsers(dest="figure", required=True, metavar="perplexity|pivots|hessian")
-    bars = figures.add_parser(
-        "perplexity",
-        help="perplexity per setting, with and without IntactKV",
-        description="Perplexity per setting, from the records in outputs/runs/.",
-    )
-    add_filters(bars, required=True)
-    pivots = figures.add_parser(
-        "pivots",
-        help="activation magnitude per token and layer",
-        description="Largest activation of every token in every layer: the pivots stand out.",
-    )
-    add_model_options(pivots)
-    pivots.add_argument("--corpus", default=None, metavar="NAME|FILE", help="text to run (default: the model's own)")
-    pivots.add_argument("--tokens", type=int, default=48, metavar="T", help="length of the text (default: 48)")
-    hessian = figures.add_parser(
-        "hessian",
-        help="the first token's share of every Hessian",
-        description="How much of every Hessian's trace the first token of the calibration text owns, per block.",
-    )
-    add_model_options(hessian)
-    hessian.add_argument("--calibration", metavar="NAME|FILE", help="text to run (default: the model's own, or c4)")
-    hessian.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: 16)")
-    hessian.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: 512 or 2048)")
-    for figure in (bars, pivots, hessian):
-        figure.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="file to write")
+    plot = commands.add_parser("plot", help="figures", description="Draw a figure, and write its data as CSV.")
+    figures = plot.add_subparsers(dest="figure", required=True, metavar="KIND")
+    for name, kind in KINDS.items():
+        parser = figures.add_parser(name, help=kind.help, description=f"{kind.help}.", epilog=OUTPUT_HELP)
+        kind.declare(parser)
+        written = parser.add_argument_group("what is written")
+        written.add_argument("--out", type=Path, metavar="DIR|FILE.png", help="see below (default: outputs/figures)")
+        written.add_argument("--format", default="png,pdf", metavar="LIST", help="of png, pdf, svg (default: png,pdf)")
+        written.add_argument("--dpi", type=int, default=200, help="dots per inch of what is no vector (default: 200)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draw the chosen figure."""
-    if options.out.suffix != ".png":
-        raise UserError(f"--out {options.out}: figures are written as .png")
-    if options.figure == "perplexity":
-        from eval.plots.perplexity import draw
+    """Draw the chosen figure and print the files written."""
+    output = KINDS[options.figure].draw(options)
+    print(*output.written, sep="\n")
 
-        draw(chosen_rows(options), options.out)
-    elif options.figure == "hessian":
-        from eval.plots.hessian import draw_hessian
 
-        size = options.calibration_samples, options.calibration_length
-        draw_hessian(options.model, options.calibration, *size, options.device, options.out)
-    else:
-        from eval.plots.pivots import draw_pivots
+def _text_options(parser: argparse.ArgumentParser, tokens: int | None, *, prefix: bool) -> argparse._ArgumentGroup:
+    """Model, recipe and text. tokens: the default, None for that of scattered pieces."""
+    add_model_options(parser)
+    add_recipe_options(parser)
+    if prefix:
+        add_prefix_option(parser)
+    add_dtype_option(parser)
+    text = parser.add_argument_group("text")
+    own = (
+        "sharegpt: conversations in Vicuna's format, unless the model has a text of its own"
+        if tokens
+        else "the model's own calibration text, or pile"
+    )
+    text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
+    length = str(tokens) if tokens else "the model's own, or 1024"
+    text.add_argument("--tokens", type=int, default=tokens, metavar="T", help=f"of a sequence (default: {length})")
+    return text
 
-        draw_pivots(options.model, options.corpus, options.tokens, options.device, options.out)
-    print(f"{options.out}  {options.out.with_suffix('.csv')}")
+
+def _opening_options(tokens: int, *, prefix: bool = True, samples: bool = False) -> Callable[..., None]:
+    """Options of kinds that look at the beginning of a text."""
+
+    def declare(parser: argparse.ArgumentParser) -> None:
+        text = _text_options(parser, tokens, prefix=prefix)
+        if samples:
+            text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
+        text.add_argument("--seed", type=int, default=1, dest="text_seed", metavar="S",
+                          help="of the order of ShareGPT's conversations (default: 1)")  # fmt: skip
+
+    return declare
+
+
+def _scattered_options(parser: argparse.ArgumentParser) -> None:
+    """Options of kinds that look at random pieces of text."""
+    text = _text_options(parser, None, prefix=True)
+    text.add_argument("--samples", type=int, metavar="N", help="sequences (default: the model's own, or 64)")
+    text.add_argument(
+        "--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw of pieces (default: 0)"
+    )
+    text.add_argument(
+        "--bos-first",
+        action="store_true",
+        help="put [BOS] at position 0 of every piece (default: pieces as they stand, as published)",
+    )
+
+
+def _layer_options(declare: Callable[..., None], *more: Callable[..., None]) -> Callable[..., None]:
+    """With --layers and others."""
+
+    def declare_all(parser: argparse.ArgumentParser) -> None:
+        declare(parser)
+        parser.add_argument(
+            "--layers", default="step:8", metavar="LIST|step:N",
+            help="0,8,16, or every N-th block from 0 on (default: step:8)",
+        )  # fmt: skip
+        for add_more in more:
+            add_more(parser)
+
+    return declare_all
+
+
+def _log_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log", action="store_true", help="logarithmic axis of magnitudes")
+
+
+def _linear_options(parser: argparse.ArgumentParser) -> None:
+    _scattered_options(parser)
+    _log_option(parser)
+
+
+def _linear_output_options(parser: argparse.ArgumentParser) -> None:
+    _linear_options(parser)
+    parser.add_argument("--pre-rope", action="store_true", help="Q and K before the rotation by position")
+
+
+def _only_down_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only-down-proj", action="store_true", help="inputs of down_proj alone")
+
+
+def _outlier_options(parser: argparse.ArgumentParser) -> None:
+    _scattered_options(parser)
+    detector = parser.add_argument_group("detector")
+    detector.add_argument("--outlier-object", default="down_proj", metavar="down_proj|hidden_state",
+                          help="inputs of down_proj, or outputs of blocks (default: down_proj)")  # fmt: skip
+    detector.add_argument(
+        "--outlier-threshold",
+        type=float,
+        default=64.0,
+        metavar="RATIO",
+        help="to the median over tokens, above which a token is an outlier (default: 64)",
+    )
+
+
+def _hessian_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--calibration", metavar="NAME|FILE", help="text to run (default: the model's own, or c4)")
+    parser.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: 16)")
+    parser.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: 512 or 2048)")
+
+
+def _output(options: argparse.Namespace, name: str) -> "Output":
+    """Where this command writes. Raises UserError for what cannot be written."""
+    from corpora.paths import outputs_dir
+    from eval.plots.canvas import output_for
+
+    return output_for(options.out or outputs_dir() / "figures", name, options.format, options.dpi)
+
+
+def _plan(options: argparse.Namespace) -> tuple["Plan", "Output"]:
+    """What will run and where its figures go, all options but the text's checked."""
+    from eval.plots.subject import figure_name
+    from quantization.architecture import architecture_of
+    from quantization.checkpoint import read_config
+    from quantization.loading import find_checkpoint, plan_run
+    from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.recipe import named_recipe
+
+    show_log()
+    checkpoint = find_checkpoint(options.model)
+    architecture_of(read_config(options.model))
+    recipe = chosen_recipe(options, checkpoint) if hasattr(options, "recipe") else named_recipe("fp16")
+    dtype = chosen_dtype(getattr(options, "dtype", None))
+    plan = plan_run(options.model, recipe, device=chosen_device(options.device), dtype=dtype)
+    return plan, _output(options, figure_name(plan, options.figure))
+
+
+def _opening(options: argparse.Namespace) -> tuple["Subject", list[int], "Output"]:
+    """Model, layers and the beginning of its text."""
+    from eval.plots.subject import chosen_layers, load_subject, opening
+
+    plan, output = _plan(options)
+    layers = chosen_layers(options.layers, plan) if hasattr(options, "layers") else []
+    text = opening(plan, options.corpus, getattr(options, "samples", 1), options.tokens, options.text_seed)
+    return load_subject(plan, text), layers, output
+
+
+def _scattered(options: argparse.Namespace) -> tuple["Subject", "Output"]:
+    """Model and random pieces of its text."""
+    from eval.plots.subject import load_subject, scattered
+
+    plan, output = _plan(options)
+    text = scattered(plan, options.corpus, options.samples, options.tokens, options.text_seed, options.bos_first)
+    return load_subject(plan, text), output
+
+
+def _perplexity(options: argparse.Namespace) -> "Output":
+    from eval.plots.perplexity import draw
+
+    output = _output(options, f"{options.model}__perplexity".replace("/", "-"))
+    draw(chosen_rows(options), output)
+    return output
+
+
+def _hessian(options: argparse.Namespace) -> "Output":
+    from eval.plots.hessian import draw_hessian
+
+    plan, output = _plan(options)
+    size = options.calibration_samples, options.calibration_length
+    draw_hessian(plan, options.calibration, *size, output)
+    return output
+
+
+def _pivots(options: argparse.Namespace) -> "Output":
+    from eval.plots.pivots import draw_pivots
+
+    subject, _, output = _opening(options)
+    draw_pivots(subject, output)
+    return output
+
+
+def _act(options: argparse.Namespace) -> "Output":
+    from eval.plots.activations import draw_activations
+
+    subject, layers, output = _opening(options)
+    draw_activations(subject, layers, options.log, output)
+    return output
+
+
+def _attn(options: argparse.Namespace) -> "Output":
+    from eval.plots.attention import draw_attention
+
+    subject, layers, output = _opening(options)
+    draw_attention(subject, layers, output)
+    return output
+
+
+def _kv_smooth(options: argparse.Namespace) -> "Output":
+    from eval.plots.kv_smoothness import draw_kv_smoothness
+    from eval.render import render
+
+    subject, _, output = _opening(options)
+    print(render([draw_kv_smoothness(subject, output)], "markdown"))
+    return output
+
+
+def _linear_input(options: argparse.Namespace) -> "Output":
+    from eval.plots.linear_ranges import draw_linear_inputs
+
+    subject, output = _scattered(options)
+    draw_linear_inputs(subject, options.log, output)
+    return output
+
+
+def _linear_output(options: argparse.Namespace) -> "Output":
+    from eval.plots.linear_ranges import draw_linear_outputs
+
+    subject, output = _scattered(options)
+    draw_linear_outputs(subject, options.pre_rope, options.log, output)
+    return output
+
+
+def _outliers(options: argparse.Namespace) -> "Output":
+    from eval.plots import outliers
+
+    detector = outliers.Detector(options.outlier_object, options.outlier_threshold)
+    subject, output = _scattered(options)
+    draw = {
+        "outlier-layers": outliers.draw_outlier_layers,
+        "outlier-count": outliers.draw_outlier_count,
+        "outlier-position": outliers.draw_outlier_position,
+        "outlier-content": outliers.draw_outlier_content,
+    }[options.figure]
+    draw(subject, detector, output)
+    return output
+
+
+def _layer_input(options: argparse.Namespace) -> "Output":
+    from eval.plots.surfaces import draw_layer_inputs
+
+    subject, layers, output = _opening(options)
+    draw_layer_inputs(subject, layers, options.only_down_proj, options.log, output)
+    return output
+
+
+def _block_output(options: argparse.Namespace) -> "Output":
+    from eval.plots.surfaces import draw_block_outputs
+
+    subject, layers, output = _opening(options)
+    draw_block_outputs(subject, layers, options.log, output)
+    return output
+
+
+KINDS = {
+    "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
+                       lambda parser: add_filters(parser, required=True), _perplexity),
+    "pivots": Kind("largest activation of every token in every layer: the pivots stand out",
+                   _opening_options(48, prefix=False), _pivots),
+    "hessian": Kind("the first token's share of every Hessian's trace, block by block", _hessian_options, _hessian),
+    "act": Kind("IntactKV: magnitudes of block outputs over token and channel, pivot tokens marked",
+                _layer_options(_opening_options(128), _log_option), _act),
+    "attn": Kind("IntactKV: attention summed over heads, pivot tokens marked",
+                 _layer_options(_opening_options(64, samples=True)), _attn),
+    "kv-smooth": Kind("IntactKV: how large and spread keys and values of pivot and other tokens are; prints a table",
+                      _opening_options(1024, prefix=False, samples=True), _kv_smooth),
+    "linear-input": Kind("PrefixQuant: token-wise maxima of the inputs of linears by layer", _linear_options,
+                         _linear_input),
+    "linear-output": Kind("PrefixQuant: token-wise maxima of queries, keys and values by layer",
+                          _linear_output_options, _linear_output),
+    "outlier-layers": Kind("PrefixQuant: mean number of outlier tokens per layer", _outlier_options, _outliers),
+    "outlier-count": Kind("PrefixQuant: how many outlier tokens a sequence has", _outlier_options, _outliers),
+    "outlier-position": Kind("PrefixQuant: at which positions outlier tokens stand", _outlier_options, _outliers),
+    "outlier-content": Kind("PrefixQuant: which tokens are outliers", _outlier_options, _outliers),
+    "layer-input-3d": Kind("PrefixQuant: magnitudes of the inputs of linears over token and channel",
+                           _layer_options(_opening_options(512), _log_option, _only_down_option), _layer_input),
+    "block-output-3d": Kind("PrefixQuant: magnitudes of block outputs over token and channel",
+                            _layer_options(_opening_options(512), _log_option), _block_output),
+}  # fmt: skip
