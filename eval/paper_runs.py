@@ -138,6 +138,8 @@ def _place(table: PublishedTable, settings: dict[str, Any]) -> _Place | None:
     more = settings["kv"] is not None or any(part for name, part in recipe.items() if name not in plain)
     if more or is_behind(settings) or prefix["label"] not in ("none", "[B]") or not _is_measured(table, settings):
         return None
+    if table.number > 1 and not settings["lead"]:
+        return None  # prompts without [BOS]
     method, group = FULL, None
     if weights is None and prefix["intact"]:
         return None  # the same function as without the prefix; the paper shows it once

@@ -143,7 +143,8 @@ def _notes(table: PublishedTable, columns: Sequence[Column], left_out: Sequence[
     if table.number not in RECORDS:
         notes.append("ours: MT-bench is not run here yet")
     if columns:
-        notes.append("standard errors of our changes: `python -m eval table" + (" tasks`" if table.number > 1 else "`"))
+        command = "changes: `python -m eval table`" if table.number == 1 else "accuracies: `python -m eval table tasks`"
+        notes.append(f"standard errors of our {command}")
     for column in columns:
         if not column.as_published:
             known = column.model in table.models

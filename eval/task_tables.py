@@ -34,8 +34,15 @@ Runs = dict[int | None, dict[str, dict[str, Any]]]  # by calibration seed: recor
 
 
 def in_percent(metric: str, value: float) -> float:
-    """A metric as it is printed: fractions of the questions in percent, a perplexity as it is."""
-    return value if "perplexity" in metric else 100 * value
+    """A metric as it is printed: fractions of the questions in percent, others (perplexity, BLEU) as they are."""
+    name = metric.partition(",")[0]  # lm-eval's filter may stand behind
+    return 100 * value if name in ("acc", "acc_norm", "exact_match") or name.endswith("_acc") else value
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """A record's metrics, and of MMLU the four categories, as they are printed."""
+    categories = {name: 100 * value for name, value in record.get("groups", {}).items() if ":" not in name}
+    return {metric: in_percent(metric, value) for metric, value in record["metrics"].items()} | categories
 
 
 def qa_averages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -86,9 +93,7 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
     def scores(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
         """All columns of one run of the tasks that it has."""
         found = {
-            f"{column} {metric}": in_percent(metric, value)
-            for column, record in runs.items()
-            for metric, value in record["metrics"].items()
+            f"{column} {metric}": value for column, record in runs.items() for metric, value in _figures(record).items()
         }
         return found | qa_averages({task: runs[column] for task, column in newest.items() if column in runs})
 
@@ -103,8 +108,8 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
     notes = [_sizes(records, columns)]
     errors = [100 * error for record in records for name, error in record["stderr"].items() if name.startswith("acc")]
     if errors:
-        low, high = min(errors), max(errors)
-        notes.append(f"standard error of a single accuracy over its questions: {low:.1f} to {high:.1f} points")
+        span = " to ".join(dict.fromkeys((f"{min(errors):.1f}", f"{max(errors):.1f}")))
+        notes.append(f"standard error of a single accuracy over its questions: {span} points")
     if questions:
         chosen = ", ".join(f"{task} {metric}" for task, metric in QA_METRICS.items())
         notes.append(f"{QA_AVERAGE}: plain mean of {chosen}; n/a unless all seven are there")
@@ -127,7 +132,7 @@ def _metrics(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], s
     """Every column of the table before the averages: task by task, its metrics in the record's order."""
     found: dict[str, dict[str, None]] = {column: {} for column in columns.values()}
     for record in records:
-        found[columns[_data(record)]] |= dict.fromkeys(record["metrics"])
+        found[columns[_data(record)]] |= dict.fromkeys(_figures(record))
     return tuple(f"{column} {metric}" for column, metrics in found.items() for metric in metrics)
 
 
@@ -140,11 +145,10 @@ def _settings(
     for record, (made_of, seed) in zip(records, weights, strict=True):
         s = record["settings"]
         prefix = s["prefix"]
-        # Without a prefix every prompt starts with [BOS] all the same: the vanilla arm of [B].
-        label = "[B]" if prefix["label"] == "none" else prefix["label"]
+        # Without a prefix every prompt starts with [BOS] unless it was asked not to: the vanilla arm of [B].
+        label = "[B]" if prefix["label"] == "none" and s["lead"] else prefix["label"]
         shared = {key: value for key, value in made_of.items() if key not in ("calibrate_behind_prefix", "prefix")}
-        text = [] if label == "[B]" else prefix["ids"]
-        key = identity({"made_of": shared, "kv": s["kv"], "model": s["model"], "label": label, "text": text})
+        key = identity({"made_of": shared, "kv": s["kv"], "model": s["model"], "label": label, "lead": s["lead"]})
         words = (s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), label)
         arm = "calibrated behind" if is_behind(s) else "IntactKV" if prefix["intact"] else "vanilla"
         runs = settings.setdefault(key, _Setting(words, key)).arms.setdefault(arm, {})

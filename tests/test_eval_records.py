@@ -193,3 +193,60 @@ def test_csv_holds_what_the_markdown_shows():
     assert "n/a" in markdown
     widths = {len(line) for line in markdown.splitlines() if line.startswith("|")}
     assert len(widths) == 1
+
+
+def seeded(perplexity: float, seed: int, segments: str = "", **settings: Any) -> dict[str, Any]:
+    """A run of weights that were calibrated on the text that a seed drew."""
+    made_of = {"source": "abc", "calibration": {"corpus": "c4", "seed": seed}, "segments": segments or f"text {seed}"}
+    return record(perplexity, made_of=made_of, **settings)
+
+
+def test_seeds_become_a_mean_and_changes_are_paired_by_seed():
+    records = [seeded(20.0, 0), seeded(22.0, 1), seeded(27.0, 2), seeded(19.0, 0, prefix=BOS),
+               seeded(16.5, 1, prefix=BOS)]  # fmt: skip
+    assert len(perplexity_rows(records)) == 3
+    (row,) = perplexity_rows(records, over_seeds=True)
+    assert row.vanilla.figure is not None
+    assert row.intact.relative is not None
+    # Mean 23, deviations −3, −1, 4: variance 26 / 2. Changes −5 % and −25 %: mean −15 %, deviation 0.1 · √2.
+    assert (row.vanilla.perplexity, row.vanilla.figure.runs) == (pytest.approx(23), 3)
+    assert row.vanilla.figure.deviation == pytest.approx(13**0.5)
+    assert row.intact.change == pytest.approx(-0.15)
+    assert row.intact.relative.deviation == pytest.approx(0.1 * 2**0.5)
+    text = render([row], "markdown")
+    assert "23.00 ± 3.61 (3)" in text
+    assert "-15.0% ± 14.1% (2)" in text
+    (line,) = csv.DictReader(io.StringIO(render([row], "csv")))
+    assert [line[name] for name in ("vanilla", "vanilla sd", "vanilla runs")] == ["23", "3.60555", "3"]
+
+
+def test_one_seed_shows_the_figure_alone_and_no_seed_meets_another_method():
+    rows = perplexity_rows([seeded(20.0, 0), record(30.0)], over_seeds=True)
+    assert [row.vanilla.perplexity for row in rows] == [20.0, 30.0]
+    assert "±" not in render(rows, "markdown")
+
+
+def test_the_newest_run_of_a_seed_counts():
+    records = [seeded(20.0, 0), seeded(24.0, 1), seeded(22.0, 0, batch_size=1)]
+    (row,) = perplexity_rows(records, over_seeds=True)
+    assert row.vanilla.figure is not None
+    assert (row.vanilla.perplexity, row.vanilla.figure.runs) == (pytest.approx(23), 2)
+
+
+def test_other_text_under_the_same_seed_is_no_repetition():
+    records = [seeded(20.0, 0, "one file"), seeded(24.0, 0, "another of its name"), seeded(22.0, 1)]
+    assert len(perplexity_rows(records, over_seeds=True)) == 3
+
+
+def test_runs_that_differ_in_more_than_the_seed_stay_apart():
+    other = {"source": "abc", "calibration": {"corpus": "pile", "seed": 1}, "segments": "text 1"}
+    assert len(perplexity_rows([seeded(20.0, 0), record(24.0, made_of=other)], over_seeds=True)) == 2
+
+
+def test_the_error_of_a_mean_over_seeds_comes_from_the_mean_differences_of_its_windows():
+    records = [seeded(20.0, 0), seeded(20.0, 1), seeded(15.0, 0, prefix=BOS), seeded(15.0, 1, prefix=BOS)]
+    for intact, differences in zip(records[2:], [(-0.5, -0.1, -0.3), (-0.3, -0.3, -0.3)], strict=True):
+        pairs = zip(records[0]["window_nll"], differences, strict=True)
+        intact["window_nll"] = [window + difference for window, difference in pairs]
+    (row,) = perplexity_rows(records, over_seeds=True)
+    assert row.intact.error == pytest.approx(0.75 * 0.1 / 3**0.5)  # mean differences −0.4, −0.2, −0.3

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Table 2 of IntactKV: 5-shot MMLU in full precision and of 3-bit weights, alone and with IntactKV_[B], beside the
+# published figures.
+# Usage: table2.sh DEVICE MODEL_PATH [METHOD]…      for example: table2.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
+#   METHOD  rtn, gptq, omniquant, awq (default: all)
+# Environment: GROUP_SIZE, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults, SEED the
+# calibration's; EPOCHS of OmniQuant; DATA=local|sample, LIMIT (questions a subject) what is scored.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+[ $# -ge 2 ] || fail "usage: table2.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
+device=$1 model=$(realpath -m "$2")
+shift 2
+enter_project
+text=("${calibration[@]}" ${SEED:+--seed "$SEED"})
+
+[ $# -gt 0 ] || set -- rtn gptq omniquant awq
+for method in "$@"; do
+    [[ " rtn gptq omniquant awq " = *" $method "* ]] ||
+        fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
+done
+
+evaluate() { # a recipe's options and a prefix
+    run_eval "$device" 29500 tasks --tasks mmlu --fewshot 5 --model "$model" "$@" \
+        ${DATA:+--data "$DATA"} ${LIMIT:+--limit "$LIMIT"} > /dev/null
+}
+
+evaluate --recipe fp16 --prefix none
+for method in "$@"; do
+    recipe=(--recipe "$method" --bits 3 ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
+    case $method in
+        rtn) ;; # looks at no text
+        omniquant) recipe+=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
+        *) recipe+=("${text[@]}") ;;
+    esac
+    for prefix in none bos; do
+        evaluate "${recipe[@]}" --prefix "$prefix"
+    done
+done
+python -m eval table 2 --model "$(basename "$model")"
