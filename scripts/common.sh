@@ -42,15 +42,24 @@ quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calib
         ${BEHIND:+--calibrate-behind-prefix --prefix "$BEHIND"}
 }
 
-perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options: vanilla, with [B], and calibrated behind BEHIND
-    local arms=("--prefix none" "--prefix bos") arm
-    [ -z "${BEHIND:-}" ] || arms+=("--prefix $BEHIND --calibrate-behind-prefix")
-    for arm in "${arms[@]}"; do
-        # shellcheck disable=SC2086 # an arm is several words
-        run_eval "$1" "$2" ppl --model "$3" "${@:4}" "${calibration[@]}" $arm \
-            ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"}
+arms() { # PROGRAM DEVICE PORT MODEL_DIRECTORY, then options: vanilla, with [B], and calibrated behind BEHIND
+    local prefixes=("--prefix none" "--prefix bos") prefix
+    [ -z "${BEHIND:-}" ] || prefixes+=("--prefix $BEHIND --calibrate-behind-prefix")
+    for prefix in "${prefixes[@]}"; do
+        # shellcheck disable=SC2086 # a prefix is several words
+        run_eval "$2" "$3" "$1" --model "$4" "${@:5}" "${calibration[@]}" $prefix ${LIMIT:+--limit "$LIMIT"}
     done
+}
+
+perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options
+    arms ppl "$@" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"}
     python -m eval table --model "$(basename "$3")" --costs # all finished runs of the model, to compare
+}
+
+task_scores() { # TASKS DEVICE PORT MODEL_DIRECTORY, then a recipe's options
+    arms tasks "${@:2}" --tasks "$1" ${DATA:+--data "$DATA"} ${FEWSHOT:+--fewshot "$FEWSHOT"} \
+        ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
+    python -m eval table tasks --model "$(basename "$4")"
 }
 
 run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
