@@ -54,13 +54,13 @@ class Variant:
 @dataclass
 class Column:
     """The finished runs of one model on one text under one setting. methods: the variants of each, the first stands in
-    the table. as_published: model, text, its amount and the group size are the paper's."""
+    the table. unlike: what is not the paper's (model, text, window, …); nothing if the figures compare."""
 
     setting: str
     model: str
     text: str
     group: int
-    as_published: bool
+    unlike: tuple[str, ...]
     methods: dict[str, list[Variant]]
 
     @property
@@ -119,7 +119,7 @@ def _by_group(table: PublishedTable, places: Mapping[_Place, Mapping[str, Varian
             model=first.model,
             text=first.text,
             group=group,
-            as_published=first.model in table.models and group == GROUP_SIZE and _whole_text(table, settings),
+            unlike=_unlike(table, first.model, group, settings),
             methods={
                 place.method: sorted(variants.values(), key=lambda variant: variant.preference, reverse=True)
                 for place, variants in places.items()
@@ -165,11 +165,15 @@ def _is_measured(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
     return settings["task_name"] in QA_METRICS and settings["fewshot"] == 0
 
 
-def _whole_text(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
-    """Whether the text, and how much of it, are the paper's."""
+def _unlike(table: PublishedTable, model: str, group: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is not the paper's: no difference to a published figure is taken then."""
+    same = {"model": model in table.models, "group size": group == GROUP_SIZE}
     if table.number == 1:
-        return (settings["corpus"], settings["window"], settings["limit"]) == ("c4", 2048, None)
-    return settings["data"] != "sample" and settings["limit"] is None
+        same |= {"text": settings["corpus"] == "c4", "window": settings["window"] == 2048}
+        same |= {"number of windows": settings["limit"] is None}
+    else:
+        same |= {"questions": settings["data"] != "sample", "number of questions": settings["limit"] is None}
+    return tuple(name for name, holds in same.items() if not holds)
 
 
 def _text(settings: Mapping[str, Any]) -> str:
@@ -188,11 +192,11 @@ def _scores(table: PublishedTable, records: Mapping[str, Mapping[str, Any]]) -> 
 def one_per_model(table: PublishedTable, columns: Sequence[Column]) -> tuple[list[Column], list[Column]]:
     """Every model's column, the paper's models first, and the columns that are left out.
 
-    A model's column is the nearest to the published one, then the fullest, then the newest.
+    A model's column is the nearest to the published one (the text before all else), then the fullest, then the newest.
     """
 
-    def rank(column: Column) -> tuple[bool, bool, int, str]:
-        return column.as_published, table.number == 1 and column.text == "c4", column.figures, column.started
+    def rank(column: Column) -> tuple[bool, int, int, str]:
+        return "text" not in column.unlike, -len(column.unlike), column.figures, column.started
 
     ordered = sorted(columns, key=rank, reverse=True)
     best: dict[str, Column] = {}

@@ -1,9 +1,9 @@
 """IntactKV's Tables 1 to 4 with our finished runs beside them.
 
 Of a model that the paper has, ours stands beside the published figure, with the difference where text, amount of text
-and group size are the paper's, too; any other model stands beside the published columns. One column per model: its
-fullest finished setting; notes name the others, and what our run of a method does otherwise than its recipe. Runs that
-differ only in the calibration seed are one figure, mean ± standard deviation (n).
+and group size are the paper's, too; any other model stands beside the published columns. One column per model: the
+finished setting that is nearest to the paper's; notes name the others, and what our run of a method does otherwise than
+its recipe. Runs that differ only in the calibration seed are one figure, mean ± standard deviation (n).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +80,7 @@ def _table(
             ours = _cells(table, _ours(column), measure)
             heads.append(f"ours: {column.head if column else model}{name}")
             by_column.append(ours)
-            if model in published and (column is None or column.as_published):
+            if model in published and (column is None or not column.unlike):
                 heads.append(f"difference {model}{name}")
                 by_column.append({key: _difference(cell, paper.get(key)) for key, cell in ours.items()})
     keys = [(FULL, "", False)]
@@ -133,28 +133,30 @@ def _difference(ours: Cell, paper: Cell) -> Cell:
 def _label(table: PublishedTable, method: str, arm: str, change: bool) -> str:
     if not change:
         return f"{method} {arm}".strip()
-    unit = ", points" if table.title.endswith("%") else ""
+    unit = ", points" if "%" in table.title else ""
     return f"{method}: change by {arm.removeprefix('+ IntactKV_')}{unit}"
 
 
 def _notes(table: PublishedTable, columns: Sequence[Column], left_out: Sequence[Column]) -> list[str]:
     """What a reader must know to compare: what is published, what ours does otherwise, what else was run."""
-    notes = [f"published: {table.protocol}; groups of {GROUP_SIZE}, fp16; as printed in the paper, not run again"]
-    if table.number not in RECORDS:
-        notes.append("ours: MT-bench is not run here yet")
-    if columns:
-        command = "changes: `python -m eval table`" if table.number == 1 else "accuracies: `python -m eval table tasks`"
-        notes.append(f"standard errors of our {command}")
+    notes = []
     for column in columns:
-        if not column.as_published:
-            known = column.model in table.models
-            what = "run on another text, less of it or other groups" if known else "another model than the paper's"
-            notes.append(f"{column.model} is {what}: compare how much IntactKV changes a figure, not the figures")
+        if column.unlike:
+            notes.append(
+                f"{column.model}: {', '.join(column.unlike)} other than the paper's; compare how much IntactKV changes "
+                "a figure, not the figures"
+            )
         if column.model in PACKAGED:
             notes.append(
                 f"FP16 of {column.model}: its package's weights, dequantized; they compare only with themselves"
             )
         notes += [f"ours, {column.model}, {method}: {'; '.join(words)}" for method, words in _methods(column)]
+    if columns:
+        command = "changes: `python -m eval table`" if table.number == 1 else "accuracies: `python -m eval table tasks`"
+        notes.append(f"standard errors of our {command}")
+    notes.append(f"published: {table.protocol}; groups of {GROUP_SIZE}, fp16; as printed in the paper, not run again")
+    if table.number not in RECORDS:
+        notes.append("ours: MT-bench is not run here yet")
     if table.number == 3:
         notes.append(
             f"{QA_AVERAGE}: acc_norm where a task defines it, else acc; that the paper averages so is inferred, "

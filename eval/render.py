@@ -128,18 +128,17 @@ def _csv(tables: Sequence[Table]) -> str:
     for caption, line in lines:
         fields = [" ".join(caption.split())] if captions else []
         for head in heads:
-            cell = line.get(head)
-            figure = cell if isinstance(cell, Figure) else None
-            fields.append(f"{figure.value:.6g}" if figure else (_csv_words(cell)))
-            if head in spread:
-                deviation = figure.deviation if figure else None
-                fields += ["" if deviation is None else f"{deviation:.6g}", str(figure.runs) if figure else ""]
+            fields += _csv_fields(line.get(head), head in spread)
         writer.writerow(fields)
     return out.getvalue()
 
 
-def _csv_words(cell: Cell) -> str:
-    return "" if cell is None else str(cell)
+def _csv_fields(cell: Cell, spread: bool) -> list[str]:
+    """A cell as one field, or as three where its column has a spread."""
+    if not isinstance(cell, Figure):
+        return [cell or "", *(["", ""] if spread else [])]
+    deviation = "" if cell.deviation is None else f"{cell.deviation:.6g}"
+    return [f"{cell.value:.6g}", *([deviation, str(cell.runs)] if spread else [])]
 
 
 LATEX = {

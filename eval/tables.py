@@ -106,10 +106,9 @@ def _without_seed(made_of: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     calibration = made_of.get("calibration")
     if calibration is None:
         return made_of, None
-    text = {key: value for key, value in calibration.items() if key != "seed"}
-    return {key: value for key, value in made_of.items() if key != "segments"} | {"calibration": text}, calibration[
-        "seed"
-    ]
+    rest = {key: value for key, value in made_of.items() if key != "segments"}
+    rest["calibration"] = {key: value for key, value in calibration.items() if key != "seed"}
+    return rest, calibration["seed"]
 
 
 Runs = dict[int | None, dict[str, Any]]  # the runs of one arm by their seed; one of no seed if seeds are not joined

@@ -59,7 +59,7 @@ def qa_averages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def task_caption(settings: Mapping[str, Any]) -> str:
     """What figures of one table share."""
     data = "a small sample, not the benchmark" if settings["data"] == "sample" else f"data {settings['data']}"
-    limit = "all questions" if settings["limit"] is None else f"at most {settings['limit']} questions a task"
+    limit = "all questions" if settings["limit"] is None else f"at most {settings['limit']} questions a task or subject"
     shots = "1 shot" if settings["fewshot"] == 1 else f"{settings['fewshot'] or 'no'} shots"
     return f"protocol {settings['protocol']}, {shots}, {data}, {limit}, {settings['dtype']} on {settings['device']}"
 

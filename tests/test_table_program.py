@@ -1,0 +1,173 @@
+"""`python -m eval table` from the outside: which table, filters, formats, files, and one line for every mistake."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_tables import BOS, perplexity, task
+
+from corpora.errors import run_program
+from eval.__main__ import main
+from eval.runs import record_of
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(arguments…) -> (exit code, stdout, stderr) of `eval table`, run in this process."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval", "table", *map(str, arguments)])
+        try:
+            run_program(main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def keep(kind: str, record: dict[str, Any]) -> None:
+    """Write a record as a run does."""
+    figures = {key: value for key, value in record.items() if key not in ("settings", "identity", "started")}
+    record_of(kind, "some", record["settings"], lambda: figures)
+
+
+@pytest.fixture
+def runs(intactkv_root) -> Path:
+    """Records of two models and of one task."""
+    for prefix, value in (({"label": "none", "ids": [], "file": None, "intact": False}, 9.0), (BOS, 8.5)):
+        keep("ppl", perplexity(value, "rtn-w3", prefix=prefix))
+    keep("ppl", perplexity(70.0, "rtn-w3", model="smollm2-135m", group=64, corpus="sample", window=512, limit=8))
+    keep("tasks", task("boolq", 0.5))
+    return intactkv_root
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_without_a_number_it_shows_the_perplexities_of_all_runs(program, runs):
+    code, out, _ = program("--format", "csv")
+    assert code == 0
+    assert [(row["model"], row["vanilla"], row["IntactKV"]) for row in cells(out)] == [
+        ("llama-2-7b", "9", "8.5"),
+        ("smollm2-135m", "70", ""),
+    ]
+    assert [row["model"] for row in cells(program("--format", "csv", "--window", 512)[1])] == ["smollm2-135m"]
+    both = program("--format", "csv", "--model", "smollm2-135m", "--model", "Llama-2-7b-hf")[1]
+    assert len(cells(both)) == 2
+
+
+def test_table_1_shows_published_and_ours(program, runs):
+    code, out, _ = program("1", "--model", "llama-2-7b", "--format", "csv")
+    assert code == 0
+    row = next(row for row in cells(out) if row["method"] == "RTN + IntactKV_[B]")
+    assert [row[head] for head in row if head not in ("table", "method")] == ["8.61", "8.5", "-0.11"]
+    out = program("1", "--model", "smollm2-135m")[1]
+    assert "ours: smollm2-135m, sample, groups of 64" in out
+    assert "window 512, windows 8" in out
+
+
+def test_tasks_have_their_own_table(program, runs):
+    code, out, _ = program("tasks", "--format", "csv", "--task", "boolq")
+    assert code == 0
+    assert cells(out)[0]["boolq acc"] == "50"
+
+
+@pytest.mark.parametrize("which", [(), ("1",), ("2",), ("3",), ("4",), ("tasks",)])
+@pytest.mark.parametrize("style", ["markdown", "csv", "latex"])
+def test_every_table_comes_in_every_format(which, style, program, runs):
+    code, out, err = program(*which, "--format", style)
+    assert (code, err) == (0, "")
+    first = {"markdown": ("Perplexity", "Table", "Tasks"), "csv": ("protocol", "table"), "latex": (r"\begin{table}",)}
+    assert out.startswith(first[style])
+    assert out.endswith("\n")
+
+
+def test_out_writes_what_would_be_printed(program, runs):
+    printed = program("1")[1]
+    path = runs / "reports" / "table1.md"
+    code, out, _ = program("1", "--out", path)
+    assert (code, out.strip()) == (0, str(path))
+    assert path.read_text() == printed
+
+
+BAD_INPUT = {
+    "unknown table": (["7"], "'7' is not known; choose 1, 2, 3 or 4"),
+    "unknown model": (["--model", "nosuch"], "--model nosuch"),
+    "unknown model in a paper's table": (["1", "--model", "nosuch"], "--model nosuch"),
+    "no run with that window": (["--window", "77"], "--window 77"),
+    "no run with that window in a paper's table": (["1", "--window", "77"], "--window 77"),
+    "a model without runs under a filter": (["1", "--model", "llama-7b", "--limit", "3"], "--model llama-7b --limit 3"),
+    "a setting of other runs": (["tasks", "--window", "512"], "--window is no setting of tasks"),
+    "a setting of tasks": (["--fewshot", "5"], "--fewshot is no setting of perplexities"),
+    "a filter where nothing was run": (["4", "--limit", "8"], "--limit 8"),
+    "costs of a paper's table": (["1", "--costs"], "--costs"),
+    "unknown format": (["--format", "html"], "html"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_a_mistake_is_one_line(case, program, runs):
+    arguments, named = BAD_INPUT[case]
+    code, out, err = program(*arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert named in err
+
+
+def test_a_file_that_cannot_be_written_is_named(program, runs):
+    (runs / "file").write_text("")
+    code, out, err = program("--out", runs / "file" / "table.md")
+    assert (code, out) == (2, "")
+    assert f"--out {runs / 'file' / 'table.md'} cannot be written" in err
+
+
+def test_without_any_run_the_program_says_how_to_make_one(program, intactkv_root):
+    assert "run `python -m eval ppl` first" in program()[2]
+    assert "run `python -m eval tasks` first" in program("tasks")[2]
+    assert program("1")[0] == 0  # the published figures need none
+
+
+def test_a_damaged_record_is_named(program, runs):
+    path = next((runs / "outputs" / "runs").glob("ppl-*"))
+    path.write_text(json.dumps({"perplexity": 1}))
+    assert path.name in program("1")[2]
+
+
+def test_help_does_not_wait_for_torch():
+    code = ("import runpy, sys; sys.argv = ['x', 'table', '--help']\n"
+            "try:\n    runpy.run_module('eval', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                            check=False)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "1|2|3|4|tasks" in result.stdout
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(("arguments", "named"), [
+    (("cpu",), "got 1 of at least 2"),
+    (("cpu", "modelzoo", "gptx"), "'gptx' is not in the table; choose from rtn, gptq, omniquant, awq"),
+    (("cpu", "modelzoo/no-such/no-such-7b"), "no-such-7b is missing"),
+    (("gpu", "modelzoo"), "device 'gpu'"),
+])  # fmt: skip
+def test_the_scripts_refuse_in_one_line(number, arguments, named):
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("scripts/setup.sh has not made .venv")
+    result = subprocess.run(["bash", f"scripts/table/table{number}.sh", *arguments], cwd=ROOT, capture_output=True,
+                            env=os.environ | {"INTACTKV_ROOT": str(ROOT)}, text=True, timeout=120,
+                            check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert named in result.stderr
