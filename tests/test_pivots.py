@@ -1,4 +1,7 @@
-"""Pivot tokens: a planted massive activation is found, and nothing is found where there is none."""
+"""Pivot and outlier tokens: what was planted is found where it stands, and nothing where there is none."""
+
+import math
+import statistics
 
 import pytest
 import torch
@@ -6,7 +9,9 @@ from families import FAMILIES, random_ids
 from torch import Tensor
 from torch.testing import assert_close
 
-from intactkv.pivots import Magnitudes, hidden_magnitudes
+from intactkv.attach import attach
+from intactkv.pivots import Magnitudes, hidden_magnitudes, outlier_ratios, outlier_tokens
+from intactkv.prefix import build_prefix
 
 SINK = 7  # the token whose hidden state is made huge
 
@@ -95,3 +100,60 @@ def test_looking_leaves_no_hook_behind_also_after_a_failure(tiny_model):
     with pytest.raises(IndexError):
         hidden_magnitudes(model, torch.tensor([1, 5000]))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_behind_a_prefix_the_magnitudes_are_those_of_the_whole_text_from_there_on(model):
+    plant(model)
+    ids = text_with(0, 13)
+    whole = hidden_magnitudes(model, ids)
+    intact = attach(model, build_prefix(model, ids[:5]))
+    behind = hidden_magnitudes(model, ids[5:], intact.new_cache(single_pass=True))
+    assert_close(behind.largest, whole.largest[:, 5:], rtol=1e-4, atol=1e-4)  # the same sums in another order
+    assert behind.pivots() == [8]
+    assert whole.pivots() == [0, 13]
+
+
+def planted(layers: int = 4, sequences: int = 3, tokens: int = 9) -> Tensor:
+    """Ordinary maxima between 1 and 2, (L, N, T)."""
+    return 1 + torch.rand(layers, sequences, tokens, generator=torch.Generator().manual_seed(3))
+
+
+def test_ratios_are_to_the_median_over_the_tokens_of_a_layer_and_sequence():
+    maxima = planted()
+    ratios = outlier_ratios(maxima.half())
+    assert ratios.dtype == torch.float32
+    for row, found in zip(maxima.half().flatten(0, 1).tolist(), ratios.flatten(0, 1).tolist(), strict=True):
+        assert found == pytest.approx([value / statistics.median_low(row) for value in row], rel=1e-6)
+
+
+def test_ratios_stay_finite_where_the_median_is_zero_or_half_precision_would_overflow():
+    row = torch.tensor([0.0, 0.0, 60000.0])
+    assert outlier_ratios(row).isfinite().all()
+    assert outlier_ratios(row.half())[2] > 64
+    assert float(outlier_ratios(torch.tensor([0.001, 0.001, 60000.0]).half())[2]) > 65504
+    assert outlier_ratios(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_planted_outlier_tokens_are_counted_by_id_and_position_0_apart():
+    maxima, ids = planted(), torch.arange(27).reshape(3, 9) % 10
+    for layer, sequence, token in ((0, 0, 0), (1, 0, 0), (1, 0, 4), (2, 1, 0), (2, 1, 3), (2, 2, 8), (2, 2, 6)):
+        maxima[layer, sequence, token] = 1000.0
+    found = outlier_tokens(maxima, ids, threshold=64.0)
+    assert found.first == 3
+    expected = [int(ids[0, 4]), int(ids[1, 3]), int(ids[2, 8]), int(ids[2, 6])]
+    assert sum(found.ids.values()) == 4
+    assert found.ids == {token: expected.count(token) for token in expected}
+    assert list(found.ids) == sorted(found.ids, key=lambda token: (-found.ids[token], token))
+    assert found.number == math.ceil(4 / 3)  # four in the third layer, over three sequences
+    behind = outlier_tokens(maxima, ids, threshold=64.0, start=1)
+    assert behind.first == 0
+    assert sum(behind.ids.values()) == 7
+
+
+def test_an_outlier_exceeds_the_threshold_and_a_plain_text_has_none():
+    maxima, ids = torch.ones(1, 1, 5), torch.arange(5)[None]
+    assert outlier_tokens(maxima, ids).number == 0
+    maxima[0, 0, 2] = 64.0
+    assert outlier_tokens(maxima, ids).ids == {}
+    maxima[0, 0, 2] = 64.1
+    assert outlier_tokens(maxima, ids).ids == {2: 1}

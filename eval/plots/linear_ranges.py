@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corpora.errors import UserError
 from eval.observe import Site, input_sites, output_sites, token_maxima
 from eval.plots.canvas import BEHIND, GREY, INTACT, ORANGE, VANILLA, Output, plt
 from eval.plots.subject import Arm, Subject
@@ -59,6 +60,11 @@ def draw_linear_outputs(subject: Subject, pre_rope: bool, log: bool, output: Out
 def _draw(
     what: str, subject: Subject, sites: Sequence[Site], lines: Sequence[str], limit: float, log: bool, output: Output
 ) -> None:
+    """Raises UserError for sequences without three tokens."""
+    if (tokens := min(arm.ids.shape[1] for arm in subject.arms)) < 3:
+        raise UserError(
+            f"{tokens} tokens of a sequence are shown, and a third largest needs at least 3; give more with --tokens"
+        )
     with subject.progress(what, 1 + len(sites)) as bar:
         ranges: list[dict[str, dict[str, Tensor]]] = []
         for arm in subject.arms:
