@@ -83,14 +83,14 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     targets = fed[:, 1:]
     if head is None:
         logits = output.logits[:, -fed.shape[1] : -1].float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return nn.functional.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none")
     hidden = output.last_hidden_state[:, -fed.shape[1] : -1].flatten(0, 1)
     flat = targets.flatten()
     at_once = max(1, LOGITS_AT_ONCE // head.out_features)
-    losses = [
-        nn.functional.cross_entropy(head(hidden[i : i + at_once]).float(), flat[i : i + at_once], reduction="none")
-        for i in range(0, len(flat), at_once)
-    ]
+    losses = []
+    for i in range(0, len(flat), at_once):
+        logits = head(hidden[i : i + at_once]).float()
+        losses.append(nn.functional.cross_entropy(logits, flat[i : i + at_once].to(logits.device), reduction="none"))
     return torch.cat(losses).view_as(targets)
 
 

@@ -33,6 +33,7 @@ from quantization.checkpoint import (
     read_manifest,
 )
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
+from quantization.placement import spread
 from quantization.prefixes import PrefixChoice, choose_prefix, stored_prefix
 from quantization.recipe import PUBLISHED_GROUP, Recipe, describe
 from quantization.rescale import rescale_all
@@ -136,6 +137,7 @@ class Plan:
     vanilla: bool
     packed: bool
     context: int | None  # positions the model has, None if its configuration does not say
+    spread: bool = False  # over all GPUs, for a model larger than one
 
     @property
     def calibration_prefix(self) -> torch.Tensor | None:
@@ -173,13 +175,17 @@ class Plan:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "packed": self.packed,
-        }
+        } | ({"spread": True} if self.spread else {})
 
     def load(self) -> IntactModel:
         """Make what is missing (quantized checkpoint, prefix) and load the model behind its prefix."""
         source = self.written(self.recipe)
         prefix = self.prefix() if self.choice.ids and not self.vanilla else None
-        return attach(_load(source, self.dtype, self.device, self.packed), prefix, self.recipe.kv_cache)
+        return attach(self._open(source, self.packed), prefix, self.recipe.kv_cache)
+
+    def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
+        """A dense or quantized checkpoint as a model, where this plan computes."""
+        return _load(directory, self.dtype, self.device, packed, self.spread)
 
     def written(self, recipe: Recipe) -> Path:
         """The directory of a recipe's checkpoint, which is made if it is not there."""
@@ -220,8 +226,8 @@ class Plan:
         if manifest is not None:
             dense = self._dense_of(manifest)
             if manifest["basis"] == PLAIN_BASIS:
-                return _load(dense, self.dtype, self.device)
-            return _load_rescaled(dense, directory, self.dtype, self.device)
+                return self._open(dense)
+            return _rescaled(self._open(dense), directory)
         calibrating = [step.name for step in recipe.transforms if step.calibrates]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
@@ -231,8 +237,8 @@ class Plan:
                 "quantizes, which is not available; leave --prefix out"
             )
         if recipe.weights is not None and recipe.weights.rescales:
-            return _load_rescaled(directory, self.written(recipe), self.dtype, self.device)
-        return _load(self.written(recipe.twin), self.dtype, self.device)
+            return _rescaled(self._open(directory), self.written(recipe))
+        return self._open(self.written(recipe.twin))
 
     def _dense_of(self, manifest: dict[str, Any]) -> Path:
         """The dense checkpoint that a quantized one was made from. Raises UserError if it is not at hand."""
@@ -259,11 +265,12 @@ def plan_run(
     dtype: torch.dtype | None = None,
     vanilla: bool = False,
     packed: bool = False,
+    spread: bool = False,
 ) -> Plan:
     """Look at a dense or quantized checkpoint and settle what a recipe means for it; no weights are loaded.
 
-    dtype: None takes float32 on a CPU and the checkpoint's own elsewhere. Raises UserError for a combination that
-    cannot be, such as a recipe for weights that are quantized already.
+    spread: put one model on all GPUs. dtype: None takes float32 on a CPU and the checkpoint's own elsewhere.
+    Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
     """
     checkpoint = find_checkpoint(directory)
     manifest = checkpoint.manifest
@@ -283,7 +290,7 @@ def plan_run(
     choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
     segments = calibration_of(recipe, tokenizer)
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context)
+    plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context, spread)
     needed = manifest["needs_prefix"] if manifest is not None else plan.calibration_prefix
     if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
         raise UserError(
@@ -293,18 +300,24 @@ def plan_run(
     return plan
 
 
-def _load(directory: Path, dtype: torch.dtype, device: torch.device, packed: bool = False) -> PreTrainedModel:
+def _load(
+    directory: Path, dtype: torch.dtype, device: torch.device, packed: bool = False, spread_over_gpus: bool = False
+) -> PreTrainedModel:
     """A dense or quantized checkpoint as a model in evaluation mode."""
     if is_quantized(directory):
-        return load_quantized(directory, packed=packed, dtype=dtype, device=device)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    torch.nn.Module.to(model, device)
+        model = load_quantized(directory, packed=packed, dtype=dtype, device="cpu" if spread_over_gpus else device)
+        return spread(model) if spread_over_gpus else model
+    # With a device map the weights go from the file to their GPU, and the whole model is never in main memory.
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, device_map="auto" if spread_over_gpus else None
+    )
+    if not spread_over_gpus:
+        torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
 
 
-def _load_rescaled(dense: Path, quantized: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The dense model, rescaled block by block as the quantized checkpoint was before it was rounded."""
-    model = _load(dense, dtype, device)
+def _rescaled(model: PreTrainedModel, quantized: Path) -> PreTrainedModel:
+    """A dense model, rescaled block by block as the quantized checkpoint was before it was rounded."""
     architecture = architecture_of(model.config)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantization.recipe import Recipe
 
 __all__ = [
+    "ALL_GPUS",
     "add_calibration_options",
     "add_dtype_option",
     "add_model_options",
@@ -27,8 +28,8 @@ __all__ = [
 ]
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model and where it computes."""
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--model and where it computes. several: the program can spread one model over all GPUs."""
     parser.add_argument(
         "--model",
         type=Path,
@@ -39,8 +40,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
-        metavar="auto|cpu|cuda[:N]",
-        help="where to compute (default: auto, a GPU if there is one)",
+        metavar="auto|cpu|cuda[:N]" + ("|cuda:all" if several else ""),
+        help="where to compute (default: auto, a GPU if there is one)"
+        + ("; cuda:all spreads a model that is larger than one GPU over all of them" if several else ""),
     )
 
 
@@ -180,12 +182,20 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     return recipe
 
 
-def chosen_device(name: str) -> "torch.device":
-    """auto, cpu, cuda or cuda:N as a device. Raises UserError for a GPU that is not there."""
+ALL_GPUS = "cuda:all"
+
+
+def chosen_device(name: str, *, several: bool = False) -> "torch.device":
+    """auto, cpu, cuda or cuda:N as a device; cuda:all, where a program knows to spread a model, as the first GPU.
+
+    Raises UserError for a GPU that is not there.
+    """
     import torch
 
     from corpora.errors import UserError
 
+    if name == ALL_GPUS and several:
+        return chosen_device("cuda:0")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
             "read back from outputs/runs/. Under `accelerate launch` the windows are shared among the processes."
         ),
     )
-    add_model_options(ppl)
+    add_model_options(ppl, several=True)
     add_recipe_options(ppl)
     add_calibration_options(ppl)
     add_run_options(ppl)
@@ -67,13 +67,13 @@ def run(options: argparse.Namespace) -> None:
     from eval.runs import record_of
     from eval.tables import perplexity_rows, print_table
     from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
 
     show_log()
     processes = Processes()
     if not processes.is_first:
         logging.getLogger().setLevel(logging.WARNING)
-    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device)
+    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device, several=True)
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         options.model,
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
         vanilla=options.vanilla,
         dtype=chosen_dtype(options.dtype),
         packed=options.packed,
+        spread=options.device == ALL_GPUS,
     )
     if options.window < 3:
         raise UserError(f"--window {options.window}: give at least 3 tokens")

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(tasks)
+    add_model_options(tasks, several=True)
     add_recipe_options(tasks)
     add_calibration_options(tasks)
     add_run_options(tasks)
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     from corpora.catalog import model_defaults
     from eval.processes import Processes
     from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
 
     show_log()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -81,13 +81,13 @@ def run(options: argparse.Namespace) -> None:
                                  ("--fewshot", options.fewshot, 0)):  # fmt: skip
         if value is not None and value < least:
             raise UserError(f"{option} {value}: give {least} or more")
-    names = [name for name in options.tasks.split(",") if name.strip()]
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name one, for example --tasks qa")
     processes = Processes()
     if not processes.is_first:
         logging.getLogger().setLevel(logging.WARNING)
-    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device)
+    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device, several=True)
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         options.model,
@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
         vanilla=options.vanilla,
         dtype=chosen_dtype(options.dtype),
         packed=options.packed,
+        spread=options.device == ALL_GPUS,
     )
     source = options.data or model_defaults(checkpoint.family_name).default_task_data
 
@@ -112,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
         limit=options.limit,
         batch_size=options.batch_size,
     )
-    records = [runner.record(task, force=options.force) for task in task_runs(names)]
+    prepared = [runner.prepare(task) for task in task_runs(names)]  # all of them: what is missing shows at once
+    records = [runner.record(task, force=options.force) for task in prepared]
     if not processes.is_first:
         return
     if options.json:

@@ -1,0 +1,46 @@
+"""A model in parts, which accelerate's hooks hold together: here on the CPU and on disk, as there is no GPU to need."""
+
+import pytest
+import torch
+from families import random_ids
+
+from corpora.errors import UserError
+from eval.lm import IntactLM
+from eval.scoring import score_continuations
+from intactkv.attach import attach
+from intactkv.prefix import build_prefix
+from quantization.architecture import architecture_of
+from quantization.kv_cache.per_head import PerHead
+from quantization.options import chosen_device
+from quantization.placement import spread
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_a_spread_model_computes_the_same(tiny_model, tiny_tokenizer, tmp_path, model_type):
+    """Part of the blocks on disk: their inputs, masks and positions must reach them, their caches must not be lost."""
+    whole = tiny_model(model_type)
+    prefix = build_prefix(whole, [1, 7])
+    texts = [[1, 7, *random_ids(n, n).tolist()] for n in (3, 12)]
+    answers = [[[5], [9]], [[4, 6, 8]]]
+    block = architecture_of(whole.config).blocks_of(whole)[0]
+    size = sum(p.numel() * p.element_size() for p in block.parameters())
+    parts = spread(tiny_model(model_type), {"cpu": 2 * size + 60_000, "disk": 10**9}, str(tmp_path))
+    assert {"cpu", "disk"} <= {str(place) for place in parts.hf_device_map.values()}
+    for kv in (None, PerHead(4)):
+        expected = score_continuations(attach(whole, prefix, kv), texts, answers)
+        assert score_continuations(attach(parts, prefix, kv), texts, answers) == expected
+    lm = IntactLM(attach(parts, prefix), tiny_tokenizer(), (1, 7), batch_size=2, context=64)
+    assert lm.device.type == "cpu"
+    ids = torch.tensor(texts[:1])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    torch.testing.assert_close(
+        attach(parts, prefix).generate(ids, **options), attach(whole, prefix).generate(ids, **options)
+    )
+
+
+def test_all_gpus_are_for_programs_that_spread(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert chosen_device("cuda:all", several=True) == torch.device("cuda:0")
+    with pytest.raises(UserError, match="cuda:all is not known"):
+        chosen_device("cuda:all")
