@@ -78,6 +78,19 @@ def test_table_1_shows_published_and_ours(program, runs):
     assert "window 512, windows 8" in out
 
 
+def test_over_seeds_joins_runs_of_other_calibration_seeds(program, intactkv_root):
+    for seed, value in ((0, 9.0), (1, 9.4)):
+        keep("ppl", perplexity(value, "gptq-w3", seed=seed))
+    assert len(cells(program("--format", "csv")[1])) == 2
+    (row,) = cells(program("--format", "csv", "--over-seeds")[1])
+    assert (row["vanilla"], float(row["vanilla sd"]), row["vanilla runs"]) == (
+        "9.2",
+        pytest.approx(0.08**0.5, 1e-5),
+        "2",
+    )
+    assert "9.20 ± 0.28 (2)" in program("1")[1]
+
+
 def test_tasks_have_their_own_table(program, runs):
     code, out, _ = program("tasks", "--format", "csv", "--task", "boolq")
     assert code == 0

@@ -19,21 +19,15 @@ for method in "$@"; do
         fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
 done
 
-evaluate() { # a recipe's options and a prefix
-    run_eval "$device" 29500 ppl --model "$model" "$@" \
-        ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"} > /dev/null
-}
-
-evaluate --recipe fp16 --prefix none
-for method in "$@"; do
-    recipe=(--recipe "$method" --bits 3 ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
+BEHIND='' # the paper's tables have no such arm
+for method in fp16 "$@"; do
+    recipe=(--recipe "$method") calibration=()
+    [ "$method" = fp16 ] || recipe+=(--bits 3 ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
     case $method in
-        rtn) ;; # looks at no text
-        omniquant) recipe+=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
-        *) recipe+=("${text[@]}") ;;
+        gptq | awq) calibration=("${text[@]}") ;;
+        omniquant) calibration=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
     esac
-    for prefix in none bos; do
-        evaluate "${recipe[@]}" --prefix "$prefix"
-    done
+    arms ppl "$device" 29500 "$model" "${recipe[@]}" \
+        ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} > /dev/null
 done
 python -m eval table 1 --model "$(basename "$model")"

@@ -4,7 +4,8 @@
 # Usage: table3.sh DEVICE MODEL_PATH [METHOD]…      for example: table3.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
 #   METHOD  rtn, gptq, omniquant, awq (default: all)
 # Environment: GROUP_SIZE, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults, SEED the
-# calibration's; EPOCHS of OmniQuant; DATA=local|sample|hub, LIMIT (questions a task) what is scored.
+# calibration's; EPOCHS of OmniQuant; DATA=local|sample|hub, LIMIT (questions a task) and BATCH_SIZE of
+# the tasks.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: table3.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
@@ -19,21 +20,15 @@ for method in "$@"; do
         fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
 done
 
-evaluate() { # a recipe's options and a prefix
-    run_eval "$device" 29500 tasks --tasks qa --model "$model" "$@" \
-        ${DATA:+--data "$DATA"} ${LIMIT:+--limit "$LIMIT"} > /dev/null
-}
-
-evaluate --recipe fp16 --prefix none
-for method in "$@"; do
-    recipe=(--recipe "$method" --bits 3 ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
+BEHIND='' # the paper's tables have no such arm
+for method in fp16 "$@"; do
+    recipe=(--recipe "$method") calibration=()
+    [ "$method" = fp16 ] || recipe+=(--bits 3 ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
     case $method in
-        rtn) ;; # looks at no text
-        omniquant) recipe+=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
-        *) recipe+=("${text[@]}") ;;
+        gptq | awq) calibration=("${text[@]}") ;;
+        omniquant) calibration=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
     esac
-    for prefix in none bos; do
-        evaluate "${recipe[@]}" --prefix "$prefix"
-    done
+    arms tasks "$device" 29500 "$model" "${recipe[@]}" --tasks qa \
+        ${DATA:+--data "$DATA"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} > /dev/null
 done
 python -m eval table 3 --model "$(basename "$model")"
