@@ -273,3 +273,10 @@ def test_logits_in_small_pieces_are_the_same(wrapper, monkeypatch):
     expected = lm.loglikelihood(likelihood_requests(PAIRS))
     monkeypatch.setattr("eval.scoring.LOGITS_AT_ONCE", 3 * 101)
     assert_same(lm.loglikelihood(likelihood_requests(PAIRS)), expected, 1e-5)
+
+
+def test_a_model_type_outside_the_table_is_scored_by_its_own_logits(wrapper, monkeypatch):
+    lm = wrapper("qwen3", LEAD, intact=True)
+    expected = lm.loglikelihood(likelihood_requests(PAIRS))
+    monkeypatch.setattr("eval.scoring.ARCHITECTURES", {})
+    assert_same(lm.loglikelihood(likelihood_requests(PAIRS)), expected, 1e-5)
