@@ -3,9 +3,8 @@
 # published figures.
 # Usage: table2.sh DEVICE MODEL_PATH [METHOD]…      for example: table2.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
 #   METHOD  rtn, gptq, omniquant, awq (default: all)
-# Environment: GROUP_SIZE, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults, SEED the
-# calibration's; EPOCHS of OmniQuant; DATA=local|sample, LIMIT (questions a subject) and BATCH_SIZE of
-# MMLU.
+# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text that methods calibrate on; EPOCHS of
+# OmniQuant; DATA=local|sample, LIMIT (questions a subject), BATCH_SIZE of MMLU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: table2.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
@@ -23,7 +22,7 @@ done
 BEHIND='' # the paper's tables have no such arm
 for method in fp16 "$@"; do
     recipe=(--recipe "$method") calibration=()
-    [ "$method" = fp16 ] || recipe+=(--bits 3 ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
+    [ "$method" = fp16 ] || recipe+=(--bits 3)
     case $method in
         gptq | awq) calibration=("${text[@]}") ;;
         omniquant) calibration=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
