@@ -3,7 +3,7 @@
 # published figures.
 # Usage: table1.sh DEVICE MODEL_PATH [METHOD]…      for example: table1.sh 0 modelzoo/llama-2/llama-2-7b gptq awq
 #   METHOD  rtn, gptq, omniquant, awq (default: all)
-# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text that methods calibrate on; EPOCHS of
+# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text to calibrate on; EPOCHS of
 # OmniQuant; CORPUS, WINDOW, LIMIT what is scored.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -3,7 +3,7 @@
 # published figures.
 # Usage: table2.sh DEVICE MODEL_PATH [METHOD]…      for example: table2.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
 #   METHOD  rtn, gptq, omniquant, awq (default: all)
-# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text that methods calibrate on; EPOCHS of
+# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text to calibrate on; EPOCHS of
 # OmniQuant; DATA=local|sample, LIMIT (questions a subject), BATCH_SIZE of MMLU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

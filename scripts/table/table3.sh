@@ -3,7 +3,7 @@
 # with IntactKV_[B], beside the published figures.
 # Usage: table3.sh DEVICE MODEL_PATH [METHOD]…      for example: table3.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
 #   METHOD  rtn, gptq, omniquant, awq (default: all)
-# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text that methods calibrate on; EPOCHS of
+# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text to calibrate on; EPOCHS of
 # OmniQuant; DATA=local|sample|hub, LIMIT (questions a task), BATCH_SIZE of the tasks.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
