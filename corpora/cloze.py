@@ -3,7 +3,8 @@
 They let every path of the evaluation run on a fresh machine. They are not the benchmarks, and a score on them compares
 only with another score on them: the rules below are all that there is to know.
 
-    lambada_openai  three sentences of an article; the last word, at least five letters, occurs earlier in the text
+    lambada_openai  three sentences of an article; the last word, at least five letters, stands earlier in the text,
+                    alone or in a longer word
     hellaswag       a sentence and the first half of the next; endings: its second half, or those of three others
     openbookqa      a sentence without its last word; choices: the word, or three last words of other articles
     arc_easy        "Which word is missing?"; choices: the word, or three words of the same article
@@ -218,8 +219,11 @@ def _winogrande(articles: list[list[str]], generator: random.Random) -> Iterator
                 continue
             name = generator.choice(names)
             options, label = _shuffled(name, [generator.choice(pool)], generator)
+            gap = re.sub(rf"\b{name}\b", "_", sentence, count=1)
+            if gap.count("_") != 1:  # a part of a word ("PlayStation"), or a gap that was there
+                continue
             yield {
-                "sentence": re.sub(rf"\b{name}\b", "_", sentence, count=1),
+                "sentence": gap,
                 "option1": options[0],
                 "option2": options[1],
                 "answer": str(label + 1),

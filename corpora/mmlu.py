@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 LETTERS = "ABCD"
+CHECKOUT = Path(__file__).resolve().parents[1]
 MMLU_ARCHIVE = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 
 # Subject to subcategory, subcategory to category: the authors' `categories.py`.
@@ -76,8 +77,8 @@ class Subject:
 
 
 def mmlu_directory(*, sample: bool) -> Path:
-    """Where the files lie: the benchmark's, or those of our own sample questions."""
-    return datasets_dir() / ("sample-mmlu" if sample else "mmlu") / "data"
+    """Where the files lie: the benchmark's, or those of our own sample questions, which come with the code."""
+    return CHECKOUT / "datasets" / "sample-mmlu" / "data" if sample else datasets_dir() / "mmlu" / "data"
 
 
 def read_mmlu(directory: Path, *, strict: bool = False) -> list[Subject]:

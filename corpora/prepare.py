@@ -8,6 +8,7 @@ from pathlib import Path
 
 from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_directory
 from corpora.errors import UserError
+from corpora.mmlu import MMLU_ARCHIVE, mmlu_directory
 from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA, sample_directory, scored_files, task_directory
 
 __all__ = ["model_is_present", "prepare_data", "prepare_model"]
@@ -97,6 +98,11 @@ def prepare_data(name: str) -> tuple[Path, bool]:
     if name in TASK_DATA:
         fetched = _fetch_task(name)
         return task_directory(TASK_DATA[name]), fetched
+    if name not in CORPORA:
+        if name == "mmlu":
+            raise UserError(f"mmlu is not fetched: unpack {MMLU_ARCHIVE} into {mmlu_directory(sample=False).parent}")
+        known = ", ".join([*CORPORA, SAMPLE_TASKS_NAME, *TASK_DATA])
+        raise UserError(f"unknown data set {name!r}; known are {known}")
     directory = corpus_directory(name)
     corpus = CORPORA[name]
     if corpus.hub_id is None:

@@ -5,6 +5,7 @@ and the raw files that the former loading scripts downloaded.
 `sample` rows are made by rule from the sample text (`corpora.cloze`): never the benchmark itself.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskData:
-    """Where a task's data lie. folders: below datasets/, the first that exists is read; splits: patterns by the split's
-    name; convert: from a raw file's row to the hub's (a row of the hub passes unchanged)."""
+    """Where a task's data lie.
+
+    folders: below datasets/; the first one that holds the scored split is read. splits: patterns by the split's name,
+    the scored one first. convert: from a raw file's row to the hub's (a row of the hub passes unchanged).
+    """
 
     hub_id: str
     folders: tuple[str, ...]
@@ -64,9 +68,16 @@ def _hellaswag(row: Row) -> Row:
     return row | {"label": str(row["label"])}
 
 
-def _splits(config: str, **raw: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Patterns of each split: the hub's files of a configuration, then the raw ones."""
-    return {split: (*split_patterns(config, split), *names) for split, names in raw.items()}
+def _splits(config: str, *, alone: bool = True, **raw: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Patterns of each split: the hub's files of a configuration, then the raw ones.
+
+    alone: files that name no configuration count, too. Not so where one repository holds several data sets: a `test`
+    folder of ai2_arc may be the easy questions or the hard ones.
+    """
+    return {
+        split: (*(p for p in split_patterns(config, split) if alone or p.startswith(f"{config}/")), *names)
+        for split, names in raw.items()
+    }
 
 
 TASK_DATA: dict[str, TaskData] = {
@@ -84,25 +95,33 @@ TASK_DATA: dict[str, TaskData] = {
     "arc_easy": TaskData(
         "allenai/ai2_arc",
         ("ai2_arc", "allenai/ai2_arc"),
-        _splits("ARC-Easy", test=("**/ARC-Easy-Test.jsonl",), train=("**/ARC-Easy-Train.jsonl",)),
+        _splits("ARC-Easy", alone=False, test=("**/ARC-Easy-Test.jsonl",), train=("**/ARC-Easy-Train.jsonl",)),
         _question_with_stem,
     ),
     "arc_challenge": TaskData(
         "allenai/ai2_arc",
         ("ai2_arc", "allenai/ai2_arc"),
-        _splits("ARC-Challenge", test=("**/ARC-Challenge-Test.jsonl",), train=("**/ARC-Challenge-Train.jsonl",)),
+        _splits(
+            "ARC-Challenge",
+            alone=False,
+            test=("**/ARC-Challenge-Test.jsonl",),
+            train=("**/ARC-Challenge-Train.jsonl",),
+        ),
         _question_with_stem,
     ),
     "boolq": TaskData(
         "aps/super_glue",
         ("super_glue", "aps/super_glue"),
-        _splits("boolq", validation=("BoolQ/val.jsonl", "**/val.jsonl"), train=("BoolQ/train.jsonl", "**/train.jsonl")),
+        _splits("boolq", alone=False, validation=("**/BoolQ/val.jsonl",), train=("**/BoolQ/train.jsonl",)),
         _boolq,
     ),
     "hellaswag": TaskData(
         "Rowan/hellaswag",
         ("hellaswag", "Rowan/hellaswag"),
-        _splits("data", validation=("**/hellaswag_val.jsonl",), train=("**/hellaswag_train.jsonl",)),
+        {
+            split: (*split_patterns("data", split), f"default/{split}/*.parquet", f"**/hellaswag_{raw}.jsonl")
+            for split, raw in (("validation", "val"), ("train", "train"))
+        },
         _hellaswag,
     ),
     "lambada_openai": TaskData(
@@ -113,7 +132,7 @@ TASK_DATA: dict[str, TaskData] = {
     "piqa": TaskData(
         "baber/piqa",
         ("piqa", "baber/piqa"),
-        _splits("plain_text", validation=("**/validation-*.parquet",), train=("**/train-*.parquet",)),
+        _splits("plain_text", validation=("data/validation-*.parquet",), train=("data/train-*.parquet",)),
     ),
     "gsm8k": TaskData(
         "openai/gsm8k", ("gsm8k", "openai/gsm8k"), _splits("main", test=("**/test.jsonl",), train=("**/train.jsonl",))
@@ -127,14 +146,17 @@ SAMPLE_TASKS = tuple(name for name in TASK_DATA if name != "truthfulqa_gen")  # 
 
 
 def task_directory(data: TaskData) -> Path:
-    """Where a task's data lie, or belong if they are not here."""
+    """Where a task's data lie, or belong if they are not here: the first folder with the scored split, or any."""
     folders = [datasets_dir() / folder for folder in data.folders]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
+    scored = next(iter(data.splits.values()))
+    there = [folder for folder in folders if folder.is_dir()]
+    return next((folder for folder in there if _first(folder, scored)), (there or folders)[0])
 
 
 def scored_files(data: TaskData) -> list[Path]:
-    """Files of the split that a task is scored on; empty if they are not here."""
-    return _first(task_directory(data), next(iter(data.splits.values())))
+    """Files of the split that a task is scored on; empty if not all of them are here."""
+    files = _first(task_directory(data), next(iter(data.splits.values())))
+    return [] if _missing_shards(files) else files
 
 
 def sample_directory() -> Path:
@@ -147,11 +169,13 @@ def unlisted_task(hub_id: str, config: str | None, splits: tuple[str, ...]) -> T
 
     splits: their names, the one that the task is scored on first.
     """
-    configs = [config] if config else ["data", "default"]
+    folders = tuple(dict.fromkeys((hub_id.rpartition("/")[2], hub_id)))
+    if config not in (None, "default"):
+        return TaskData(hub_id, folders, _splits(config, alone=False, **dict.fromkeys(splits, ())))
     return TaskData(
         hub_id,
-        tuple(dict.fromkeys((hub_id.rpartition("/")[2], hub_id))),
-        {split: tuple(p for c in configs for p in split_patterns(c, split)) for split in splits},
+        folders,
+        {split: tuple(p for c in ("data", "default") for p in split_patterns(c, split)) for split in splits},
     )
 
 
@@ -169,19 +193,49 @@ def task_rows(name: str, data: TaskData, *, sample: bool) -> TaskRows:
     else:
         folder, splits = task_directory(data), data.splits
         how = f"run 'bash scripts/prepare/data.sh {name}' or " if name in TASK_DATA else ""
-        hint = f"{how}copy {data.hub_id} of the hub there (datasets/README.md has all the forms), or use --data hub"
+        hint = f"{how}copy {data.hub_id} of the hub there (datasets/README.md names all forms), or use --data hub"
     rows: dict[str, list[Row]] = {}
     files: list[Path] = []
     for split, patterns in splits.items():
         found = _first(folder, patterns)
-        if found:
-            rows[split] = [data.convert(row) for row in read_rows(found)]
+        missing = _missing_shards(found)
+        if missing:
+            raise UserError(f"data of {name}: {folder} is incomplete, {missing[0]} is missing; {hint}")
+        here = [row for file in found for row in _converted(file, data.convert)]
+        if here:
+            rows[split] = here
             files += found
     scored = next(iter(data.splits))
     if not rows.get(scored):
         state = "is missing" if not folder.is_dir() else f"holds no {scored} split (for example {splits[scored][0]})"
         raise UserError(f"data of {name}: {folder} {state}; {hint}")
     return TaskRows(rows, tuple(files))
+
+
+def _converted(file: Path, convert: Callable[[Row], Row]) -> list[Row]:
+    """Rows of a file in the hub's form. Raises UserError, with the file and the row, for one of an unknown form."""
+    rows: list[Row] = []
+    for row in read_rows(file):
+        try:
+            rows.append(convert(row))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"{file}: row {len(rows) + 1} is of no form that is known for this task ({reason}); its fields are "
+                f"{', '.join(row)}; datasets/README.md names all forms"
+            ) from None
+    return rows
+
+
+def _missing_shards(files: list[Path]) -> list[Path]:
+    """What is not here of the files of a split that count themselves, NAME-00000-of-00002.parquet."""
+    wanted = []
+    for file in files:
+        parts = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.\w+)", file.name)
+        if parts:
+            start, count, suffix = parts.groups()
+            wanted += [file.with_name(f"{start}-{i:05d}-of-{count}{suffix}") for i in range(int(count))]
+    return [file for file in dict.fromkeys(wanted) if file not in files]
 
 
 def _first(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

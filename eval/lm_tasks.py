@@ -119,30 +119,37 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             "local files (--data local)"
         )
     tasks, files = {}, []
-    mmlu = _hendrycks(source) if run.leaves[0][0].startswith("mmlu_") else {}
+    subjects = {f"mmlu_{subject}" for subject in SUBCATEGORIES}
+    mmlu = _hendrycks(source) if any(name in subjects for name, _ in run.leaves) else {}
     for name, path in run.leaves:
-        if mmlu and name not in mmlu:
-            continue  # the sample has some of the subjects
+        authors = bool(mmlu) and name in subjects
+        if authors and name not in mmlu:
+            if source == "sample" and len(run.leaves) > 1:
+                continue  # it has some of the subjects
+            raise UserError(
+                f"{name}: {mmlu_directory(sample=source == 'sample')} has no questions of this subject; it has "
+                f"{', '.join(mmlu)}"
+            )
         config = load_yaml(path)
         for key in ("tag", "group", "task_list"):
             config.pop(key, None)
         if "class" in config:
             raise UserError(f"the task {name} is defined by code and reads the hub by itself; it cannot be run here")
+        shots = (config.get("num_fewshot") or 0) if fewshot is None else fewshot
         if source != "hub":
-            splits, origin = mmlu[name] if mmlu else _rows(name, config, source)
+            splits, origin = mmlu[name] if authors else _rows(name, config, source)
             files += origin
-            _with_rows(config, splits, source)
-        own = config.get("num_fewshot") or 0
-        shots = own if fewshot is None else fewshot
+            if shots:
+                _check_examples(name, config, splits, shots)
+            _with_rows(config, splits)
         task = ConfigurableTask(config=config)
-        if shots and task.fewshot_docs() is None:
-            raise UserError(
-                f"{name} shows {shots} examples, but its data have no split to take them from; add the training split "
-                "or use --fewshot 0"
-            )
+        if shots and shots > (there := _examples(task)):
+            raise UserError(f"{name}: --fewshot {shots} is more than the {there} examples that its data have to show")
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
         tasks[name] = task
+    if not tasks:
+        raise UserError(f"the sample has no questions of {run.name}; it has those of {', '.join(mmlu)}")
     return tasks, identity({"files": [sha256_of_file(file) for file in files]})
 
 
@@ -176,7 +183,31 @@ def _rows(name: str, config: dict[str, Any], source: str) -> tuple[dict[str, lis
     return rows.splits, list(rows.files)
 
 
-def _with_rows(config: dict[str, Any], splits: dict[str, list[dict[str, Any]]], source: str) -> None:
+def _check_examples(name: str, config: dict[str, Any], splits: dict[str, list[dict[str, Any]]], shots: int) -> None:
+    """Raise UserError if the split that a task takes its examples from is not here.
+
+    lm-eval would take them from the scored questions, and show one with its answer.
+    """
+    own = config.get("fewshot_config") or {}
+    if own.get("samples") is not None:
+        return
+    roles = (own.get("split"), *(config.get(f"{role}_split") for role in ("fewshot", "training", "validation", "test")))
+    split = next((split for split in roles if split), None)
+    if split not in splits:
+        raise UserError(
+            f"{name} shows {shots} examples, but its data have no {split} split to take them from; add that split or "
+            "use --fewshot 0"
+        )
+
+
+def _examples(task: ConfigurableTask) -> int:
+    """How many examples a task can show: of its scored questions all but the one that is asked."""
+    documents = task.fewshot_docs()
+    count = 0 if documents is None else len(list(documents))
+    return count - 1 if count and task.fewshot_cfg.split == task.config.test_split else count
+
+
+def _with_rows(config: dict[str, Any], splits: dict[str, list[dict[str, Any]]]) -> None:
     """Let a task's configuration read these rows; splits that are not there are not asked for."""
     config["custom_dataset"] = lambda **_: datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}

@@ -52,8 +52,15 @@ class Prompt:
 def fitting_prompt(
     lm: IntactLM, subject: str, question: Question, shots: Sequence[Question], limit: int = LONGEST_PROMPT
 ) -> Prompt:
-    """The prompt with as many of the first examples as fit `limit` tokens and the model's context."""
+    """The prompt with as many of the first examples as fit `limit` tokens and the model's context.
+
+    Raises UserError if the lead alone fills the limit.
+    """
     limit = min(limit, lm.max_length)
+    if len(lm.lead) >= limit:
+        raise UserError(
+            f"a prefix of {len(lm.lead)} tokens leaves no room for a question in a prompt of {limit}; use a shorter one"
+        )
     for count in range(len(shots), -1, -1):
         ids = lm.tok_encode(prompt(subject, question, shots[:count]))
         if len(ids) <= limit:

@@ -1,13 +1,16 @@
 """From a plan and a task to a record: the model is loaded once, when the first task without a finished run needs it."""
 
+import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from corpora.errors import UserError
 from corpora.machine import peak_memory_mb
-from corpora.mmlu import Subject, mmlu_directory, read_mmlu
+from corpora.mmlu import SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
 from corpora.storage import identity, sha256_of_file
 from corpora.tokens import start_token_id
 from eval import mmlu
@@ -17,9 +20,14 @@ from eval.processes import Processes
 from eval.runs import record_of
 from quantization.loading import Plan
 
-__all__ = ["TaskRunner", "lead_of"]
+__all__ = ["Prepared", "TaskRunner", "lead_of"]
+
+log = logging.getLogger(__name__)
+
+log = logging.getLogger(__name__)
 
 MMLU_SHOTS = 5  # in the published table
+COUNTS = ("rows", "behind_prefix", "truncated")  # of rows, in a record
 DEFAULT_CONTEXT = 2048  # of a model whose configuration names none
 
 
@@ -37,6 +45,15 @@ def lead_of(plan: Plan, bos_always: bool) -> tuple[int, ...]:
     ids = plan.tokenizer("a")["input_ids"]
     own = plan.tokenizer.bos_token_id
     return (own,) if own is not None and ids[:1] == [own] else ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task whose data are here. name: of its record's file; measure: its figures, on the first process."""
+
+    name: str
+    settings: dict[str, Any]
+    measure: Callable[[IntactLM], dict[str, Any] | None]
 
 
 class TaskRunner:
@@ -64,12 +81,17 @@ class TaskRunner:
         self.lead = lead_of(plan, bos_always)
         self._lm: IntactLM | None = None
 
-    def record(self, run: TaskRun, force: bool = False) -> dict[str, Any]:
-        """The record of a task, read back or made now."""
+    def prepare(self, run: TaskRun) -> Prepared:
+        """Read a task's data. Raises UserError for whatever is missing, before any task has run."""
         hendrycks = run.name == "mmlu" and self.protocol == "hendrycks"
         if hendrycks:
             shots: Any = MMLU_SHOTS if self.fewshot is None else self.fewshot
-            subjects = read_mmlu(mmlu_directory(sample=self._sampled("mmlu")))
+            sampled = self._sampled("mmlu")
+            subjects = read_mmlu(mmlu_directory(sample=sampled))
+            absent = sorted(SUBCATEGORIES.keys() - {subject.name for subject in subjects})
+            if absent and not sampled:
+                log.warning("MMLU: %d of its subjects are not here (%s); the score is of the others", len(absent),
+                            ", ".join(absent))  # fmt: skip
             short = next((s for s in subjects if len(s.dev) < shots), None)
             if short is not None:
                 raise UserError(f"--fewshot {shots}: {short.files[0]} has only {len(short.dev)} examples to show")
@@ -89,21 +111,29 @@ class TaskRunner:
             "batch_size": self.batch_size,
         }
 
+        def measure(lm: IntactLM) -> dict[str, Any] | None:
+            return self._hendrycks(lm, subjects, shots) if hendrycks else run_tasks(lm, tasks, self.limit)
+
+        return Prepared(f"{settings['model']}-{settings['weights']}-{run.name}", settings, measure)
+
+    def record(self, task: Prepared, force: bool = False) -> dict[str, Any]:
+        """The record of a task, read back or made now."""
+
         def figures() -> dict[str, Any]:
             lm = self._loaded()
             lm.counts.clear()
             started = time.perf_counter()
-            measured = self._hendrycks(lm, subjects, shots) if hendrycks else run_tasks(lm, tasks, self.limit)
+            measured = task.measure(lm)
             seconds = time.perf_counter() - started
+            counts = self.processes.summed(torch.tensor([lm.counts[key] for key in COUNTS]))
             return (measured or {}) | {
-                "rows": {key: lm.counts[key] for key in ("rows", "behind_prefix", "truncated")},
+                "rows": dict(zip(COUNTS, counts.tolist(), strict=True)),
                 "seconds": round(seconds, 3),
                 "peak_memory_mb": round(peak_memory_mb(self.plan.device.type), 1),
                 "quantization": self.plan.cost(),
             }
 
-        name = f"{settings['model']}-{settings['weights']}-{run.name}"
-        return record_of("tasks", name, settings, figures, force=force, write=self.processes.is_first)
+        return record_of("tasks", task.name, task.settings, figures, force=force, write=self.processes.is_first)
 
     def _sampled(self, name: str) -> bool:
         """Whether the sample is asked for. Raises UserError where only files will do."""
@@ -142,3 +172,14 @@ class TaskRunner:
         right = self.processes.summed(right)
         measured = mmlu.figures(subjects, right.split([len(test) for test in tests]))
         return measured | {"prompts": {"fewer_examples": int(fewer[0]), "cut": int(fewer[1])}}
+
+
+def _report_cuts(task: str, record: dict[str, Any]) -> None:
+    """Say which prompts were not read whole: their scores are not quite the task's."""
+    rows, prompts = record["rows"], record.get("prompts", {})
+    if rows["truncated"]:
+        log.warning("%s: %d of %d rows were too long for the model's context and lost their first tokens behind the "
+                    "prefix", task, rows["truncated"], rows["rows"])  # fmt: skip
+    if prompts.get("fewer_examples"):
+        log.warning("%s: %d prompts show fewer examples, to fit %d tokens; %d questions were cut", task,
+                    prompts["fewer_examples"], mmlu.LONGEST_PROMPT, prompts["cut"])  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -18,10 +18,12 @@ from corpora.catalog import (
     model_directory,
 )
 from corpora.errors import UserError
+from corpora.mmlu import MMLU_ARCHIVE
+from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PUBLISHED = ModelDefaults(("wikitext2", "c4"), 128, None)
-SMALL = ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512))
+SMALL = ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,10 @@ def test_what_datasets_caches_in_a_folder_is_no_part_of_the_corpus(
     assert corpus_files(corpus, "evaluation") == shards
 
 
-def rows(readme: str) -> list[list[str]]:
-    """Cells of the first table of a README, code marks taken off, without its head."""
-    lines = [line for line in (CHECKOUT / readme).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+def rows(readme: str, number: int = 0) -> list[list[str]]:
+    """Cells of a table of a README, by its number, without its head."""
+    text = (CHECKOUT / readme).read_text(encoding="utf-8")
+    lines = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -118,6 +121,19 @@ def test_the_table_of_data_sets_agrees_with_the_catalogue() -> None:
     for name, corpus in CORPORA.items():
         assert table[name][1] == f"`{corpus.folder}`"
         assert table[name][2] == (f"`{corpus.hub_id}`" if corpus.hub_id else "none: made from a package")
+
+
+def test_the_table_of_tasks_agrees_with_what_is_read() -> None:
+    table = {row[0].strip("`"): row for row in rows("datasets/README.md", 1)}
+    assert list(table) == [*TASK_DATA, "mmlu", SAMPLE_TASKS_NAME]
+    assert MMLU_ARCHIVE in table["mmlu"][2]
+    for name, task in TASK_DATA.items():
+        config, split = re.fullmatch(r"`(.*)`, (\w+)", table[name][3]).groups()
+        assert table[name][1:3] == [f"`{task.folders[0]}`", f"`{task.hub_id}`"]
+        assert next(iter(task.splits)) == split
+        assert f"{config}/{split}-*.parquet" in task.splits[split]
+        file = table[name][4].strip("`")
+        assert file == "–" or any(PurePath("x", file).match(pattern) for pattern in task.splits[split])
 
 
 def test_the_table_of_models_agrees_with_the_catalogue() -> None:
@@ -153,6 +169,9 @@ def test_the_list_says_what_is_here(tmp_path: Path) -> None:
     assert [name for (_, name), row in listed.items() if row["present"]] == ["pile"]
     assert listed["model", "llama-2 7b"]["directory"] == "modelzoo/llama-2/llama-2-7b"
     assert listed["data", "c4"]["get"] == "bash scripts/prepare/data.sh c4"
+    assert listed["task", "hellaswag"]["directory"] == "datasets/hellaswag"
+    assert listed["task", "hellaswag"]["get"] == "bash scripts/prepare/data.sh hellaswag"
+    assert listed["task", "mmlu"]["get"] == f"unpack {MMLU_ARCHIVE} there"
     lines = run(root=tmp_path).stdout.splitlines()
     assert len(lines) == 1 + len(listed)
     assert re.fullmatch(r"data +pile +present +datasets/pile-val-backup +bash scripts/prepare/data\.sh pile", lines[4])
