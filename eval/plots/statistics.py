@@ -134,7 +134,8 @@ def _pivots(figures: Row) -> tuple[Any, Sequence[str], list[Sequence[Any]]]:
         _line(panels[1], [row[key] for row in rows], f"input of {key.rpartition('.')[2]}", colour)
     for states, name, colour in (("k", "key", BEHIND), ("v", "value", VANILLA)):
         _line(panels[2], [row[f"{states}_pivots"] / row[f"{states}_rest"] for row in rows], name, colour)
-    even = len(figures["pivots"]) / figures["windows"] / figures["settings"]["window"]
+    positions = figures["tokens"] + figures["windows"] * len(figures["settings"]["lead"])
+    even = len(figures["pivots"]) / positions
     for axes, level, name in ((panels[1], even, "an even share"), (panels[2], 1.0, "alike")):
         if figures["pivots"]:
             axes.axhline(level, color=GREY, linewidth=0.8, linestyle="--", label=name)
