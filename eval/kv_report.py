@@ -42,7 +42,7 @@ def stored_bits(policy: KVPolicy | None, head_size: int) -> float | None:
 def kv_report(
     pair: Pair, windows: Windows, report: Callable[[], Any] = lambda: None
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """Rows of arm, group, layer, k_sqnr, v_sqnr, attention_sqnr, tokens, quantized_fraction, bits_per_element; and by
+    """Rows of arm, group, block, k_sqnr, v_sqnr, attention_sqnr, tokens, quantized_fraction, bits_per_element; and by
     group the figures of `LogitLoss`. A group without tokens has no rows; one without queries has attention_sqnr nan.
 
     Errors are summed over the windows. quantized_fraction: of the group's cached tokens, 0…1. bits_per_element: mean.
@@ -76,7 +76,7 @@ def kv_report(
         {
             "arm": pair.arm,
             "group": group,
-            "layer": layer,
+            "block": layer,
             **{f"{what}_sqnr": losses[group, layer, what].sqnr for what in ("k", "v", "attention")},
             "tokens": tokens[group],
             "quantized_fraction": (fraction := quantized[group] / tokens[group]),

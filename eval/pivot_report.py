@@ -33,9 +33,10 @@ def pivot_report(
 
     Returns rows of window, position, token (its id), layers and channels where massive, largest (signed), layer and
     channel of it, ratio (to that layer's median), attention_mass (its own, mean over layers and all later queries);
-    layer l is the output of block l, 0 the embeddings. And per block rows of attention_mass (of all pivots together),
-    hessian_share_{linear} and k_pivots, k_rest, v_pivots, v_rest: means over the texts that hold pivots, nan if none
-    does. Memory: one layer's attention weights (heads, T, T), one text's cache and residual stream.
+    layer l is the hidden state behind l blocks, 0 the embeddings. And rows of block (from 0), attention_mass (of all
+    pivots together), hessian_share_{linear} (of all texts' trace), k_pivots, k_rest, v_pivots, v_rest: masses and norms
+    are means over the texts that hold pivots, nan if none does.
+    Memory: one layer's attention weights (heads, T, T), one text's cache and residual stream.
     """
     magnitudes = [hidden_magnitudes(model, text) for text in texts]
     positions = [found.pivots() for found in magnitudes]
@@ -51,7 +52,7 @@ def pivot_report(
     for block in range(len(architecture_of(model.config).blocks_of(model))):
         means = [torch.tensor([looked.mass[block], *looked.norms[block]]) for looked in passes]
         mass, *norms = torch.stack(means).mean(dim=0).tolist() if means else [float("nan")] * 5
-        row = {"layer": block, "attention_mass": mass}
+        row = {"block": block, "attention_mass": mass}
         row |= {f"hessian_share_{name}": float(share[block]) for name, share in shares.items()}
         layers.append(row | dict(zip(("k_pivots", "k_rest", "v_pivots", "v_rest"), norms, strict=True)))
     return tokens, layers

@@ -114,7 +114,7 @@ def means_of(kind: str, rows: Sequence[Row]) -> dict[str, Any]:
             arm: {group: {key: _mean(key, its) for key in keys} for group, its in by(mine, "group").items()}
             for arm, mine in by(rows, "arm").items()
         }
-    return {key: _mean(key, rows) for key in rows[0] if key != "layer"}
+    return {key: _mean(key, rows) for key in rows[0] if key != "block"}
 
 
 def _mean(key: str, rows: Sequence[Row]) -> float | None:
@@ -167,8 +167,8 @@ CURVES = ("own", "input", "output")
 
 def _kv(figures: Row, full: bool) -> list[Table]:
     layers = []
-    for layer, mine in by(figures["rows"], "layer").items():
-        row: Row = {"layer": layer}
+    for block, mine in by(figures["rows"], "block").items():
+        row: Row = {"block": block}
         for what, short in (("k", "K"), ("v", "V"), ("attention", "attention")):
             for r in sorted(mine, key=lambda r: (GROUPS.index(r["group"]), r["arm"] != "vanilla")):
                 row[f"{short} {r['group']}, {r['arm']}"] = r[f"{what}_sqnr"]
@@ -178,7 +178,7 @@ def _kv(figures: Row, full: bool) -> list[Table]:
         for (arm, means), logits in zip(figures["means"].items(), figures["logits"].values(), strict=True)
         for group, mean in means.items()
     ]
-    per_layer = table("Every layer", figures["rows"]) if full else table("SQNR in dB per layer", layers)
+    per_layer = table("Every layer", figures["rows"]) if full else table("SQNR in dB per block", layers)
     return [per_layer, table("The model: mean SQNR in dB over layers; logits at the group's positions", whole)]
 
 
@@ -192,7 +192,11 @@ def _pivots(figures: Row, full: bool) -> list[Table]:
         {key: _ranges(row[key]) if isinstance(row[key], list) else row[key] for key in (*words, *row)}
         for row in figures["pivots"]
     ]
-    found = [table("Pivot tokens (layer l is the output of block l, 0 the embeddings)", tokens)] if tokens else []
+    found = (
+        [table("Pivot tokens (layer l is the hidden state behind l blocks, 0 the embeddings)", tokens)]
+        if tokens
+        else []
+    )
     return [*found, table("What the pivots take, per block", figures["rows"])]
 
 

@@ -342,7 +342,7 @@ def test_the_first_layers_keys_err_by_the_policy_alone(model):
     cache = plain_cache(model, torch.cat([text.lead, text.fed[0]])[None])
     for what, states in (("k", cache.layers[0].keys[..., 1:, :]), ("v", cache.layers[0].values[..., 1:, :])):
         expected = sqnr(states, PerHead(3).keys(states))
-        (row,) = [row for row in rows if (row["layer"], row["group"]) == (0, "rest")]
+        (row,) = [row for row in rows if (row["block"], row["group"]) == (0, "rest")]
         assert row[f"{what}_sqnr"] == pytest.approx(expected, abs=0.05)  # another shape rounds a few codes otherwise
 
 
@@ -390,7 +390,7 @@ def test_the_pivot_report_finds_what_was_planted_and_measures_what_it_takes(mode
             assert row[f"{what}_pivots"] == pytest.approx(float(lengths[:, list(places)].mean()), rel=1e-4)
             assert row[f"{what}_rest"] == pytest.approx(float(lengths[:, others].mean()), rel=1e-4)
         for name, share in shares.items():
-            assert row[f"hessian_share_{name}"] == float(share[row["layer"]])
+            assert row[f"hessian_share_{name}"] == float(share[row["block"]])
 
 
 def test_without_pivots_the_report_is_empty_and_attention_is_as_it_was(llama):

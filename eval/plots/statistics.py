@@ -119,7 +119,7 @@ def _kv(figures: Row) -> tuple[Any, Sequence[str], list[Sequence[Any]]]:
         for axes, what in zip(panels, titles, strict=True):
             _line(axes, [row[what] for row in mine], f"{arm}, {group}", ARMS[arm], styles[group])
     _legend(figure, panels)
-    head = ("arm", "group", "layer", *titles)
+    head = ("arm", "group", "block", *titles)
     return figure, head, [[row[key] for key in head] for row in figures["rows"]]
 
 
