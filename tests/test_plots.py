@@ -114,9 +114,10 @@ def test_token_maxima_do_not_depend_on_the_batch_size(model):
     architecture, ids = architecture_of(model.config), texts(5)
     sites = (BLOCK_OUTPUT, *input_sites(architecture), *output_sites(architecture, pre_rope=False))
     intact = attach(model, None)
-    one, all_at_once = (token_maxima(intact, ids, sites, batch_size=size) for size in (1, 5))
+    one, two, all_at_once = (token_maxima(intact, ids, sites, batch_size=size) for size in (1, 2, 5))
     for name, maxima in one.items():
         assert maxima.shape == (3, 5, 20)
+        assert_close(maxima, two[name], rtol=1e-4, atol=1e-4)
         assert_close(maxima, all_at_once[name], rtol=1e-4, atol=1e-4)
     whole = seen(intact, ids, (BLOCK_OUTPUT,), batch_size=2)
     for layer in range(3):

@@ -61,9 +61,8 @@ class Output:
         try:
             for suffix in self.formats:
                 with write_beside(path := self.path(part, suffix)) as beside:
-                    figure.savefig(
-                        beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=FORMATS[suffix]
-                    )  # fmt: skip
+                    words = FORMATS[suffix]
+                    figure.savefig(beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=words)
                 self.written.append(path)
         finally:
             plt.close(figure)

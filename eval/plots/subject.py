@@ -86,15 +86,17 @@ def chosen_layers(text: str, plan: Plan) -> list[int]:
     return list(dict.fromkeys(layers))
 
 
-def opening(plan: Plan, corpus: str | None, samples: int, tokens: int, seed: int) -> Text:
+def opening(
+    plan: Plan, corpus: str | None, samples: int, tokens: int, seed: int, *, conversation: bool = False
+) -> Text:
     """[BOS] and the beginning of a text: (samples, tokens), one window or conversation after the other.
 
-    corpus: None takes ShareGPT, as published, unless the model declares a corpus of its own. seed: of the order of the
-    conversations. Raises UserError if the text is absent or too short.
+    corpus: None takes the model's first; with `conversation` ShareGPT, as published, unless the model declares a single
+    corpus of its own. seed: of the order of the conversations. Raises UserError if the text is absent or too short.
     """
     _check_size(plan, samples, tokens)
     own = model_defaults(plan.checkpoint.family_name).default_corpora
-    corpus = corpus or (own[0] if len(own) == 1 else SHAREGPT)
+    corpus = corpus or (SHAREGPT if conversation and len(own) > 1 else own[0])
     if corpus == SHAREGPT:
         found = sharegpt_samples(
             plan.tokenizer,
@@ -105,16 +107,15 @@ def opening(plan: Plan, corpus: str | None, samples: int, tokens: int, seed: int
         )
         ids = torch.stack([chat.ids[:tokens] for chat in found.chats])
         prompt = 1 + len(encode(plan.tokenizer, VICUNA_SYSTEM))
-        return Text(ids, _size(samples, tokens, "a ShareGPT conversation", "of ShareGPT conversations"),
-                    prompt if prompt < tokens else None)  # fmt: skip
+        what = "a ShareGPT conversation" if samples == 1 else "ShareGPT conversations"
+        return Text(ids, _first(samples, tokens, what), prompt if prompt < tokens else None)
     stream = evaluation_stream(plan.tokenizer, corpus, window=max(tokens, 3), protocol=protocol("intactkv"))
     if len(stream.ids) < samples * max(tokens, 3):
         raise UserError(
             f"{corpus} has {len(stream.ids)} tokens, but --samples {samples} × --tokens {tokens} are asked for; give a "
             "longer text or ask for less"
         )
-    name = Path(corpus).name if Path(corpus).exists() else corpus
-    return Text(stream.windows(samples)[:, :tokens], _size(samples, tokens, name, f"of {name}"))
+    return Text(stream.windows(samples)[:, :tokens], _first(samples, tokens, _name(corpus)))
 
 
 def scattered(
@@ -128,12 +129,19 @@ def scattered(
     corpus, samples = corpus or own.corpus, own.samples if samples is None else samples
     tokens = own.length if tokens is None else tokens
     _check_size(plan, samples, tokens)
-    ids = calibration_segments(
-        plan.tokenizer, corpus, samples=samples, length=tokens, seed=seed, bos_first=bos_first
-    )  # fmt: skip
-    name = Path(corpus).name if Path(corpus).exists() else corpus
+    ids = calibration_segments(plan.tokenizer, corpus, samples=samples, length=tokens, seed=seed, bos_first=bos_first)
     start = ", [BOS] in front of each" if bos_first else ""
-    return Text(ids, f"{_size(samples, tokens, name, f'of {name}')}{start}")
+    return Text(ids, f"{samples} × {tokens} tokens of {_name(corpus)}{start}")
+
+
+def _name(corpus: str) -> str:
+    """A corpus' name, or a file's without its directory."""
+    return Path(corpus).name if Path(corpus).exists() else corpus
+
+
+def _first(samples: int, tokens: int, what: str) -> str:
+    """How much of the beginning of a text, in words."""
+    return f"first {tokens} tokens of {what}" if samples == 1 else f"first {samples} × {tokens} tokens of {what}"
 
 
 def _check_size(plan: Plan, samples: int, tokens: int) -> None:
@@ -148,11 +156,6 @@ def _check_size(plan: Plan, samples: int, tokens: int) -> None:
             f"--tokens {tokens}: {length} tokens with the prefix do not fit the {plan.context} positions of "
             f"{plan.checkpoint.name}; use fewer"
         )
-
-
-def _size(samples: int, tokens: int, one: str, many: str) -> str:
-    """How much text, in words."""
-    return f"first {tokens} tokens of {one}" if samples == 1 else f"{samples} × {tokens} tokens {many}"
 
 
 def figure_name(plan: Plan, kind: str) -> str:

@@ -83,7 +83,7 @@ def draw_surfaces(
             floor = [float(norm.vmin or 0)] * 2
             axes.plot([1, surface.channels], [arm.prompt] * 2, floor, color="red", linestyle="--", linewidth=1.2,
                       label="end of the system prompt", zorder=3)  # fmt: skip
-            axes.legend(frameon=False, fontsize=8, loc="upper left")
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
         for position, words in spots[number] if spots else ():
             row = z[(position - arm.start) // surface.token_step]
             behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}

@@ -29,7 +29,7 @@ class Kind:
     """One kind of figure. declare: adds its options. draw: makes it."""
 
     help: str
-    declare: Callable[[argparse.ArgumentParser], None]
+    declare: "Declare"
     draw: Callable[[argparse.Namespace], "Output"]
 
 
@@ -52,31 +52,32 @@ def run(options: argparse.Namespace) -> None:
     print(*output.written, sep="\n")
 
 
-def _text_options(parser: argparse.ArgumentParser, tokens: int | None, *, prefix: bool) -> argparse._ArgumentGroup:
-    """Model, recipe and text. tokens: the default, None for that of scattered pieces."""
+Declare = Callable[[argparse.ArgumentParser], None]
+
+
+def _text_options(
+    parser: argparse.ArgumentParser, own: str, tokens: int | None, *, prefix: bool
+) -> argparse._ArgumentGroup:
+    """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
     add_model_options(parser)
     add_recipe_options(parser)
     if prefix:
         add_prefix_option(parser)
     add_dtype_option(parser)
     text = parser.add_argument_group("text")
-    own = (
-        "sharegpt: conversations in Vicuna's format, unless the model has a text of its own"
-        if tokens
-        else "the model's own calibration text, or pile"
-    )
     text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
     length = str(tokens) if tokens else "the model's own, or 1024"
     text.add_argument("--tokens", type=int, default=tokens, metavar="T", help=f"of a sequence (default: {length})")
     return text
 
 
-def _opening_options(tokens: int, *, prefix: bool = True, samples: bool = False) -> Callable[..., None]:
-    """Options of kinds that look at the beginning of a text."""
+def _opening_options(tokens: int, *, conversation: bool = True, prefix: bool = True, many: bool = False) -> Declare:
+    """Options of kinds that look at the beginning of a text. many: of several sequences, if wanted."""
+    own = "a conversation of sharegpt in Vicuna's format, unless the model has a text of its own"
 
     def declare(parser: argparse.ArgumentParser) -> None:
-        text = _text_options(parser, tokens, prefix=prefix)
-        if samples:
+        text = _text_options(parser, own if conversation else "the model's own", tokens, prefix=prefix)
+        if many:
             text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
         text.add_argument("--seed", type=int, default=1, dest="text_seed", metavar="S",
                           help="of the order of ShareGPT's conversations (default: 1)")  # fmt: skip
@@ -84,21 +85,24 @@ def _opening_options(tokens: int, *, prefix: bool = True, samples: bool = False)
     return declare
 
 
-def _scattered_options(parser: argparse.ArgumentParser) -> None:
-    """Options of kinds that look at random pieces of text."""
-    text = _text_options(parser, None, prefix=True)
-    text.add_argument("--samples", type=int, metavar="N", help="sequences (default: the model's own, or 64)")
-    text.add_argument(
-        "--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw of pieces (default: 0)"
-    )
-    text.add_argument(
-        "--bos-first",
-        action="store_true",
-        help="put [BOS] at position 0 of every piece (default: pieces as they stand, as published)",
-    )
+def _scattered_options(tokens: int | None = None, *, many: bool = True) -> Declare:
+    """Options of kinds that look at random pieces of text. tokens: None takes the model's own. many: several pieces."""
+
+    def declare(parser: argparse.ArgumentParser) -> None:
+        text = _text_options(parser, "the model's own calibration text, or pile", tokens, prefix=True)
+        if many:
+            text.add_argument("--samples", type=int, metavar="N", help="pieces (default: the model's own, or 64)")
+        text.add_argument("--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw (default: 0)")
+        text.add_argument(
+            "--bos-first",
+            action="store_true",
+            help="put [BOS] at position 0 of every piece (default: pieces as they stand, as published)",
+        )
+
+    return declare
 
 
-def _layer_options(declare: Callable[..., None], *more: Callable[..., None]) -> Callable[..., None]:
+def _layer_options(declare: Declare, *more: Declare) -> Declare:
     """With --layers and others."""
 
     def declare_all(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +122,7 @@ def _log_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _linear_options(parser: argparse.ArgumentParser) -> None:
-    _scattered_options(parser)
+    _scattered_options()(parser)
     _log_option(parser)
 
 
@@ -132,7 +136,7 @@ def _only_down_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _outlier_options(parser: argparse.ArgumentParser) -> None:
-    _scattered_options(parser)
+    _scattered_options()(parser)
     detector = parser.add_argument_group("detector")
     detector.add_argument("--outlier-object", default="down_proj", metavar="down_proj|hidden_state",
                           help="inputs of down_proj, or outputs of blocks (default: down_proj)")  # fmt: skip
@@ -178,23 +182,26 @@ def _plan(options: argparse.Namespace) -> tuple["Plan", "Output"]:
     return plan, _output(options, figure_name(plan, options.figure))
 
 
-def _opening(options: argparse.Namespace) -> tuple["Subject", list[int], "Output"]:
+def _opening(options: argparse.Namespace, conversation: bool = True) -> tuple["Subject", list[int], "Output"]:
     """Model, layers and the beginning of its text."""
     from eval.plots.subject import chosen_layers, load_subject, opening
 
     plan, output = _plan(options)
     layers = chosen_layers(options.layers, plan) if hasattr(options, "layers") else []
-    text = opening(plan, options.corpus, getattr(options, "samples", 1), options.tokens, options.text_seed)
+    size = getattr(options, "samples", 1), options.tokens
+    text = opening(plan, options.corpus, *size, options.text_seed, conversation=conversation)
     return load_subject(plan, text), layers, output
 
 
-def _scattered(options: argparse.Namespace) -> tuple["Subject", "Output"]:
-    """Model and random pieces of its text."""
-    from eval.plots.subject import load_subject, scattered
+def _scattered(options: argparse.Namespace) -> tuple["Subject", list[int], "Output"]:
+    """Model, layers and random pieces of its text."""
+    from eval.plots.subject import chosen_layers, load_subject, scattered
 
     plan, output = _plan(options)
-    text = scattered(plan, options.corpus, options.samples, options.tokens, options.text_seed, options.bos_first)
-    return load_subject(plan, text), output
+    layers = chosen_layers(options.layers, plan) if hasattr(options, "layers") else []
+    size = getattr(options, "samples", 1), options.tokens
+    text = scattered(plan, options.corpus, *size, options.text_seed, options.bos_first)
+    return load_subject(plan, text), layers, output
 
 
 def _perplexity(options: argparse.Namespace) -> "Output":
@@ -217,7 +224,7 @@ def _hessian(options: argparse.Namespace) -> "Output":
 def _pivots(options: argparse.Namespace) -> "Output":
     from eval.plots.pivots import draw_pivots
 
-    subject, _, output = _opening(options)
+    subject, _, output = _opening(options, conversation=False)
     draw_pivots(subject, output)
     return output
 
@@ -250,7 +257,7 @@ def _kv_smooth(options: argparse.Namespace) -> "Output":
 def _linear_input(options: argparse.Namespace) -> "Output":
     from eval.plots.linear_ranges import draw_linear_inputs
 
-    subject, output = _scattered(options)
+    subject, _, output = _scattered(options)
     draw_linear_inputs(subject, options.log, output)
     return output
 
@@ -258,7 +265,7 @@ def _linear_input(options: argparse.Namespace) -> "Output":
 def _linear_output(options: argparse.Namespace) -> "Output":
     from eval.plots.linear_ranges import draw_linear_outputs
 
-    subject, output = _scattered(options)
+    subject, _, output = _scattered(options)
     draw_linear_outputs(subject, options.pre_rope, options.log, output)
     return output
 
@@ -267,7 +274,7 @@ def _outliers(options: argparse.Namespace) -> "Output":
     from eval.plots import outliers
 
     detector = outliers.Detector(options.outlier_object, options.outlier_threshold)
-    subject, output = _scattered(options)
+    subject, _, output = _scattered(options)
     draw = {
         "outlier-layers": outliers.draw_outlier_layers,
         "outlier-count": outliers.draw_outlier_count,
@@ -281,7 +288,7 @@ def _outliers(options: argparse.Namespace) -> "Output":
 def _layer_input(options: argparse.Namespace) -> "Output":
     from eval.plots.surfaces import draw_layer_inputs
 
-    subject, layers, output = _opening(options)
+    subject, layers, output = _scattered(options)
     draw_layer_inputs(subject, layers, options.only_down_proj, options.log, output)
     return output
 
@@ -289,7 +296,7 @@ def _layer_input(options: argparse.Namespace) -> "Output":
 def _block_output(options: argparse.Namespace) -> "Output":
     from eval.plots.surfaces import draw_block_outputs
 
-    subject, layers, output = _opening(options)
+    subject, layers, output = _scattered(options)
     draw_block_outputs(subject, layers, options.log, output)
     return output
 
@@ -298,14 +305,14 @@ KINDS = {
     "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
                        lambda parser: add_filters(parser, required=True), _perplexity),
     "pivots": Kind("largest activation of every token in every layer: the pivots stand out",
-                   _opening_options(48, prefix=False), _pivots),
+                   _opening_options(48, conversation=False, prefix=False), _pivots),
     "hessian": Kind("the first token's share of every Hessian's trace, block by block", _hessian_options, _hessian),
     "act": Kind("IntactKV: magnitudes of block outputs over token and channel, pivot tokens marked",
                 _layer_options(_opening_options(128), _log_option), _act),
     "attn": Kind("IntactKV: attention summed over heads, pivot tokens marked",
-                 _layer_options(_opening_options(64, samples=True)), _attn),
+                 _layer_options(_opening_options(64, many=True)), _attn),
     "kv-smooth": Kind("IntactKV: how large and spread keys and values of pivot and other tokens are; prints a table",
-                      _opening_options(1024, prefix=False, samples=True), _kv_smooth),
+                      _opening_options(1024, prefix=False, many=True), _kv_smooth),
     "linear-input": Kind("PrefixQuant: token-wise maxima of the inputs of linears by layer", _linear_options,
                          _linear_input),
     "linear-output": Kind("PrefixQuant: token-wise maxima of queries, keys and values by layer",
@@ -315,7 +322,8 @@ KINDS = {
     "outlier-position": Kind("PrefixQuant: at which positions outlier tokens stand", _outlier_options, _outliers),
     "outlier-content": Kind("PrefixQuant: which tokens are outliers", _outlier_options, _outliers),
     "layer-input-3d": Kind("PrefixQuant: magnitudes of the inputs of linears over token and channel",
-                           _layer_options(_opening_options(512), _log_option, _only_down_option), _layer_input),
+                           _layer_options(_scattered_options(512, many=False), _log_option, _only_down_option),
+                           _layer_input),
     "block-output-3d": Kind("PrefixQuant: magnitudes of block outputs over token and channel",
-                            _layer_options(_opening_options(512), _log_option), _block_output),
+                            _layer_options(_scattered_options(512, many=False), _log_option), _block_output),
 }  # fmt: skip
