@@ -4,9 +4,11 @@ lm-eval's own task files say how a question becomes a prompt and an answer a sco
 where the data come from is replaced: `local` (files of `datasets/`), `sample` (made by rule, no benchmark), or `hub`.
 """
 
+import contextlib
 import difflib
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,9 +224,10 @@ def run_tasks(lm: IntactLM, tasks: dict[str, Task], limit: int | None) -> dict[s
 
     A metric's name is lm-eval's, with its filter where that is not the only one: `exact_match,strict-match`.
     """
-    results = evaluate(
-        lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):  # it prints that it bootstraps; ours is the table, or the JSON
+        results = evaluate(
+            lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+        )
     if results is None:
         return None
     sizes = {name: int(results["n-samples"][name]["effective"]) for name in tasks}

@@ -34,14 +34,16 @@ DEFAULT_CONTEXT = 2048  # of a model whose configuration names none
 def lead_of(plan: Plan, bos_always: bool) -> tuple[int, ...]:
     """The ids that open every row: the prefix's; without one [BOS], always or only as the tokenizer's own template.
 
-    Raises UserError for a prefix together with the tokenizer's template, which might put another token in front.
+    Raises UserError for a prefix together with the tokenizer's template, which might put another token in front, and
+    for a tokenizer without BOS and EOS: nothing could open a text without context, or end an answer.
     """
     if plan.choice.ids:
         if not bos_always:
             raise UserError("--bos tokenizer is for runs without a prefix: a prefix opens every prompt; leave it out")
         return plan.choice.ids
+    start = start_token_id(plan.tokenizer)
     if bos_always:
-        return (start_token_id(plan.tokenizer),)
+        return (start,)
     ids = plan.tokenizer("a")["input_ids"]
     own = plan.tokenizer.bos_token_id
     return (own,) if own is not None and ids[:1] == [own] else ()
@@ -90,8 +92,8 @@ class TaskRunner:
             subjects = read_mmlu(mmlu_directory(sample=sampled))
             absent = sorted(SUBCATEGORIES.keys() - {subject.name for subject in subjects})
             if absent and not sampled:
-                log.warning("MMLU: %d of its subjects are not here (%s); the score is of the others", len(absent),
-                            ", ".join(absent))  # fmt: skip
+                names = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+                log.warning("MMLU: %d of its subjects are not here (%s); the score is without them", len(absent), names)
             short = next((s for s in subjects if len(s.dev) < shots), None)
             if short is not None:
                 raise UserError(f"--fewshot {shots}: {short.files[0]} has only {len(short.dev)} examples to show")
@@ -100,6 +102,13 @@ class TaskRunner:
             fewshot = MMLU_SHOTS if run.name == "mmlu" and self.fewshot is None else self.fewshot
             tasks, data = load_tasks(run, self.source, fewshot)
             shots = max(int(task.config.num_fewshot) for task in tasks.values())
+            if self.plan.tokenizer.eos_token_id is None and any(
+                t.OUTPUT_TYPE == "generate_until" for t in tasks.values()
+            ):
+                raise UserError(
+                    f"{run.name} generates its answers, and the tokenizer {self.plan.tokenizer.name_or_path!r} has no "
+                    "EOS token to end one; set eos_token in its tokenizer_config.json"
+                )
         settings = self.plan.describe() | {
             "task_name": run.name,
             "protocol": "hendrycks" if hendrycks else "lm-eval",

@@ -236,6 +236,14 @@ def test_the_question_of_gsm8k_and_its_examples(intactkv_root: Path) -> None:
         load_tasks(run, "local", 6)
 
 
+def test_the_question_of_truthfulqa_stands_behind_the_published_examples(intactkv_root: Path) -> None:
+    folder, config, split, row = HUB["truthfulqa_gen"]
+    clone(datasets_dir() / folder, config, split, row)
+    text = requests("truthfulqa_gen")[0][0]
+    assert text.startswith("Q: What is human life expectancy in the United States?\nA: ")
+    assert text.endswith("\n\nQ: Is glass a liquid?")
+
+
 def test_examples_are_never_taken_from_the_scored_questions(intactkv_root: Path) -> None:
     """lm-eval itself would, and now and then show a question with its own answer."""
     for name in ("openbookqa", "winogrande"):
