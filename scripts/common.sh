@@ -62,6 +62,29 @@ task_scores() { # TASKS DEVICE PORT MODEL_DIRECTORY, then a recipe's options
     python -m eval table tasks --model "$(basename "$4")"
 }
 
+paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precision and 3-bit weights, both arms
+    # The caller's array `scored` says what the program scores.
+    local number=$1 program=$2 device=$3 model methods=(rtn gptq omniquant awq) method recipe
+    model=$(realpath -m "$4")
+    [ $# -le 4 ] || methods=("${@:5}")
+    for method in "${methods[@]}"; do
+        [[ " rtn gptq omniquant awq " = *" $method "* ]] ||
+            fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
+    done
+    enter_project
+    local text=("${calibration[@]}" ${SEED:+--seed "$SEED"}) BEHIND='' # the paper's tables have no such arm
+    for method in fp16 "${methods[@]}"; do
+        recipe=(--recipe "$method") calibration=()
+        [ "$method" = fp16 ] || recipe+=(--bits 3)
+        case $method in
+            gptq | awq) calibration=("${text[@]}") ;;
+            omniquant) calibration=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
+        esac
+        arms "$program" "$device" 29500 "$model" "${recipe[@]}" "${scored[@]}" > /dev/null
+    done
+    python -m eval table "$number" --model "$(basename "$model")"
+}
+
 run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     # DEVICE: cpu, one GPU index, or several joined by commas; indices count within CUDA_VISIBLE_DEVICES if that is set.
     local device=$1 port=$2

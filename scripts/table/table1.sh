@@ -8,26 +8,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: table1.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
-device=$1 model=$(realpath -m "$2")
-shift 2
-enter_project
-text=("${calibration[@]}" ${SEED:+--seed "$SEED"})
-
-[ $# -gt 0 ] || set -- rtn gptq omniquant awq
-for method in "$@"; do
-    [[ " rtn gptq omniquant awq " = *" $method "* ]] ||
-        fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
-done
-
-BEHIND='' # the paper's tables have no such arm
-for method in fp16 "$@"; do
-    recipe=(--recipe "$method") calibration=()
-    [ "$method" = fp16 ] || recipe+=(--bits 3)
-    case $method in
-        gptq | awq) calibration=("${text[@]}") ;;
-        omniquant) calibration=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
-    esac
-    arms ppl "$device" 29500 "$model" "${recipe[@]}" \
-        ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} > /dev/null
-done
-python -m eval table 1 --model "$(basename "$model")"
+scored=(${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
+paper_table 1 ppl "$@"
