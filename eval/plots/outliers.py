@@ -157,7 +157,8 @@ def _bars(
         else:
             where = "" if note is None or arm.start else " behind position 0"
             axes.text(0.5, 0.5, f"no outlier token{where}", transform=axes.transAxes, ha="center", color=GREY)
-        axes.set_xticks(range(len(names)), names)
+        long = max(map(len, names), default=0) > 8
+        axes.set_xticks(range(len(names)), names, rotation=25 if long else 0, ha="right" if long else "center")
         axes.set_xlim(-0.7, max(len(names), 1) - 0.3)
         axes.set_ylim(0, 112)
         axes.set_yticks(range(0, 101, 20))

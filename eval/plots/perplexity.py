@@ -1,10 +1,14 @@
 """Perplexity per setting: without the intact prefix, with it, and calibrated behind it; bars on a logarithmic axis."""
 
+from matplotlib.ticker import FuncFormatter
+
 from corpora.errors import UserError
 from eval.plots.canvas import BEHIND, INTACT, VANILLA, Output, plt
 from eval.tables import ARMS, BEHIND_COLUMNS, HEAD, Row, behind_of, figures_of
 
 __all__ = ["draw"]
+
+FEW = 8  # settings whose names fit side by side
 
 
 def draw(rows: list[Row], output: Output) -> None:
@@ -22,7 +26,8 @@ def draw(rows: list[Row], output: Output) -> None:
         (BEHIND, "IntactKV, calibrated behind the prefix", [row.behind.perplexity for row in rows]),
     ]
     arms = [arm for arm in arms if any(value is not None for value in arm[2])]
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.55 * len(arms) * len(rows) + 1.5), 4.2))
+    many = len(rows) > FEW
+    figure, axes = plt.subplots(figsize=(max(6.0, (0.36 if many else 0.55) * len(arms) * len(rows) + 1.5), 4.2))
     width = 0.8 / len(arms)
     for number, (colour, label, values) in enumerate(arms):
         places = [i + (number - (len(arms) - 1) / 2) * width for i, value in enumerate(values) if value is not None]
@@ -30,7 +35,13 @@ def draw(rows: list[Row], output: Output) -> None:
         bars = axes.bar(places, heights, width=0.95 * width, color=colour, label=label)
         axes.bar_label(bars, [f"{h:.1f}" if h < 100 else f"{h:.0f}" for h in heights], fontsize=7, padding=2)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
+    axes.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=9, rotation=30 if many else 0,
+                    ha="right" if many else "center")  # fmt: skip
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        # 70, 80 and 90 stand too close to 100
+        axis_formatter(FuncFormatter(lambda perplexity, _: "" if f"{perplexity:g}"[0] in "789" else f"{perplexity:g}"))
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.set_xlim(-0.7, len(rows) - 0.3)
     shown = [value for _, _, values in arms for value in values if value is not None]
     lowest, highest = min(shown), max(shown)
     axes.set_ylim(lowest / 1.6, highest * 1.4)
