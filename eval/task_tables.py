@@ -15,7 +15,8 @@ from corpora.storage import identity
 from eval.render import Cell, Figure, Table, mean_of, signed
 from eval.tables import is_behind, kv_label, weights_and_seed
 
-__all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "task_caption", "task_tables"]
+__all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "run_tables", "task_caption",
+           "task_tables"]  # fmt: skip
 
 # The seven tasks of the average and the metric that counts.
 QA_METRICS: Mapping[str, str] = {
@@ -71,6 +72,37 @@ class _Setting:
     words: tuple[str, ...]
     identity: str
     arms: dict[str, Runs] = field(default_factory=dict)
+
+
+def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
+    """What one run of the program measured: a line for every metric of every task, and how long it took."""
+    tables = []
+    for caption in dict.fromkeys(task_caption(record["settings"]) for record in records):
+        lines: list[tuple[Cell, ...]] = []
+        mine = [record for record in records if task_caption(record["settings"]) == caption]
+        for record in mine:
+            metrics, errors = record["metrics"], record["stderr"]
+            for metric, value in metrics.items():
+                error = Figure(in_percent(metric, errors[metric])) if metric in errors else None
+                first = metric == next(iter(metrics))
+                lines.append(
+                    (
+                        record["settings"]["task_name"] if first else "",
+                        metric,
+                        Figure(in_percent(metric, value)),
+                        error,
+                        str(record["samples"]) if first else "",
+                        f"{record['seconds']:.0f}" if first else "",
+                    )
+                )
+        averages = qa_averages({record["settings"]["task_name"]: record for record in mine})
+        lines += [(name, "", Figure(value), None, "", "") for name, value in averages.items()]
+        s = mine[0]["settings"]
+        prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or not s["prefix"]["ids"] else ", vanilla")
+        who = f"{s['model']}, weights {s['weights']}, KV bits {kv_label(s['kv'])}, prefix {prefix}"
+        head = ("task", "metric", "value", "standard error", "questions", "seconds")
+        tables.append(Table(f"{who}; accuracy in % ({caption})", head, tuple(lines), words=2))
+    return tables
 
 
 def task_tables(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Table]:

@@ -121,6 +121,6 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
         from eval.render import render
-        from eval.task_tables import task_tables
+        from eval.task_tables import run_tables
 
-        print(render(task_tables(records), "markdown"), end="")
+        print(render(run_tables(records), "markdown"), end="")
