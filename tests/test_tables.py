@@ -12,7 +12,7 @@ from corpora.errors import UserError
 from eval.paper_tables import paper_tables
 from eval.published import TABLES, paper_name
 from eval.render import Figure, Table, mean_of, render, signed
-from eval.task_tables import QA_METRICS, qa_averages, task_tables
+from eval.task_tables import QA_METRICS, qa_averages, run_tables, task_tables
 from quantization.recipe import describe, named_recipe
 
 NONE = {"label": "none", "ids": [], "file": None, "intact": False}
@@ -52,7 +52,7 @@ def task(name: str, acc: float, recipe: str = "fp16", *, acc_norm: float | None 
            "limit": None, "model": "vicuna-v1.5-7b"}  # fmt: skip
     metrics = {"acc": acc} | ({} if acc_norm is None else {"acc_norm": acc_norm})
     return {"settings": settings(recipe, group, seed, {}, **{**how, **others}), "identity": "x", "started": started,
-            "metrics": metrics, "stderr": {"acc": 0.01}, "samples": 100}  # fmt: skip
+            "metrics": metrics, "stderr": {"acc": 0.01}, "samples": 100, "seconds": 12.3}  # fmt: skip
 
 
 def seven(acc: float, acc_norm: float, recipe: str = "fp16", **others: Any) -> list[dict[str, Any]]:
@@ -332,6 +332,19 @@ def test_a_perplexity_among_the_metrics_is_no_percentage_and_mmlu_shows_its_cate
 
 
 # ---- tables as text
+
+
+def test_one_run_shows_every_metric_once_and_the_averages_of_all_seven():
+    (table,) = run_tables([*seven(0.25, 0.5), task("gsm8k", 0.125)])
+    rows = {(row[0], row[1]): [str(cell) for cell in row[2:]] for row in table.rows}
+    assert rows[("hellaswag", "acc")] == ["25.00", "1.00", "100", "12"]
+    assert rows[("gsm8k", "acc")] == ["12.50", "1.00", "100", "12"]
+    assert rows[("QA average", "")][0] == f"{(4 * 50 + 3 * 25) / 7:.2f}"
+    assert len(table.rows) == 7 + 4 + 1 + 2  # acc of all, acc_norm of four, gsm8k, two averages
+    assert len(run_tables([task("gsm8k", 0.1), task("mmlu", 0.2)])) == 2  # protocols do not share a table
+    assert len(run_tables(seven(0.1, 0.2)[:6])[0].rows) == 6 + sum(
+        metric == "acc_norm" for metric in list(QA_METRICS.values())[:6]
+    )
 
 
 def test_one_run_is_a_figure_alone_and_none_is_nothing():
