@@ -7,6 +7,7 @@ where the data come from is replaced: `local` (files of `datasets/`), `sample` (
 import contextlib
 import difflib
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
     source: `local`, `sample` or `hub`. fewshot: examples shown, None for each task's own number.
     Raises UserError if data are missing, or examples are asked for that are not there.
     """
-    if source == "hub" and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if source == "hub" and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(
             f"--data hub: the data of {run.name} would come from the hub, but HF_HUB_OFFLINE is set; unset it, or give "
             "local files (--data local)"
@@ -219,11 +220,32 @@ def _with_rows(config: dict[str, Any], splits: dict[str, list[dict[str, Any]]]) 
             config[f"{role}_split"] = None
 
 
+def draw_for_share(task: ConfigurableTask, rank: int, count: int) -> None:
+    """Let one of `count` processes show each question the examples that it has when one process asks them all.
+
+    lm-eval draws them question by question, and each process only for its own: every count-th. So the draws of the
+    others' questions are made here, too, and thrown away.
+    """
+    draw = task.sampler.sample
+    skip = itertools.chain([rank], itertools.repeat(count - 1))
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        for _ in range(next(skip)):
+            draw(*arguments, **options)
+        return draw(*arguments, **options)
+
+    task.sampler.sample = sample
+
+
 def run_tasks(lm: IntactLM, tasks: dict[str, Task], limit: int | None) -> dict[str, Any] | None:
     """Score tasks and join them: figures weighted by the number of questions. None on all processes but the first.
 
     A metric's name is lm-eval's, with its filter where that is not the only one: `exact_match,strict-match`.
     """
+    if lm.world_size > 1:
+        for task in tasks.values():
+            if task.config.num_fewshot:
+                draw_for_share(task, lm.rank, lm.world_size)
     with contextlib.redirect_stdout(sys.stderr):  # it prints that it bootstraps; ours is the table, or the JSON
         results = evaluate(
             lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False

@@ -12,7 +12,7 @@ from corpora.errors import UserError
 from corpora.paths import datasets_dir
 from corpora.prepare import prepare_data
 from corpora.task_data import SAMPLE_TASKS, TASK_DATA, scored_files, task_directory, task_rows, unlisted_task
-from eval.lm_tasks import load_tasks, task_runs
+from eval.lm_tasks import draw_for_share, load_tasks, task_runs
 
 Row = dict[str, Any]
 
@@ -242,6 +242,27 @@ def test_the_question_of_truthfulqa_stands_behind_the_published_examples(intactk
     text = requests("truthfulqa_gen")[0][0]
     assert text.startswith("Q: What is human life expectancy in the United States?\nA: ")
     assert text.endswith("\n\nQ: Is glass a liquid?")
+
+
+def test_shared_among_processes_every_question_has_the_examples_that_it_has_alone(intactkv_root: Path) -> None:
+    """Else a score, found again by its settings, would depend on how many processes there were."""
+    questions = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(7)]
+    write_parquet(datasets_dir() / "gsm8k/main/test-00000-of-00001.parquet", questions)
+    shown = [{"question": f"{i} + 0?", "answer": f"#### {i}"} for i in range(20)]
+    write_parquet(datasets_dir() / "gsm8k/main/train-00000-of-00001.parquet", shown)
+
+    def prompts(rank: int, count: int) -> list[str]:
+        task = load_tasks(task_runs(["gsm8k"])[0], "local", 3)[0]["gsm8k"]
+        if count > 1:
+            draw_for_share(task, rank, count)
+        task.build_all_requests(rank=rank, world_size=count)
+        return [instance.args[0] for instance in task.instances]
+
+    alone = prompts(0, 1)
+    assert len(set(alone)) == len({prompt.rpartition("\n\n")[0] for prompt in alone}) == 7  # drawn anew for each
+    for count in (2, 3):
+        for rank in range(count):
+            assert prompts(rank, count) == alone[rank::count]
 
 
 def test_examples_are_never_taken_from_the_scored_questions(intactkv_root: Path) -> None:

@@ -209,6 +209,23 @@ def test_a_generated_answer_is_scored(program, model, data, intactkv_root):
     assert record["rows"] == {"rows": 1, "behind_prefix": 1, "truncated": 0}
 
 
+def test_members_of_a_group_are_weighted_by_their_questions(program, model, data, intactkv_root):
+    """Three easy questions and one hard one, of which the model gets what it gets: not the mean of two accuracies."""
+    choices = {"text": ["a", "bb", "ccc"], "label": ["A", "B", "C"]}
+    for part, name, count in (("Easy", "ARC-Easy", 3), ("Challenge", "ARC-Challenge", 1)):
+        rows = [{"id": f"{part} {i}", "question": {"stem": f"{part} {i}?", "choices": [
+            {"text": text, "label": label} for text, label in zip(choices["text"], choices["label"], strict=True)
+        ]}, "answerKey": "ABC"[i]} for i in range(count)]  # fmt: skip
+        write_lines(data / "ai2_arc" / name / f"{name}-Test.jsonl", rows)
+    both, easy, hard = json.loads(program("--tasks", "ai2_arc,arc_easy,arc_challenge", "--model", model, "--json")[1])
+    assert (both["samples"], easy["samples"], hard["samples"]) == (4, 3, 1)
+    for metric in ("acc", "acc_norm"):
+        expected = (3 * easy["metrics"][metric] + hard["metrics"][metric]) / 4
+        assert both["metrics"][metric] == pytest.approx(expected)
+        assert both["members"]["arc_easy"][metric] == easy["metrics"][metric]
+    assert 0 < easy["metrics"]["acc"] < 1  # the three have different right answers
+
+
 # what is refused ------------------------------------------------------------------------------------------------------
 
 BAD_INPUT = {
