@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
 bash scripts/prepare/model.sh smollm2 135m
 bash scripts/prepare/data.sh sample
+bash scripts/prepare/data.sh sample-tasks
 export HF_HUB_OFFLINE=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

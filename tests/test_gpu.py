@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from eval.lm import IntactLM
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.grids import UniformGrid, quantize
 from quantization.kv_cache import PerHead
+from quantization.placement import spread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +49,32 @@ def test_kv_quantized_text_keeps_the_prefix_exact(tiny_model):
     for layer, key, value in zip(output.past_key_values.intact_layers, prefix.keys, prefix.values, strict=True):
         assert torch.equal(layer.held[0][:, :, :3].cpu(), key)
         assert torch.equal(layer.held[1][:, :, :3].cpu(), value)
+
+
+REQUESTS = [(None, list(range(5, 5 + n)), [40, 41, 42]) for n in (1, 9, 30)] + [(None, [7, 8], [9])]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+@pytest.mark.parametrize("kv", [None, PerHead(8)], ids=["kv16", "kv8"])
+def test_task_scores_are_those_of_the_cpu(model_type, kv, tiny_model, tiny_tokenizer):
+    lead, tokenizer = (1, 7, 9), tiny_tokenizer()
+    model = tiny_model(model_type)
+    prefix = build_prefix(model, lead)
+    expected = IntactLM(attach(model, prefix, kv), tokenizer, lead, batch_size=4, context=64).score(REQUESTS)
+    model = model.cuda()
+    got = IntactLM(attach(model, prefix, kv), tokenizer, lead, batch_size=4, context=64).score(REQUESTS)
+    for (a, _), (b, _) in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, abs=0.05 if kv else 1e-3)  # a rounding border may tip with other sums
+
+
+def test_a_model_spread_over_gpu_and_cpu_scores_the_same(tiny_model, tiny_tokenizer):
+    lead, tokenizer = (1, 7, 9), tiny_tokenizer()
+    whole = tiny_model("llama")
+    prefix = build_prefix(whole, lead)
+    expected = IntactLM(attach(whole, prefix), tokenizer, lead, batch_size=4, context=64).score(REQUESTS)
+    block = sum(p.numel() * p.element_size() for p in whole.model.layers[0].parameters())
+    parts = spread(tiny_model("llama"), {0: 2 * block + 60_000, "cpu": 10**9})
+    assert {"0", "cpu"} <= {str(place) for place in parts.hf_device_map.values()}
+    got = IntactLM(attach(parts, prefix), tokenizer, lead, batch_size=4, context=64).score(REQUESTS)
+    for (a, _), (b, _) in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
