@@ -238,7 +238,7 @@ def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactk
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["smollm2", "135m", "gptx", "3", "16", "ppl", "29500", "cpu"], "unknown recipe 'gptx'; choose from fp16"),
-    (["llama-2", "7b", "rtn", "3", "16", "poetry", "29500", "cpu"], "'poetry' is not available"),
+    (["smollm2", "135m", "rtn", "3", "16", "hela swag", "29500", "cpu"], "there is no task 'hela swag'; the nearest"),
     (["llama-2", "7b", "rtn", "3", "16", "ppl"], "got 6 of 8"),
     (["llama-2", "7b", "rtn", "3", "16", "ppl", "29500", "gpu"], "device 'gpu'"),
         (["llama-2", "7b", "rtn", "3", "16", "ppl", "29500", "97,98"], "GPU index 97 is not there"),
