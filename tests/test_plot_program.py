@@ -166,7 +166,7 @@ def test_the_csv_reproduces_the_drawn_arrays(program, model, text, intactkv_root
     state = plain(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[2][0]
     rows = list(csv.DictReader((out / "act__layer1.csv").open()))
     assert [int(row["position"]) for row in rows] == list(range(24))
-    drawn = torch.tensor([[float(row[f"channel {c + 1}"]) for c in range(64)] for row in rows])
+    drawn = torch.tensor([[float(row[f"channel {c}"]) for c in range(64)] for row in rows])
     torch.testing.assert_close(drawn, state.abs(), rtol=1e-4, atol=1e-4)
 
 
@@ -183,7 +183,7 @@ def test_the_csv_of_ranges_holds_their_order_statistics(program, model, text, in
     rows = list(csv.DictReader((intactkv_root / "x__down_proj.csv").open()))
     assert len(rows) == 5 * 3
     for row in rows:
-        assert float(row["maximum"]) == pytest.approx(float(truth[row["line"]][int(row["layer"]) - 1]), rel=1e-4)
+        assert float(row["maximum"]) == pytest.approx(float(truth[row["line"]][int(row["block"])]), rel=1e-4)
 
 
 def test_smoothness_is_a_table_and_the_same_numbers_as_json(program, model, text, intactkv_root):

@@ -88,28 +88,28 @@ def _figure(
         for site, axes in zip(sites, row, strict=True):
             _panel(axes, arm, site, found[site.name], lines, limit, log)
             rows += [
-                (arm.label, site.name, name, layer + 1, f"{value:.6g}")
+                (arm.label, site.name, name, block, f"{value:.6g}")
                 for name in lines
-                for layer, value in enumerate(found[site.name][name].tolist())
+                for block, value in enumerate(found[site.name][name].tolist())
             ]
         row[0].set_ylabel("token-wise maximum |x|" + (" (log scale)" if log else ""))
     for axes in panels[-1]:
-        axes.set_xlabel("layer (1: first block)")
+        axes.set_xlabel("block")
     figure.legend(*panels[0][0].get_legend_handles_labels(), ncols=len(lines), loc="outside lower center",
                   frameon=False, fontsize=8)  # fmt: skip
     scales = "; every panel has its own scale" if len(arms) > 1 else ""
     figure.suptitle(f"{subject.caption}{scales}", fontsize=9)
-    output.save(figure, ("prefix", "tensor", "line", "layer", "maximum"), rows, part=part)
+    output.save(figure, ("prefix", "tensor", "line", "block", "maximum"), rows, part=part)
 
 
 def _panel(
     axes: Any, arm: Arm, site: Site, found: dict[str, Tensor], lines: Sequence[str], limit: float, log: bool
 ) -> None:
-    layers = range(1, 1 + len(found["Median"]))
+    blocks = range(len(found["Median"]))
     for name in lines:
         colour, marker = STYLES[name]
-        axes.plot(layers, found[name].numpy(), color=colour, marker=marker, markersize=2.8, linewidth=1.1, label=name)
-    axes.set_xticks(sorted({1, *(max(1, len(layers) * quarter // 4) for quarter in (1, 2, 3, 4))}))
+        axes.plot(blocks, found[name].numpy(), color=colour, marker=marker, markersize=2.8, linewidth=1.1, label=name)
+    axes.set_xticks(sorted({0, *(max(1, len(blocks) * quarter // 4) - 1 for quarter in (1, 2, 3, 4))}))
     if log:
         axes.set_yscale("log")
     else:

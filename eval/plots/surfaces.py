@@ -69,7 +69,7 @@ def draw_surfaces(
     figure = plt.figure(figsize=(6.4 * len(panels), 5.2))
     for number, (arm, surface) in enumerate(panels):
         axes: Any = figure.add_subplot(1, len(panels), number + 1, projection="3d", computed_zorder=False)
-        x = 1 + surface.channel_step * np.arange(surface.heights.shape[1])
+        x = surface.channel_step * np.arange(surface.heights.shape[1])
         y = arm.start + surface.token_step * np.arange(surface.heights.shape[0])
         z = lift(surface.heights.numpy())
         grid = np.meshgrid(x, y)
@@ -81,7 +81,7 @@ def draw_surfaces(
         shown.set_rasterized(True)
         if arm.prompt is not None:
             floor = [float(norm.vmin or 0)] * 2
-            axes.plot([1, surface.channels], [arm.prompt] * 2, floor, color="red", linestyle="--", linewidth=1.2,
+            axes.plot([0, surface.channels - 1], [arm.prompt] * 2, floor, color="red", linestyle="--", linewidth=1.2,
                       label="end of the system prompt", zorder=3)  # fmt: skip
             axes.legend(frameon=False, fontsize=8, loc="lower left")
         for position, words in spots[number] if spots else ():
@@ -105,7 +105,7 @@ def draw_surfaces(
             axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         token, channel = surface.peak
         largest = _figures(float(surface.heights.max()))
-        where = f"largest {largest} at position {arm.start + token}, channel {channel + 1}"
+        where = f"largest {largest} at position {arm.start + token}, channel {channel}"
         axes.set_title(f"{arm.title}: {where}" if arm.title else where, fontsize=9, y=0.97)
     figure.subplots_adjust(left=0.02, right=0.94, bottom=0.04, top=0.93, wspace=0.12)
     figure.suptitle(title, fontsize=10, y=1.0)
@@ -162,7 +162,7 @@ def _surfaces(
 def _table(panels: Sequence[tuple[Arm, Surface]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the CSV. A column is named after its first channel, a row after its first position."""
     surface = panels[0][1]
-    head = ["prefix", "position", *(f"channel {1 + surface.channel_step * c}" for c in range(surface.heights.shape[1]))]
+    head = ["prefix", "position", *(f"channel {surface.channel_step * c}" for c in range(surface.heights.shape[1]))]
     rows = [
         [arm.label, str(arm.start + surface.token_step * r), *(f"{value:.6g}" for value in line)]
         for arm, surface in panels
