@@ -1,0 +1,84 @@
+"""Dialogues as token ids: FastChat's vicuna_v1.1 spelled out here, the tokenizer's own chat template for all others.
+
+    [BOS] system + " USER: " + question + " ASSISTANT:" [+ " " + answer + "</s>" + "USER: " + question + " ASSISTANT:"]…
+
+Every prompt opens with exactly one start token, whoever puts it there: the text is tokenized without special tokens of
+the tokenizer's own, and the start token is added only where the template does not spell it. So the prompt of every turn
+starts with the ids of IntactKV_[P].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from corpora.errors import UserError
+from corpora.sharegpt import VICUNA_SYSTEM
+from corpora.tokens import encode, start_token_id
+
+__all__ = ["TEMPLATES", "ChatTemplate", "chat_template", "vicuna_text"]
+
+TEMPLATES = ("auto", "vicuna_v1.1", "tokenizer")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a dialogue becomes text. text: of turns, the user's and the model's in turn, the last one the user's."""
+
+    name: str
+    tokenizer: Any
+    text: Callable[[Sequence[str]], str]
+
+    def ids(self, turns: Sequence[str]) -> list[int]:
+        """The prompt for the model's next turn: one start token in front, none of it twice.
+
+        Raises UserError if the tokenizer's template cannot write these turns.
+        """
+        ids, start = encode(self.tokenizer, self.text(turns)), start_token_id(self.tokenizer)
+        while ids[:2] == [start, start]:  # a template that spells it and a text that brings it, too
+            ids = ids[1:]
+        return ids if ids[:1] == [start] else [start, *ids]
+
+
+def vicuna_text(turns: Sequence[str], end: str = "</s>") -> str:
+    """FastChat's vicuna_v1.1: the end token closes an answer, and no space parts it from the next turn."""
+    text = f"{VICUNA_SYSTEM} "
+    for i, turn in enumerate(turns):
+        text += f"USER: {turn} " if i % 2 == 0 else f"ASSISTANT: {turn}{end}"
+    return f"{text}ASSISTANT:"
+
+
+def chat_template(word: str, tokenizer: Any, model_name: str) -> ChatTemplate:
+    """The template that a word of `TEMPLATES` stands for; auto: vicuna_v1.1 for Vicuna, else the tokenizer's own.
+
+    Raises UserError if the tokenizer has no template of its own, or no end token for Vicuna's.
+    """
+    if word == "auto":
+        word = "vicuna_v1.1" if "vicuna" in model_name.lower() else "tokenizer"
+    if word == "vicuna_v1.1":
+        end = tokenizer.eos_token
+        if end is None:
+            raise UserError(
+                f"the tokenizer of {model_name} has no EOS token to close an answer in vicuna_v1.1; set eos_token in its "
+                "tokenizer_config.json"
+            )
+        return ChatTemplate(word, tokenizer, lambda turns: vicuna_text(turns, end))
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {model_name} has no chat template; put chat_template.jinja of its chat model beside it, or "
+            "choose --template vicuna_v1.1"
+        )
+
+    def text(turns: Sequence[str]) -> str:
+        from jinja2 import TemplateError
+
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ValueError) as error:
+            raise UserError(
+                f"the chat template of {model_name} cannot write a dialogue of {len(turns)} turns "
+                f"({str(error).splitlines()[0]}); choose --template vicuna_v1.1"
+            ) from None
+
+    return ChatTemplate(word, tokenizer, text)
