@@ -1,4 +1,4 @@
-"""python -m intactkv build: make prefix files.
+"""python -m intactkv build|export: make prefix files, and adapters of them for other programs.
 
 The program needs recipes, which live one package above; it is imported when it runs, and the library never needs it.
 """
@@ -10,9 +10,9 @@ from corpora.errors import run_program
 
 def main() -> None:
     """Hand the command to the program that knows recipes."""
-    from quantization.__main__ import build_prefix
+    from quantization.__main__ import prefix_program
 
-    build_prefix(sys.argv[1:], "python -m intactkv")
+    prefix_program(sys.argv[1:], "python -m intactkv")
 
 
 if __name__ == "__main__":

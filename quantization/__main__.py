@@ -1,8 +1,9 @@
-"""python -m quantization: write a quantized checkpoint, list the recipes, build prefixes."""
+"""python -m quantization: write a quantized checkpoint, list the recipes, build and export prefixes."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corpora.errors import Parser, UserError, run_program
 from quantization.options import (
@@ -17,6 +18,10 @@ from quantization.options import (
     show_log,
 )
 
+if TYPE_CHECKING:
+    from intactkv.prefix import Prefix
+    from quantization.loading import Plan
+
 
 def quantize_parser(listing: bool) -> argparse.ArgumentParser:
     """The options of the main program."""
@@ -24,7 +29,7 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
         prog="python -m quantization",
         description="Quantize a dense checkpoint, one decoder block at a time. A killed run goes on where it stopped.",
         epilog="example: python -m quantization --model modelzoo/smollm2/smollm2-135m --recipe rtn --bits 4 "
-        "--out modelzoo/my-w4.   `python -m quantization prefix build --help` builds prefixes.",
+        "--out modelzoo/my-w4.   `python -m quantization prefix --help` is about prefixes.",
     )
     if not listing:
         add_model_options(parser)
@@ -86,47 +91,87 @@ def list_recipes() -> None:
 def prefix_parser(program: str) -> argparse.ArgumentParser:
     """The options of the prefix programs."""
     parser = Parser(prog=program, description="Prefixes: keys and values of the pivot tokens.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|export")
     build = commands.add_parser(
         "build",
         help="compute a prefix with the full-precision twin and write it to a file",
         description="Compute the prefix of a model (of a recipe's full-precision twin) and write it to a file.",
         epilog=f"example: {program} build --model modelzoo/smollm2/smollm2-135m --prefix bos --out bos.safetensors",
     )
-    add_model_options(build)
-    add_recipe_options(build)
-    add_calibration_options(build)
-    add_prefix_option(build)
-    add_dtype_option(build)
+    export = commands.add_parser(
+        "export",
+        help="write a prefix in a form that other programs load",
+        description="Write a prefix as a PEFT prefix-tuning adapter, for the model and all its quantized forms. That "
+        "needs nothing more; whoever loads the adapter through PEFT needs `pip install peft`. All programs here take "
+        "the directory as --prefix, too.",
+        epilog=f"example: {program} export --model modelzoo/smollm2/smollm2-135m --prefix bos --out modelzoo/bos-peft",
+    )
+    for command in (build, export):
+        add_model_options(command)
+        add_recipe_options(command)
+        add_calibration_options(command)
+        add_prefix_option(command)
+        add_dtype_option(command)
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, *.safetensors")
+    export.add_argument("--format", choices=["peft"], default="peft", help="what to write (default: %(default)s)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; must not exist yet")
     return parser
 
 
-def build_prefix(arguments: list[str], program: str = "python -m quantization prefix") -> None:
+def prefix_program(arguments: list[str], program: str = "python -m quantization prefix") -> None:
     """The prefix programs; `python -m intactkv` comes here, too."""
     options = prefix_parser(program).parse_args(arguments)
+    {"build": build_prefix, "export": export_prefix}[options.command](options)
+
+
+def build_prefix(options: argparse.Namespace) -> None:
+    """Write a prefix file."""
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
     from intactkv.prefix import Prefix
-    from quantization.loading import find_checkpoint, plan_run
 
     if options.out.exists():
         Prefix.load(options.out)  # replaces an older prefix, and refuses to replace anything else
+    prefix = _prefix_plan(options).prefix()
+    prefix.save(options.out)
+    print(f"{_facts(prefix)}  {options.out}")
+
+
+def export_prefix(options: argparse.Namespace) -> None:
+    """Write a PEFT adapter."""
+    if options.out.exists():
+        raise UserError(f"--out {options.out} exists already; choose another directory or remove it")
+    from intactkv.peft import write_adapter
+    from quantization.prefixes import check_belongs
+
+    plan = _prefix_plan(options)
+    prefix = plan.prefix()
+    check_belongs(prefix, options.model, (plan.checkpoint.fingerprint, plan.basis))
+    write_adapter(prefix, options.out, base_model=options.model)
+    print(f"{_facts(prefix)}  {options.out}")
+
+
+def _prefix_plan(options: argparse.Namespace) -> "Plan":
+    """What the options of a prefix program mean. Raises UserError if they name no prefix."""
+    from quantization.loading import find_checkpoint, plan_run
+
     show_log()
     device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
     plan = plan_run(options.model, chosen_recipe(options, find_checkpoint(options.model)), device=device, dtype=dtype)
     if not plan.choice.ids:
         raise UserError("no prefix was named; add --prefix bos, --prefix prompt or a text")
-    prefix = plan.prefix()
-    prefix.save(options.out)
-    print(f"{len(prefix)} tokens {prefix.ids.tolist()}  {prefix.dtype}  basis {prefix.model.basis}  {options.out}")
+    return plan
+
+
+def _facts(prefix: "Prefix") -> str:
+    return f"{len(prefix)} tokens {prefix.ids.tolist()}  {prefix.dtype}  basis {prefix.model.basis}"
 
 
 def main() -> None:
     """Choose the program by its first word."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["prefix"]:
-        build_prefix(arguments[1:])
+        prefix_program(arguments[1:])
     else:
         quantize(arguments)
 

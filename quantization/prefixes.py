@@ -1,6 +1,6 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | FILE.safetensors | "any text"        the same words in every program
+    none | bos | prompt | FILE.safetensors | ADAPTER_DIR | "any text"        the same words in every program
 
 A prefix is written by the recipe's full-precision twin, kept under modelzoo/prefixes/ by the identity of all that made
 it, and read back from there by every later run.
@@ -21,13 +21,18 @@ from corpora.paths import modelzoo_dir
 from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import identity
 from corpora.text import encode, start_token_id
+from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
+from quantization.checkpoint import empty_model
 
-__all__ = ["PrefixChoice", "choose_prefix", "stored_prefix"]
+__all__ = ["PrefixChoice", "check_belongs", "choose_prefix", "stored_prefix"]
 
 log = logging.getLogger(__name__)
 
-WORDS = "none, bos, prompt, a FILE.safetensors made by `python -m intactkv build`, or a text"
+WORDS = (
+    "none, bos, prompt, a FILE.safetensors made by `python -m intactkv build`, the directory of a PEFT adapter made by "
+    "`python -m intactkv export`, or a text"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,12 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         raise UserError(f"the prefix 'auto' (discovery of outlier tokens) is not available; choose {WORDS}")
     if word.endswith(".safetensors"):
         return PrefixChoice(word, f"[{Path(word).stem}]", tuple(Prefix.load(word).ids.tolist()), Path(word))
+    if Path(word).is_dir():
+        if not is_adapter(word):
+            raise UserError(f"--prefix {word} is a directory without {CONFIG}, so no PEFT adapter; choose {WORDS}")
+        # The file beside the adapter's own holds the same K and V, which reading the adapter checks.
+        ids = read_adapter(word).ids.tolist()
+        return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
     if os.sep in word and Path(word).parent.is_dir():
         raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
     ids = _behind_start(encode(tokenizer, word), tokenizer)
@@ -111,3 +122,15 @@ def stored_prefix(
         build_prefix(twin(), choice.ids).save(path)
         log.info("built the prefix %s of %d tokens: %s", choice.label, len(choice.ids), path)
     return Prefix.load(path)
+
+
+def check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
+    """Raise UserError unless a prefix belongs to the checkpoint in a directory; no weights are read.
+
+    source: the checkpoint's fingerprint and basis. One that is quantized in another program's format has none; an
+    export of ours names them in its configuration.
+    """
+    model = empty_model(directory)
+    if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
+        model.__dict__["intactkv_source"] = source
+    prefix.check(model)
