@@ -1,12 +1,12 @@
-"""python -m eval: perplexity, tasks, statistics, tables of finished runs, figures."""
+"""python -m eval: perplexity, tasks, MT-bench, statistics, tables of finished runs, figures."""
 
 import argparse
 import sys
 
 from corpora.errors import Parser, run_program
-from eval.programs import plot, ppl, stats, table, tasks
+from eval.programs import mtbench, plot, ppl, stats, table, tasks
 
-PROGRAMS = {"ppl": ppl, "tasks": tasks, "stats": stats, "table": table, "plot": plot}
+PROGRAMS = {"ppl": ppl, "tasks": tasks, "mtbench": mtbench, "stats": stats, "table": table, "plot": plot}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -58,14 +58,14 @@ def chat_template(word: str, tokenizer: Any, model_name: str) -> ChatTemplate:
         end = tokenizer.eos_token
         if end is None:
             raise UserError(
-                f"the tokenizer of {model_name} has no EOS token to close an answer in vicuna_v1.1; set eos_token in its "
-                "tokenizer_config.json"
+                f"the tokenizer of {model_name} has no EOS token to close an answer in vicuna_v1.1; set eos_token in "
+                "its tokenizer_config.json"
             )
         return ChatTemplate(word, tokenizer, lambda turns: vicuna_text(turns, end))
     if not tokenizer.chat_template:
         raise UserError(
-            f"the tokenizer of {model_name} has no chat template; put chat_template.jinja of its chat model beside it, or "
-            "choose --template vicuna_v1.1"
+            f"the tokenizer of {model_name} has no chat template; put chat_template.jinja of its chat model beside it, "
+            "or choose --template vicuna_v1.1"
         )
 
     def text(turns: Sequence[str]) -> str:

@@ -34,7 +34,9 @@ def read_lines(path: Path, what: str, fields: tuple[str, ...] = ()) -> list[dict
         if row is None:
             raise UserError(f"{what} {path}, line {number}, is no JSON object; mend the line or fetch the file again")
         if missing := [field for field in fields if field not in row]:
-            raise UserError(f"{what} {path}, line {number}, has no {missing[0]!r}; every line needs {', '.join(fields)}")
+            raise UserError(
+                f"{what} {path}, line {number}, has no {missing[0]!r}; every line needs {', '.join(fields)}"
+            )
         rows.append(row)
     if not rows:
         raise UserError(f"{what} {path} is empty")
@@ -60,12 +62,12 @@ class LineFile:
         self.path, self.key = path, key
         self.rows: dict[Any, dict[str, Any]] = {}
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-        lines = text.split("\n")
-        kept = [row for line in lines[:-1] if (row := _parsed(line)) is not None and key(row) is not None]
+        lines = [line for line in text.split("\n") if line.strip()]
+        kept = [row for line in lines if (row := _parsed(line)) is not None and key(row) is not None]
         for row in kept:
             self.rows[key(row)] = row
-        self.dropped = sum(bool(line.strip()) for line in lines) - len(kept)  # lines that were no results
-        if self.dropped:
+        self.dropped = len(lines) - len(kept)  # lines that were no results
+        if self.dropped or not text.endswith("\n"):
             self._write(kept)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -83,6 +85,8 @@ class LineFile:
             self._write(sorted(self.rows.values(), key=order))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not rows and not self.path.exists():
+            return
         with write_beside(self.path) as beside:
             beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
 
