@@ -75,7 +75,7 @@ def _list(as_json: bool) -> None:
 def _rows() -> list[dict[str, str | bool]]:
     """One row for every data set and model of the catalogue."""
     from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_directory
-    from corpora.mmlu import MMLU_ARCHIVE, mmlu_directory
+    from corpora.mmlu import MMLU_ARCHIVE, SUBCATEGORIES, mmlu_directory
     from corpora.paths import root
     from corpora.prepare import model_is_present
     from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA, sample_directory, scored_files, task_directory
@@ -104,7 +104,11 @@ def _rows() -> list[dict[str, str | bool]]:
     rows.append({
         "kind": "task",
         "name": "mmlu",
-        "present": any((mmlu_directory(sample=False) / "test").glob("*_test.csv")),
+        "present": all(
+            (mmlu_directory(sample=False) / split / f"{subject}_{split}.csv").is_file()
+            for subject in SUBCATEGORIES
+            for split in ("dev", "test")
+        ),
         "directory": str(mmlu_directory(sample=False).parent.relative_to(root())),
         "get": f"unpack {MMLU_ARCHIVE} there",
         "source": "its authors",

@@ -14,7 +14,6 @@ from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA, sample_directory, sc
 __all__ = ["model_is_present", "prepare_data", "prepare_model"]
 
 MODEL_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
-TASK_FILES = ("*.parquet", "*.jsonl", "README.md")
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # for the repositories without safetensors
 
 
@@ -72,7 +71,9 @@ def _fetch_task(name: str) -> bool:
         return False
     from corpora.fetch import hub_download
 
-    hub_download(data.hub_id, task_directory(data), TASK_FILES, dataset=True)
+    # Repositories hold several data sets (SuperGLUE eight): only the files that are read for this task are fetched.
+    wanted = ("README.md", *(pattern for patterns in data.splits.values() for pattern in patterns))
+    hub_download(data.hub_id, task_directory(data), wanted, dataset=True)
     if not scored_files(data):
         raise UserError(
             f"{data.hub_id} was fetched to {task_directory(data)}, but no {next(iter(data.splits))} split is among it; "

@@ -135,16 +135,18 @@ class IntactLM(HFLM):
                     f"a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}; this "
                     "task needs a model with a longer context"
                 )
-            reads.setdefault(tuple(self._shortened(row, self.max_length + 1)[:-1]), []).append(index)
-        order = sorted(reads, key=lambda row: (-len(row), row))  # longest first: little padding, and memory shows early
+            reads.setdefault(tuple(row[:-1]), []).append(index)
+        # Longest first: little padding, and what memory is needed shows early.
+        order = sorted(reads, key=lambda row: (-len(row), row))
         size = override_bs or int(self.batch_size)
         results: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="scoring", unit="request", disable=disable_tqdm or self.rank > 0) as bar:
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 members = [reads[row] for row in rows]
+                texts = [self._shortened(list(row), self.max_length) for row in rows]
                 continuations = [[requests[index][2] for index in mine] for mine in members]
-                for mine, answers in zip(members, score_continuations(self.intact, rows, continuations), strict=True):
+                for mine, answers in zip(members, score_continuations(self.intact, texts, continuations), strict=True):
                     for index, answer in zip(mine, answers, strict=True):
                         results[index] = answer.log_likelihood, answer.greedy
                         if requests[index][0] is not None:

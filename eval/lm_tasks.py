@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             f"--data hub: the data of {run.name} would come from the hub, but HF_HUB_OFFLINE is set; unset it, or give "
             "local files (--data local)"
         )
-    tasks, files = {}, []
+    tasks, files, fetched = {}, [], []
     subjects = {f"mmlu_{subject}" for subject in SUBCATEGORIES}
     mmlu = _hendrycks(source) if any(name in subjects for name, _ in run.leaves) else {}
     for name, path in run.leaves:
@@ -133,7 +133,8 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
                 f"{name}: {mmlu_directory(sample=source == 'sample')} has no questions of this subject; it has "
                 f"{', '.join(mmlu)}"
             )
-        config = load_yaml(path)
+        with _needs(name):
+            config = load_yaml(path)
         for key in ("tag", "group", "task_list"):
             config.pop(key, None)
         if "class" in config:
@@ -145,15 +146,32 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             if shots:
                 _check_examples(name, config, splits, shots)
             _with_rows(config, splits)
-        task = ConfigurableTask(config=config)
+        with _needs(name):
+            task = ConfigurableTask(config=config)
         if shots and shots > (there := _examples(task)):
             raise UserError(f"{name}: --fewshot {shots} is more than the {there} examples that its data have to show")
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
+        if source == "hub":
+            fetched.append(str(getattr(task.eval_docs, "_fingerprint", "")))
         tasks[name] = task
     if not tasks:
         raise UserError(f"the sample has no questions of {run.name}; it has those of {', '.join(mmlu)}")
-    return tasks, identity({"files": [sha256_of_file(file) for file in files]})
+    return tasks, identity({"files": [sha256_of_file(file) for file in files], "fetched": fetched})
+
+
+@contextlib.contextmanager
+def _needs(name: str) -> Iterator[None]:
+    """Turn a package or file that a task needs and does not find into a UserError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the task {name} needs the package {error.name!r}, which is not installed; install it with "
+            f".venv/bin/pip install 'lm_eval[{name.partition('_')[0]}]', or choose another task"
+        ) from None
+    except FileNotFoundError as error:
+        raise UserError(f"the task {name} needs something that is not here ({error}); choose another task") from None
 
 
 def _hendrycks(source: str) -> dict[str, tuple[dict[str, list[dict[str, Any]]], list[Path]]]:
@@ -253,30 +271,41 @@ def run_tasks(lm: IntactLM, tasks: dict[str, Task], limit: int | None) -> dict[s
     if results is None:
         return None
     sizes = {name: int(results["n-samples"][name]["effective"]) for name in tasks}
-    total = sum(sizes.values())
-    metrics: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for name, size in sizes.items():
-        for key, value in results["results"][name].items():
-            metric, _, kind = key.partition(",")
-            if not kind or not isinstance(value, (int, float)):
-                continue
-            label = metric if kind == "none" else key
-            if metric.endswith("_stderr"):
-                label = label.replace("_stderr", "", 1)
-                errors[label] = errors.get(label, 0.0) + (value * size / total) ** 2
-            else:
-                metrics[label] = metrics.get(label, 0.0) + value * size / total
-    figures = {
-        "metrics": metrics,
-        "stderr": {label: variance**0.5 for label, variance in errors.items()},
-        "samples": total,
+    members = {name: _scores(results["results"][name]) for name in tasks}
+    figures = _joined(members, sizes) | {
+        "samples": sum(sizes.values()),
         "versions": {name: results["versions"][name] for name in tasks},
     }
     if len(tasks) > 1:
-        figures["members"] = {
-            name: {"samples": sizes[name]}
-            | {k.partition(",")[0]: v for k, v in results["results"][name].items() if k.endswith(",none")}
-            for name in tasks
-        }
+        figures["members"] = {name: {"samples": sizes[name], **scores} for name, (scores, _) in members.items()}
     return figures
+
+
+Scores = tuple[dict[str, float], dict[str, float]]  # figures by metric, and their standard errors
+
+
+def _scores(result: dict[str, Any]) -> Scores:
+    """One task's metrics and standard errors under our names, out of lm-eval's "metric,filter" and its "_stderr"."""
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for key, value in result.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or not isinstance(value, (int, float)):
+            continue
+        plain = metric.removesuffix("_stderr")
+        label = plain if filtered == "none" else f"{plain},{filtered}"
+        (errors if metric != plain else metrics)[label] = float(value)
+    return metrics, errors
+
+
+def _joined(members: dict[str, Scores], sizes: dict[str, int]) -> dict[str, Any]:
+    """Figures of all tasks together: every metric is the mean over the questions of the tasks that have it."""
+    joined: dict[str, dict[str, float]] = {"metrics": {}, "stderr": {}}
+    for metric in dict.fromkeys(name for metrics, _ in members.values() for name in metrics):
+        having = {name: scores for name, scores in members.items() if metric in scores[0]}
+        total = sum(sizes[name] for name in having)
+        joined["metrics"][metric] = sum(metrics[metric] * sizes[name] for name, (metrics, _) in having.items()) / total
+        if all(metric in errors for _, errors in having.values()):
+            squares = ((errors[metric] * sizes[name] / total) ** 2 for name, (_, errors) in having.items())
+            joined["stderr"][metric] = sum(squares) ** 0.5
+    return joined

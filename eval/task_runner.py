@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from corpora.errors import UserError
 from corpora.machine import peak_memory_mb
 from corpora.mmlu import SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
 from corpora.storage import identity, sha256_of_file
-from corpora.tokens import start_token_id
+from corpora.tokens import start_token_id, tokenizer_fingerprint
 from eval import mmlu
 from eval.lm import IntactLM
 from eval.lm_tasks import TaskRun, load_tasks, run_tasks
@@ -24,7 +25,6 @@ __all__ = ["Prepared", "TaskRunner", "lead_of"]
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
 
 MMLU_SHOTS = 5  # in the published table
 COUNTS = ("rows", "behind_prefix", "truncated")  # of rows, in a record
@@ -118,7 +118,10 @@ class TaskRunner:
             "lead": list(self.lead),
             "limit": self.limit,
             "batch_size": self.batch_size,
+            "tokenizer": tokenizer_fingerprint(self.plan.tokenizer),
         }
+        if not hendrycks:
+            settings["lm_eval"] = version("lm_eval")  # whose task files make the prompts
 
         def measure(lm: IntactLM) -> dict[str, Any] | None:
             return self._hendrycks(lm, subjects, shots) if hendrycks else run_tasks(lm, tasks, self.limit)
@@ -142,7 +145,10 @@ class TaskRunner:
                 "quantization": self.plan.cost(),
             }
 
-        return record_of("tasks", task.name, task.settings, figures, force=force, write=self.processes.is_first)
+        record = record_of("tasks", task.name, task.settings, figures, force=force, write=self.processes.is_first)
+        if self.processes.is_first:
+            _report_cuts(task.settings["task_name"], record)
+        return record
 
     def _sampled(self, name: str) -> bool:
         """Whether the sample is asked for. Raises UserError where only files will do."""

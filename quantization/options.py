@@ -194,17 +194,20 @@ def chosen_device(name: str, *, several: bool = False) -> "torch.device":
 
     from corpora.errors import UserError
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == ALL_GPUS and several:
-        return chosen_device("cuda:0")
+        if not count:
+            raise UserError(f"--device {name}: this machine shows no CUDA GPUs; choose cpu")
+        return torch.device("cuda:0")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if count else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not known; choose auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        known = "auto, cpu, cuda, cuda:N" + (f" or {ALL_GPUS}" if several else "")
+        raise UserError(f"--device {name} is not known; choose one of {known}")
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(
             f"--device {name}: this machine shows {count} CUDA GPUs; choose cpu"

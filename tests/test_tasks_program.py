@@ -160,6 +160,12 @@ def test_a_finished_run_is_read_back_until_force_or_other_data(program, model, d
     other = json.loads(program(*arguments)[1])
     assert other["settings"]["data_sha256"] != first["settings"]["data_sha256"]
     assert len(records(intactkv_root)) == 4
+    # Another tokenizer beside the same weights reads other tokens.
+    words = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(words))
+    assert json.loads(program(*arguments)[1])["identity"] not in {first["identity"], other["identity"]}
 
 
 def test_vanilla_and_intact_read_the_same_tokens_and_stand_in_one_table(program, model, data, intactkv_root):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
+from eval.programs.start import start
 from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
 
 __all__ = ["add", "run"]
@@ -55,35 +56,17 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure every corpus that has no finished run, and print all."""
-    import logging
-
     import torch
 
     from corpora.catalog import model_defaults
     from corpora.storage import sha256_of_tensor
     from corpora.text import evaluation_stream, protocol
     from eval.perplexity import cut_windows, default_batch_size
-    from eval.processes import Processes
     from eval.runs import record_of
     from eval.tables import perplexity_rows, print_table
-    from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
 
-    show_log()
-    processes = Processes()
-    if not processes.is_first:
-        logging.getLogger().setLevel(logging.WARNING)
-    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device, several=True)
-    checkpoint = find_checkpoint(options.model)
-    plan = plan_run(
-        options.model,
-        chosen_recipe(options, checkpoint),
-        device=device,
-        vanilla=options.vanilla,
-        dtype=chosen_dtype(options.dtype),
-        packed=options.packed,
-        spread=options.device == ALL_GPUS,
-    )
+    plan, processes = start(options)
+    device = plan.device
     if options.window < 3:
         raise UserError(f"--window {options.window}: give at least 3 tokens")
     if options.batch_size is not None and options.batch_size < 1:
@@ -94,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     records: list[dict[str, Any]] = []
     model: list[Any] = []  # loaded once, when the first corpus without a finished run needs it
 
-    for corpus in options.corpus or model_defaults(checkpoint.family_name).default_corpora:
+    for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).default_corpora:
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
         longest = windows.lead.numel() + windows.fed.shape[1]

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from corpora.errors import UserError
+from eval.programs.start import start
 from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
 
 __all__ = ["add", "run"]
@@ -71,12 +72,7 @@ def run(options: argparse.Namespace) -> None:
     import logging
 
     from corpora.catalog import model_defaults
-    from eval.processes import Processes
-    from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
 
-    show_log()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for option, value, least in (("--limit", options.limit, 1), ("--batch-size", options.batch_size, 1),
                                  ("--fewshot", options.fewshot, 0)):  # fmt: skip
         if value is not None and value < least:
@@ -84,21 +80,9 @@ def run(options: argparse.Namespace) -> None:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name one, for example --tasks qa")
-    processes = Processes()
-    if not processes.is_first:
-        logging.getLogger().setLevel(logging.WARNING)
-    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device, several=True)
-    checkpoint = find_checkpoint(options.model)
-    plan = plan_run(
-        options.model,
-        chosen_recipe(options, checkpoint),
-        device=device,
-        vanilla=options.vanilla,
-        dtype=chosen_dtype(options.dtype),
-        packed=options.packed,
-        spread=options.device == ALL_GPUS,
-    )
-    source = options.data or model_defaults(checkpoint.family_name).default_task_data
+    plan, processes = start(options)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    source = options.data or model_defaults(plan.checkpoint.family_name).default_task_data
 
     from eval.lm_tasks import task_runs
     from eval.task_runner import TaskRunner

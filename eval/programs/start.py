@@ -1,0 +1,44 @@
+"""How a program that several processes may share begins: who am I, where do I compute, what will run."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+from corpora.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.processes import Processes
+    from quantization.loading import Plan
+
+__all__ = ["start"]
+
+
+def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
+    """The plan that the options of model, recipe, calibration and run make, and this process among its like.
+
+    Raises UserError for options that cannot be.
+    """
+    from eval.processes import Processes
+    from quantization.loading import find_checkpoint, plan_run
+    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
+
+    show_log()
+    processes = Processes()
+    if options.device == ALL_GPUS and processes.count > 1:
+        raise UserError(
+            f"--device {ALL_GPUS} spreads one model over all GPUs, which `accelerate launch` has dealt out among "
+            f"{processes.count} processes; use one or the other"
+        )
+    if not processes.is_first:
+        logging.getLogger().setLevel(logging.WARNING)
+    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device, several=True)
+    plan = plan_run(
+        options.model,
+        chosen_recipe(options, find_checkpoint(options.model)),
+        device=device,
+        vanilla=options.vanilla,
+        dtype=chosen_dtype(options.dtype),
+        packed=options.packed,
+        spread=options.device == ALL_GPUS,
+    )
+    return plan, processes
