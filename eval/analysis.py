@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eval.hooks import hooked
 from quantization.architecture import architecture_of
 
 __all__ = ["first_token_share", "position_share"]
@@ -47,11 +48,8 @@ def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence
         for name in names
     ]
     decoder: nn.Module = model.get_submodule(architecture.decoder)
-    try:
+    with hooked(handles):
         for segment, of_segment in zip(segments, positions, strict=True):
             chosen[:] = of_segment
             decoder(input_ids=segment[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: (owned[name] / per_token.sum(-1)).float() for name, per_token in energy.items()}

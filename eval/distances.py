@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 
-from eval.pairs import Pair, hooked, tensor_of, weight_of
+from eval.hooks import hooked, tensor_of
+from eval.pairs import Pair, weight_of
 from eval.perplexity import Windows
 from eval.scoring import LOGITS_AT_ONCE
 from eval.statistics import Loss, TokenLoss, spread

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from eval.distances import LogitLoss
-from eval.pairs import Pair, hooked
+from eval.hooks import hooked
+from eval.pairs import Pair
 from eval.perplexity import Windows
 from eval.statistics import Loss
 from intactkv.cache import IntactCache, KVPolicy

@@ -5,14 +5,14 @@ runs texts behind their prefix and hands each site's tensor to a function that k
 stays in memory. The prefix's own tokens are in the cache and never seen here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eval.hooks import eager_attention, hooked, run_decoder, tensor_of
 from eval.perplexity import default_batch_size
 from intactkv.attach import IntactModel
 from intactkv.prefix import input_embeddings
@@ -89,13 +89,13 @@ def observe(
     def report(site: Site, layer: int, x: Tensor) -> None:
         look(site, layer, row, x.reshape(*shape, -1))
 
-    with _hooks() as hooks:
+    with hooked([]) as hooks:
         for layer in range(len(blocks)) if layers is None else layers:
             for site in sites:
                 _hang(hooks, blocks[layer], architecture, site, layer, report)
         for rows in ids.split(batch_size):
             shape = rows.shape
-            model.feed(rows.to(device), through=model.model.get_submodule(architecture.decoder))
+            run_decoder(model, rows)
             row += len(rows)
             advance(len(rows))
 
@@ -115,9 +115,7 @@ def token_maxima(model: IntactModel, ids: Tensor, sites: Sequence[Site], **optio
 @torch.inference_mode()
 def head_input(model: IntactModel, ids: Tensor) -> Tensor:
     """What the vocabulary projection reads for (T,) ids: (T, C) float32."""
-    decoder = model.model.get_submodule(architecture_of(model.model.config).decoder)
-    device = input_embeddings(model.model).device
-    return model.feed(ids[None].to(device), through=decoder).last_hidden_state[0].float().cpu()
+    return run_decoder(model, ids[None])[0].float().cpu()
 
 
 @torch.inference_mode()
@@ -142,30 +140,14 @@ def attention_mass(
     def keep(layer: int, output: tuple[Tensor, Tensor]) -> None:
         mass[layer] += output[1].double().sum(dim=(0, 1)).cpu()
 
-    own = model.model.config._attn_implementation
-    model.model.set_attn_implementation("eager")
-    try:
-        with _hooks() as hooks:
-            for layer in layers:
-                attention = blocks[layer].get_submodule(architecture.attention)
-                hooks.append(attention.register_forward_hook(lambda _m, _a, output, layer=layer: keep(layer, output)))
-            for rows in ids.split(batch_size or default_batch_size(ids.shape[1], device.type)):
-                model.feed(rows.to(device), through=model.model.get_submodule(architecture.decoder))
-                advance(len(rows))
-    finally:
-        model.model.set_attn_implementation(own)
+    with eager_attention(model.model), hooked([]) as hooks:
+        for layer in layers:
+            attention = blocks[layer].get_submodule(architecture.attention)
+            hooks.append(attention.register_forward_hook(lambda _m, _a, output, layer=layer: keep(layer, output)))
+        for rows in ids.split(batch_size or default_batch_size(ids.shape[1], device.type)):
+            run_decoder(model, rows)
+            advance(len(rows))
     return {layer: (sums / len(ids)).float() for layer, sums in mass.items()}
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    """A list of hook handles that are all removed at the end."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hang(
@@ -182,7 +164,7 @@ def _hang(
         hooks.append(module.register_forward_pre_hook(lambda _module, args: report(site, layer, args[0])))
         return
     if not site.rotated:
-        hooks.append(module.register_forward_hook(lambda _m, _a, output: report(site, layer, _first(output))))
+        hooks.append(module.register_forward_hook(lambda _m, _a, output: report(site, layer, tensor_of(output))))
         return
     # The block hands cosines and sines of its tokens' positions to attention just before it computes Q and K.
     angles: list[tuple[Tensor, Tensor]] = []
@@ -196,11 +178,6 @@ def _hang(
     attention = block.get_submodule(architecture.attention)
     hooks.append(attention.register_forward_pre_hook(remember, with_kwargs=True))
     hooks.append(module.register_forward_hook(rotated))
-
-
-def _first(output: Any) -> Tensor:
-    """The hidden states among what a module returns: transformers' blocks return a tensor or a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

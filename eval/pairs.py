@@ -9,13 +9,12 @@ rescales exactly, it is rescaled alike, so that its weights, keys and values are
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eval.hooks import run_decoder
 from eval.perplexity import Windows
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
@@ -23,7 +22,7 @@ from quantization.architecture import Architecture, architecture_of
 from quantization.linear import QuantLinear
 from quantization.loading import Plan
 
-__all__ = ["Pair", "hooked", "pairs_of", "tensor_of", "weight_of"]
+__all__ = ["Pair", "pairs_of", "weight_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +54,7 @@ class Pair:
 
     def run(self, model: IntactModel, ids: Tensor, cache: IntactCache | None = None) -> Tensor:
         """One pass of one of the two models: final hidden states (T, hidden size), which its head would read."""
-        decoder = model.model.get_submodule(self.architecture.decoder)
-        return model.feed(ids.to(model.model.device), through=decoder, cache=cache).last_hidden_state[0]
+        return run_decoder(model, ids, cache)[0]
 
     def blocks(self, model: IntactModel) -> list[nn.Module]:
         """The decoder blocks of one of the two models."""
@@ -92,18 +90,3 @@ def weight_of(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def tensor_of(output: Any) -> Tensor:
-    """What a module returns first: some blocks give their hidden states in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def hooked(handles: list[Any]) -> Iterator[None]:
-    """Remove these hooks at the end, also after an error."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

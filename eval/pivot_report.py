@@ -9,7 +9,6 @@ The model computes all tokens itself, prefix tokens included, and its cache is f
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.analysis import position_share
-from eval.pairs import hooked, tensor_of
+from eval.hooks import eager_attention, hooked, tensor_of
 from intactkv.cache import IntactCache
 from intactkv.pivots import MASSIVE, MASSIVE_RATIO, Magnitudes, hidden_magnitudes
 from quantization.architecture import architecture_of
 
-__all__ = ["eager_attention", "pivot_report"]
+__all__ = ["pivot_report"]
 
 
 @torch.inference_mode()
@@ -124,14 +123,3 @@ class _Pass:
                 "ratio": float(states[layer, channel].abs() / magnitudes.median[layer]),
                 "attention_mass": float(torch.stack([mass[i] for mass in self.own_mass]).mean()),
             }
-
-
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model compute its attention weights explicitly for the time of the block."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

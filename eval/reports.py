@@ -15,7 +15,7 @@ from eval.distances import COLUMNS
 from eval.kv_report import GROUPS
 from eval.render import Cell, Figure, Table
 
-__all__ = ["TABLES", "Row", "compact", "decoded", "encoded", "mean_sqnr", "means_of", "write_csv"]
+__all__ = ["TABLES", "Row", "by", "compact", "decoded", "encoded", "mean_sqnr", "means_of", "write_csv"]
 
 Row = dict[str, Any]
 NON_FINITE = ("inf", "-inf", "nan")  # JSON has no numbers for these: records spell them out

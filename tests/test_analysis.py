@@ -12,10 +12,11 @@ from torch.testing import assert_close
 
 from eval.analysis import first_token_share, position_share
 from eval.distances import COLUMNS, layerwise_distance, linear_statistics
+from eval.hooks import eager_attention
 from eval.kv_report import kv_report
 from eval.pairs import Pair
 from eval.perplexity import Windows
-from eval.pivot_report import eager_attention, pivot_report
+from eval.pivot_report import pivot_report
 from eval.statistics import sqnr
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
