@@ -50,8 +50,9 @@ model.generate(**tokenizer(text, add_special_tokens=False, return_tensors="pt"),
 
 - Texts must not contain the prefix's tokens: these are in the adapter. A tokenizer that puts [BOS] in front must be
   told not to, or the model reads it twice.
-- lm-eval puts a start token of its own in front of texts without a context (rolling perplexity), and does not count the
-  {count} positions of the prefix in the model's context.
+- lm-eval puts a start token of its own in front of texts without a context (rolling perplexity), does not count the
+  positions of the prefix in the model's context, and with an adapter cuts the model's vocabulary to the tokenizer's:
+  where the model has more rows than the tokenizer tokens, probabilities rise a little.
 - `generate` counts positions right under left padding. A direct forward pass over a left-padded batch needs
   `position_ids`, counted from 0 at each row's first real token; without them its logits are wrong.
 - Models with a sliding window: padding on the left counts as text, so a padded batch that is longer than the window
