@@ -4,9 +4,17 @@ import argparse
 import sys
 
 from corpora.errors import Parser, run_program
-from eval.programs import mtbench, plot, ppl, stats, table, tasks
+from eval.programs import judge, mtbench, plot, ppl, stats, table, tasks
 
-PROGRAMS = {"ppl": ppl, "tasks": tasks, "mtbench": mtbench, "stats": stats, "table": table, "plot": plot}
+PROGRAMS = {
+    "ppl": ppl,
+    "tasks": tasks,
+    "mtbench": mtbench,
+    "judge": judge,
+    "stats": stats,
+    "table": table,
+    "plot": plot,
+}
 
 
 def parser() -> argparse.ArgumentParser:

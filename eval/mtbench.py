@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -232,11 +231,25 @@ class Answerer:
         ]
 
     def _turn(self, questions: Sequence[Question], dialogues: list[list[str]], turn: int) -> list[Answer]:
-        """One turn of every dialogue. Rows that have the same room for an answer share a batch.
+        """One turn of every dialogue."""
+        temperatures = [temperature_of(question.category) for question in questions]
+        generators = [
+            None if temperature < GREEDY else row_generator(self.seed, question.id, turn)
+            for question, temperature in zip(questions, temperatures, strict=True)
+        ]
+        return self.complete([self.template.ids(dialogue) for dialogue in dialogues], temperatures, generators)
 
-        A row near the end of the context runs apart from the longer answers of others: they would push it beyond.
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        temperatures: Sequence[float],
+        generators: Sequence[torch.Generator | None],
+    ) -> list[Answer]:
+        """What the model says to each prompt. Rows without a generator are greedy.
+
+        Rows that have the same room for an answer share a batch: one near the end of the context would be pushed beyond
+        it by the longer answers of others.
         """
-        prompts = [self.template.ids(dialogue) for dialogue in dialogues]
         answers = [Answer("", 0, "context")] * len(prompts)  # of a prompt that leaves no room
         rooms: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -244,14 +257,7 @@ class Answerer:
             if room > 0:
                 rooms.setdefault(room, []).append(i)
         for room, rows in rooms.items():
-            temperatures = [temperature_of(questions[i].category) for i in rows]
-            sampler = RowSampler(
-                [
-                    None if temperature < GREEDY else row_generator(self.seed, questions[i].id, turn)
-                    for i, temperature in zip(rows, temperatures, strict=True)
-                ],
-                [self._warpers(temperature) for temperature in temperatures],
-            )
+            sampler = RowSampler([generators[i] for i in rows], [self._warpers(temperatures[i]) for i in rows])
             generated = self._generate([prompts[i] for i in rows], room, LogitsProcessorList([sampler]))
             for i, ids in zip(rows, generated, strict=True):
                 answers[i] = self._cut(ids, room)
