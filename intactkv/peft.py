@@ -36,8 +36,9 @@ PREFIX_FILE = "intactkv-prefix.safetensors"
 
 README = """# An intact prefix as a PEFT adapter
 
-Keys and values of {count} leading tokens, ids {ids}, as the full-precision model wrote them (IntactKV, arXiv
-2403.01241). It belongs to one model and its quantized forms: {model}.
+Keys and values of the leading tokens {ids} as the full-precision model wrote them (IntactKV, arXiv 2403.01241).
+It belongs to one model and its quantized forms:
+{model}.
 
 ```python
 from peft import PeftModel
@@ -58,8 +59,8 @@ model.generate(**tokenizer(text, add_special_tokens=False, return_tensors="pt"),
 - Models with a sliding window: padding on the left counts as text, so a padded batch that is longer than the window
   loses the prefix without a word. Use rows of equal length there, or a batch of one.
 
-`{file}` holds the same keys and values with what PEFT has no place for: token ids, logits, the model's identity.
-IntactKV's programs take this directory as `--prefix`.
+`{file}` holds the same keys and values with what PEFT has no place for: token ids, logits, the
+model's identity. IntactKV's programs take this directory as `--prefix`.
 """
 
 
@@ -103,7 +104,6 @@ def write_adapter(prefix: Prefix, directory: str | Path, base_model: str | Path 
         "prefix_projection": False,
     }
     text = README.format(
-        count=len(prefix),
         ids=prefix.ids.tolist(),
         model=", ".join(f"{name} {value}" for name, value in asdict(owner).items() if name != "rope"),
         name=directory.name,

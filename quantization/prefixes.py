@@ -59,13 +59,13 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         raise UserError(f"the prefix 'auto' (discovery of outlier tokens) is not available; choose {WORDS}")
     if word.endswith(".safetensors"):
         return PrefixChoice(word, f"[{Path(word).stem}]", tuple(Prefix.load(word).ids.tolist()), Path(word))
-    if Path(word).is_dir():
+    if os.path.isdir(word):  # unlike Path's, it takes texts that are too long for a name
         if not is_adapter(word):
             raise UserError(f"--prefix {word} is a directory without {CONFIG}, so no PEFT adapter; choose {WORDS}")
         # The file beside the adapter's own holds the same K and V, which reading the adapter checks.
         ids = read_adapter(word).ids.tolist()
         return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
-    if os.sep in word and Path(word).parent.is_dir():
+    if os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep):
         raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
     ids = _behind_start(encode(tokenizer, word), tokenizer)
     log.info("the prefix is the text %r: %d tokens", word, len(ids))

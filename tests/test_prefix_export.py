@@ -30,6 +30,7 @@ from quantization.checkpoint import load_quantized
 from quantization.export.writer import export_checkpoint
 from quantization.grids import UniformGrid
 from quantization.pipeline import quantize_checkpoint
+from quantization.prefixes import choose_prefix
 from quantization.recipe import Recipe
 from quantization.weights.rtn import RTN
 
@@ -201,6 +202,12 @@ def test_an_adapter_directory_is_a_prefix_wherever_a_file_is(
     assert records["bos"]["perplexity"] == records[adapter]["perplexity"] != records["none"]["perplexity"]
     by_directory, by_file = (records[word]["settings"]["prefix"] for word in (adapter, adapter / PREFIX_FILE))
     assert by_directory == by_file | {"label": "[adapter]"}
+
+
+@pytest.mark.parametrize("text", ["word " * 100, "to/" + "x" * 300, "x" * 300 + "/y"])
+def test_a_text_that_is_too_long_for_a_path_is_a_text(text: str, tiny_tokenizer: Callable[..., Any]) -> None:
+    choice = choose_prefix(text, tiny_tokenizer(), "tiny")
+    assert (choice.label, len(choice.ids)) == ("[T]", 1 + len(text))
 
 
 @pytest.mark.parametrize("form", ["ours", "dense", "compressed-tensors"])
