@@ -149,13 +149,14 @@ class ModelDefaults:
     """What a program uses for a model when the user names nothing else.
 
     default_calibration: None takes what each method's paper calibrated on. default_task_data: where the questions of
-    tasks come from, `local` or `sample`.
+    tasks come from, `local` or `sample`. default_conversations: what prefixes are calibrated on.
     """
 
     default_corpora: tuple[str, ...] = ("wikitext2", "c4")
     default_group_size: int = 128
     default_calibration: CalibrationText | None = None
     default_task_data: str = "local"
+    default_conversations: str = "sharegpt"
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ def _named(pattern: str, *sizes: str) -> dict[str, str | None]:
 
 
 FAMILIES: dict[str, Family] = {
-    "smollm2": Family({"135m": None}, ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample")),
+    "smollm2": Family(
+        {"135m": None}, ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample", "sample")
+    ),
     "llama": Family(_named("huggyllama/llama-{}", "7b", "13b", "30b", "65b")),
     "llama-2": Family(_named("meta-llama/Llama-2-{}-hf", "7b", "13b", "70b")),
     "llama-3": Family(_named("meta-llama/Meta-Llama-3-{}", "8B", "70B")),

@@ -33,6 +33,11 @@ class KVPolicy(Protocol):
         ...
 
 
+def _straight_through(states: Tensor, seen: Tensor) -> Tensor:
+    """What attention shall read; where a prefix is trained, its gradient passes rounding as if there were none."""
+    return states + (seen - states).detach() if states.requires_grad else seen
+
+
 class IntactLayer(DynamicLayer):
     """A full-attention layer's cache that starts with the prefix. `prefix`: K and V, each (1, KV heads, P, D)."""
 
@@ -55,7 +60,8 @@ class IntactLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, quantized by the policy; return all, the prefix first."""
         if self.policy is not None:
-            key_states, value_states = self.policy.keys(key_states), self.policy.values(value_states)
+            key_states = _straight_through(key_states, self.policy.keys(key_states))
+            value_states = _straight_through(value_states, self.policy.values(value_states))
             self.quantized_tokens += key_states.shape[-2]
         if not self.single_pass:
             return super().update(key_states, value_states, *args, **kwargs)

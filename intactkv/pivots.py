@@ -9,6 +9,7 @@ attention, so its identity says nothing. Computed in float32, where half precisi
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from intactkv.cache import IntactCache
 
-__all__ = ["EPS", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "hidden_magnitudes", "outlier_ratios",
+__all__ = ["EPS", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "decoder_of", "hidden_magnitudes", "outlier_ratios",
            "outlier_tokens"]  # fmt: skip
 
 MASSIVE = 100.0  # smallest magnitude that counts (2402.17762, section 2)
@@ -39,6 +40,11 @@ class Magnitudes:
         return massive.any(dim=0).nonzero().flatten().tolist()
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The part of a causal language model that runs its blocks, `.layers`, without the head."""
+    return model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model
+
+
 @torch.inference_mode()
 def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | None = None) -> Magnitudes:
     """Run a model over (T,) ids and measure its residual stream.
@@ -47,7 +53,7 @@ def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | 
     The last row is the output of the last block before the final norm: transformers reports it after the norm, which
     would hide the pivots, so it is taken from the norm's input.
     """
-    decoder = model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model
+    decoder = decoder_of(model)
     norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
     seen: list[Tensor] = []
     handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) if norm is not None else None

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,6 +94,7 @@ class Prefix:
     """Token ids (P,), K and V per layer (1, KV heads, P, D), logits (P, vocabulary), and whose they are.
 
     embeddings: (P, hidden) float32, the input embeddings of the ids: tells models apart that have no fingerprint.
+    calibrated: for which quantized model and how its K and V were trained, as JSON; None as full precision wrote them.
     """
 
     ids: Tensor
@@ -102,6 +103,7 @@ class Prefix:
     logits: Tensor
     embeddings: Tensor
     model: ModelIdentity
+    calibrated: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """P, the number of prefix tokens."""
@@ -156,7 +158,7 @@ class Prefix:
         tensors = {"ids": self.ids, "logits": self.logits, "embeddings": self.embeddings}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key, value
-        header = {"format": FORMAT, "model": asdict(self.model)}
+        header = {"format": FORMAT, "model": asdict(self.model), "calibrated": self.calibrated}
         write_tensors(Path(path), tensors, {"intactkv": json.dumps(header)})
 
     @classmethod
@@ -183,6 +185,7 @@ class Prefix:
                     logits=file.get_tensor("logits"),
                     embeddings=file.get_tensor("embeddings"),
                     model=model,
+                    calibrated=header.get("calibrated"),
                 )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corpora.errors import Parser, UserError, run_program
+from quantization.calibrating import DESCRIPTION as CALIBRATING
+from quantization.calibrating import add_options as add_calibrate_options
+from quantization.calibrating import calibrate_prefix
 from quantization.options import (
     add_calibration_options,
     add_dtype_option,
@@ -106,6 +109,14 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
         "the directory as --prefix, too.",
         epilog=f"example: {program} export --model modelzoo/smollm2/smollm2-135m --prefix bos --out modelzoo/bos-peft",
     )
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="train a prefix for a quantized model",
+        description=CALIBRATING,
+        epilog=f"example: {program} calibrate --model modelzoo/smollm2/smollm2-135m --recipe rtn-w3 --prefix prompt "
+        "--samples 64 --max-length 256 --steps 40 --batch-size 4 --out prompt-cal.safetensors",
+    )
+    add_calibrate_options(calibrate)
     for command in (build, export):
         add_model_options(command)
         add_recipe_options(command)
@@ -121,7 +132,7 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
 def prefix_program(arguments: list[str], program: str = "python -m quantization prefix") -> None:
     """The prefix programs; `python -m intactkv` comes here, too."""
     options = prefix_parser(program).parse_args(arguments)
-    {"build": build_prefix, "export": export_prefix}[options.command](options)
+    {"build": build_prefix, "export": export_prefix, "calibrate": calibrate_prefix}[options.command](options)
 
 
 def build_prefix(options: argparse.Namespace) -> None:
