@@ -22,9 +22,10 @@ LOGITS_AT_ONCE = 6 * 2**20
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Linear | None]:
-    """Decoder and head, to be called apart; (None, None) for a model type whose logits are more than head(hidden)."""
+    """Decoder and head, to be called apart; (None, None) for a model that must be called whole: of a type whose logits
+    are more than head(hidden), or one that another library keeps packed until the whole model is called."""
     architecture = ARCHITECTURES.get(model.config.model_type)
-    if architecture is None:
+    if architecture is None or getattr(model.config, "quantization_config", None) is not None:
         return None, None
     head = model.get_submodule(architecture.head)
     assert isinstance(head, nn.Linear)

@@ -281,6 +281,19 @@ def test_stock_lm_eval_gives_our_scores(form: str, quantized: Path, adapter: Pat
     assert answers(ours, texts, 16) == answers(theirs, texts, 16)
 
 
+def test_a_symmetric_export_that_stays_packed_is_scored_as_our_own(dense: Path, adapter: Path, tmp_path: Path) -> None:
+    """compressed-tensors unpacks it when the whole model is called, so its decoder cannot be called apart."""
+    ours = quantize_checkpoint(dense, Recipe(weights=RTN(UniformGrid(4, 32, "gptq-sym"))), tmp_path / "w4")
+    export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    tokenizer, prefix = AutoTokenizer.from_pretrained(dense), read_adapter(adapter)
+    expected, found = (
+        likelihoods(IntactLM(attach(model, prefix), tokenizer, (BOS,), batch_size=4, context=256), PAIRS)
+        for model in (load_quantized(ours), loaded(tmp_path / "export"))
+    )
+    assert (found[0] - expected[0]).abs().max() < CLOSE
+    assert found[1] == expected[1]
+
+
 def test_a_tokenizer_that_adds_bos_by_itself_must_be_told_not_to(dense: Path, adapter: Path) -> None:
     """The prefix is the [BOS]: another one in front of the text changes every score."""
     options: dict[str, Any] = {"peft": str(adapter), "batch_size": 4, "device": "cpu", "dtype": "float32"}
