@@ -134,6 +134,7 @@ def _settings(plan: "Plan") -> dict[str, Any]:
     description = plan.describe()
     if not description["prefix"]["intact"]:
         description["prefix"] = {"label": "none", "ids": [], "file": None, "intact": False}
+        description["recipe"] = {**description["recipe"], "prefix": "none"}
     file = plan.checkpoint.directory / "generation_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config.pop("transformers_version", None)

@@ -13,8 +13,8 @@ mkdir -p "$target/reference_answer"
 for file in "${fetched[@]}"; do
     place=$target/${file#mt_bench/}
     [ -s "$place" ] && continue
-    curl --fail --silent --show-error --location --max-time 120 --output "$place.partial" "$source_url/$file" ||
-        { rm -f "$place.partial"; fail "$source_url/$file could not be fetched; try again, or copy it to $place by hand"; }
+    reason=$(curl --fail --silent --show-error --location --max-time 120 --output "$place.partial" "$source_url/$file" 2>&1) ||
+        { rm -f "$place.partial"; fail "$source_url/$file could not be fetched ($reason); try again, or copy it to $place"; }
     mv "$place.partial" "$place"
 done
 python -c '
