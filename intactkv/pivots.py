@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from intactkv.cache import IntactCache
 
-__all__ = ["EPS", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "decoder_of", "hidden_magnitudes", "outlier_ratios",
-           "outlier_tokens"]  # fmt: skip
+__all__ = ["EPS", "MASSIVE", "MASSIVE_RATIO", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "decoder_of",
+           "hidden_magnitudes", "outlier_ratios", "outlier_tokens"]  # fmt: skip
 
 MASSIVE = 100.0  # smallest magnitude that counts (2402.17762, section 2)
 MASSIVE_RATIO = 1000.0  # times the median magnitude of the layer

@@ -13,6 +13,7 @@ import torch
 
 from corpora.errors import Parser, run_program
 from corpora.sharegpt import VICUNA_SYSTEM
+from corpora.storage import sha256_of_file
 from eval.observe import attention_mass, down_input, token_maxima
 from eval.plots.canvas import plt
 from eval.plots.linear_ranges import token_ranges
@@ -22,27 +23,30 @@ from quantization.architecture import architecture_of
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
+needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "config.json").exists(), reason="model.sh smollm2 135m has not run")
 TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
 LINEAR_INPUTS = ("q_proj", "o_proj", "gate_proj", "down_proj")
 
-# kind -> (options, parts that it draws)
+# kind -> (options, what they add to the name of its files, parts that it draws)
 SMALL = ("--tokens", "24")
 PIECES = ("--tokens", "24", "--samples", "3")
 LAYERS = ("--layers", "0,2")
-KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "pivots": (SMALL, ("",)),
-    "act": ((*SMALL, *LAYERS), ("layer0", "layer2")),
-    "attn": ((*SMALL, "--layers", "step:2", "--samples", "2"), ("layer0", "layer2")),
-    "kv-smooth": ((*SMALL, "--samples", "2"), ("",)),
-    "linear-input": (PIECES, ("", *LINEAR_INPUTS)),
-    "linear-output": ((*PIECES, "--log", "--pre-rope"), ("", "query", "key", "value")),
-    "outlier-layers": (PIECES, ("",)),
-    "outlier-count": ((*PIECES, "--outlier-threshold", "1.5"), ("",)),
-    "outlier-position": ((*PIECES, "--outlier-object", "hidden_state", "--outlier-threshold", "1.5"), ("",)),
-    "outlier-content": ((*PIECES, "--outlier-threshold", "1.5", "--bos-first"), ("",)),
-    "layer-input-3d": ((*SMALL, "--layers", "1", "--log"), (*(f"{name}__layer1" for name in LINEAR_INPUTS), "lm_head")),
-    "block-output-3d": ((*SMALL, *LAYERS), ("layer0", "layer2")),
-}
+KINDS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    "pivots": (SMALL, "1x24", ("",)),
+    "act": ((*SMALL, *LAYERS), "1x24", ("layer0", "layer2")),
+    "attn": ((*SMALL, "--layers", "step:2", "--samples", "2"), "2x24", ("layer0", "layer2")),
+    "kv-smooth": ((*SMALL, "--samples", "2"), "2x24", ("",)),
+    "linear-input": (PIECES, "3x24", ("", *LINEAR_INPUTS)),
+    "linear-output": ((*PIECES, "--log", "--pre-rope"), "3x24__log__pre-rope", ("", "query", "key", "value")),
+    "outlier-layers": (PIECES, "3x24", ("",)),
+    "outlier-count": ((*PIECES, "--outlier-threshold", "1.5"), "3x24__eta1.5", ("",)),
+    "outlier-position": ((*PIECES, "--outlier-object", "hidden_state", "--outlier-threshold", "1.5", "--seed", "5"),
+                         "3x24__seed5__hidden_state__eta1.5", ("",)),
+    "outlier-content": ((*PIECES, "--outlier-threshold", "1.5", "--bos-first"), "3x24__bos-first__eta1.5", ("",)),
+    "layer-input-3d": ((*SMALL, "--layers", "1", "--log"), "1x24__log",
+                       (*(f"{name}__layer1" for name in LINEAR_INPUTS), "lm_head")),
+    "block-output-3d": ((*SMALL, *LAYERS), "1x24", ("layer0", "layer2")),
+}  # fmt: skip
 WITHOUT_PREFIX = ("pivots", "kv-smooth")
 
 
@@ -91,6 +95,11 @@ def names_of(stem: str, parts: tuple[str, ...], suffixes: tuple[str, ...]) -> se
     return {f"{stem}{f'__{part}' if part else ''}.{suffix}" for part in parts for suffix in suffixes}
 
 
+def text_part(text: Path) -> str:
+    """A text file in the names of figures."""
+    return f"{text.stem.replace(' ', '-')}-{sha256_of_file(text)[:8]}"
+
+
 def comments(path: Path) -> str:
     """The words on a figure: SVG keeps them as comments beside the drawn letters."""
     return "\n".join(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"), re.DOTALL))
@@ -101,13 +110,13 @@ def test_every_kind_writes_exactly_the_announced_files_and_says_what_it_shows(
     kind, program, model, text, intactkv_root, monkeypatch
 ):
     monkeypatch.delenv("DISPLAY", raising=False)
-    options, parts = KINDS[kind]
+    options, named, parts = KINDS[kind]
     out = intactkv_root / "figures"
     code, stdout, stderr = program(kind, "--model", model, "--corpus", text, *options, "--out", out,
                                    "--format", "svg", "--dpi", 50)  # fmt: skip
     assert code == 0, stderr
     suffixes = ("svg", "csv", "json") if kind == "kv-smooth" else ("svg", "csv")
-    expected = names_of(f"tiny-llama__{kind}", parts, suffixes)
+    expected = names_of(f"tiny-llama__{kind}__{text_part(text)}-{named}", parts, suffixes)
     assert {path.name for path in out.iterdir()} == expected
     assert {Path(line).name for line in stdout.splitlines() if line.startswith(str(out))} == expected
     assert all(path.stat().st_size > 30 for path in out.iterdir())
@@ -121,14 +130,14 @@ def test_every_kind_writes_exactly_the_announced_files_and_says_what_it_shows(
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITHOUT_PREFIX])
 def test_with_a_prefix_and_a_quantized_model_both_arms_stand_side_by_side(kind, program, model, text, intactkv_root):
-    options, parts = KINDS[kind]
+    options, named, parts = KINDS[kind]
     out = intactkv_root / "figures"
     code, _, stderr = program(kind, "--model", model, "--recipe", "rtn-w4", "--group-size", 32, "--prefix", "bos",
                               "--corpus", text, *options, "--out", out, "--format", "svg")  # fmt: skip
     assert code == 0, stderr
-    assert {path.name for path in out.glob("*.svg")} == names_of(
-        f"tiny-llama-rtn-w4g32__{kind}__bos", parts, ("svg",)
-    )  # fmt: skip
+    (weights,) = (intactkv_root / "modelzoo" / "quantized" / "tiny-llama").glob("rtn-w4g32-*[0-9a-f]")
+    stem = f"tiny-llama-{weights.name}__{kind}__bos__{text_part(text)}-{named}"
+    assert {path.name for path in out.glob("*.svg")} == names_of(stem, parts, ("svg",))
     for picture in out.glob("*.svg"):
         words = comments(picture)
         assert "without an intact prefix" in words
@@ -138,6 +147,68 @@ def test_with_a_prefix_and_a_quantized_model_both_arms_stand_side_by_side(kind, 
         assert "none" in {row["prefix"] for row in rows} or "outlier" in kind
         if "position" in rows[0] and kind.endswith("3d"):  # the prefix's own tokens are not drawn
             assert {row["position"] for row in rows if row["prefix"] == "[B]"} <= {str(i) for i in range(1, 25)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "variants"),
+    [
+        ("outlier-count", ("", "--outlier-threshold 32", "--outlier-object hidden_state", "--bos-first", "--seed 1",
+                           "--samples 2", "--tokens 25", "--corpus OTHER", "--dtype bfloat16")),
+        ("outlier-count", [f"--prefix {prefix}" for prefix in ("none", "bos", "fox", "dog", "ONE", "TWO")]),
+        ("outlier-count", [f"--recipe rtn-w4 --group-size 32 --set weights.grid.convention=gptq-{convention}"
+                           for convention in ("asym", "sym")]),
+        ("linear-output", ("", "--pre-rope", "--log", "--pre-rope --log")),
+    ],
+)  # fmt: skip
+def test_figures_of_different_settings_never_overwrite_each_other(kind, variants, program, model, text, intactkv_root):
+    from intactkv.prefix import build_prefix
+
+    folders = {name: intactkv_root / name for name in ("ONE", "TWO", "OTHER")}
+    places = {name: folder / "same name.safetensors" for name, folder in folders.items()} | {
+        "OTHER": folders["OTHER"] / text.name
+    }
+    for token, name in enumerate(("ONE", "TWO"), start=5):
+        build_prefix(loaded(model), (1, token)).save(places[name])
+    folders["OTHER"].mkdir()
+    places["OTHER"].write_text(TEXT.upper())
+    common = (kind, "--model", model, *PIECES, "--out", intactkv_root / "f", "--format", "svg", "--dpi", 50)
+    for variant in variants:
+        options = [places.get(word, word) for word in variant.split()]
+        code, _, err = program(*common, "--corpus", text, *options)
+        assert code == 0, err
+    figures_and_tables = 2 * len(KINDS[kind][2])
+    assert len(list((intactkv_root / "f").iterdir())) == len(variants) * figures_and_tables
+
+
+def test_the_first_tokens_share_of_the_hessian_is_drawn_for_the_text_that_is_named(program, model, text, intactkv_root):
+    out = intactkv_root / "figures"
+    common = ("hessian", "--model", model, "--calibration", text, "--out", out, "--format", "svg")
+    code, _, err = program(*common, "--calibration-samples", 2, "--calibration-length", 24)
+    assert code == 0, err
+    stem = f"tiny-llama__hessian__{text_part(text)}-2x24"
+    assert {path.name for path in out.iterdir()} == names_of(stem, ("",), ("svg", "csv"))
+    assert "2 × 24 tokens of some text.txt" in comments(out / f"{stem}.svg")
+    shares = [float(row["share"]) for row in csv.DictReader((out / f"{stem}.csv").open())]
+    assert (len(shares), min(shares) > 0, max(shares) < 1) == (2 * 4 * 3, True, True)
+    for samples, length, named in ((0, 24, "samples 0"), (-1, 24, "samples -1"), (2, 0, "length 0"), (2, 257, "256")):
+        code, _, err = program(*common, "--calibration-samples", samples, "--calibration-length", length)
+        assert (code, named in err.splitlines()[-1]) == (2, True), err
+    assert len(list(out.iterdir())) == 2
+
+
+def test_tokens_are_written_as_they_are_and_repeated_ones_are_told_apart(program, model, intactkv_root):
+    text = intactkv_root / "money.txt"
+    text.write_text("a$a $b$ " * 40)
+    common = ("--model", model, "--corpus", text, *SMALL)
+    assert program("pivots", *common, "--out", intactkv_root / "pivots.svg")[0] == 0
+    head = next(csv.reader((intactkv_root / "pivots.csv").open()))
+    assert head[:7] == ["layer", "median", "0: <s>", "1: a", "2: $", "3: a", "4:  "]
+    assert len(set(head)) == 2 + 24
+    words = comments(intactkv_root / "pivots.svg")
+    assert ("$" in words, "\\$" in words) == (True, False)
+    assert program("outlier-content", *common, "--outlier-threshold", 1.01, "--out", intactkv_root / "o.svg")[0] == 0
+    found = {row["token"] for row in csv.DictReader((intactkv_root / "o.csv").open())}
+    assert "'$'" in found
 
 
 def loaded(directory: Path):
@@ -237,6 +308,8 @@ def test_a_sharegpt_conversation_is_the_default_and_its_system_prompt_ends_at_th
         (("act", "--layers", "0,3"), "layers 0 to 2, but no 3"),
         (("act", "--layers", "all"), "--layers all"),
         (("act", "--layers", "step:0"), "--layers step:0"),
+        (("act", "--layers", "step:-1"), "--layers step:-1"),
+        (("act", "--layers", ""), "--layers"),
         (("act", "--format", "png,gif"), "'gif'"),
         (("linear-input", "--samples", 2, "--tokens", 250, "--prefix", "the quick brown fox"), "256 positions"),
         (("linear-input", "--samples", 2, "--tokens", 2), "at least 3"),
@@ -274,9 +347,9 @@ def test_absent_text_an_unknown_architecture_and_a_text_without_pivots_are_named
 
 
 def test_without_out_the_figures_lie_in_the_outputs_as_png_and_pdf(program, model, text, intactkv_root):
-    assert program("pivots", "--model", model, "--corpus", text, *SMALL)[0] == 0
+    assert program("pivots", "--model", model, "--corpus", text)[0] == 0
     found = {path.name for path in (intactkv_root / "outputs" / "figures").iterdir()}
-    assert found == names_of("tiny-llama__pivots", ("",), ("png", "pdf", "csv"))
+    assert found == names_of(f"tiny-llama__pivots__{text_part(text)}", ("",), ("png", "pdf", "csv"))
 
 
 @pytest.mark.parametrize(
@@ -300,22 +373,21 @@ def test_a_mistake_in_a_script_is_one_line(script, arguments, named):
 
 
 @pytest.mark.slow
+@needs_smollm2
 def test_the_intact_bos_of_smollm2_takes_the_outliers_out_of_its_down_projections(program, tmp_path):
-    if not (SMOLLM2 / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     code, _, err = program("linear-input", "--model", SMOLLM2, "--samples", 1, "--tokens", 256, "--prefix", "bos",
                            "--bos-first", "--format", "png", "--out", tmp_path)  # fmt: skip
     assert code == 0, err
-    rows = list(csv.DictReader((tmp_path / "smollm2-135m__linear-input__bos__down_proj.csv").open()))
+    stem = "smollm2-135m__linear-input__bos__1x256__bos-first"
+    rows = list(csv.DictReader((tmp_path / f"{stem}__down_proj.csv").open()))
     largest = {arm: max(float(row["maximum"]) for row in rows if row["prefix"] == arm) for arm in ("none", "[B]")}
     assert largest["none"] > 1000
     assert largest["none"] > 10 * largest["[B]"]
 
 
 @pytest.mark.slow
+@needs_smollm2
 def test_the_published_call_draws_smollm2(tmp_path):
-    if not (SMOLLM2 / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     done = subprocess.run(["bash", "scripts/visualization/plot_act.sh", "smollm2", "135m", "cpu"], cwd=ROOT,
                           capture_output=True, text=True, check=False,
                           env=os.environ | {"LAYERS": "20", "OUT": str(tmp_path)})  # fmt: skip

@@ -1,6 +1,7 @@
 """What figures draw: the numbers are those of plain formulas, whatever the batch size, model family and prefix."""
 
 import csv
+from argparse import ArgumentParser
 from collections import Counter
 
 import pytest
@@ -26,6 +27,7 @@ from eval.plots.linear_ranges import token_ranges
 from eval.plots.outliers import Detector, shares
 from eval.plots.subject import Arm, Subject
 from eval.plots.surfaces import surface_of
+from eval.programs import plot
 from intactkv.attach import attach
 from intactkv.pivots import outlier_ratios
 from intactkv.prefix import build_prefix
@@ -253,6 +255,18 @@ def test_a_directory_gets_the_kinds_name_and_a_file_its_own(tmp_path):
     dotted = tmp_path / "v1.0"
     dotted.mkdir()
     assert output_for(dotted, "tiny__act", "pdf", 72).path("layer0", "pdf") == dotted / "tiny__act__layer0.pdf"
+
+
+def test_bars_are_named_after_the_runs_that_they_are_narrowed_down_to(monkeypatch, intactkv_root):
+    stems = []
+    monkeypatch.setattr(plot, "chosen_rows", lambda options: [])
+    monkeypatch.setattr("eval.plots.perplexity.draw", lambda rows, output: stems.append(output.stem.name))
+    parser = ArgumentParser()
+    plot.add(parser.add_subparsers())
+    for filters in ((), ("--corpus", "my text.txt", "--limit", "all"), ("--window", "64", "--dtype", "float16")):
+        plot.run(parser.parse_args(["plot", "perplexity", "--model", "quantized/tiny", *filters]))
+    name = "quantized-tiny__perplexity"
+    assert stems == [name, f"{name}__my-text.txt__limitall", f"{name}__window64__float16"]
 
 
 @pytest.mark.parametrize(

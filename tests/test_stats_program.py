@@ -76,7 +76,7 @@ def test_every_kind_leaves_a_table_a_figure_and_one_record(kind, program, stats,
     record = stats(kind, *KINDS[kind])
     out = intactkv_root / "outputs" / "stats"
     weights = {"linears": "rtn-w4g32", "distance": "rtn-w4g32-kv4__bos", "kv": "full-kv4__bos", "pivots": "full"}[kind]
-    stem = f"tiny-llama__{kind}__{weights}"
+    stem = f"tiny-llama__{kind}__{weights}__{record['identity']}"
     expected = {f"{stem}.csv", *(f"{stem}__figure.{ending}" for ending in ("png", "pdf", "csv"))}
     assert {path.name for path in out.iterdir()} - {f"{stem}__tokens.csv"} == expected
     assert (out / f"{stem}__figure.png").read_bytes().startswith(b"\x89PNG")
@@ -96,6 +96,20 @@ def test_every_kind_leaves_a_table_a_figure_and_one_record(kind, program, stats,
     assert code == 0
     assert "some text.txt: 2 × 64 tokens" in table
     assert len(list((intactkv_root / "outputs" / "runs").iterdir())) == 1
+
+
+def test_runs_with_different_settings_keep_their_own_files(stats, text, intactkv_root):
+    (intactkv_root / "other").mkdir()
+    other = intactkv_root / "other" / text.name
+    other.write_text(TEXT.upper())
+    more = ((), ("--window", 32), ("--limit", 1), ("--corpus", other), ("--protocol", "gptq"),
+            ("--set", "weights.grid.convention=gptq-sym"))  # fmt: skip
+    records = [stats("linears", *RTN, *options) for options in more]
+    out = intactkv_root / "outputs" / "stats"
+    assert len({path.name for path in out.glob("*__figure.csv")}) == len(more)
+    for record in records:
+        (table,) = out.glob(f"tiny-llama__linears__rtn-w4g32__{record['identity']}.csv")
+        assert [row["sqnr_w"] for row in csv.DictReader(table.open())] == [str(r["sqnr_w"]) for r in record["rows"]]
 
 
 def test_a_prefix_puts_both_arms_side_by_side(stats, program, model, text):

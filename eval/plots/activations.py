@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from eval.observe import BLOCK_OUTPUT, Site, observe
-from eval.plots.canvas import Output
+from eval.plots.canvas import Output, literal
 from eval.plots.subject import Arm, Subject, token_name
 from eval.plots.surfaces import Surface, View, draw_surfaces, surface_of
 from intactkv.pivots import hidden_magnitudes
@@ -46,4 +46,4 @@ def draw_activations(subject: Subject, layers: Sequence[int], log: bool, output:
 
 def _name(subject: Subject, arm: Arm, position: int) -> str:
     """A pivot's position and token."""
-    return f"{position}: {token_name(subject.tokenizer, int(arm.ids[0, position - arm.start]))}"
+    return f"{position}: {literal(token_name(subject.tokenizer, int(arm.ids[0, position - arm.start])))}"

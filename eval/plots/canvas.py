@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = [
     "SERIES",
     "VANILLA",
     "Output",
+    "file_name",
+    "literal",
     "output_for",
     "plt",
 ]
@@ -73,6 +76,16 @@ class Output:
         with write_beside(path := self.path(part, "csv")) as beside:
             beside.write_text(text.getvalue(), encoding="utf-8")
         self.written.append(path)
+
+
+def literal(text: str) -> str:
+    """Words as matplotlib is to draw them: a dollar would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def file_name(*parts: str) -> str:
+    """The parts that are not empty as `a__b__c`, with a dash for whatever has no place in the name of a file."""
+    return "__".join(re.sub(r"[^\w.+=-]+", "-", part) for part in parts if part)
 
 
 def output_for(out: Path, name: str, formats: str, dpi: int) -> Output:

@@ -2,30 +2,32 @@
 
 from matplotlib.ticker import FuncFormatter
 
-from corpora.catalog import CalibrationText, model_defaults
+from corpora.catalog import CalibrationText
 from corpora.text import calibration_segments
 from eval.analysis import first_token_share
 from eval.plots.canvas import SERIES, Output, plt
+from eval.plots.subject import check_size, corpus_name
 from quantization.loading import Plan
 
-__all__ = ["draw_hessian"]
+__all__ = ["PUBLISHED", "draw_hessian"]
 
 PUBLISHED = CalibrationText("c4", 16, 2048)  # enough of GPTQ's text for a picture
 STARTS = {False: "text from anywhere, as published", True: "[BOS] in front of every piece"}
 
 
-def draw_hessian(plan: Plan, corpus: str | None, samples: int | None, length: int | None, output: Output) -> None:
+def draw_hessian(plan: Plan, text: CalibrationText, output: Output) -> None:
     """Run calibration text through the full-precision model and draw tr H's share of position 0, two starts beside
-    each other. corpus, samples, length: None takes the model's own."""
-    own = model_defaults(plan.checkpoint.family_name).default_calibration or PUBLISHED
-    corpus, samples, length = corpus or own.corpus, samples or own.samples, length or own.length
+    each other. Raises UserError if the text is absent, too short, or does not fit the model."""
+    check_size(plan, text, ("--calibration-samples", "--calibration-length"))
+    corpus, samples, length = text.corpus, text.samples, text.length
+    starts = {
+        title: calibration_segments(plan.tokenizer, corpus, samples=samples, length=length, seed=42, bos_first=first)
+        for first, title in STARTS.items()
+    }
     model = plan.load().model
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), sharey=True)
     rows: list[tuple[object, ...]] = []
-    for axes, (bos_first, title) in zip(panels, STARTS.items(), strict=True):
-        segments = calibration_segments(
-            plan.tokenizer, corpus, samples=samples, length=length, seed=42, bos_first=bos_first
-        )
+    for axes, (title, segments) in zip(panels, starts.items(), strict=True):
         shares = first_token_share(model, segments)
         for colour, (name, share) in zip(SERIES, shares.items(), strict=False):
             axes.plot(share.numpy(), color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
@@ -43,6 +45,6 @@ def draw_hessian(plan: Plan, corpus: str | None, samples: int | None, length: in
         *panels[0].get_legend_handles_labels(), ncols=len(SERIES), loc="lower center", bbox_to_anchor=(0.5, -0.07),
         frameon=False, fontsize=8,
     )  # fmt: skip
-    figure.suptitle(f"{plan.checkpoint.name}: Hessians of the inputs of …, {samples} × {length} tokens of {corpus}",
-                    fontsize=9)  # fmt: skip
+    size = f"{samples} × {length} tokens of {corpus_name(corpus)}"
+    figure.suptitle(f"{plan.checkpoint.name}: Hessians of the inputs of …, {size}", fontsize=9)
     output.save(figure, ("start", "input of", "block", "share"), rows)

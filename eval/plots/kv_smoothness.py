@@ -17,7 +17,7 @@ from corpora.errors import UserError
 from corpora.storage import write_json
 from eval.observe import Site, observe
 from eval.plots.activations import pivots_of
-from eval.plots.canvas import INTACT, VANILLA, Output, plt
+from eval.plots.canvas import INTACT, VANILLA, Output, literal, plt
 from eval.plots.subject import Subject, token_name
 from eval.render import Figure, Table
 from intactkv.pivots import EPS
@@ -124,7 +124,7 @@ def _draw(
     figure.legend(
         *panels[0].get_legend_handles_labels(), ncols=2, loc="outside lower center", frameon=False, fontsize=8
     )
-    named = ", ".join(f"{position} ({token})" for position, token in pivots[:6]) + " …" * (len(pivots) > 6)
+    named = ", ".join(f"{position} ({literal(token)})" for position, token in pivots[:6]) + " …" * (len(pivots) > 6)
     figure.suptitle(f"{caption}\nover the channels of a token; pivot tokens at {named}",
                     fontsize=9)  # fmt: skip
     output.save(figure, ("tensor", "statistic", "block", "pivots", "others"), rows)

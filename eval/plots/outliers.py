@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from eval.observe import BLOCK_OUTPUT, down_input, token_maxima
-from eval.plots.canvas import GREY, INTACT, VANILLA, Output, plt
+from eval.plots.canvas import GREY, INTACT, VANILLA, Output, literal, plt
 from eval.plots.subject import Arm, Subject, token_name
 from intactkv.pivots import OutlierTokens, outlier_ratios, outlier_tokens
 
@@ -158,7 +158,9 @@ def _bars(
             where = "" if note is None or arm.start else " behind position 0"
             axes.text(0.5, 0.5, f"no outlier token{where}", transform=axes.transAxes, ha="center", color=GREY)
         long = max(map(len, names), default=0) > 8
-        axes.set_xticks(range(len(names)), names, rotation=25 if long else 0, ha="right" if long else "center")
+        axes.set_xticks(
+            range(len(names)), map(literal, names), rotation=25 if long else 0, ha="right" if long else "center"
+        )
         axes.set_xlim(-0.7, max(len(names), 1) - 0.3)
         axes.set_ylim(0, 112)
         axes.set_yticks(range(0, 101, 20))

@@ -2,7 +2,7 @@
 
 from matplotlib.colors import LogNorm
 
-from eval.plots.canvas import VANILLA, Output, plt
+from eval.plots.canvas import VANILLA, Output, literal, plt
 from eval.plots.subject import Subject, token_name
 from intactkv.pivots import hidden_magnitudes
 
@@ -20,7 +20,7 @@ def draw_pivots(subject: Subject, output: Output) -> None:
     figure, axes = plt.subplots(figsize=(max(6.0, 0.2 * len(ids) + 2.0), 5.2))
     image = axes.pcolormesh(largest.numpy(), norm=LogNorm(), cmap="viridis", rasterized=True)
     pivots = magnitudes.pivots()
-    axes.set_xticks([i + 0.5 for i in range(len(ids))], names, rotation=90, fontsize=6.5)
+    axes.set_xticks([i + 0.5 for i in range(len(ids))], map(literal, names), rotation=90, fontsize=6.5)
     for i, tick in enumerate(axes.get_xticklabels()):
         if i in pivots:
             tick.set_color(VANILLA)
@@ -36,7 +36,7 @@ def draw_pivots(subject: Subject, output: Output) -> None:
     figure.colorbar(image, label="max over channels of |hidden state|")
     output.save(
         figure,
-        ("layer", "median", *names),
+        ("layer", "median", *(f"{position}: {name}" for position, name in enumerate(names))),
         [
             (layer, f"{median:.6g}", *(f"{x:.6g}" for x in row))
             for layer, (median, row) in enumerate(zip(magnitudes.median.tolist(), largest.tolist(), strict=True))

@@ -4,6 +4,7 @@ Two ways to take text. `opening`: the beginning of the evaluation text (or of Sh
 behind [BOS], as IntactKV's figures do. `scattered`: random pieces of the calibration text, as PrefixQuant's do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from corpora.catalog import CalibrationText, model_defaults
+from corpora.catalog import CORPORA, CalibrationText, model_defaults
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
+from corpora.storage import identity, sha256_of_file
 from corpora.text import calibration_segments, encode, evaluation_stream, protocol
+from eval.plots.canvas import file_name
 from intactkv.attach import IntactModel, attach
 from quantization.architecture import Architecture, architecture_of
 from quantization.checkpoint import read_config
-from quantization.loading import Plan
+from quantization.loading import Plan, quantized_directory
+from quantization.prefixes import PrefixChoice
 
-__all__ = ["Arm", "Subject", "Text", "chosen_layers", "figure_name", "load_subject", "opening", "scattered",
-           "token_name"]  # fmt: skip
+__all__ = [
+    "Arm",
+    "Subject",
+    "Text",
+    "check_size",
+    "chosen_layers",
+    "corpus_name",
+    "default_opening",
+    "default_pieces",
+    "figure_name",
+    "load_subject",
+    "opening",
+    "scattered",
+    "token_name",
+    "with_given",
+]
 
 SHAREGPT = "sharegpt"
 LONGEST_CHAT = 4096  # tokens of a conversation that are looked at for the assistant's turns
@@ -75,7 +93,10 @@ def chosen_layers(text: str, plan: Plan) -> list[int]:
     count = int(read_config(plan.checkpoint.directory).get_text_config(decoder=True).num_hidden_layers)
     try:
         if text.startswith("step:"):
-            layers = list(range(0, count, int(text.removeprefix("step:"))))
+            step = int(text.removeprefix("step:"))
+            if step < 1:
+                raise UserError(f"--layers {text}: every how many blocks? give step:1 or more, step:8 for every eighth")
+            layers = list(range(0, count, step))
         else:
             layers = [int(word) for word in text.split(",")]
     except ValueError:
@@ -86,17 +107,34 @@ def chosen_layers(text: str, plan: Plan) -> list[int]:
     return list(dict.fromkeys(layers))
 
 
-def opening(
-    plan: Plan, corpus: str | None, samples: int, tokens: int, seed: int, *, conversation: bool = False
-) -> Text:
-    """[BOS] and the beginning of a text: (samples, tokens), one window or conversation after the other.
-
-    corpus: None takes the model's first; with `conversation` ShareGPT, as published, unless the model declares a single
-    corpus of its own. seed: of the order of the conversations. Raises UserError if the text is absent or too short.
-    """
-    _check_size(plan, samples, tokens)
+def default_opening(plan: Plan, tokens: int, *, conversation: bool) -> CalibrationText:
+    """One beginning of the model's first corpus; with `conversation` of ShareGPT, as published, unless the model
+    declares a single corpus of its own."""
     own = model_defaults(plan.checkpoint.family_name).default_corpora
-    corpus = corpus or (SHAREGPT if conversation and len(own) > 1 else own[0])
+    return CalibrationText(SHAREGPT if conversation and len(own) > 1 else own[0], 1, tokens)
+
+
+def default_pieces(plan: Plan, published: CalibrationText = PUBLISHED_PIECES) -> CalibrationText:
+    """The model's own calibration text, or the published one."""
+    return model_defaults(plan.checkpoint.family_name).default_calibration or published
+
+
+def with_given(text: CalibrationText, corpus: str | None, samples: int | None, length: int | None) -> CalibrationText:
+    """A text with everything that is not None in the place of its own."""
+    return CalibrationText(
+        text.corpus if corpus is None else corpus,
+        text.samples if samples is None else samples,
+        text.length if length is None else length,
+    )
+
+
+def opening(plan: Plan, text: CalibrationText, seed: int) -> Text:
+    """[BOS] and the beginning of a text: (samples, length), one window or conversation after the other.
+
+    seed: of the order of the conversations. Raises UserError if the text is absent or too short.
+    """
+    check_size(plan, text)
+    corpus, samples, tokens = text.corpus, text.samples, text.length
     if corpus == SHAREGPT:
         found = sharegpt_samples(
             plan.tokenizer,
@@ -115,26 +153,23 @@ def opening(
             f"{corpus} has {len(stream.ids)} tokens, but --samples {samples} × --tokens {tokens} are asked for; give a "
             "longer text or ask for less"
         )
-    return Text(stream.windows(samples)[:, :tokens], _first(samples, tokens, _name(corpus)))
+    return Text(stream.windows(samples)[:, :tokens], _first(samples, tokens, corpus_name(corpus)))
 
 
-def scattered(
-    plan: Plan, corpus: str | None, samples: int | None, tokens: int | None, seed: int, bos_first: bool
-) -> Text:
-    """Random pieces of a calibration text: (samples, tokens). None takes the model's own, or PrefixQuant's.
+def scattered(plan: Plan, text: CalibrationText, seed: int, bos_first: bool) -> Text:
+    """Random pieces of a calibration text: (samples, length).
 
     bos_first: position 0 of each is overwritten with [BOS]. Raises UserError if the text is absent or too short.
     """
-    own = model_defaults(plan.checkpoint.family_name).default_calibration or PUBLISHED_PIECES
-    corpus, samples = corpus or own.corpus, own.samples if samples is None else samples
-    tokens = own.length if tokens is None else tokens
-    _check_size(plan, samples, tokens)
-    ids = calibration_segments(plan.tokenizer, corpus, samples=samples, length=tokens, seed=seed, bos_first=bos_first)
+    check_size(plan, text)
+    ids = calibration_segments(
+        plan.tokenizer, text.corpus, samples=text.samples, length=text.length, seed=seed, bos_first=bos_first
+    )
     start = ", [BOS] in front of each" if bos_first else ""
-    return Text(ids, f"{samples} × {tokens} tokens of {_name(corpus)}{start}")
+    return Text(ids, f"{text.samples} × {text.length} tokens of {corpus_name(text.corpus)}{start}")
 
 
-def _name(corpus: str) -> str:
+def corpus_name(corpus: str) -> str:
     """A corpus' name, or a file's without its directory."""
     return Path(corpus).name if Path(corpus).exists() else corpus
 
@@ -144,38 +179,66 @@ def _first(samples: int, tokens: int, what: str) -> str:
     return f"first {tokens} tokens of {what}" if samples == 1 else f"first {samples} × {tokens} tokens of {what}"
 
 
-def _check_size(plan: Plan, samples: int, tokens: int) -> None:
-    """Raises UserError for numbers that give no picture or do not fit the model."""
-    if samples < 1:
-        raise UserError(f"--samples {samples}: a picture needs at least 1")
-    if tokens < 2:
-        raise UserError(f"--tokens {tokens}: a picture needs at least 2")
-    length = tokens + len(plan.choice.ids)
+def check_size(plan: Plan, text: CalibrationText, options: tuple[str, str] = ("--samples", "--tokens")) -> None:
+    """Raises UserError for numbers that give no picture or do not fit the model. options: where they come from."""
+    for option, value, least in zip(options, (text.samples, text.length), (1, 2), strict=True):
+        if value < least:
+            raise UserError(f"{option} {value}: a picture needs at least {least}")
+    length = text.length + len(plan.choice.ids)
     if plan.context is not None and length > plan.context:
         raise UserError(
-            f"--tokens {tokens}: {length} tokens with the prefix do not fit the {plan.context} positions of "
+            f"{options[1]} {text.length}: {length} tokens with the prefix do not fit the {plan.context} positions of "
             f"{plan.checkpoint.name}; use fewer"
         )
 
 
-def figure_name(plan: Plan, kind: str) -> str:
-    """`<model>__<kind>[__<prefix>]`: what a command's files are called in a directory."""
-    choice = plan.choice
-    parts = [_model_name(plan).replace("/", "-").replace(" ", "-"), kind]
-    if choice.ids:
-        parts.append(choice.file.stem if choice.file else choice.word if choice.word in ("bos", "prompt") else "text")
-    return "__".join(parts)
+def figure_name(
+    plan: Plan, kind: str, text: CalibrationText, default: CalibrationText, options: Sequence[str] = ()
+) -> str:
+    """`<model>__<kind>[__<prefix>][__<text>][__<option>…]`: what a command's files are called in a directory.
+
+    Two commands that differ in more than the device or the resolution have different names. The text stands there as
+    far as it is not the kind's default, as in `wikitext2-64x1024`; options: those that are not as by default.
+    """
+    recipe = plan.recipe
+    model = [plan.checkpoint.name]
+    if recipe.changes_weights:  # as the checkpoint is called that the recipe makes
+        model.append(quantized_directory(plan.checkpoint, recipe, plan.segments, plan.calibration_prefix).name)
+    corpus = "" if text.corpus == default.corpus else _corpus_part(text.corpus)
+    changed = (text.samples, text.length) != (default.samples, default.length)
+    size = f"{text.samples}x{text.length}" if changed else ""
+    return file_name(
+        "-".join([*model, *_kv_words(plan)]), kind, _prefix_part(plan.choice),
+        "-".join(word for word in (corpus, size) if word), *options,
+    )  # fmt: skip
+
+
+def _corpus_part(corpus: str) -> str:
+    """A corpus' name; a file's with digits of its content's hash, since another may be called the same."""
+    file = Path(corpus)
+    known = corpus in CORPORA or not file.is_file()
+    return corpus if known else f"{file.stem}-{sha256_of_file(file)[:8]}"
+
+
+def _prefix_part(choice: PrefixChoice) -> str:
+    """A prefix in a word, with digits of a hash where the word does not settle it."""
+    if not choice.ids or choice.word in ("bos", "prompt"):
+        return choice.word if choice.ids else ""
+    if choice.file is not None:
+        return f"{choice.label.strip('[]')}-{sha256_of_file(choice.file)[:8]}"
+    return f"text-{identity({'ids': list(choice.ids)})}"
+
+
+def _kv_words(plan: Plan) -> list[str]:
+    """The policy of the KV cache, if there is one."""
+    kv = plan.recipe.kv_cache
+    return [] if kv is None else [f"KV {type(kv).__name__} {getattr(kv, 'bits', '')}".strip()]
 
 
 def _model_name(plan: Plan) -> str:
     """The model, and what a recipe makes of it."""
     recipe = plan.recipe
-    kv = (
-        []
-        if recipe.kv_cache is None
-        else [f"KV {type(recipe.kv_cache).__name__} {getattr(recipe.kv_cache, 'bits', '')}"]
-    )
-    return " ".join([plan.checkpoint.name, *([recipe.label()] if recipe.changes_weights else []), *kv]).strip()
+    return " ".join([plan.checkpoint.name, *([recipe.label()] if recipe.changes_weights else []), *_kv_words(plan)])
 
 
 def load_subject(plan: Plan, text: Text) -> Subject:
@@ -212,6 +275,5 @@ def load_subject(plan: Plan, text: Text) -> Subject:
 
 
 def token_name(tokenizer: Any, token: int) -> str:
-    """A token as it can stand on an axis: decoded, line ends and tabs spelled out, never empty."""
-    text = str(tokenizer.decode([token])).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    return text.replace("$", r"\$") or "?"  # a dollar would start a formula
+    """A token in words: decoded, line ends and tabs spelled out, never empty."""
+    return str(tokenizer.decode([token])).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") or "?"

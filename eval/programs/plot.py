@@ -10,6 +10,7 @@ from eval.programs.table import add_filters, chosen_rows
 from quantization.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
 
 if TYPE_CHECKING:
+    from corpora.catalog import CalibrationText
     from eval.plots.canvas import Output
     from eval.plots.subject import Subject
     from quantization.loading import Plan
@@ -18,10 +19,32 @@ __all__ = ["add", "run"]
 
 OUTPUT_HELP = (
     "Every figure is written in each --format, and its numbers as CSV under the same name. With --out DIR the name is "
-    "MODEL__KIND[__PREFIX], with --out FILE.png it is that file's; a kind that draws several figures adds __PART (a "
-    "layer, a tensor) to it. With --prefix a figure shows the text without the prefix and behind it; positions count "
-    "the prefix, whose own tokens are not drawn."
+    "MODEL__KIND[__PREFIX][__TEXT][__OPTION], which leaves out what is as by default: __wikitext2-64x1024 for 64 "
+    "pieces of 1024 tokens of another text, __eta32, __log, __seed5; text files and prefixes other than bos and prompt "
+    "have digits of a hash behind their names. With --out FILE.png the name is that file's. A kind that draws several "
+    "figures adds __PART (a layer, a tensor). With --prefix a figure shows the text without the prefix and behind it; "
+    "positions count the prefix, whose own tokens are not drawn."
 )
+
+# What an option adds to the name of a file when it is not as by default. Not here: --device, --dpi and --format, and
+# what chooses among figures that each have a name of their own (--layers, --only-down-proj).
+PARTS = {
+    "text_seed": "seed{}",
+    "bos_first": "bos-first",
+    "log": "log",
+    "pre_rope": "pre-rope",
+    "outlier_object": "{}",
+    "outlier_threshold": "eta{:.12g}",
+    "dtype": "{}",
+}
+FILTER_PARTS = {
+    "corpus": "{}",
+    "protocol": "{}",
+    "window": "window{}",
+    "limit": "limit{}",
+    "dtype": "{}",
+    "device": "{}",
+}  # of runs on record
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,7 @@ def add(commands: Any) -> None:
     for name, kind in KINDS.items():
         parser = figures.add_parser(name, help=kind.help, description=f"{kind.help}.", epilog=OUTPUT_HELP)
         kind.declare(parser)
+        parser.set_defaults(default=parser.get_default)
         written = parser.add_argument_group("what is written")
         written.add_argument("--out", type=Path, metavar="DIR|FILE.png", help="see below (default: outputs/figures)")
         written.add_argument("--format", default="png,pdf", metavar="LIST", help="of png, pdf, svg (default: png,pdf)")
@@ -79,6 +103,8 @@ def _opening_options(tokens: int, *, conversation: bool = True, prefix: bool = T
         text = _text_options(parser, own if conversation else "the model's own", tokens, prefix=prefix)
         if many:
             text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
+        else:
+            parser.set_defaults(samples=1)
         text.add_argument("--seed", type=int, default=1, dest="text_seed", metavar="S",
                           help="of the order of ShareGPT's conversations (default: 1)")  # fmt: skip
 
@@ -92,6 +118,8 @@ def _scattered_options(tokens: int | None = None, *, many: bool = True) -> Decla
         text = _text_options(parser, "the model's own calibration text, or pile", tokens, prefix=True)
         if many:
             text.add_argument("--samples", type=int, metavar="N", help="pieces (default: the model's own, or 64)")
+        else:
+            parser.set_defaults(samples=1)
         text.add_argument("--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw (default: 0)")
         text.add_argument(
             "--bos-first",
@@ -151,9 +179,12 @@ def _outlier_options(parser: argparse.ArgumentParser) -> None:
 
 def _hessian_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
-    parser.add_argument("--calibration", metavar="NAME|FILE", help="text to run (default: the model's own, or c4)")
-    parser.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: 16)")
-    parser.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: 512 or 2048)")
+    parser.add_argument("--calibration", dest="corpus", metavar="NAME|FILE",
+                        help="text to run (default: the model's own, or c4)")  # fmt: skip
+    parser.add_argument("--calibration-samples", dest="samples", type=int, metavar="N",
+                        help="pieces of text (default: the model's own, or 16)")  # fmt: skip
+    parser.add_argument("--calibration-length", dest="tokens", type=int, metavar="T",
+                        help="tokens of a piece (default: the model's own, or 2048)")  # fmt: skip
 
 
 def _output(options: argparse.Namespace, name: str) -> "Output":
@@ -164,9 +195,24 @@ def _output(options: argparse.Namespace, name: str) -> "Output":
     return output_for(options.out or outputs_dir() / "figures", name, options.format, options.dpi)
 
 
-def _plan(options: argparse.Namespace) -> tuple["Plan", "Output"]:
-    """What will run and where its figures go, all options but the text's checked."""
-    from eval.plots.subject import figure_name
+def _changed(options: argparse.Namespace, parts: dict[str, str]) -> list[str]:
+    """What the options that are not as by default add to the name of a file."""
+    values = {name: getattr(options, name, None) for name in parts}
+    return [
+        part.format(values[name])
+        for name, part in parts.items()
+        if values[name] is not None and values[name] != options.default(name)
+    ]
+
+
+def _plan(
+    options: argparse.Namespace, default: "Callable[[Plan], CalibrationText]"
+) -> tuple["Plan", "CalibrationText", "Output"]:
+    """What will run on how much of which text, and where its figures go; all options are checked but the text's.
+
+    default: the text of this kind for a model, of which the options may name another, or more or less.
+    """
+    from eval.plots.subject import figure_name, with_given
     from quantization.architecture import architecture_of
     from quantization.checkpoint import read_config
     from quantization.loading import find_checkpoint, plan_run
@@ -179,45 +225,46 @@ def _plan(options: argparse.Namespace) -> tuple["Plan", "Output"]:
     recipe = chosen_recipe(options, checkpoint) if hasattr(options, "recipe") else named_recipe("fp16")
     dtype = chosen_dtype(getattr(options, "dtype", None))
     plan = plan_run(options.model, recipe, device=chosen_device(options.device), dtype=dtype)
-    return plan, _output(options, figure_name(plan, options.figure))
+    own = with_given(default(plan), None, options.default("samples"), options.default("tokens"))
+    text = with_given(own, options.corpus, options.samples, options.tokens)
+    return plan, text, _output(options, figure_name(plan, options.figure, text, own, _changed(options, PARTS)))
 
 
 def _opening(options: argparse.Namespace, conversation: bool = True) -> tuple["Subject", list[int], "Output"]:
     """Model, layers and the beginning of its text."""
-    from eval.plots.subject import chosen_layers, load_subject, opening
+    from eval.plots.subject import chosen_layers, default_opening, load_subject, opening
 
-    plan, output = _plan(options)
+    plan, text, output = _plan(
+        options, lambda plan: default_opening(plan, options.default("tokens"), conversation=conversation)
+    )
     layers = chosen_layers(options.layers, plan) if hasattr(options, "layers") else []
-    size = getattr(options, "samples", 1), options.tokens
-    text = opening(plan, options.corpus, *size, options.text_seed, conversation=conversation)
-    return load_subject(plan, text), layers, output
+    return load_subject(plan, opening(plan, text, options.text_seed)), layers, output
 
 
 def _scattered(options: argparse.Namespace) -> tuple["Subject", list[int], "Output"]:
     """Model, layers and random pieces of its text."""
-    from eval.plots.subject import chosen_layers, load_subject, scattered
+    from eval.plots.subject import chosen_layers, default_pieces, load_subject, scattered
 
-    plan, output = _plan(options)
+    plan, text, output = _plan(options, default_pieces)
     layers = chosen_layers(options.layers, plan) if hasattr(options, "layers") else []
-    size = getattr(options, "samples", 1), options.tokens
-    text = scattered(plan, options.corpus, *size, options.text_seed, options.bos_first)
-    return load_subject(plan, text), layers, output
+    return load_subject(plan, scattered(plan, text, options.text_seed, options.bos_first)), layers, output
 
 
 def _perplexity(options: argparse.Namespace) -> "Output":
+    from eval.plots.canvas import file_name
     from eval.plots.perplexity import draw
 
-    output = _output(options, f"{options.model}__perplexity".replace("/", "-"))
+    output = _output(options, file_name(options.model, "perplexity", *_changed(options, FILTER_PARTS)))
     draw(chosen_rows(options), output)
     return output
 
 
 def _hessian(options: argparse.Namespace) -> "Output":
-    from eval.plots.hessian import draw_hessian
+    from eval.plots.hessian import PUBLISHED, draw_hessian
+    from eval.plots.subject import default_pieces
 
-    plan, output = _plan(options)
-    size = options.calibration_samples, options.calibration_length
-    draw_hessian(plan, options.calibration, *size, output)
+    plan, text, output = _plan(options, lambda plan: default_pieces(plan, PUBLISHED))
+    draw_hessian(plan, text, output)
     return output
 
 

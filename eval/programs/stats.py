@@ -100,7 +100,13 @@ def add(commands: Any) -> None:
                 help=f"of the windows' draw from the corpus' calibration text (default: {PUBLISHED_SEED}); --seed is "
                 "the calibration's",
             )
-        report.add_argument("--out", type=Path, metavar="FILE.csv", help="file to write (default: in outputs/stats/)")
+        report.add_argument(
+            "--out",
+            type=Path,
+            metavar="FILE.csv",
+            help="table to write, the figure beside it (default: outputs/stats/"
+            "MODEL__KIND__WEIGHTS[__PREFIX]__IDENTITY.csv, with the identity of the run record)",
+        )
         if name != "pivots":
             report.add_argument("--full", action="store_true", help="print every row, not only a summary")
         report.add_argument("--json", action="store_true", help="print the run record instead of the tables")
@@ -148,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
         f"stats-{kind}", name, settings, lambda: encoded(_measure(kind, plan, windows)), force=options.force
     )
     figures = decoded(record)
-    out = options.out or _default_out(kind, plan)
+    out = options.out or _default_out(kind, plan, record["identity"])
     write_csv(out, figures["rows"])
     written = [out]
     if kind == "pivots":
@@ -273,8 +279,8 @@ def _conditions(settings: dict[str, Any], windows: "Windows") -> str:
     )
 
 
-def _default_out(kind: str, plan: "Plan") -> Path:
-    """outputs/stats/MODEL__KIND__WEIGHTS[__PREFIX].csv"""
+def _default_out(kind: str, plan: "Plan", identity: str) -> Path:
+    """outputs/stats/MODEL__KIND__WEIGHTS[__PREFIX]__IDENTITY.csv: one table for every run record."""
     from corpora.paths import outputs_dir
 
     manifest, kv, word = plan.checkpoint.manifest, plan.recipe.kv_cache, plan.choice.word
@@ -284,4 +290,4 @@ def _default_out(kind: str, plan: "Plan") -> Path:
     parts = [plan.checkpoint.family_name, kind, weights]
     if plan.choice.ids:
         parts.append((word if word in ("bos", "prompt") else "text") + ("-vanilla" if plan.vanilla else ""))
-    return outputs_dir() / "stats" / f"{'__'.join(parts)}.csv"
+    return outputs_dir() / "stats" / f"{'__'.join([*parts, identity])}.csv"
