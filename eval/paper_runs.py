@@ -11,8 +11,8 @@ from typing import Any
 
 from corpora.catalog import model_defaults
 from corpora.storage import identity
-from eval.published import BITS, FULL, GROUP_SIZE, METHODS, PublishedTable, paper_name
-from eval.tables import caption_of, is_behind, weights_and_seed
+from eval.published import BITS, FULL, GROUP_SIZE, METHODS, QUESTIONS, PublishedTable, paper_name
+from eval.tables import caption_of, is_behind, prefix_label, weights_and_seed
 from eval.task_tables import QA_METRICS, qa_averages, task_caption
 from quantization.recipe import describe, named_recipe
 
@@ -39,9 +39,13 @@ class _Place:
 
 @dataclass
 class Variant:
-    """One way to make a method's weights: scores by arm and seed, one run's settings, and when the newest started."""
+    """One way to make a method's weights: scores by arm and seed, and when the newest started.
+
+    settings: of one run. questions: how many it scored, by task.
+    """
 
     settings: Mapping[str, Any]
+    questions: Mapping[str, int]
     started: str = ""
     arms: dict[str, dict[int | None, Scores]] = field(default_factory=dict)
 
@@ -99,10 +103,11 @@ def columns_of(table: PublishedTable, records: Iterable[dict[str, Any]]) -> list
         if not scores:
             continue
         newest = max(mine.values(), key=lambda record: record["started"])
-        text = identity({task: _text(record["settings"]) for task, record in mine.items()})
+        questions = {task: record["samples"] for task, record in mine.items() if task}
+        text = identity({task: _text(record["settings"]) for task, record in mine.items()} | {"questions": questions})
         shared = (place.setting, place.model, place.source, place.text, text)
         variants = found.setdefault(shared, {}).setdefault(replace(place, arm=""), {})
-        variant = variants.setdefault(weights, Variant(newest["settings"]))
+        variant = variants.setdefault(weights, Variant(newest["settings"], questions))
         variant.arms.setdefault(place.arm, {})[seed] = scores
         variant.started = max(variant.started, newest["started"])
     return [column for places in found.values() for column in _by_group(table, places)]
@@ -111,7 +116,7 @@ def columns_of(table: PublishedTable, records: Iterable[dict[str, Any]]) -> list
 def _by_group(table: PublishedTable, places: Mapping[_Place, Mapping[str, Variant]]) -> list[Column]:
     """The columns of one model, text and setting: one per group size, full precision in each."""
     first, variants = next(iter(places.items()))
-    settings = next(iter(variants.values())).settings
+    variant = next(iter(variants.values()))
     groups = sorted({place.group for place in places if place.group is not None})
     return [
         Column(
@@ -119,7 +124,7 @@ def _by_group(table: PublishedTable, places: Mapping[_Place, Mapping[str, Varian
             model=first.model,
             text=first.text,
             group=group,
-            unlike=_unlike(table, first.model, group, settings),
+            unlike=_unlike(table, first.model, group, variant),
             methods={
                 place.method: sorted(variants.values(), key=lambda variant: variant.preference, reverse=True)
                 for place, variants in places.items()
@@ -136,10 +141,10 @@ def _place(table: PublishedTable, settings: dict[str, Any]) -> _Place | None:
     weights = recipe.get("weights")
     plain = ("kind", "weights", "prefix", "calibration", "calibrate_behind_prefix")
     more = settings["kv"] is not None or any(part for name, part in recipe.items() if name not in plain)
-    if more or is_behind(settings) or prefix["label"] not in ("none", "[B]") or not _is_measured(table, settings):
+    if more or is_behind(settings) or not _is_measured(table, settings):
         return None
-    if table.number > 1 and not settings["lead"]:
-        return None  # prompts without [BOS]
+    if prefix["file"] is not None or prefix_label(settings) != "[B]":
+        return None  # another prefix, or prompts without [BOS]
     method, group = FULL, None
     if weights is None and prefix["intact"]:
         return None  # the same function as without the prefix; the paper shows it once
@@ -165,14 +170,17 @@ def _is_measured(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
     return settings["task_name"] in QA_METRICS and settings["fewshot"] == 0
 
 
-def _unlike(table: PublishedTable, model: str, group: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
+def _unlike(table: PublishedTable, model: str, group: int, run: Variant) -> tuple[str, ...]:
     """What is not the paper's: no difference to a published figure is taken then."""
+    settings = run.settings
     same = {"model": model in table.models, "group size": group == GROUP_SIZE}
     if table.number == 1:
         same |= {"text": settings["corpus"] == "c4", "window": settings["window"] == 2048}
         same |= {"number of windows": settings["limit"] is None}
     else:
-        same |= {"questions": settings["data"] != "sample", "number of questions": settings["limit"] is None}
+        sampled = settings["data"] == "sample"  # other questions, however many
+        whole = sampled or all(count == QUESTIONS[task] for task, count in run.questions.items())
+        same |= {"questions": not sampled, "number of questions": settings["limit"] is None and whole}
     return tuple(name for name, holds in same.items() if not holds)
 
 

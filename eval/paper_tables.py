@@ -14,7 +14,7 @@ from corpora.catalog import FAMILIES
 from corpora.errors import UserError
 from eval.paper_runs import RECORDS, Column, Scores, columns_of, departures, one_per_model, what_fits
 from eval.published import BITS, FULL, GROUP_SIZE, METHODS, TABLES, PublishedTable, paper_name
-from eval.render import Cell, Figure, Table, mean_of, signed, signed_percent
+from eval.render import Cell, Figure, Table, change_of, mean_of, signed, signed_percent
 from eval.task_tables import MEAN_ACC, QA_AVERAGE
 from quantization.recipe import named_recipe
 
@@ -111,14 +111,12 @@ def _ours(column: Column | None) -> Values:
 def _cells(table: PublishedTable, values: Values, measure: str) -> Cells:
     """Figures of one column, and every arm's change against the method alone over the seeds that both have."""
     cells: Cells = {}
-    for (method, arm), runs in values.items():
-        cells[method, arm, False] = mean_of([scores[measure] for scores in runs.values()])
-        alone = values.get((method, ""), {})
-        both = [(alone[seed][measure], scores[measure]) for seed, scores in runs.items() if seed in alone]
-        if arm and table.number == 1:
-            cells[method, arm, True] = mean_of([score / plain - 1 for plain, score in both], signed_percent)
-        elif arm:
-            cells[method, arm, True] = mean_of([score - plain for plain, score in both], signed)
+    columns = {place: {seed: scores[measure] for seed, scores in runs.items()} for place, runs in values.items()}
+    for (method, arm), column in columns.items():
+        cells[method, arm, False] = mean_of(list(column.values()))
+        if arm:
+            alone = columns.get((method, ""), {})
+            cells[method, arm, True] = change_of(alone, column, relative=table.number == 1)
     return cells
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from corpora.catalog import FAMILIES
 
-__all__ = ["BITS", "FULL", "GROUP_SIZE", "METHODS", "TABLES", "PublishedTable", "paper_name"]
+__all__ = ["BITS", "FULL", "GROUP_SIZE", "METHODS", "QUESTIONS", "TABLES", "PublishedTable", "paper_name"]
 
 BITS = 3
 GROUP_SIZE = 128
@@ -20,6 +20,18 @@ GROUP_SIZE = 128
 FULL = "FP16"
 # The quantizers by their names, which are also how a record's recipe spells their kind, and their named recipes.
 METHODS: Mapping[str, str] = {"RTN": "rtn-w3", "GPTQ": "gptq-w3", "OmniQuant": "omniquant-w3", "AWQ": "awq-w3"}
+
+# How many questions the published accuracies are of, by task: MMLU's test files, and the splits that lm-eval scores.
+QUESTIONS: Mapping[str, int] = {
+    "mmlu": 14042,
+    "openbookqa": 500,
+    "winogrande": 1267,
+    "arc_challenge": 1172,
+    "arc_easy": 2376,
+    "boolq": 3270,
+    "hellaswag": 10042,
+    "lambada_openai": 5153,
+}
 
 
 @dataclass(frozen=True)

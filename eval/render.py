@@ -5,11 +5,12 @@ A figure over several seeds prints as `mean ± sd (n)`: sd is the sample standar
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-__all__ = ["STYLES", "Cell", "Figure", "Table", "mean_of", "percent", "plain", "render", "signed", "signed_percent"]
+__all__ = ["STYLES", "Cell", "Figure", "Table", "change_of", "mean_of", "percent", "plain", "render", "signed",
+           "signed_percent"]  # fmt: skip
 
 STYLES = ("markdown", "csv", "latex")
 ABSENT = "n/a"
@@ -62,6 +63,19 @@ def mean_of(values: Sequence[float], form: Callable[[float], str] = plain) -> Fi
         return None
     deviation = stdev(values) if len(values) > 1 else None
     return Figure(fmean(values), form, deviation, len(values))
+
+
+def change_of(
+    alone: Mapping[int | None, float], other: Mapping[int | None, float], relative: bool = False
+) -> Figure | None:
+    """One figure of how other runs differ from those alone, over the seeds that both have; None if they share none.
+
+    alone, other: values by seed. relative: as a fraction of the value alone, not as a difference.
+    """
+    both = [(alone[seed], value) for seed, value in other.items() if seed in alone]
+    if relative:
+        return mean_of([value / base - 1 for base, value in both], signed_percent)
+    return mean_of([value - base for base, value in both], signed)
 
 
 @dataclass(frozen=True)

@@ -4,33 +4,40 @@ Figures of different protocols, windows or dtypes never share a table. Both arms
 carries a standard error from the windows' paired differences d: exp(mean d) − 1 ± exp(mean d) · sd(d) / √W.
 Weights that were calibrated behind the prefix are a third arm: the same recipe but for that switch. Runs that differ
 only in the seed of their calibration text can be joined: mean ± standard deviation over seeds, changes paired by seed.
+Which runs belong together (`settings_of`) is one rule for perplexities and tasks.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from corpora.storage import identity
 from corpora.text import PROTOCOLS
-from eval.render import Cell, Figure, Table, mean_of, percent, signed_percent
+from eval.render import Cell, Figure, Table, change_of, mean_of, percent
 from eval.render import render as render_tables
 
 __all__ = [
     "ARMS",
+    "BEHIND",
     "BEHIND_COLUMNS",
     "HEAD",
+    "INTACT",
+    "VANILLA",
     "Arm",
     "Row",
+    "Setting",
     "behind_of",
     "caption_of",
     "figures_of",
     "is_behind",
     "kv_label",
     "perplexity_rows",
+    "prefix_label",
     "print_table",
     "render",
+    "settings_of",
     "weights_and_seed",
 ]
 
@@ -111,27 +118,56 @@ def _without_seed(made_of: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     return rest, calibration["seed"]
 
 
-Runs = dict[int | None, dict[str, Any]]  # the runs of one arm by their seed; one of no seed if seeds are not joined
+VANILLA, INTACT, BEHIND = "vanilla", "IntactKV", "calibrated behind"
+
+Runs = dict[int | None, list[dict[str, Any]]]  # an arm's, by seed (None if seeds are not joined), oldest first
 
 
-def perplexity_rows(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Row]:
-    """Join the records of all arms into rows; of several runs of one arm (and seed) the newest counts.
+@dataclass(frozen=True)
+class Setting:
+    """Runs that stand together: by arm those behind one intact prefix, and the vanilla ones of the same tokens.
 
-    Arms belong together if the same weights (but for calibrating behind the prefix) and the same KV policy scored the
-    same tokens, whatever their labels say. over_seeds: weights that differ only in the calibration seed are the same.
+    identity: what tells the setting from others of the same words.
     """
-    records = list(records)
+
+    identity: str
+    arms: dict[str, Runs]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of one of its runs, behind the prefix if there is one."""
+        first = next(self.arms[arm] for arm in (INTACT, BEHIND, VANILLA) if arm in self.arms)
+        return next(iter(first.values()))[-1]["settings"]
+
+
+def settings_of(
+    records: Sequence[dict[str, Any]], caption: Callable[[dict[str, Any]], str], over_seeds: bool = False
+) -> list[Setting]:
+    """Join records, oldest first, by what they measured; every intact prefix, built in or a file, is on its own.
+
+    Arms belong together if the same weights (but for calibrating behind the prefix) and the same KV policy read the
+    same tokens, those in front included, whatever their labels say. So vanilla runs stand with every intact prefix of
+    their tokens; without any, alone. caption: of the table that a run's settings belong to; tables share nothing.
+    over_seeds: weights that differ only in the calibration seed are the same.
+    """
     weights = weights_and_seed(records) if over_seeds else [(record["settings"]["made_of"], None) for record in records]
-    cells: dict[tuple[str, str], dict[str, Runs]] = {}
+    found: dict[tuple[str, str], tuple[dict[str, Runs], dict[tuple[str, str | None], dict[str, Runs]]]] = {}
     for record, (made_of, seed) in zip(records, weights, strict=True):
         s = record["settings"]
-        arm = "behind" if is_behind(s) else "intact" if s["prefix"]["intact"] else "vanilla"
-        cells.setdefault((caption_of(s), _setting(s, made_of)), {}).setdefault(arm, {})[seed] = record
-    order = {key: i for i, key in enumerate(cells)}
-    rows = [_row(*key, cells[key]) for key in sorted(cells, key=lambda key: (key[0], order[key]))]
-    # Settings that differ only where no column shows it (a convention, a text prefix) get their identity as a name.
-    seen = Counter(row.visible for row in rows)
-    return [replace(row, weights=f"{row.weights}-{row.identity}") if seen[row.visible] > 1 else row for row in rows]
+        shared = {"made_of": _without_prefix(made_of), "kv": s["kv"], "tokens": _tokens(s)}
+        vanilla, by_prefix = found.setdefault((caption(s), identity(shared)), ({}, {}))
+        prefix = s["prefix"]
+        arms = by_prefix.setdefault((prefix["label"], prefix["file"]), {}) if prefix["intact"] else vanilla
+        arm = BEHIND if is_behind(s) else INTACT if prefix["intact"] else VANILLA
+        arms.setdefault(arm, {}).setdefault(seed, []).append(record)
+    settings = []
+    for (_, key), (vanilla, by_prefix) in found.items():
+        for (_, file), arms in by_prefix.items():
+            mine = key if file is None else identity({"shared": key, "file": file})
+            settings.append(Setting(mine, vanilla | arms))
+        if not by_prefix:
+            settings.append(Setting(key, vanilla))
+    return settings
 
 
 def is_behind(settings: dict[str, Any]) -> bool:
@@ -139,11 +175,34 @@ def is_behind(settings: dict[str, Any]) -> bool:
     return bool(settings["made_of"].get("calibrate_behind_prefix"))
 
 
-def _setting(settings: dict[str, Any], made_of: dict[str, Any]) -> str:
-    """Identity of what the arms of a row share."""
-    arm = ("calibrate_behind_prefix", "prefix")
-    made_of = {key: value for key, value in made_of.items() if key not in arm}
-    return identity({"made_of": made_of, "kv": settings["kv"], "tokens": settings["tokens_sha256"]})
+def _without_prefix(made_of: dict[str, Any]) -> dict[str, Any]:
+    """What the weights were made of, but for what tells the arms apart."""
+    return {key: value for key, value in made_of.items() if key not in ("calibrate_behind_prefix", "prefix")}
+
+
+def _tokens(settings: dict[str, Any]) -> Any:
+    """What tells the tokens that the model read, but for a task's own: every task is a column of its own."""
+    if "lead" in settings:
+        return {"model": settings["model"], "lead": settings["lead"]}  # its tokenizer, and what stands in front
+    return settings["tokens_sha256"]  # with what stands in front
+
+
+def prefix_label(settings: dict[str, Any]) -> str:
+    """The prefix by its name: a run without one is the vanilla arm of [B] where its text starts with [BOS] anyway."""
+    if settings["prefix"]["label"] != "none":
+        return settings["prefix"]["label"]
+    starts = settings["lead"] if "lead" in settings else PROTOCOLS[settings["protocol"]].bos_in_every_window
+    return "[B]" if starts else "none"
+
+
+def perplexity_rows(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Row]:
+    """Join the records of all arms into rows; of several runs of one arm (and seed) the newest counts."""
+    settings = settings_of(list(records), caption_of, over_seeds)
+    rows = sorted((_row(setting) for setting in settings), key=lambda row: row.caption)
+    # Settings that differ only where no column shows it (a convention, a text prefix, a file of another's name) get
+    # their identity as a name.
+    seen = Counter(row.visible for row in rows)
+    return [replace(row, weights=f"{row.weights}-{row.identity}") if seen[row.visible] > 1 else row for row in rows]
 
 
 def caption_of(settings: dict[str, Any]) -> str:
@@ -155,49 +214,49 @@ def caption_of(settings: dict[str, Any]) -> str:
     )
 
 
-def _row(caption: str, setting: str, arms: dict[str, Runs]) -> Row:
-    vanilla = arms.get("vanilla", {})
-    first = arms.get("intact") or arms.get("behind") or vanilla
-    s = next(iter(first.values()))["settings"]
-    label = s["prefix"]["label"]
-    if label == "none" and PROTOCOLS[s["protocol"]].bos_in_every_window:
-        label = "[B]"  # every window starts with [BOS] anyway: the vanilla arm of [B]
-    runs = (run for arm in arms.values() for run in arm.values())
+def _row(setting: Setting) -> Row:
+    newest = {arm: {seed: mine[-1] for seed, mine in runs.items()} for arm, runs in setting.arms.items()}
+    vanilla = newest.get(VANILLA, {})
+    s = setting.settings
+    runs = (run for arm in newest.values() for run in arm.values())
     return Row(
-        caption=caption,
+        caption=caption_of(s),
         model=s["model"],
         weights=s["weights"].removesuffix("-behind"),
         kv=kv_label(s["kv"]),
         corpus=s["corpus"],
-        prefix=label,
-        identity=setting,
-        vanilla=Arm(_mean(vanilla)),
-        intact=_arm(arms.get("intact", {}), vanilla),
-        behind=_arm(arms.get("behind", {}), vanilla),
+        prefix=prefix_label(s),
+        identity=setting.identity,
+        vanilla=Arm(mean_of(list(_perplexities(vanilla).values()))),
+        intact=_arm(newest.get(INTACT, {}), vanilla),
+        behind=_arm(newest.get(BEHIND, {}), vanilla),
         cost=next((run["quantization"] for run in runs if run.get("quantization")), None),
     )
 
 
-def _mean(runs: Runs) -> Figure | None:
-    return mean_of([run["perplexity"] for run in runs.values()])
+Newest = Mapping[int | None, dict[str, Any]]  # the run of an arm that counts, by seed
 
 
-def _arm(runs: Runs, vanilla: Runs) -> Arm:
+def _perplexities(runs: Newest) -> dict[int | None, float]:
+    return {seed: run["perplexity"] for seed, run in runs.items()}
+
+
+def _arm(runs: Newest, vanilla: Newest) -> Arm:
     """An arm beside the vanilla one, compared over the seeds that both have.
 
     The windows' error is that of the change of the mean over seeds; the spread over seeds stands with the change.
     """
-    both = [(vanilla[seed], run) for seed, run in runs.items() if seed in vanilla]
-    if not both:
-        return Arm(_mean(runs))
-    ratios = [run["perplexity"] / plain["perplexity"] for plain, run in both]
-    change = mean_of([ratio - 1 for ratio in ratios], signed_percent)
+    figure = mean_of(list(_perplexities(runs).values()))
+    change = change_of(_perplexities(vanilla), _perplexities(runs), relative=True)
+    if change is None:
+        return Arm(figure)
     per_seed = [
-        [b - a for a, b in zip(plain["window_nll"], run["window_nll"], strict=True)] for plain, run in both
+        [b - a for a, b in zip(vanilla[seed]["window_nll"], runs[seed]["window_nll"], strict=True)]
+        for seed in vanilla.keys() & runs.keys()
     ]  # (seeds, windows)
     differences = [fmean(window) for window in zip(*per_seed, strict=True)]
-    error = fmean(ratios) * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-    return Arm(_mean(runs), change, error)
+    error = (1 + change.value) * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return Arm(figure, change, error)
 
 
 HEAD = ("model", "weights", "KV bits", "corpus", "prefix")

@@ -7,13 +7,11 @@ tasks. Which metric the paper averages is inferred, so the mean of plain acc sta
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from corpora.storage import identity
-from eval.render import Cell, Figure, Table, mean_of, signed
-from eval.tables import is_behind, kv_label, weights_and_seed
+from eval.render import Cell, Figure, Table, change_of, mean_of
+from eval.tables import BEHIND, INTACT, VANILLA, kv_label, prefix_label, settings_of
 
 __all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "run_tables", "task_caption",
            "task_tables"]  # fmt: skip
@@ -31,7 +29,7 @@ QA_METRICS: Mapping[str, str] = {
 QA_AVERAGE, MEAN_ACC = "QA average", "mean of plain acc"
 HEAD = ("model", "weights", "KV bits", "prefix", "arm")
 
-Runs = dict[int | None, dict[str, dict[str, Any]]]  # by calibration seed: records by column of the task
+Scores = Mapping[int | None, Mapping[str, float]]  # of one arm: by calibration seed, then by head of the table
 
 
 def in_percent(metric: str, value: float) -> float:
@@ -63,15 +61,6 @@ def task_caption(settings: Mapping[str, Any]) -> str:
     limit = "all questions" if settings["limit"] is None else f"at most {settings['limit']} questions a task or subject"
     shots = "1 shot" if settings["fewshot"] == 1 else f"{settings['fewshot'] or 'no'} shots"
     return f"protocol {settings['protocol']}, {shots}, {data}, {limit}, {settings['dtype']} on {settings['device']}"
-
-
-@dataclass
-class _Setting:
-    """Lines that belong together: the words of the first columns, and the runs of every arm."""
-
-    words: tuple[str, ...]
-    identity: str
-    arms: dict[str, Runs] = field(default_factory=dict)
 
 
 def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
@@ -116,25 +105,27 @@ def task_tables(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> 
 
 def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) -> Table:
     columns = _task_columns(records)
-    settings = _settings(records, columns, over_seeds)
     metrics = _metrics(records, columns)
     questions = any(task in QA_METRICS for task, _ in columns)
     averages = (QA_AVERAGE, MEAN_ACC) if questions else ()
     newest = {record["settings"]["task_name"]: columns[_data(record)] for record in records}
 
-    def scores(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """All columns of one run of the tasks that it has."""
+    def scores(mine: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """All columns of the runs of one seed, oldest first, one for every task that was run."""
+        runs = {columns[_data(record)]: record for record in mine}
         found = {
             f"{column} {metric}": value for column, record in runs.items() for metric, value in _figures(record).items()
         }
         return found | qa_averages({task: runs[column] for task, column in newest.items() if column in runs})
 
     heads = (*metrics, *averages)
-    seen = Counter(setting.words for setting in settings)
+    named = [(setting, _words(setting.settings)) for setting in settings_of(records, task_caption, over_seeds)]
+    seen = Counter(words for _, words in named)
     lines: list[tuple[Cell, ...]] = []
-    for setting in settings:
-        model, weights, *others = setting.words
-        words = (model, f"{weights}-{setting.identity}" if seen[setting.words] > 1 else weights, *others)
+    for setting, words in named:
+        if seen[words] > 1:  # they differ where no column shows it, as two files of one name do
+            model, weights, *others = words
+            words = (model, f"{weights}-{setting.identity}", *others)
         by_arm = {arm: {seed: scores(runs) for seed, runs in found.items()} for arm, found in setting.arms.items()}
         lines += [(*words, label, *figures) for label, figures in _lines(by_arm, heads)]
     notes = [_sizes(records, columns)]
@@ -168,49 +159,26 @@ def _metrics(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], s
     return tuple(f"{column} {metric}" for column, metrics in found.items() for metric in metrics)
 
 
-def _settings(
-    records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str], over_seeds: bool
-) -> list[_Setting]:
-    """Records joined by setting, arm, seed and task."""
-    weights = weights_and_seed(records) if over_seeds else [(record["settings"]["made_of"], None) for record in records]
-    settings: dict[str, _Setting] = {}
-    for record, (made_of, seed) in zip(records, weights, strict=True):
-        s = record["settings"]
-        prefix = s["prefix"]
-        # Without a prefix every prompt starts with [BOS] unless it was asked not to: the vanilla arm of [B].
-        label = "[B]" if prefix["label"] == "none" and s["lead"] else prefix["label"]
-        shared = {key: value for key, value in made_of.items() if key not in ("calibrate_behind_prefix", "prefix")}
-        key = identity({"made_of": shared, "kv": s["kv"], "model": s["model"], "label": label, "lead": s["lead"]})
-        words = (s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), label)
-        arm = "calibrated behind" if is_behind(s) else "IntactKV" if prefix["intact"] else "vanilla"
-        runs = settings.setdefault(key, _Setting(words, key)).arms.setdefault(arm, {})
-        runs.setdefault(seed, {})[columns[_data(record)]] = record
-    return list(settings.values())
+def _words(s: dict[str, Any]) -> tuple[str, ...]:
+    """What stands in the first columns of a setting's lines."""
+    return s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), prefix_label(s)
 
 
-def _lines(
-    by_arm: Mapping[str, Mapping[int | None, Mapping[str, float]]], heads: Sequence[str]
-) -> list[tuple[str, tuple[Cell, ...]]]:
+def _lines(by_arm: Mapping[str, Scores], heads: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
     """Vanilla, then every other arm with its change against vanilla over the seeds that both have."""
-    vanilla = by_arm.get("vanilla", {})
+
+    def column(arm: str, head: str) -> dict[int | None, float]:
+        return {seed: run[head] for seed, run in by_arm.get(arm, {}).items() if head in run}
+
     lines: list[tuple[str, tuple[Cell, ...]]] = []
-    for arm in ("vanilla", "IntactKV", "calibrated behind"):
-        mine = by_arm.get(arm, {})
-        if not mine and arm != "vanilla":
+    for arm in (VANILLA, INTACT, BEHIND):
+        if arm not in by_arm and arm != VANILLA:
             continue
-        lines.append((arm, tuple(mean_of([run[head] for run in mine.values() if head in run]) for head in heads)))
-        if arm != "vanilla":
-            lines.append((f"{arm} − vanilla", tuple(_change(head, vanilla, mine) for head in heads)))
+        lines.append((arm, tuple(mean_of(list(column(arm, head).values())) for head in heads)))
+        if arm != VANILLA:
+            changes = tuple(change_of(column(VANILLA, head), column(arm, head)) for head in heads)
+            lines.append((f"{arm} − {VANILLA}", changes))
     return lines
-
-
-def _change(
-    head: str, vanilla: Mapping[int | None, Mapping[str, float]], mine: Mapping[int | None, Mapping[str, float]]
-) -> Figure | None:
-    both = [
-        run[head] - vanilla[seed][head] for seed, run in mine.items() if head in run and head in vanilla.get(seed, {})
-    ]
-    return mean_of(both, signed)
 
 
 def _sizes(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str]) -> str:

@@ -85,6 +85,7 @@ def record(perplexity: float, started: str = "2026-01-01", **settings: Any) -> d
 
 BOS = {"label": "[B]", "ids": [1], "file": None, "intact": True}
 PROMPT = {"label": "[P]", "ids": [1, 2], "file": None, "intact": True}
+CAL = {"label": "[cal]", "ids": [1], "file": "c0ffee", "intact": True}  # --prefix cal.safetensors
 
 
 def test_both_arms_of_a_setting_share_a_row(intactkv_root):
@@ -99,6 +100,42 @@ def test_both_arms_of_a_setting_share_a_row(intactkv_root):
         ("16", "[P]", 22.0, 11.0, pytest.approx(-0.5)),
         ("4 PerHead", "[B]", 30.0, None, None),
     ]
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_every_intact_prefix_has_a_row_of_its_own_beside_the_vanilla_run_of_its_tokens(newest_first):
+    records = [
+        record(9.0), record(8.6, prefix=BOS), record(8.1, prefix=CAL),
+        record(7.2, prefix=CAL | {"label": "[more]", "file": "decaf"}),
+        record(8.0, prefix=PROMPT | {"intact": False}, tokens_sha256="p"),
+        record(6.0, prefix=PROMPT, tokens_sha256="p"),
+    ]  # fmt: skip
+    rows = perplexity_rows(records[::-1] if newest_first else records)
+    found = {r.prefix: (r.weights, r.vanilla.perplexity, r.intact.perplexity, r.intact.change) for r in rows}
+    assert len(rows) == len(found)
+    weights = SETTINGS["weights"]
+    assert found == {
+        "[B]": (weights, 9.0, 8.6, pytest.approx(-0.4 / 9)),
+        "[cal]": (weights, 9.0, 8.1, pytest.approx(-0.1)),
+        "[more]": (weights, 9.0, 7.2, pytest.approx(-0.2)),
+        "[P]": (weights, 8.0, 6.0, pytest.approx(-0.25)),
+    }
+
+
+def test_the_vanilla_run_of_a_file_is_that_of_its_tokens():
+    rows = perplexity_rows([record(9.0, prefix=CAL | {"intact": False}), record(8.1, prefix=BOS)])
+    assert [(r.prefix, r.vanilla.perplexity, r.intact.perplexity) for r in rows] == [("[B]", 9.0, 8.1)]
+
+
+def test_two_files_of_one_name_are_told_apart():
+    for label in ("[cal]", "[B]"):  # bare [B] beside B.safetensors, too
+        one, other = CAL | {"label": label}, CAL | {"label": label, "file": "decaf" if label == "[cal]" else None}
+        rows = perplexity_rows([record(9.0), record(8.1, prefix=one), record(7.2, prefix=other)])
+        assert [(r.prefix, r.vanilla.perplexity, r.intact.perplexity) for r in rows] == [
+            (label, 9.0, 8.1),
+            (label, 9.0, 7.2),
+        ]
+        assert len({r.weights for r in rows}) == 2
 
 
 @pytest.mark.parametrize("field", ["protocol", "window", "limit", "dtype", "device"])
@@ -143,6 +180,17 @@ def test_weights_calibrated_behind_the_prefix_are_a_third_arm_of_their_row():
     assert "calibrated behind" in text
     assert "-50.0%" in text
     assert "calibrated behind" not in render(perplexity_rows([record(20.0)]), "markdown")
+
+
+def test_weights_calibrated_behind_a_file_stand_in_the_row_of_that_file():
+    file = behind(7.0)
+    file["settings"]["prefix"] = CAL
+    rows = perplexity_rows([record(10.0), record(9.0, prefix=BOS), behind(8.0), file])
+    assert [(r.prefix, r.vanilla.perplexity, r.intact.perplexity, r.behind.perplexity) for r in rows] == [
+        ("[B]", 10.0, 9.0, 8.0),
+        ("[cal]", 10.0, None, 7.0),
+    ]
+    assert [r.behind.change for r in rows] == pytest.approx([-0.2, -0.3])
 
 
 def test_weights_of_other_calibration_text_are_no_arm_of_the_row():
@@ -220,6 +268,17 @@ def test_seeds_become_a_mean_and_changes_are_paired_by_seed():
     assert [line[name] for name in ("vanilla", "vanilla sd", "vanilla runs")] == ["23", "3.60555", "3"]
 
 
+def test_seeds_are_paired_for_every_intact_prefix():
+    records = [seeded(20.0, 0), seeded(40.0, 1), seeded(19.0, 0, prefix=BOS), seeded(18.0, 0, prefix=CAL),
+               seeded(32.0, 1, prefix=CAL)]  # fmt: skip
+    rows = perplexity_rows(records, over_seeds=True)
+    # [cal]: −10 % and −20 %; [B] has one seed.
+    assert [(r.prefix, r.vanilla.perplexity, r.intact.perplexity, r.intact.change) for r in rows] == [
+        ("[B]", 30.0, 19.0, pytest.approx(-0.05)),
+        ("[cal]", 30.0, 25.0, pytest.approx(-0.15)),
+    ]
+
+
 def test_one_seed_shows_the_figure_alone_and_no_seed_meets_another_method():
     rows = perplexity_rows([seeded(20.0, 0), record(30.0)], over_seeds=True)
     assert [row.vanilla.perplexity for row in rows] == [20.0, 30.0]
@@ -235,6 +294,11 @@ def test_the_newest_run_of_a_seed_counts():
 
 def test_other_text_under_the_same_seed_is_no_repetition():
     records = [seeded(20.0, 0, "one file"), seeded(24.0, 0, "another of its name"), seeded(22.0, 1)]
+    assert len(perplexity_rows(records, over_seeds=True)) == 3
+
+
+def test_other_text_under_the_same_seed_is_seen_across_tables():
+    records = [seeded(20.0, 0, "one file"), seeded(24.0, 0, "another of its name", window=256), seeded(22.0, 1)]
     assert len(perplexity_rows(records, over_seeds=True)) == 3
 
 

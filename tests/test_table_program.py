@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tables import BOS, perplexity, task
+from test_tables import BOS, CAL, NONE, perplexity, task
 
 from corpora.errors import run_program
 from eval.__main__ import main
@@ -45,7 +45,7 @@ def keep(kind: str, record: dict[str, Any]) -> None:
 @pytest.fixture
 def runs(intactkv_root) -> Path:
     """Records of two models and of one task."""
-    for prefix, value in (({"label": "none", "ids": [], "file": None, "intact": False}, 9.0), (BOS, 8.5)):
+    for prefix, value in ((NONE, 9.0), (BOS, 8.5)):
         keep("ppl", perplexity(value, "rtn-w3", prefix=prefix))
     keep("ppl", perplexity(70.0, "rtn-w3", model="smollm2-135m", group=64, corpus="sample", window=512, limit=8))
     keep("tasks", task("boolq", 0.5))
@@ -89,6 +89,33 @@ def test_over_seeds_joins_runs_of_other_calibration_seeds(program, intactkv_root
         "2",
     )
     assert "9.20 ± 0.28 (2)" in program("1")[1]
+
+
+def test_a_prefix_file_has_a_row_of_its_own_and_no_place_in_the_papers_table(program, runs):
+    before = program("1")[1]
+    keep("ppl", perplexity(8.1, "rtn-w3", prefix=CAL))
+    keep("tasks", task("boolq", 0.6, prefix=CAL))
+    rows = cells(program("--format", "csv", "--model", "llama-2-7b")[1])
+    assert sorted((row["prefix"], row["vanilla"], row["IntactKV"]) for row in rows) == [
+        ("[B]", "9", "8.5"),
+        ("[cal]", "9", "8.1"),
+    ]
+    assert [(row["prefix"], row["arm"], row["boolq acc"]) for row in cells(program("tasks", "--format", "csv")[1])] == [
+        ("[cal]", "vanilla", "50"),
+        ("[cal]", "IntactKV", "60"),
+        ("[cal]", "IntactKV − vanilla", "10"),
+    ]
+    assert program("1")[1] == before
+
+
+def test_an_incomplete_task_is_not_compared_with_the_published_figure(program, intactkv_root):
+    keep("tasks", task("mmlu", 0.5))
+    keep("tasks", task("mmlu", 0.4, model="vicuna-v1.5-13b", samples=100))
+    out = program("2")[1]
+    assert "difference vicuna-v1.5-7b" in out
+    assert "40.00" in out
+    assert "difference vicuna-v1.5-13b" not in out
+    assert "vicuna-v1.5-13b: number of questions other than the paper's" in out
 
 
 def test_tasks_have_their_own_table(program, runs):

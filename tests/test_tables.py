@@ -1,4 +1,4 @@
-"""The paper's tables with ours beside them, tables of tasks, and how tables become text."""
+"""The paper's tables with ours beside them, and how tables become text."""
 
 import csv
 import io
@@ -10,14 +10,15 @@ import pytest
 
 from corpora.errors import UserError
 from eval.paper_tables import paper_tables
-from eval.published import TABLES, paper_name
-from eval.render import Figure, Table, mean_of, render, signed
-from eval.task_tables import QA_METRICS, qa_averages, run_tables, task_tables
+from eval.published import QUESTIONS, TABLES, paper_name
+from eval.render import Figure, Table, change_of, mean_of, render, signed
+from eval.task_tables import QA_METRICS
 from quantization.recipe import describe, named_recipe
 
 NONE = {"label": "none", "ids": [], "file": None, "intact": False}
 BOS = {"label": "[B]", "ids": [1], "file": None, "intact": True}
 PROMPT = {"label": "[P]", "ids": [1, 2], "file": None, "intact": True}
+CAL = {"label": "[cal]", "ids": [1], "file": "c0ffee", "intact": True}  # --prefix cal.safetensors
 
 
 def settings(recipe: str, group: int, seed: int | None, weights: Mapping[str, Any], **others: Any) -> dict[str, Any]:
@@ -45,14 +46,16 @@ def perplexity(value: float, recipe: str = "fp16", *, group: int = 128, seed: in
 
 
 def task(name: str, acc: float, recipe: str = "fp16", *, acc_norm: float | None = None, group: int = 128,
-         seed: int | None = None, started: str = "2026-01-01", **others: Any) -> dict[str, Any]:  # fmt: skip
-    """A record of `eval tasks`; acc and acc_norm are fractions."""
+         seed: int | None = None, started: str = "2026-01-01", samples: int | None = None,
+         **others: Any) -> dict[str, Any]:  # fmt: skip
+    """A record of `eval tasks`; acc and acc_norm are fractions. samples: None for all questions of the paper's task."""
     how = {"task_name": name, "protocol": "hendrycks" if name == "mmlu" else "lm-eval",
            "fewshot": 5 if name == "mmlu" else 0, "data": "local", "data_sha256": f"data of {name}", "lead": [1],
            "limit": None, "model": "vicuna-v1.5-7b"}  # fmt: skip
     metrics = {"acc": acc} | ({} if acc_norm is None else {"acc_norm": acc_norm})
     return {"settings": settings(recipe, group, seed, {}, **{**how, **others}), "identity": "x", "started": started,
-            "metrics": metrics, "stderr": {"acc": 0.01}, "samples": 100, "seconds": 12.3}  # fmt: skip
+            "metrics": metrics, "stderr": {"acc": 0.01}, "samples": samples or QUESTIONS.get(name, 100),
+            "seconds": 12.3}  # fmt: skip
 
 
 def seven(acc: float, acc_norm: float, recipe: str = "fp16", **others: Any) -> list[dict[str, Any]]:
@@ -88,6 +91,11 @@ def test_every_published_table_is_whole(table):
     assert len(table.full) == len(table.models)
     for arms in table.figures.values():
         assert [len(models) for models in arms] == [len(table.models)] * len(table.arms)
+
+
+def test_the_published_accuracies_are_of_all_questions():
+    assert QUESTIONS == {"mmlu": 14042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376,
+                         "boolq": 3270, "hellaswag": 10042, "lambada_openai": 5153}  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "name"), [
@@ -155,6 +163,7 @@ def test_the_two_arms_of_another_window_do_not_meet():
 @pytest.mark.parametrize("other", [
     {"recipe": "rtn-w4"}, {"recipe": "bcq-w3"}, {"group": 32}, {"kv": {"kind": "PerHead", "bits": 4}},
     {"prefix": PROMPT}, {"prefix": PROMPT | {"intact": False}}, {"protocol": "gptq"},
+    {"prefix": CAL}, {"prefix": CAL | {"label": "[B]"}},  # a file of [BOS] alone may hold other K and V
 ])  # fmt: skip
 def test_other_bits_methods_groups_caches_and_prefixes_have_no_place(other):
     recipe = other.pop("recipe", "rtn-w3")
@@ -237,6 +246,23 @@ def test_a_sample_of_the_questions_is_not_compared_with_the_benchmark():
     assert "not the benchmark" in table.caption
 
 
+def test_an_incomplete_set_of_questions_is_not_compared_with_the_benchmark():
+    (table,) = paper_tables(2, [task("mmlu", 0.5, samples=100)], ["vicuna-v1.5-7b"])
+    assert [row[2] for row in table.rows if row[0] == "FP16"] == [Figure(50.0)]
+    assert not any(head.startswith("difference") for head in table.head)
+    assert any(note.startswith("vicuna-v1.5-7b: number of questions other than the paper's") for note in table.notes)
+
+
+@pytest.mark.parametrize("short", QA_METRICS)
+def test_one_incomplete_task_of_the_seven_is_enough(short):
+    whole = seven(0.5, 0.6)
+    assert any(head.startswith("difference") for head in paper_tables(3, whole, ["vicuna-v1.5-7b"])[0].head)
+    records = [record | {"samples": 99} if record["settings"]["task_name"] == short else record for record in whole]
+    (table,) = paper_tables(3, records, ["vicuna-v1.5-7b"])
+    assert not any(head.startswith("difference") for head in table.head)
+    assert any("number of questions other than the paper's" in note for note in table.notes)
+
+
 def test_prompts_without_bos_are_not_the_vanilla_arm():
     (table,) = paper_tables(2, [task("mmlu", 0.44, "rtn-w3", lead=[])], ["vicuna-v1.5-7b"])
     assert all(row[2] is None for row in table.rows)
@@ -261,90 +287,7 @@ def test_table_4_has_published_columns_and_none_of_ours():
     assert "GPTQ" not in rows
 
 
-# ---- tables of tasks
-
-
-def test_the_average_takes_the_metric_of_each_task_and_needs_all_seven():
-    values = {"openbookqa": (0.30, 0.40), "winogrande": (0.70, None), "arc_challenge": (0.41, 0.45),
-              "arc_easy": (0.75, 0.71), "boolq": (0.78, None), "hellaswag": (0.56, 0.74),
-              "lambada_openai": (0.71, None)}  # fmt: skip
-    records = {name: task(name, acc, acc_norm=norm) for name, (acc, norm) in values.items()}
-    assert qa_averages(records) == {
-        "QA average": pytest.approx((40 + 70 + 45 + 71 + 78 + 74 + 71) / 7),
-        "mean of plain acc": pytest.approx((30 + 70 + 41 + 75 + 78 + 56 + 71) / 7),
-    }
-    for name in values:
-        assert qa_averages({key: record for key, record in records.items() if key != name}) == {}
-
-
-def test_vanilla_stands_above_intactkv_with_the_change_in_points():
-    records = [
-        task("arc_easy", 0.50, "rtn-w3", acc_norm=0.40),
-        task("arc_easy", 0.55, "rtn-w3", acc_norm=0.38, prefix=BOS),
-    ]
-    (table,) = task_tables(records)
-    arms = {row[4]: [str(cell) for cell in row[5:]] for row in table.rows}
-    assert arms == {
-        "vanilla": ["50.00", "40.00", "None", "None"],
-        "IntactKV": ["55.00", "38.00", "None", "None"],
-        "IntactKV − vanilla": ["+5.00", "-2.00", "None", "None"],
-    }
-
-
-@pytest.mark.parametrize("field", [{"protocol": "hendrycks"}, {"fewshot": 5}, {"data": "sample"}, {"limit": 8},
-                                   {"dtype": "float32"}, {"device": "cpu"}])  # fmt: skip
-def test_tasks_of_different_protocols_shots_data_or_limits_share_no_table(field):
-    tables = task_tables([task("boolq", 0.5, "rtn-w3"), task("boolq", 0.6, "rtn-w3", prefix=BOS, **field)])
-    assert len(tables) == 2
-    assert all("None" in {str(cell) for cell in row} for table in tables for row in table.rows)
-    assert not any(isinstance(cell, Figure) and cell.form is signed for t in tables for row in t.rows for cell in row)
-
-
-def test_other_data_of_one_name_get_a_column_of_their_own():
-    (table,) = task_tables([task("boolq", 0.5), task("boolq", 0.7, data_sha256="0123456789ab")])
-    assert table.head[5:7] == ("boolq 01234567 acc", "boolq data of  acc")
-    assert [str(cell) for cell in table.rows[0][5:7]] == ["70.00", "50.00"]
-
-
-def test_a_run_without_bos_is_a_setting_of_its_own():
-    (table,) = task_tables([task("boolq", 0.5, lead=[]), task("boolq", 0.6, prefix=BOS)])
-    assert [(row[3], row[4]) for row in table.rows if isinstance(row[5], Figure)] == [
-        ("none", "vanilla"),
-        ("[B]", "IntactKV"),
-    ]
-
-
-def test_seeds_of_tasks_become_a_mean():
-    records = [task("boolq", acc, "gptq-w3", seed=seed) for seed, acc in enumerate((0.5, 0.6, 0.7))]
-    (table,) = task_tables(records, over_seeds=True)
-    assert [str(row[5]) for row in table.rows] == ["60.00 ± 10.00 (3)"]
-    assert len(task_tables(records)[0].rows) == 3
-
-
-def test_a_perplexity_among_the_metrics_is_no_percentage_and_mmlu_shows_its_categories():
-    record = task("lambada_openai", 0.5)
-    record["metrics"] = {"perplexity": 4.3, "acc": 0.5}
-    (table,) = task_tables([record])
-    assert [str(cell) for cell in table.rows[0][5:7]] == ["4.30", "50.00"]
-    (table,) = task_tables([task("mmlu", 0.5) | {"groups": {"STEM": 0.25, "STEM: physics": 0.1}}])
-    assert table.head[5:] == ("mmlu acc", "mmlu STEM")
-    assert str(table.rows[0][6]) == "25.00"
-
-
 # ---- tables as text
-
-
-def test_one_run_shows_every_metric_once_and_the_averages_of_all_seven():
-    (table,) = run_tables([*seven(0.25, 0.5), task("gsm8k", 0.125)])
-    rows = {(row[0], row[1]): [str(cell) for cell in row[2:]] for row in table.rows}
-    assert rows[("hellaswag", "acc")] == ["25.00", "1.00", "100", "12"]
-    assert rows[("gsm8k", "acc")] == ["12.50", "1.00", "100", "12"]
-    assert rows[("QA average", "")][0] == f"{(4 * 50 + 3 * 25) / 7:.2f}"
-    assert len(table.rows) == 7 + 4 + 1 + 2  # acc of all, acc_norm of four, gsm8k, two averages
-    assert len(run_tables([task("gsm8k", 0.1), task("mmlu", 0.2)])) == 2  # protocols do not share a table
-    assert len(run_tables(seven(0.1, 0.2)[:6])[0].rows) == 6 + sum(
-        metric == "acc_norm" for metric in list(QA_METRICS.values())[:6]
-    )
 
 
 def test_one_run_is_a_figure_alone_and_none_is_nothing():
@@ -353,6 +296,14 @@ def test_one_run_is_a_figure_alone_and_none_is_nothing():
     figure = mean_of([1.0, 2.0, 6.0])
     assert figure is not None
     assert str(figure) == f"3.00 ± {7**0.5:.2f} (3)"  # deviations −2, −1, 3: variance 14 / 2
+
+
+@pytest.mark.parametrize(("relative", "changes"), [(True, "-15.0% ± 7.1% (2)"), (False, "-1.75 ± 1.06 (2)")])
+def test_a_change_is_that_of_the_seeds_that_both_have(relative, changes):
+    # Seeds 1 and 2: −20 % and −10 %, or −2.5 and −1: deviations 10 / √2 and 1.5 / √2.
+    assert str(change_of({1: 12.5, 2: 10.0, 3: 99.0}, {0: 5.0, 2: 9.0, 1: 10.0}, relative)) == changes
+    assert change_of({1: 12.5}, {0: 5.0}, relative) is None
+    assert str(change_of({None: 8.0}, {None: 10.0}, relative)) == ("+25.0%" if relative else "+2.00")
 
 
 HOSTILE = Table(
