@@ -8,8 +8,9 @@ are files in FastChat's forms. What the judge does not grade counts nowhere: its
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -293,20 +294,28 @@ def judge_all(
     def ask(job: Job) -> list[Reply]:
         return [judge(job.system, user) for user in job.users]
 
+    def keep(job: Job, replies: list[Reply]) -> bool:
+        file.append(line := job.line(replies))
+        report()
+        return line["outcome"] != "failed"
+
+    todo = iter(left)
+    waiting: dict[Future[list[Reply]], Job] = {}
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
         try:
-            waiting = {pool.submit(ask, job): job for job in left}
-            for done in as_completed(waiting):
-                line = waiting[done].line(replies := done.result())
-                file.append(line)
-                report()
-                failures = failures + 1 if line["outcome"] == "failed" else 0
-                if failures >= max(IN_A_ROW, concurrency):
-                    return next(reply.text for reply in replies if reply.outcome == "failed")
+            while True:
+                waiting |= {pool.submit(ask, job): job for job in islice(todo, concurrency - len(waiting))}
+                if not waiting:
+                    return None
+                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    failures = 0 if keep(waiting.pop(done), replies := done.result()) else failures + 1
+                    if failures >= max(IN_A_ROW, concurrency):
+                        return next(reply.text for reply in replies if reply.outcome == "failed")
         finally:
             stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-    return None
+            for call, job in waiting.items():  # under way when the others stopped: paid for, so kept
+                if call.exception() is None:
+                    keep(job, call.result())
 
 
 def _is_made(job: Job, line: dict[str, Any] | None) -> bool:
