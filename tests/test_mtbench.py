@@ -416,6 +416,26 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_answer(program, model, q
     assert [line["question_id"] for line in read_lines(path, "it")] == [question.id for question in QUESTIONS]
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [
+        ("eval/gen_mtbench_answer", ("smollm2", "135m", "rtn", "3"), "got 4 of 5"),
+        ("eval/gen_mtbench_answer", ("no-such", "7b", "rtn", "3", "cpu"), "no-such-7b"),
+        ("eval/gen_mtbench_answer", ("smollm2", "135m", "rtn", "3", "gpu"), "device 'gpu'"),
+        ("eval/judge", ("gpt-4",), "got 1 of at least 2"),
+        ("eval/judge", ("gpt-4", "no-such-file.jsonl"), "no-such-file.jsonl is missing"),
+        ("prepare/mtbench", ("more",), "got 1 of 0"),
+    ],
+)
+def test_a_mistake_in_a_script_is_one_line(script, arguments, named):
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("scripts/setup.sh has not made .venv")
+    done = subprocess.run(["bash", f"scripts/{script}.sh", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"INTACTKV_ROOT": str(ROOT)}, check=False)  # fmt: skip
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+    assert named in done.stderr
+
+
 @pytest.mark.slow
 def test_the_real_model_answers_the_sample_with_its_prompt_intact(program, intactkv_root):
     directory = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"

@@ -37,7 +37,9 @@ def draw(scores: Mapping[str, Mapping[str, float | None]], output: Output, title
     axes.set_yticks(range(2, int(HIGHEST) + 1, 2))
     axes.tick_params(axis="y", labelsize=7, labelcolor=GREY)
     axes.set_xticks(angles, categories, fontsize=9)
-    axes.tick_params(axis="x", pad=8)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = round(math.sin(angle), 6)  # a word begins, or ends, at its spoke
+        label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
     if title:
         axes.set_title(title, fontsize=9, pad=18)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
