@@ -18,7 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from intactkv.cache import IntactCache, KVPolicy
 from intactkv.pivots import decoder_of
 from intactkv.prefix import Prefix, input_embeddings
 
-__all__ = ["Outcome", "Sample", "Training", "calibrate", "sample_loss"]
+__all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "sample_loss"]
 
 log = logging.getLogger(__name__)
 
@@ -163,22 +163,43 @@ def sample_loss(
     kv: KVPolicy | None = None,
     checkpointing: bool = False,
 ) -> Tensor:
-    """Σ over blocks of ½ · mean over (loss positions × d) of the squared difference: a float32 scalar with a gradient
-    for the prefix's tensors."""
-    device = input_embeddings(model).device
-    ids, counted = sample.ids.to(device), sample.counted.to(device)
-    with torch.no_grad(), _block_outputs(twin) as targets:
-        twin.base_model(input_ids=ids[None], use_cache=False)
+    """The sum of `block_losses`: a float32 scalar with a gradient for the prefix's tensors."""
+    losses = block_losses(model, prefix, sample, block_targets(twin, sample), kv, checkpointing)
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+@torch.no_grad()
+def block_targets(twin: PreTrainedModel, sample: Sample) -> list[Tensor]:
+    """What the full-precision twin's decoder blocks return at the loss positions: (positions, d) each."""
+    device = input_embeddings(twin).device
+    with _block_outputs(twin) as outputs:
+        decoder_of(twin)(input_ids=sample.ids[None].to(device), use_cache=False)
+    return [output[0, sample.counted.to(output.device)] for output in outputs]
+
+
+def block_losses(
+    model: PreTrainedModel,
+    prefix: Prefix | None,
+    sample: Sample,
+    targets: Sequence[Tensor],
+    kv: KVPolicy | None = None,
+    checkpointing: bool = False,
+) -> list[Tensor]:
+    """½ · mean over (loss positions × d) of the squared difference to the targets, block by block: float32 scalars.
+
+    prefix: None lets the quantized model compute every token itself. Loss positions lie behind the prefix.
+    """
     intact = IntactModel(model, prefix, kv)
-    behind = counted[len(prefix) :]
+    skipped = intact.prefix_length
+    ids = sample.ids[None, skipped:].to(input_embeddings(model).device)
     cache = intact.new_cache(single_pass=True)
-    with _block_outputs(model) as outputs, _recomputed(model, cache) if checkpointing else _plain():
-        intact.feed(ids[None, len(prefix) :], through=decoder_of(model), cache=cache)
-    loss = torch.zeros((), device=device)
-    for ours, theirs in zip(outputs, targets, strict=True):
-        difference = ours[0, behind].float() - theirs[0, counted].float().to(ours.device)
-        loss = loss + difference.square().mean().to(device) / 2
-    return loss
+    with _block_outputs(model) as outputs, _recomputed(model, cache) if checkpointing else nullcontext():
+        intact.feed(ids, through=decoder_of(model), cache=cache)
+    behind = sample.counted[skipped:]
+    return [
+        (ours[0, behind.to(ours.device)].float() - theirs.float().to(ours.device)).square().mean() / 2
+        for ours, theirs in zip(outputs, targets, strict=True)
+    ]
 
 
 def _check(sample: Sample, prefix: Prefix) -> None:
@@ -287,11 +308,6 @@ def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -6,8 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.programs.plot_options import (
+    Declare,
+    hessian_options,
+    layer_options,
+    linear_options,
+    linear_output_options,
+    log_option,
+    motivation_options,
+    only_down_option,
+    opening_options,
+    outlier_options,
+    scattered_options,
+)
 from eval.programs.table import add_filters, chosen_rows
-from quantization.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
 
 if TYPE_CHECKING:
     from corpora.catalog import CalibrationText
@@ -52,7 +64,7 @@ class Kind:
     """One kind of figure. declare: adds its options. draw: makes it."""
 
     help: str
-    declare: "Declare"
+    declare: Declare
     draw: Callable[[argparse.Namespace], "Output"]
 
 
@@ -74,117 +86,6 @@ def run(options: argparse.Namespace) -> None:
     """Draw the chosen figure and print the files written."""
     output = KINDS[options.figure].draw(options)
     print(*output.written, sep="\n")
-
-
-Declare = Callable[[argparse.ArgumentParser], None]
-
-
-def _text_options(
-    parser: argparse.ArgumentParser, own: str, tokens: int | None, *, prefix: bool
-) -> argparse._ArgumentGroup:
-    """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
-    add_model_options(parser)
-    add_recipe_options(parser)
-    if prefix:
-        add_prefix_option(parser)
-    add_dtype_option(parser)
-    text = parser.add_argument_group("text")
-    text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
-    length = str(tokens) if tokens else "the model's own, or 1024"
-    text.add_argument("--tokens", type=int, default=tokens, metavar="T", help=f"of a sequence (default: {length})")
-    return text
-
-
-def _opening_options(tokens: int, *, conversation: bool = True, prefix: bool = True, many: bool = False) -> Declare:
-    """Options of kinds that look at the beginning of a text. many: of several sequences, if wanted."""
-    own = "a conversation of sharegpt in Vicuna's format, unless the model has a text of its own"
-
-    def declare(parser: argparse.ArgumentParser) -> None:
-        text = _text_options(parser, own if conversation else "the model's own", tokens, prefix=prefix)
-        if many:
-            text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
-        else:
-            parser.set_defaults(samples=1)
-        text.add_argument("--seed", type=int, default=1, dest="text_seed", metavar="S",
-                          help="of the order of ShareGPT's conversations (default: 1)")  # fmt: skip
-
-    return declare
-
-
-def _scattered_options(tokens: int | None = None, *, many: bool = True) -> Declare:
-    """Options of kinds that look at random pieces of text. tokens: None takes the model's own. many: several pieces."""
-
-    def declare(parser: argparse.ArgumentParser) -> None:
-        text = _text_options(parser, "the model's own calibration text, or pile", tokens, prefix=True)
-        if many:
-            text.add_argument("--samples", type=int, metavar="N", help="pieces (default: the model's own, or 64)")
-        else:
-            parser.set_defaults(samples=1)
-        text.add_argument("--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw (default: 0)")
-        text.add_argument(
-            "--bos-first",
-            action="store_true",
-            help="put [BOS] at position 0 of every piece (default: pieces as they stand, as published)",
-        )
-
-    return declare
-
-
-def _layer_options(declare: Declare, *more: Declare) -> Declare:
-    """With --layers and others."""
-
-    def declare_all(parser: argparse.ArgumentParser) -> None:
-        declare(parser)
-        parser.add_argument(
-            "--layers", default="step:8", metavar="LIST|step:N",
-            help="0,8,16, or every N-th block from 0 on (default: step:8)",
-        )  # fmt: skip
-        for add_more in more:
-            add_more(parser)
-
-    return declare_all
-
-
-def _log_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--log", action="store_true", help="logarithmic axis of magnitudes")
-
-
-def _linear_options(parser: argparse.ArgumentParser) -> None:
-    _scattered_options()(parser)
-    _log_option(parser)
-
-
-def _linear_output_options(parser: argparse.ArgumentParser) -> None:
-    _linear_options(parser)
-    parser.add_argument("--pre-rope", action="store_true", help="Q and K before the rotation by position")
-
-
-def _only_down_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only-down-proj", action="store_true", help="inputs of down_proj alone")
-
-
-def _outlier_options(parser: argparse.ArgumentParser) -> None:
-    _scattered_options()(parser)
-    detector = parser.add_argument_group("detector")
-    detector.add_argument("--outlier-object", default="down_proj", metavar="down_proj|hidden_state",
-                          help="inputs of down_proj, or outputs of blocks (default: down_proj)")  # fmt: skip
-    detector.add_argument(
-        "--outlier-threshold",
-        type=float,
-        default=64.0,
-        metavar="RATIO",
-        help="to the median over tokens, above which a token is an outlier (default: 64)",
-    )
-
-
-def _hessian_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument("--calibration", dest="corpus", metavar="NAME|FILE",
-                        help="text to run (default: the model's own, or c4)")  # fmt: skip
-    parser.add_argument("--calibration-samples", dest="samples", type=int, metavar="N",
-                        help="pieces of text (default: the model's own, or 16)")  # fmt: skip
-    parser.add_argument("--calibration-length", dest="tokens", type=int, metavar="T",
-                        help="tokens of a piece (default: the model's own, or 2048)")  # fmt: skip
 
 
 def _output(options: argparse.Namespace, name: str) -> "Output":
@@ -348,29 +249,75 @@ def _block_output(options: argparse.Namespace) -> "Output":
     return output
 
 
+def _motivation(options: argparse.Namespace) -> "Output":
+    """One load of the quantized model and its twin; the recipe is RTN with 3 bits unless another is named."""
+    from tqdm import tqdm
+
+    from corpora.catalog import CalibrationText, model_defaults
+    from corpora.conversations import conversations
+    from corpora.errors import UserError
+    from eval.motivation import losses_by_size
+    from eval.plots.motivation import draw_motivation
+    from eval.plots.subject import token_name
+    from intactkv.pivots import hidden_magnitudes
+    from quantization.loading import find_checkpoint
+
+    if options.recipe is None and find_checkpoint(options.model).manifest is None:
+        options.recipe, options.bits = "rtn", options.bits or 3
+    options.prefix = options.prefix or "prompt"
+
+    def size(plan: "Plan") -> CalibrationText:
+        source = model_defaults(plan.checkpoint.family_name).default_conversations
+        return CalibrationText(source, *((8, 128) if source == "sample" else (128, 1024)))
+
+    plan, text, output = _plan(options, size)
+    if not plan.choice.ids:
+        raise UserError("--prefix none: the curve is the loss against the size of a prefix; name one, such as prompt")
+    if text.length <= len(plan.choice.ids) + 1:
+        raise UserError(f"--tokens {text.length}: the prefix alone has {len(plan.choice.ids)}; give more")
+    chats, _ = conversations(
+        plan.tokenizer, text.corpus, samples=text.samples, held_out=0, max_length=text.length, min_assistant=50, seed=42
+    )
+    model = plan.load()
+    assert model.prefix is not None
+    twin = plan.twin()
+    with tqdm(total=len(chats) * (len(model.prefix) + 1), desc="motivation", unit="pass") as bar:
+        losses = losses_by_size(model.model, twin, model.prefix, chats, kv=model.kv, advance=bar.update)
+    pivots = [i for i in hidden_magnitudes(twin, chats[0].ids).pivots() if i < len(model.prefix)]
+    tokens = [token_name(plan.tokenizer, int(i)) for i in model.prefix.ids]
+    caption = (
+        f"{plan.checkpoint.name} {plan.recipe.label()}: {len(chats)} conversations of {text.corpus}, at most "
+        f"{text.length} tokens"
+    )
+    draw_motivation(losses, tokens, pivots, caption, output)
+    return output
+
+
 KINDS = {
     "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
                        lambda parser: add_filters(parser, required=True), _perplexity),
     "pivots": Kind("largest activation of every token in every layer: the pivots stand out",
-                   _opening_options(48, conversation=False, prefix=False), _pivots),
-    "hessian": Kind("the first token's share of every Hessian's trace, block by block", _hessian_options, _hessian),
+                   opening_options(48, conversation=False, prefix=False), _pivots),
+    "hessian": Kind("the first token's share of every Hessian's trace, block by block", hessian_options, _hessian),
     "act": Kind("IntactKV: magnitudes of block outputs over token and channel, pivot tokens marked",
-                _layer_options(_opening_options(128), _log_option), _act),
+                layer_options(opening_options(128), log_option), _act),
     "attn": Kind("IntactKV: attention summed over heads, pivot tokens marked",
-                 _layer_options(_opening_options(64, many=True)), _attn),
+                 layer_options(opening_options(64, many=True)), _attn),
     "kv-smooth": Kind("IntactKV: how large and spread keys and values of pivot and other tokens are; prints a table",
-                      _opening_options(1024, prefix=False, many=True), _kv_smooth),
-    "linear-input": Kind("PrefixQuant: token-wise maxima of the inputs of linears by layer", _linear_options,
+                      opening_options(1024, prefix=False, many=True), _kv_smooth),
+    "motivation": Kind("IntactKV: loss of a quantized model against the size of its intact prefix",
+                       motivation_options, _motivation),
+    "linear-input": Kind("PrefixQuant: token-wise maxima of the inputs of linears by layer", linear_options,
                          _linear_input),
     "linear-output": Kind("PrefixQuant: token-wise maxima of queries, keys and values by layer",
-                          _linear_output_options, _linear_output),
-    "outlier-layers": Kind("PrefixQuant: mean number of outlier tokens per layer", _outlier_options, _outliers),
-    "outlier-count": Kind("PrefixQuant: how many outlier tokens a sequence has", _outlier_options, _outliers),
-    "outlier-position": Kind("PrefixQuant: at which positions outlier tokens stand", _outlier_options, _outliers),
-    "outlier-content": Kind("PrefixQuant: which tokens are outliers", _outlier_options, _outliers),
+                          linear_output_options, _linear_output),
+    "outlier-layers": Kind("PrefixQuant: mean number of outlier tokens per layer", outlier_options, _outliers),
+    "outlier-count": Kind("PrefixQuant: how many outlier tokens a sequence has", outlier_options, _outliers),
+    "outlier-position": Kind("PrefixQuant: at which positions outlier tokens stand", outlier_options, _outliers),
+    "outlier-content": Kind("PrefixQuant: which tokens are outliers", outlier_options, _outliers),
     "layer-input-3d": Kind("PrefixQuant: magnitudes of the inputs of linears over token and channel",
-                           _layer_options(_scattered_options(512, many=False), _log_option, _only_down_option),
+                           layer_options(scattered_options(512, many=False), log_option, only_down_option),
                            _layer_input),
     "block-output-3d": Kind("PrefixQuant: magnitudes of block outputs over token and channel",
-                            _layer_options(_scattered_options(512, many=False), _log_option), _block_output),
+                            layer_options(scattered_options(512, many=False), log_option), _block_output),
 }  # fmt: skip

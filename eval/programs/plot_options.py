@@ -1,0 +1,138 @@
+"""Options of the figures: which model, which text, what of it."""
+
+import argparse
+from collections.abc import Callable
+
+from quantization.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
+
+__all__ = ["Declare", "hessian_options", "layer_options", "linear_options", "linear_output_options", "log_option",
+           "motivation_options", "only_down_option", "opening_options", "outlier_options",
+           "scattered_options"]  # fmt: skip
+
+Declare = Callable[[argparse.ArgumentParser], None]
+
+
+def _text_options(
+    parser: argparse.ArgumentParser, own: str, tokens: int | None, *, prefix: bool
+) -> argparse._ArgumentGroup:
+    """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
+    add_model_options(parser)
+    add_recipe_options(parser)
+    if prefix:
+        add_prefix_option(parser)
+    add_dtype_option(parser)
+    text = parser.add_argument_group("text")
+    text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
+    length = str(tokens) if tokens else "the model's own, or 1024"
+    text.add_argument("--tokens", type=int, default=tokens, metavar="T", help=f"of a sequence (default: {length})")
+    return text
+
+
+def opening_options(tokens: int, *, conversation: bool = True, prefix: bool = True, many: bool = False) -> Declare:
+    """Options of kinds that look at the beginning of a text. many: of several sequences, if wanted."""
+    own = "a conversation of sharegpt in Vicuna's format, unless the model has a text of its own"
+
+    def declare(parser: argparse.ArgumentParser) -> None:
+        text = _text_options(parser, own if conversation else "the model's own", tokens, prefix=prefix)
+        if many:
+            text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
+        else:
+            parser.set_defaults(samples=1)
+        text.add_argument("--seed", type=int, default=1, dest="text_seed", metavar="S",
+                          help="of the order of ShareGPT's conversations (default: 1)")  # fmt: skip
+
+    return declare
+
+
+def scattered_options(tokens: int | None = None, *, many: bool = True) -> Declare:
+    """Options of kinds that look at random pieces of text. tokens: None takes the model's own. many: several pieces."""
+
+    def declare(parser: argparse.ArgumentParser) -> None:
+        text = _text_options(parser, "the model's own calibration text, or pile", tokens, prefix=True)
+        if many:
+            text.add_argument("--samples", type=int, metavar="N", help="pieces (default: the model's own, or 64)")
+        else:
+            parser.set_defaults(samples=1)
+        text.add_argument("--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw (default: 0)")
+        text.add_argument(
+            "--bos-first",
+            action="store_true",
+            help="put [BOS] at position 0 of every piece (default: pieces as they stand, as published)",
+        )
+
+    return declare
+
+
+def layer_options(declare: Declare, *more: Declare) -> Declare:
+    """With --layers and others."""
+
+    def declare_all(parser: argparse.ArgumentParser) -> None:
+        declare(parser)
+        parser.add_argument(
+            "--layers", default="step:8", metavar="LIST|step:N",
+            help="0,8,16, or every N-th block from 0 on (default: step:8)",
+        )  # fmt: skip
+        for add_more in more:
+            add_more(parser)
+
+    return declare_all
+
+
+def log_option(parser: argparse.ArgumentParser) -> None:
+    """--log."""
+    parser.add_argument("--log", action="store_true", help="logarithmic axis of magnitudes")
+
+
+def linear_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ranges of linears."""
+    scattered_options()(parser)
+    log_option(parser)
+
+
+def linear_output_options(parser: argparse.ArgumentParser) -> None:
+    """The same, and --pre-rope."""
+    linear_options(parser)
+    parser.add_argument("--pre-rope", action="store_true", help="Q and K before the rotation by position")
+
+
+def only_down_option(parser: argparse.ArgumentParser) -> None:
+    """--only-down-proj."""
+    parser.add_argument("--only-down-proj", action="store_true", help="inputs of down_proj alone")
+
+
+def outlier_options(parser: argparse.ArgumentParser) -> None:
+    """Options of outlier tokens, and their detector."""
+    scattered_options()(parser)
+    detector = parser.add_argument_group("detector")
+    detector.add_argument("--outlier-object", default="down_proj", metavar="down_proj|hidden_state",
+                          help="inputs of down_proj, or outputs of blocks (default: down_proj)")  # fmt: skip
+    detector.add_argument(
+        "--outlier-threshold",
+        type=float,
+        default=64.0,
+        metavar="RATIO",
+        help="to the median over tokens, above which a token is an outlier (default: 64)",
+    )
+
+
+def hessian_options(parser: argparse.ArgumentParser) -> None:
+    """The text that calibration sees."""
+    add_model_options(parser)
+    parser.add_argument("--calibration", dest="corpus", metavar="NAME|FILE",
+                        help="text to run (default: the model's own, or c4)")  # fmt: skip
+    parser.add_argument("--calibration-samples", dest="samples", type=int, metavar="N",
+                        help="pieces of text (default: the model's own, or 16)")  # fmt: skip
+    parser.add_argument("--calibration-length", dest="tokens", type=int, metavar="T",
+                        help="tokens of a piece (default: the model's own, or 2048)")  # fmt: skip
+
+
+def motivation_options(parser: argparse.ArgumentParser) -> None:
+    """Model, prefix and conversations of the motivation curve."""
+    add_model_options(parser)
+    add_recipe_options(parser)
+    add_prefix_option(parser)
+    add_dtype_option(parser)
+    parser.set_defaults(corpus=None)
+    text = parser.add_argument_group("conversations")
+    text.add_argument("--samples", type=int, metavar="N", help="how many (default: 128; smollm2: 8)")
+    text.add_argument("--tokens", type=int, metavar="T", help="of one, at most (default: 1024; smollm2: 128)")
