@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     from eval.json_lines import LineFile, only_writer
     from eval.judge import pair_key, read_answers, read_materials, single_key
     from eval.judge_tables import judge_table, pair_report, single_report
-    from eval.mtbench import question_file, read_questions
+    from eval.mtbench import QUESTION_SETS, question_file, read_questions
     from eval.render import render
     from eval.runs import record_of
     from quantization.options import show_log
@@ -110,13 +110,13 @@ def run(options: argparse.Namespace) -> None:
     report |= {
         "judgement_file": str(path),
         "missing": len(jobs) - len(lines),
-        "usage": {name: sum(line.get("usage", {}).get(name, 0) for line in lines)
-                  for name in ("prompt_tokens", "completion_tokens")},
+        "usage": {count: sum(line.get("usage", {}).get(count, 0) for line in lines)
+                  for count in ("prompt_tokens", "completion_tokens")},
     }  # fmt: skip
     settings = {
         "judge": name,
         "mode": kind,
-        "questions": word,
+        "questions": word if word in QUESTION_SETS else questions_file.name,
         "questions_sha256": sha256_of_file(questions_file),
         "prompts_sha256": sha256_of_file(prompts),
         "references": references.stem if references else None,
