@@ -1,20 +1,13 @@
-"""Answers to MT-bench's questions: what they depend on, what is on file, what a kill leaves."""
+"""Answers to MT-bench's questions: what they depend on, where they end, what is on file."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chats import CONTEXT, QUESTIONS, SAMPLED, TEMPLATE, turns_of
 from families import plain_logits
 
-from corpora.errors import UserError, run_program
-from eval.__main__ import main
+from corpora.errors import UserError
 from eval.chat_templates import chat_template
 from eval.json_lines import LineFile, read_lines
 from eval.mtbench import (
@@ -23,29 +16,11 @@ from eval.mtbench import (
     Question,
     RowSampler,
     answer_key,
-    question_file,
     read_questions,
     row_generator,
     temperature_of,
 )
 from intactkv.attach import IntactModel, attach
-
-ROOT = Path(__file__).parents[1]
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
-CONTEXT = 512
-QUESTIONS = [Question(81 + i, category, (f"Say {i} words" * (1 + i % 3), f"Again, {i}?"))
-             for i, category in enumerate(CATEGORIES)]  # fmt: skip
-SAMPLED = [question.id for question in QUESTIONS if temperature_of(question.category) > 0]
-
-
-def write_questions(path: Path, questions: list[Question] = QUESTIONS) -> Path:
-    rows = [{"question_id": q.id, "category": q.category, "turns": list(q.turns)} for q in questions]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def turns_of(path: Path) -> dict[int, list[str]]:
-    return {line["question_id"]: line["choices"][0]["turns"] for line in read_lines(path, "the answers")}
 
 
 @pytest.fixture
@@ -233,221 +208,3 @@ def test_a_damaged_file_of_questions_is_refused(tmp_path, text, named):
     path.write_text(text)
     with pytest.raises(UserError, match=named):
         read_questions(path)
-
-
-# the program ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(intactkv_root: Path, tiny_checkpoint, tiny_tokenizer) -> Path:
-    """A tiny checkpoint with a chat template in its own zoo."""
-    directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=CONTEXT)
-    tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def questions(tmp_path) -> Path:
-    return write_questions(tmp_path / "mine.jsonl")
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    """program(arguments…) -> (exit code, stdout, stderr) of `eval mtbench`, run in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval", "mtbench", *map(str, arguments)])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-def test_a_run_leaves_fastchats_lines_its_settings_and_a_record(program, model, questions, intactkv_root):
-    common = ("--model", model, "--questions", questions, "--max-new-tokens", 8, "--seed", 43)
-    code, out, err = program(*common, "--recipe", "rtn", "--bits", 3, "--group-size", 32, "--prefix", "prompt",
-                             "--kv-bits", 4)  # fmt: skip
-    assert code == 0, err
-    path = intactkv_root / "outputs/mt_bench/model_answer/tiny-llama-rtn-w3g32-kv4-intactkv-mine-seed_43.jsonl"
-    assert str(path) in out
-    lines = read_lines(path, "the answers")
-    assert [line["question_id"] for line in lines] == [question.id for question in QUESTIONS]
-    for line in lines:
-        assert isinstance(line["answer_id"], str)
-        assert line["model_id"] == path.stem
-        assert isinstance(line["tstamp"], float)
-        (choice,) = line["choices"]
-        assert choice["index"] == 0
-        assert [type(turn) for turn in choice["turns"]] == [str, str]
-    assert len({line["answer_id"] for line in lines}) == len(lines)
-    settings = json.loads(path.with_suffix(".run.json").read_text())
-    assert (settings["seed"], settings["max_new_tokens"], settings["prefix"]["intact"]) == (43, 8, True)
-    (record,) = (intactkv_root / "outputs/runs").glob("mtbench-*.json")
-    record = json.loads(record.read_text())
-    assert (record["samples"], record["answers"]) == (8, str(path))
-    assert sum(record["stopped"].values()) == 16
-
-
-def test_full_precision_answers_alike_with_and_without_its_own_prefix(program, model, questions, intactkv_root):
-    folder = intactkv_root / "outputs/mt_bench/model_answer"
-    for prefix in ("none", "prompt", "bos"):
-        code, _, err = program("--model", model, "--questions", questions, "--max-new-tokens", 8, "--prefix", prefix)
-        assert code == 0, err
-    names = [f"tiny-llama-full-{arm}mine-seed_42.jsonl" for arm in ("", "intactkv-", "intactkv-B-")]
-    plain, intact, bos = (turns_of(folder / name) for name in names)
-    assert plain == intact == bos
-    # The vanilla arm of a prefix reads the same prompts as no prefix at all: it is the same run.
-    code, out, err = program("--model", model, "--questions", questions, "--max-new-tokens", 8, "--prefix", "prompt",
-                             "--vanilla", "--json")  # fmt: skip
-    assert code == 0, err
-    assert Path(json.loads(out)["answers"]).name == names[0]
-
-
-def test_a_finished_run_is_read_back_and_more_questions_go_on_with_it(program, model, questions, intactkv_root):
-    common = ("--model", model, "--questions", questions, "--max-new-tokens", 4, "--json")
-    first = json.loads(program(*common, "--limit", 3)[1])
-    assert (first["answered_now"], json.loads(program(*common, "--limit", 3)[1])) == (3, first)
-    path = Path(first["answers"])
-    before = path.read_text().splitlines()
-    more = json.loads(program(*common, "--batch-size", 1)[1])
-    assert (more["samples"], more["answered_now"]) == (8, 5)
-    assert path.read_text().splitlines()[:3] == before
-    path.unlink()
-    assert json.loads(program(*common, "--batch-size", 1)[1])["answered_now"] == 8
-    assert json.loads(program(*common, "--batch-size", 1, "--force")[1])["answered_now"] == 8
-    assert len(read_lines(path, "the answers")) == 8
-
-
-def test_answers_of_other_settings_are_never_mixed(program, model, questions, intactkv_root, tmp_path):
-    common = ("--model", model, "--questions", questions, "--limit", 2)
-    assert program(*common, "--max-new-tokens", 4)[0] == 0
-    code, _, err = program(*common, "--max-new-tokens", 5)
-    assert code == 2
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "another max_new_tokens" in line
-    assert "--force" in line
-    assert program(*common, "--max-new-tokens", 5, "--out", tmp_path / "five.jsonl")[0] == 0
-    assert program(*common, "--max-new-tokens", 5, "--force")[0] == 0
-    # Other questions under the same name.
-    write_questions(questions, QUESTIONS[::-1][:5])
-    assert "another questions_sha256" in program(*common, "--max-new-tokens", 5)[2]
-
-
-BAD_INPUT = {
-    "no questions of the publishers": (["--questions", "mt_bench"], "scripts/prepare/mtbench.sh"),
-    "no such file": (["--questions", "none.jsonl"], "there is no such file"),
-    "no question": (["--limit", "0"], "--limit 0: give 1 or more"),
-    "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0"),
-    "not a file of lines": (["--out", "a.json"], "ends in .jsonl"),
-    "a prefix that no dialogue starts with": (["--prefix", "A fox."], "does not start with the prefix's tokens"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_a_mistake_is_one_line(case, program, model, questions, monkeypatch, tmp_path):
-    arguments, named = BAD_INPUT[case]
-    if "--questions" not in arguments:
-        arguments = [*arguments, "--questions", questions]
-    monkeypatch.setattr("eval.mtbench.data_folder", lambda name: tmp_path / name)
-    code, out, err = program("--model", model, *arguments)
-    assert (code, out) == (2, "")
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert named in line
-    assert "Traceback" not in err
-
-
-def test_a_model_without_chat_template_is_refused_in_one_line(program, model, questions, tiny_tokenizer):
-    tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(model)
-    (model / "chat_template.jinja").unlink()
-    code, _, err = program("--model", model, "--questions", questions)
-    assert code == 2
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "tiny-llama has no chat template" in line
-    assert (
-        program("--model", model, "--questions", questions, "--template", "vicuna_v1.1", "--max-new-tokens", 2)[0] == 0
-    )
-
-
-# other processes ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["mtbench", "judge"])
-def test_help_does_not_wait_for_torch(command):
-    code = (f"import runpy, sys; sys.argv = ['eval', '{command}', '--help']\n"
-            "try:\n    runpy.run_module('eval', run_name='__main__')\n"
-            "except SystemExit:\n    pass\n"
-            "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()")  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "examples:" in result.stdout
-
-
-def test_a_killed_run_goes_on_without_a_lost_or_doubled_answer(program, model, questions, intactkv_root, tmp_path):
-    """SIGKILL after the second answer, and half a line more, as if the kill had met it while writing."""
-    path = tmp_path / "killed.jsonl"
-    call = ["--model", model, "--questions", questions, "--max-new-tokens", 100, "--batch-size", 1, "--device", "cpu"]
-    process = subprocess.Popen(
-        [str(word) for word in [sys.executable, "-m", "eval", "mtbench", *call, "--out", path]],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 100
-    while not path.exists() or path.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = path.read_text().splitlines()
-    assert 2 <= len(kept) < 8
-    with path.open("a") as file:
-        file.write('{"question_id": 88, "answer_id": "hal')
-    code, out, err = program(*call, "--out", path, "--json")
-    assert code == 0, err
-    assert json.loads(out)["answered_now"] == 8 - len(kept)
-    assert path.read_text().splitlines()[: len(kept)] == kept
-    whole = tmp_path / "whole.jsonl"
-    assert program(*call, "--out", whole)[0] == 0
-    assert turns_of(path) == turns_of(whole)
-    assert [line["question_id"] for line in read_lines(path, "it")] == [question.id for question in QUESTIONS]
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "named"),
-    [
-        ("eval/gen_mtbench_answer", ("smollm2", "135m", "rtn", "3"), "got 4 of 5"),
-        ("eval/gen_mtbench_answer", ("no-such", "7b", "rtn", "3", "cpu"), "no-such-7b"),
-        ("eval/gen_mtbench_answer", ("smollm2", "135m", "rtn", "3", "gpu"), "device 'gpu'"),
-        ("eval/judge", ("gpt-4",), "got 1 of at least 2"),
-        ("eval/judge", ("gpt-4", "no-such-file.jsonl"), "no-such-file.jsonl is missing"),
-        ("prepare/mtbench", ("more",), "got 1 of 0"),
-    ],
-)
-def test_a_mistake_in_a_script_is_one_line(script, arguments, named):
-    if not (ROOT / ".venv" / "bin" / "python").exists():
-        pytest.skip("scripts/setup.sh has not made .venv")
-    done = subprocess.run(["bash", f"scripts/{script}.sh", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"INTACTKV_ROOT": str(ROOT)}, check=False)  # fmt: skip
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
-    assert named in done.stderr
-
-
-@pytest.mark.slow
-def test_the_real_model_answers_the_sample_with_its_prompt_intact(program, intactkv_root):
-    directory = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
-    if not (directory / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
-    common = ("--model", directory, "--limit", 2, "--max-new-tokens", 16, "--device", "cpu")
-    for prefix in ("none", "prompt"):
-        code, out, err = program(*common, "--prefix", prefix)
-        assert code == 0, err
-        assert "sample" in out.splitlines()[0]
-    folder = intactkv_root / "outputs/mt_bench/model_answer"
-    plain, intact = (turns_of(folder / f"smollm2-135m-full-{arm}sample-seed_42.jsonl") for arm in ("", "intactkv-"))
-    assert plain == intact  # full precision with its own prefix is the same function
-    assert all(len(turn) > 10 for turns in plain.values() for turn in turns)
-    assert question_file("sample").is_file()

@@ -1,0 +1,261 @@
+"""The program `python -m eval judge` against a real HTTP server: what it asks, keeps, prints and refuses."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoint import Answer, Endpoint, error, grade, serving
+
+from corpora.errors import run_program
+from eval.__main__ import main
+from eval.json_lines import read_lines
+from eval.mtbench import question_file, read_questions
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def endpoint(monkeypatch) -> Iterator[Endpoint]:
+    with serving(monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def answers(intactkv_root: Path) -> Callable[..., Path]:
+    """answers(name, limit) -> a file of answers to the sample's first questions."""
+
+    def write(name: str = "m-seed_42", limit: int = 16) -> Path:
+        path = intactkv_root / f"{name}.jsonl"
+        rows = [
+            {"question_id": q.id, "answer_id": "x", "model_id": name, "tstamp": 1.0,
+             "choices": [{"index": 0, "turns": [f"{name} says {q.id}", "and more"]}]}
+            for q in read_questions(question_file("sample"))[:limit]
+        ]  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def program(monkeypatch, capsys, endpoint):
+    """program(arguments…) -> (exit code, stdout, stderr) of `eval judge` against the endpoint, run in this process."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        common = ["--judge-model", "org/judge-1", "--base-url", endpoint.url, "--retries", 1, "--timeout", 5]
+        monkeypatch.setattr(sys, "argv", ["eval", "judge", *map(str, [*common, *arguments])])
+        try:
+            run_program(main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def error_line(err: str) -> str:
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in err
+    return line
+
+
+def test_all_judgements_are_made_once_and_the_table_has_them(program, endpoint, answers, intactkv_root):
+    def judge(n: int, body: dict[str, Any]) -> Answer:
+        time.sleep(0.02)
+        return grade("[[9]]" if "says 9007" in body["messages"][1]["content"] else "[[6]]")
+
+    endpoint.answer = judge
+    files = [answers("m-seed_42"), answers("m-seed_43")]
+    call = ("--answers", *files, "--concurrency", 3, "--price-in", 10, "--price-out", 30)
+    code, out, err = program(*call)
+    assert code == 0, err
+    assert len(endpoint.requests) == 2 * 2 * 16
+    assert 2 <= endpoint.most_at_once <= 3
+    assert "64000 prompt tokens, 6400 of the judgements: 0.8320 USD" in out
+    assert "not an MT-bench score" in out
+    row = next(line for line in out.splitlines() if line.startswith("| m "))  # both seeds in one row
+    assert "6.19 ± 0.00 (2)" in row
+    assert "7.50 ± 0.00 (2)" in row  # math
+    path = intactkv_root / "outputs/mt_bench/model_judgment/org-judge-1_single.jsonl"
+    assert len(read_lines(path, "it")) == 64
+    (record,) = (intactkv_root / "outputs/runs").glob("judge-*.json")
+    record = json.loads(record.read_text())
+    assert record["models"]["m-seed_42"]["categories"]["math"] == 7.5
+    assert record["settings"]["references"] == "own"
+    assert program(*call)[0] == 0
+    assert len(endpoint.requests) == 64
+    assert program("--answers", answers("other", 2))[0] == 0  # a third model joins the same file
+    assert len(read_lines(path, "it")) == 68
+
+
+def test_failures_and_refusals_are_unscored_and_only_failures_are_asked_again(
+    program, endpoint, answers, intactkv_root
+):
+    endpoint.answer = lambda n, body: (
+        error(500) if "9002" in body["messages"][1]["content"]
+        else grade(None, refusal="no") if "9003" in body["messages"][1]["content"] else grade()
+    )  # fmt: skip
+    code, out, err = program("--answers", answers(limit=4))
+    assert code == 2
+    assert "2 of 8 judgements are unscored because the judge gave no usable answer (HTTP 500" in error_line(err)
+    assert "7.00" in out
+    assert list((intactkv_root / "outputs/runs").glob("judge-*.json")) == []
+    path = intactkv_root / "outputs/mt_bench/model_judgment/org-judge-1_single.jsonl"
+    outcomes = [(line["question_id"], line["outcome"], line["score"]) for line in read_lines(path, "it")]
+    assert [row for row in outcomes if row[2] == -1] == [
+        (number, outcome, -1) for number, outcome in ((9002, "failed"), (9003, "refused")) for _ in range(2)
+    ]
+    endpoint.answer = lambda n, body: grade("[[3]]")
+    before = len(endpoint.requests)
+    code, _, err = program("--answers", answers(limit=4))
+    assert code == 0, err
+    assert len(endpoint.requests) - before == 2
+    assert [line["score"] for line in read_lines(path, "it")] == [7, 7, 3, 3, -1, -1, 7, 7]
+
+
+def test_a_judge_that_is_down_leaves_what_it_tried_and_the_rest_for_later(program, endpoint, answers, intactkv_root):
+    endpoint.answer = lambda n, body: error(503)
+    code, out, err = program("--answers", answers(), "--concurrency", 2, "--retries", 0)
+    assert code == 2
+    assert "32 of 32 judgements are unscored" in error_line(err)
+    assert "n/a" in out
+    assert len(endpoint.requests) <= 8 + 2
+    endpoint.answer = lambda n, body: grade()
+    code, _, err = program("--answers", answers())
+    assert code == 0, err
+    path = intactkv_root / "outputs/mt_bench/model_judgment/org-judge-1_single.jsonl"
+    assert [line["score"] for line in read_lines(path, "it")] == [7.0] * 32
+
+
+def test_a_killed_judge_goes_on(program, endpoint, answers, intactkv_root):
+    def slow(n: int, body: dict[str, Any]) -> Answer:
+        time.sleep(0.15)
+        return grade()
+
+    endpoint.answer = slow
+    path = intactkv_root / "outputs/mt_bench/model_judgment/judge-1_single.jsonl"
+    call = [sys.executable, "-m", "eval", "judge", "--judge-model", "judge-1", "--base-url", endpoint.url, "--answers",
+            str(answers()), "--concurrency", "1"]  # fmt: skip
+    process = subprocess.Popen(call, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "k"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with path.open("a") as file:
+        file.write('{"question_id": 9010, "mod')
+    kept = path.read_bytes().count(b"\n")
+    time.sleep(0.3)  # the call that was under way comes to its end at the server
+    before = len(endpoint.requests)
+    endpoint.answer = lambda n, body: grade()
+    code, _, err = program("--answers", answers(), "--judge-model", "judge-1")
+    assert code == 0, err
+    assert len(endpoint.requests) - before == 32 - kept
+    keys = [(line["question_id"], line["turn"]) for line in read_lines(path, "it")]
+    assert keys == sorted(set(keys))
+    assert len(keys) == 32
+
+
+def test_a_comparison_counts_consistent_wins(program, endpoint, answers, intactkv_root):
+    """The judge prefers `m`, except that it takes the first place where question 9001 is asked."""
+
+    def judge(n: int, body: dict[str, Any]) -> Answer:
+        text = body["messages"][1]["content"]
+        if "says 9001" in text:
+            return grade("[[A]]")
+        return grade("[[A]]" if text.index("m says") < text.index("base says") else "[[B]]")
+
+    endpoint.answer = judge
+    code, out, err = program("--answers", answers("m"), "--baseline", answers("base"))
+    assert code == 0, err
+    assert len(endpoint.requests) == 4 * 16
+    row = [cell.strip() for cell in next(line for line in out.splitlines() if "| all" in line).split("|")]
+    assert row[1:8] == ["m", "all", "30", "2", "0", "0", "96.9%"]
+    lines = read_lines(intactkv_root / "outputs/mt_bench/model_judgment/org-judge-1_pair.jsonl", "it")
+    assert len(lines) == 32
+
+
+def test_a_radar_chart_shows_the_categories(program, endpoint, answers, tmp_path):
+    code, _, err = program("--answers", answers("m-seed_42"), answers("n"), "--plot", tmp_path / "radar.png")
+    assert code == 0, err
+    assert (tmp_path / "radar.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "radar.csv").open()))
+    assert {row["model"] for row in rows} == {"m", "n"}
+    assert len(rows) == 16
+    assert {row["score"] for row in rows} == {"7.0"}
+
+
+BAD_CALLS: dict[str, tuple[list[object], str]] = {
+    "one price": (["--price-in", 1], "--price-in and --price-out belong together"),
+    "no calls at once": (["--concurrency", 0], "--concurrency 0"),
+    "a chart of comparisons": (["--plot", "a.png", "--baseline", "b.jsonl"], "shows grades, not comparisons"),
+    "an unknown ending": (["--plot", "a.gif"], "ends in .png"),
+    "no baseline": (["--baseline", "none.jsonl"], "none.jsonl is missing"),
+    "other questions": (["--questions", "mt_bench"], "scripts/prepare/mtbench.sh"),
+    "no prompts": (["--prompts", "none.jsonl"], "the file of judge prompts none.jsonl is missing"),
+    "another variable": (["--key-variable", "NO_SUCH_KEY"], "set $NO_SUCH_KEY"),
+    "no local judge": (["--judge-model", "local:nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_a_mistake_is_one_line(case, program, answers, endpoint, monkeypatch, tmp_path):
+    arguments, named = BAD_CALLS[case]
+    given = answers()
+    if case == "other questions":
+        monkeypatch.setattr("eval.mtbench.data_folder", lambda name: tmp_path / name)
+    code, out, err = program("--answers", given, *arguments)
+    assert (code, out) == (2, "")
+    assert named in error_line(err)
+    assert endpoint.requests == []
+
+
+def test_no_key_is_one_line(program, answers, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    code, _, err = program("--answers", answers())
+    assert code == 2
+    assert "the key of the judge is missing: set $OPENAI_API_KEY" in error_line(err)
+
+
+def test_a_wrong_key_stops_the_program_at_once(program, endpoint, answers):
+    endpoint.answer = lambda n, body: error(401, "wrong key")
+    code, _, err = program("--answers", answers(), "--concurrency", 2)
+    assert code == 2
+    assert "refuses every call (HTTP 401: wrong key)" in error_line(err)
+    assert len(endpoint.requests) <= 6
+
+
+def test_answers_to_unknown_questions_and_two_files_of_one_name_are_refused(program, answers, tmp_path):
+    path = answers()
+    path.write_text(path.read_text().replace("9001", "77"))
+    assert "which are in none of the sets here" in error_line(program("--answers", path)[2])
+    assert "answers question 77" in error_line(program("--answers", path, "--questions", "sample")[2])
+    (tmp_path / "two").mkdir()
+    other = tmp_path / "two" / path.name
+    other.write_text(path.read_text())
+    assert "two files of answers are called 'm-seed_42'" in error_line(program("--answers", path, other)[2])
+
+
+def test_a_local_judge_shows_the_flow(program, answers, intactkv_root, tiny_checkpoint, tiny_tokenizer):
+    directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=2100)
+    tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(directory)
+    code, out, err = program("--answers", answers(limit=6), "--judge-model", f"local:{directory}", "--max-tokens", 8)
+    assert code in (0, 2), err
+    assert "a local judge shows the flow" in out
+    lines = read_lines(intactkv_root / "outputs/mt_bench/model_judgment/local-tiny-llama_single.jsonl", "it")
+    assert len(lines) == 12
+    assert all(line["score"] == -1 or line["outcome"] == "scored" for line in lines)
+    assert any(line["usage"]["completion_tokens"] for line in lines)
