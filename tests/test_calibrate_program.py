@@ -1,0 +1,138 @@
+"""`python -m intactkv calibrate` and the motivation curve, from the outside, on tiny models."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from corpora.errors import run_program
+from intactkv.prefix import Prefix
+
+ROOT = Path(__file__).parents[1]
+PARAGRAPH = "A paragraph about {} says one thing, then the other one, and so on. " * 4
+TEMPLATE = (
+    "{{ bos_token }}[kind]{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SMALL = ("--samples", "4", "--held-out", "2", "--max-length", "120", "--steps", "4", "--batch-size", "2",
+         "--evaluate-every", "2", "--conversations", "sample")  # fmt: skip
+
+
+@pytest.fixture
+def model(intactkv_root, tiny_checkpoint, tiny_tokenizer) -> Path:
+    """A tiny checkpoint with a chat template, and a sample text to talk about."""
+    folder = intactkv_root / "datasets" / "sample"
+    folder.mkdir(parents=True)
+    for role in ("calibration", "evaluation"):
+        rows = [{"title": f"{role} {i}", "text": "\n".join([PARAGRAPH.replace("{}", str(i))] * 4)} for i in range(4)]
+        (folder / f"{role}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama")
+    tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(package, arguments…) -> (exit code, stdout, stderr)."""
+
+    def call(package: str, *arguments: object) -> tuple[int, str, str]:
+        from importlib import import_module
+
+        monkeypatch.setattr(sys, "argv", [package, *map(str, arguments)])
+        try:
+            run_program(import_module(f"{package}.__main__").main)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def recipe(model: Path) -> tuple[str, ...]:
+    return ("--model", str(model), "--recipe", "rtn-w3", "--group-size", "32", "--prefix", "prompt")
+
+
+def test_a_trained_prefix_is_written_with_its_curve_and_can_be_used(program, model, intactkv_root):
+    out = intactkv_root / "cal.safetensors"
+    code, said, errors = program("intactkv", "calibrate", *recipe(model), *SMALL, "--out", out)
+    assert code == 0, errors
+    prefix = Prefix.load(out)
+    assert prefix.calibrated is not None
+    assert prefix.calibrated["training"]["steps"] == 4
+    assert prefix.calibrated["for"]["weights"] == "rtn-w3g32"
+    rows = [json.loads(line) for line in (intactkv_root / "cal.curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "held_out" in row] == [0, 2, 4]
+    assert "held-out loss" in said
+    assert not (intactkv_root / "cal.state.safetensors").exists()
+    (intactkv_root / "text.txt").write_text(PARAGRAPH * 8)
+    ppl = ("ppl", "--model", model, "--recipe", "rtn-w3", "--group-size", 32, "--corpus", intactkv_root / "text.txt",
+           "--window", 64, "--limit", 2, "--json", "--prefix")  # fmt: skip
+    trained, plain = (json.loads(program("eval", *ppl, word)[1]) for word in (out, "prompt"))
+    assert trained["settings"]["prefix"]["ids"] == plain["settings"]["prefix"]["ids"]
+    assert trained["identity"] != plain["identity"]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model, intactkv_root):
+    """A real SIGKILL, once the first state is on disk."""
+    command = [sys.executable, "-m", "intactkv", "calibrate", *recipe(model), *SMALL, "--steps", "40"]
+    environment = os.environ | {"INTACTKV_ROOT": str(intactkv_root), "OMP_NUM_THREADS": "1"}
+    whole, killed = intactkv_root / "whole.safetensors", intactkv_root / "killed.safetensors"
+    subprocess.run([*command, "--out", whole], cwd=ROOT, env=environment, check=True, capture_output=True)
+    child = subprocess.Popen([*command, "--out", killed], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    state = intactkv_root / "killed.state.safetensors"
+    while not state.exists() and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not killed.exists()
+    done = subprocess.run([*command, "--out", killed], cwd=ROOT, env=environment, check=True, capture_output=True,
+                          text=True)  # fmt: skip
+    assert "going on from step" in done.stderr
+    a, b = Prefix.load(whole), Prefix.load(killed)
+    assert all(torch.equal(x, y) for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True))
+    assert (intactkv_root / "whole.curve.jsonl").read_text() == (intactkv_root / "killed.curve.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    (("--out", "cal.pt"), "a prefix file ends in .safetensors"),
+    (("--prefix", "none"), "calibrate trains an intact prefix"),
+    (("--max-length", "5"), "--max-length 5 leaves no token behind the prefix"),
+    (("--steps", "0"), "steps is 0"),
+    (("--samples", "999"), "999 are asked for"),
+    (("--conversations", "sharegpt"), "ShareGPT conversations are missing"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(program, model, intactkv_root, changes, named):
+    out = ("--out", intactkv_root / "cal.safetensors")
+    code, _, errors = program("intactkv", "calibrate", *recipe(model), *SMALL, *out, *changes)
+    assert code == 2
+    assert named in errors.splitlines()[-1]
+
+
+def test_the_motivation_curve_scores_every_size_on_the_same_tokens(program, model, intactkv_root):
+    """Its ends are the vanilla model and the whole prefix; with nothing quantized all losses are 0."""
+    stem = intactkv_root / "curve.png"
+    call = ("plot", "motivation", "--model", model, "--samples", 2, "--tokens", 200, "--out", stem)
+    # The tiny model is of no known family, so its conversations are the published ones, which are not here.
+    code, _, errors = program("eval", *call, "--group-size", 32)
+    assert code == 2
+    assert "ShareGPT conversations are missing" in errors
+    smollm = model.rename(model.with_name("smollm2-tiny"))
+    call = ("plot", "motivation", "--model", smollm, "--samples", 2, "--tokens", 200, "--out", stem)
+    assert program("eval", *call, "--group-size", 32)[0] == 0
+    rows = list(csv.DictReader(stem.with_suffix(".csv").open()))
+    prefix = len(rows) - 1
+    assert [int(row["size"]) for row in rows] == list(range(prefix + 1))
+    assert all(float(row["sum over blocks"]) > float(row["loss of the last block"]) > 0 for row in rows)
+    assert stem.stat().st_size > 1000
+    assert program("eval", *call, "--recipe", "fp16")[0] == 0
+    assert all(float(row["sum over blocks"]) < 1e-6 for row in csv.DictReader(stem.with_suffix(".csv").open()))
