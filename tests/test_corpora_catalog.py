@@ -23,7 +23,7 @@ from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PUBLISHED = ModelDefaults(("wikitext2", "c4"), 128, None)
-SMALL = ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample")
+SMALL = ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample", "sample")
 
 
 @pytest.mark.parametrize(
