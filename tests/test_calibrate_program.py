@@ -74,6 +74,15 @@ def test_a_trained_prefix_is_written_with_its_curve_and_can_be_used(program, mod
     assert [row["step"] for row in rows if "held_out" in row] == [0, 2, 4]
     assert "held-out loss" in said
     assert not (intactkv_root / "cal.state.safetensors").exists()
+    drawn = intactkv_root / "drawn.png"
+    assert program("eval", "plot", "calibration", "--curves", intactkv_root / "cal.curve.jsonl", "--out", drawn)[0] == 0
+    table = list(csv.DictReader(drawn.with_suffix(".csv").open()))
+    assert [float(row["held-out loss"]) for row in table if row["held-out loss"]] == [
+        row["held_out"] for row in rows if "held_out" in row
+    ]
+    code, _, errors = program("eval", "plot", "calibration", "--curves", out, "--out", drawn)
+    assert code == 2
+    assert "is no curve of a calibration" in errors
     (intactkv_root / "text.txt").write_text(PARAGRAPH * 8)
     ppl = ("ppl", "--model", model, "--recipe", "rtn-w3", "--group-size", 32, "--corpus", intactkv_root / "text.txt",
            "--window", 64, "--limit", 2, "--json", "--prefix")  # fmt: skip

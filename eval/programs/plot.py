@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.programs.plot_options import (
     Declare,
+    calibration_options,
     hessian_options,
     layer_options,
     linear_options,
@@ -293,6 +294,16 @@ def _motivation(options: argparse.Namespace) -> "Output":
     return output
 
 
+def _calibration(options: argparse.Namespace) -> "Output":
+    from eval.plots.calibration import draw_calibration
+    from eval.plots.canvas import file_name
+
+    names = [path.name.removesuffix(".curve.jsonl") for path in options.curves]
+    output = _output(options, file_name("calibration", *names))
+    draw_calibration(options.curves, output)
+    return output
+
+
 KINDS = {
     "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
                        lambda parser: add_filters(parser, required=True), _perplexity),
@@ -307,6 +318,8 @@ KINDS = {
                       opening_options(1024, prefix=False, many=True), _kv_smooth),
     "motivation": Kind("IntactKV: loss of a quantized model against the size of its intact prefix",
                        motivation_options, _motivation),
+    "calibration": Kind("how prefixes were trained: losses of steps and of held-out conversations", calibration_options,
+                        _calibration),
     "linear-input": Kind("PrefixQuant: token-wise maxima of the inputs of linears by layer", linear_options,
                          _linear_input),
     "linear-output": Kind("PrefixQuant: token-wise maxima of queries, keys and values by layer",

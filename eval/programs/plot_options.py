@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from quantization.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
 
-__all__ = ["Declare", "hessian_options", "layer_options", "linear_options", "linear_output_options", "log_option",
-           "motivation_options", "only_down_option", "opening_options", "outlier_options",
-           "scattered_options"]  # fmt: skip
+__all__ = ["Declare", "calibration_options", "hessian_options", "layer_options", "linear_options",
+           "linear_output_options", "log_option", "motivation_options", "only_down_option", "opening_options",
+           "outlier_options", "scattered_options"]  # fmt: skip
 
 Declare = Callable[[argparse.ArgumentParser], None]
 
@@ -124,6 +125,12 @@ def hessian_options(parser: argparse.ArgumentParser) -> None:
                         help="pieces of text (default: the model's own, or 16)")  # fmt: skip
     parser.add_argument("--calibration-length", dest="tokens", type=int, metavar="T",
                         help="tokens of a piece (default: the model's own, or 2048)")  # fmt: skip
+
+
+def calibration_options(parser: argparse.ArgumentParser) -> None:
+    """The curves to draw."""
+    parser.add_argument("--curves", type=Path, nargs="+", required=True, metavar="FILE.curve.jsonl",
+                        help="what `python -m intactkv calibrate` wrote; several are drawn together")  # fmt: skip
 
 
 def motivation_options(parser: argparse.ArgumentParser) -> None:
