@@ -4,6 +4,7 @@ The factories are plain functions, handed out by session fixtures of the same na
 """
 
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from corpora.errors import run_program
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 PAD, BOS, EOS = 0, 1, 2
@@ -115,6 +118,27 @@ def intactkv_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh place for datasets/, modelzoo/ and outputs/, so that no test reads or writes the checkout's."""
     monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """run_main(main, *arguments) -> (exit code, stdout, stderr) of a program, run in this process, since torch takes
+    seconds to import."""
+
+    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        code = 0
+        capsys.readouterr()  # what the test itself printed
+        try:
+            run_program(main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

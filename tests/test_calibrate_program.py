@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from corpora.errors import run_program
 from intactkv.prefix import Prefix
 
 ROOT = Path(__file__).parents[1]
@@ -39,20 +39,11 @@ def model(intactkv_root, tiny_checkpoint, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(package, arguments…) -> (exit code, stdout, stderr)."""
 
     def call(package: str, *arguments: object) -> tuple[int, str, str]:
-        from importlib import import_module
-
-        monkeypatch.setattr(sys, "argv", [package, *map(str, arguments)])
-        try:
-            run_program(import_module(f"{package}.__main__").main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_main(import_module(f"{package}.__main__").main, *arguments)
 
     return call
 

@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from corpora.errors import run_program
 from eval.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -31,20 +31,9 @@ def text(intactkv_root) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(arguments…) -> (exit code, stdout, stderr), run in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval", *map(str, arguments)])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_main, main)
 
 
 def test_a_text_file_a_recipe_and_a_prefix_give_a_record(program, model, text, intactkv_root):

@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from corpora.errors import run_program
 from quantization.export.__main__ import FORMATS, main
 from quantization.export.verify import VerificationFailed, verify
 from quantization.export.writer import FORMATS as TABLE
@@ -40,21 +39,9 @@ def quantized(dense: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def program(run_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """program(*arguments) -> exit code, stdout, stderr; in this process, since torch takes seconds to import."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            run_program(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(run_main, main)
 
 
 def test_help_answers_without_importing_torch_and_names_every_format() -> None:

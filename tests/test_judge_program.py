@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from endpoint import Answer, Endpoint, error, grade, serving
 
-from corpora.errors import run_program
 from eval.__main__ import main
 from eval.json_lines import read_lines
 from eval.mtbench import question_file, read_questions
@@ -45,22 +45,11 @@ def answers(intactkv_root: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys, endpoint):
+def program(monkeypatch, run_main, endpoint):
     """program(arguments…) -> (exit code, stdout, stderr) of `eval judge` against the endpoint, run in this process."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        common = ["--judge-model", "org/judge-1", "--base-url", endpoint.url, "--retries", 1, "--timeout", 5]
-        monkeypatch.setattr(sys, "argv", ["eval", "judge", *map(str, [*common, *arguments])])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    common = ("--judge-model", "org/judge-1", "--base-url", endpoint.url, "--retries", 1, "--timeout", 5)
+    return partial(run_main, main, "judge", *common)
 
 
 def error_line(err: str) -> str:

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, turns_of, write_questions
 
-from corpora.errors import run_program
 from eval.__main__ import main
 from eval.json_lines import read_lines
 from eval.mtbench import question_file
@@ -33,20 +33,9 @@ def questions(tmp_path) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(arguments…) -> (exit code, stdout, stderr) of `eval mtbench`, run in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval", "mtbench", *map(str, arguments)])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_main, main, "mtbench")
 
 
 def test_a_run_leaves_fastchats_lines_its_settings_and_a_record(program, model, questions, intactkv_root):

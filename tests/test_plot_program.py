@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from corpora.errors import Parser, run_program
+from corpora.errors import Parser
 from corpora.sharegpt import VICUNA_SYSTEM
 from corpora.storage import sha256_of_file
 from eval.observe import attention_mass, down_input, token_maxima
@@ -71,24 +72,15 @@ def text(intactkv_root) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(kind, options…) -> (exit code, stdout, stderr), run in this process."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        def main() -> None:
-            top: ArgumentParser = Parser(prog="eval")
-            plot.add(top.add_subparsers(dest="command", required=True))
-            plot.run(top.parse_args(["plot", *map(str, arguments)]))
+    def main() -> None:
+        top: ArgumentParser = Parser(prog="eval")
+        plot.add(top.add_subparsers(dest="command", required=True))
+        plot.run(top.parse_args())
 
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_main, main, "plot")
 
 
 def names_of(stem: str, parts: tuple[str, ...], suffixes: tuple[str, ...]) -> set[str]:

@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from corpora.errors import run_program
 from corpora.paths import modelzoo_dir
 from eval.__main__ import main as eval_main
 from eval.lm import IntactLM
@@ -55,19 +54,11 @@ def quantized(dense: Path, intactkv_root: Path) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def program(run_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """program(*arguments, main=…) -> exit code, stdout, stderr; in this process, as torch takes seconds to import."""
 
     def run(*arguments: Any, main: Callable[[], None] = main) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            run_program(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_main(main, *arguments)
 
     return run
 

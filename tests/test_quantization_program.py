@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 
-from corpora.errors import run_program
 from quantization.__main__ import main
 from quantization.blocks import DecoderBlock
 from quantization.checkpoint import load_quantized
@@ -41,21 +41,9 @@ def dense(tiny_checkpoint: Callable[..., Path], intactkv_root: Path) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def program(run_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """program(*arguments) -> exit code, stdout, stderr; in this process, since torch takes seconds to import."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quantization", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()  # what the test itself made shows a progress bar
-        try:
-            run_program(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(run_main, main)
 
 
 def in_subprocess(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from corpora.errors import run_program
 from eval.__main__ import main
 from eval.reports import compact, decoded, encoded, mean_sqnr
 
@@ -40,21 +40,9 @@ def text(intactkv_root) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(arguments…) -> (exit code, stdout, stderr) of `python -m eval stats`, run in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what fixtures printed
-        monkeypatch.setattr(sys, "argv", ["eval", "stats", *map(str, arguments)])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_main, main, "stats")
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_tables import BOS, CAL, NONE, perplexity, task
 
-from corpora.errors import run_program
 from eval.__main__ import main
 from eval.runs import record_of
 
@@ -20,20 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(arguments…) -> (exit code, stdout, stderr) of `eval table`, run in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval", "table", *map(str, arguments)])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_main, main, "table")
 
 
 def keep(kind: str, record: dict[str, Any]) -> None:

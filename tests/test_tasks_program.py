@@ -13,7 +13,6 @@ import pytest
 import torch
 from families import plain_logits
 
-from corpora.errors import run_program
 from eval.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -59,18 +58,11 @@ def model(intactkv_root: Path, tiny_checkpoint) -> Path:
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
+def program(run_main):
     """program(arguments…) -> (exit code, stdout, stderr) of `eval tasks`, run in this process."""
 
     def call(*arguments: object, command: str = "tasks") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval", command, *map(str, arguments)])
-        try:
-            run_program(main)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_main(main, command, *arguments)
 
     return call
 
