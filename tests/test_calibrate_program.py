@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 from intactkv.prefix import Prefix
 
@@ -74,6 +75,7 @@ def test_a_trained_prefix_is_written_with_its_curve_and_can_be_used(program, mod
     code, _, errors = program("eval", "plot", "calibration", "--curves", out, "--out", drawn)
     assert code == 2
     assert "is no curve of a calibration" in errors
+    assert plt.get_fignums() == []
     (intactkv_root / "text.txt").write_text(PARAGRAPH * 8)
     ppl = ("ppl", "--model", model, "--recipe", "rtn-w3", "--group-size", 32, "--corpus", intactkv_root / "text.txt",
            "--window", 64, "--limit", 2, "--json", "--prefix")  # fmt: skip

@@ -28,11 +28,11 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 
 def draw_calibration(curves: Sequence[Path], output: Output) -> None:
     """One line a file: held-out losses relative to those before training, and the steps' own losses, faint."""
+    found = {path.name.removesuffix(".curve.jsonl"): read_curve(path) for path in curves}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 4.0))
     table: list[tuple[Any, ...]] = []
-    for index, path in enumerate(curves):
-        rows, colour = read_curve(path), SERIES[index % len(SERIES)]
-        name = path.name.removesuffix(".curve.jsonl")
+    for index, (name, rows) in enumerate(found.items()):
+        colour = SERIES[index % len(SERIES)]
         steps = [row for row in rows if "loss" in row]
         held_out = [row for row in rows if "held_out" in row]
         left.plot(
