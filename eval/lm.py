@@ -67,11 +67,6 @@ class IntactLM(HFLM):
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs go: with a model spread over several GPUs, that of its embeddings."""
-        return self._device
-
     def behind_lead(self, ids: Sequence[int]) -> list[int]:
         """A row's ids with the lead in front, once; a [BOS] of its own gives way to the lead's."""
         ids = list(ids)
