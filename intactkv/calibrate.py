@@ -17,6 +17,7 @@ to 34 GB); the state with the lowest loss on held-out samples is kept beside the
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ from intactkv.cache import IntactCache, KVPolicy
 from intactkv.pivots import decoder_of
 from intactkv.prefix import Prefix, input_embeddings
 
-__all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "sample_loss"]
+__all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "mean_losses", "sample_loss"]
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class Training:
 class Outcome:
     """The prefix with the lowest held-out loss, the last one, and a row of figures per step.
 
-    history: `step`, `loss` (mean over the batch), `gradient` (norm before clipping), `held_out` where it was taken.
+    history: `step`, `loss` (mean over the batch), `gradient` (norm before clipping), `seconds` (of the step alone),
+    `held_out` where it was taken.
     """
 
     best: Prefix
@@ -122,20 +124,17 @@ def calibrate(
     if state is not None:
         run.resume(state)
 
-    def losses(chosen: Sequence[Sample]) -> Iterator[Tensor]:
-        for sample in chosen:
-            yield sample_loss(model, twin, run.prefix(prefix), sample, kv, training.checkpointing)
-
     def evaluate() -> float:
-        with torch.no_grad():
-            return sum(float(loss) for loss in losses(held_out)) / len(held_out)
+        return mean_losses(model, twin, [run.prefix(prefix)], held_out, kv)[0]
 
     if not run.history:
         run.keep({"step": 0, "held_out": evaluate()}, report)
     while run.step < training.steps:
+        started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for loss in losses([samples[i] for i in _batch(len(samples), training, run.step)]):
+        for index in _batch(len(samples), training, run.step):
+            loss = sample_loss(model, twin, run.prefix(prefix), samples[index], kv, training.checkpointing)
             (loss / training.batch).backward()
             total += float(loss.detach()) / training.batch
         norm = float(nn.utils.clip_grad_norm_(parameters, training.clip))
@@ -146,7 +145,7 @@ def calibrate(
             )
         optimizer.step()
         run.step += 1
-        row = {"step": run.step, "loss": total, "gradient": norm}
+        row = {"step": run.step, "loss": total, "gradient": norm, "seconds": time.perf_counter() - started}
         due = run.step % training.evaluate_every == 0 or run.step == training.steps
         run.keep(row | ({"held_out": evaluate()} if due else {}), report)
         if due and state is not None:
@@ -166,6 +165,26 @@ def sample_loss(
     """The sum of `block_losses`: a float32 scalar with a gradient for the prefix's tensors."""
     losses = block_losses(model, prefix, sample, block_targets(twin, sample), kv, checkpointing)
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+@torch.no_grad()
+def mean_losses(
+    model: PreTrainedModel,
+    twin: PreTrainedModel,
+    prefixes: Sequence[Prefix | None],
+    samples: Sequence[Sample],
+    kv: KVPolicy | None = None,
+) -> list[float]:
+    """The mean over samples of the sum of `block_losses`, for each prefix, None being the vanilla model.
+
+    All are scored on the same tokens, so no prefix may be longer than what lies in front of the first of them.
+    """
+    totals = [0.0] * len(prefixes)
+    for sample in samples:
+        targets = block_targets(twin, sample)
+        for i, prefix in enumerate(prefixes):
+            totals[i] += sum(float(loss) for loss in block_losses(model, prefix, sample, targets, kv))
+    return [total / len(samples) for total in totals]
 
 
 @torch.no_grad()

@@ -50,17 +50,21 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def calibrate_prefix(options: argparse.Namespace) -> None:
-    """Train, then write FILE (the best state), FILE's stem + .curve.jsonl, and drop the state of the run."""
+    """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
+    training changed on held-out conversations, and what it took."""
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
     from dataclasses import asdict, replace
+    from statistics import median
 
     from tqdm import tqdm
 
     from corpora.catalog import model_defaults
     from corpora.conversations import conversations
+    from corpora.machine import peak_memory_mb
     from corpora.storage import write_beside
-    from intactkv.calibrate import Sample, Training, calibrate
+    from corpora.tokens import start_token_id
+    from intactkv.calibrate import Sample, Training, calibrate, mean_losses
     from intactkv.prefix import Prefix
     from quantization.loading import find_checkpoint, plan_run
     from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
@@ -102,7 +106,8 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     model = plan.load()
     if model.prefix is None:
         raise AssertionError("a plan with a prefix that is not vanilla attaches it")
-    twin = plan.twin()
+    twin, untrained = plan.twin(), model.prefix
+    train, unseen = ([Sample(chat.ids, chat.assistant) for chat in part] for part in (chats, others))
     state = options.out.with_suffix(".state.safetensors")
     with tqdm(total=training.steps, desc="calibrating", unit="step") as bar:
 
@@ -114,31 +119,43 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
 
         shown: dict[str, Any] = {}
         outcome = calibrate(
-            model.model,
-            twin,
-            model.prefix,
-            [Sample(chat.ids, chat.assistant) for chat in chats],
-            [Sample(chat.ids, chat.assistant) for chat in others],
-            training,
-            kv=model.kv,
-            state=state,
-            report=report,
+            model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state, report=report
         )
+    memory = peak_memory_mb(plan.device.type)
     held_out = [row["held_out"] for row in outcome.history if "held_out" in row]
+    # On the same tokens: the prefix before it was trained, its [BOS] alone, and no prefix at all.
+    arms: dict[str, Prefix | None] = {"vanilla": None}
+    if len(untrained) > 1 and int(untrained.ids[0]) == start_token_id(plan.tokenizer):
+        arms["bos"] = untrained.first(1)
+    losses = dict(zip(arms, mean_losses(model.model, twin, list(arms.values()), unseen, model.kv), strict=True))
+    losses |= {"before": held_out[0], "best": min(held_out), "last": held_out[-1]}
     made_of = {
         "for": plan.describe(),
         "training": asdict(training),
-        "conversations": {"source": source, "samples": len(chats), "held_out": len(others),
+        "conversations": {"source": source, "samples": len(train), "held_out": len(unseen),
                           "max_length": options.max_length},
         "best_step": outcome.best_step,
-        "held_out": {"before": held_out[0], "best": min(held_out), "last": held_out[-1]},
+        "held_out": losses,
     }  # fmt: skip
     replace(outcome.best, calibrated=made_of).save(options.out)
     curve = options.out.with_suffix(".curve.jsonl")
     with write_beside(curve) as beside:
+        outcome.history[-1]["peak_memory_mb"] = round(memory, 1)
         beside.write_text("".join(json.dumps(row) + "\n" for row in outcome.history), encoding="utf-8")
     state.unlink(missing_ok=True)
+    label = plan.choice.label
+    names = {
+        "vanilla": "vanilla",
+        "bos": "[B] intact",
+        "before": f"{label} before training",
+        "best": f"{label} trained, step {outcome.best_step} (kept)",
+        "last": f"{label} trained, step {training.steps}",
+    }
+    print(f"held-out loss, sum over {len(untrained.keys)} blocks of ½ · mean square, {len(unseen)} conversations")
+    for arm, loss in losses.items():
+        print(f"  {names[arm]:<32} {loss:10.5g}")
+    seconds = [row["seconds"] for row in outcome.history if "seconds" in row]
     print(
-        f"held-out loss {held_out[0]:.6g} before, {min(held_out):.6g} at step {outcome.best_step} (kept), "
-        f"{held_out[-1]:.6g} at the last\n{options.out}  {curve}"
+        f"{median(seconds):.3g} s a step of {training.batch} conversations (median of {len(seconds)}), "
+        f"{sum(seconds):.4g} s in all, peak memory {memory:.0f} MB\n{options.out}  {curve}"
     )

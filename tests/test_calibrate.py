@@ -9,7 +9,7 @@ from torch import nn
 
 from corpora.errors import UserError
 from intactkv.attach import IntactModel
-from intactkv.calibrate import Sample, Training, calibrate, sample_loss
+from intactkv.calibrate import Sample, Training, calibrate, mean_losses, sample_loss
 from intactkv.pivots import decoder_of
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids import UniformGrid, quantize
@@ -81,6 +81,38 @@ def test_the_loss_is_half_the_mean_square_of_every_block_over_the_assistants_tok
     assert float(got) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("kv", [None, PerHead(4)], ids=["kv16", "kv4"])
+def test_every_arm_is_scored_on_the_same_tokens(pair, kv):
+    """Without a prefix, behind a part of it and behind all of it: half the mean square of the same columns."""
+    model, twin, prefix = pair()
+    arms = [None, prefix.first(1), prefix]
+    got = mean_losses(model, twin, arms, OTHERS, kv)
+    assert got[2] == pytest.approx(float(sum(sample_loss(model, twin, prefix, s, kv) for s in OTHERS)) / 2, rel=1e-5)
+    expected = []
+    for arm in arms:
+        size, total = 0 if arm is None else len(arm), 0.0
+        for sample in OTHERS:
+            outputs = []
+            for network, behind in ((twin, 0), (model, size)):
+                seen, handles = [], []
+                for block in decoder_of(network).layers:
+                    handles.append(block.register_forward_hook(
+                        lambda _m, _a, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+                    ))  # fmt: skip
+                ids = sample.ids[None, behind:]
+                if network is twin:
+                    twin(input_ids=ids, use_cache=False)
+                else:
+                    IntactModel(model, arm, kv).feed(ids)
+                for handle in handles:
+                    handle.remove()
+                outputs.append([x[0, sample.counted[behind:]].double() for x in seen])
+            total += sum(float((b - a).square().mean() / 2) for a, b in zip(*outputs, strict=True))
+        expected.append(total / len(OTHERS))
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert len(set(got)) == 3
+
+
 def test_an_unquantized_model_has_nothing_to_learn(pair):
     _, twin, prefix = pair()
     with torch.no_grad():
@@ -147,20 +179,28 @@ def test_training_lowers_the_loss_on_texts_that_it_does_not_see(pair, family, kv
     assert torch.equal(outcome.best.logits, prefix.logits)
 
 
-def test_a_large_element_of_a_half_precision_prefix_moves_in_one_step(pair, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_element_of_magnitude_4_of_a_half_precision_prefix_moves_in_one_step(pair, tmp_path, dtype):
     """The masters are float32; the published code updates in float16, where 4 − 2e-4 is 4 again."""
     from safetensors.torch import load_file
 
+    step = Training().learning_rate  # how far AdamW's first step moves an element, whatever its gradient
+    assert float(torch.tensor(4.0, dtype=dtype) - step) == 4.0
     model, twin, prefix = pair()
-    model, twin = model.to(torch.bfloat16), twin.to(torch.bfloat16)
-    keys = [k.to(torch.bfloat16) for k in prefix.keys]
+    model, twin = model.to(dtype), twin.to(dtype)
+    keys = [k.to(dtype) for k in prefix.keys]
     keys[1][0, 0, 1, 0] = 4.0
-    prefix = replace(prefix, keys=tuple(keys), values=tuple(v.to(torch.bfloat16) for v in prefix.values))
+    prefix = replace(prefix, keys=tuple(keys), values=tuple(v.to(dtype) for v in prefix.values))
     state = tmp_path / "state.safetensors"
-    calibrate(model, twin, prefix, SAMPLES, OTHERS, replace(SHORT, steps=1, evaluate_every=1), state=state)
+    outcome = calibrate(model, twin, prefix, SAMPLES, OTHERS, replace(SHORT, steps=1, evaluate_every=1), state=state)
     now = load_file(state)["1.now"]
     assert now.dtype == torch.float32
-    assert 0 < abs(float(now[0, 0, 1, 0]) - 4.0) < 1e-3
+    assert abs(float(now[0, 0, 1, 0]) - 4.0) == pytest.approx(step, rel=0.01)
+    assert outcome.last.dtype == dtype  # what is kept is what the model reads
+
+
+def _without_time(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -181,7 +221,8 @@ def test_a_killed_run_ends_with_the_same_bits(pair, tmp_path, steps):
     resumed: list[dict[str, float]] = []
     outcome = calibrate(model, twin, prefix, SAMPLES, OTHERS, SHORT, state=state, report=resumed.append)
     assert [int(row["step"]) for row in resumed] == list(range(steps + 1, SHORT.steps + 1))
-    assert outcome.history == whole.history
+    assert _without_time(outcome.history) == _without_time(whole.history)
+    assert all(row["seconds"] > 0 for row in outcome.history[1:])  # also of the steps before the kill
     for a, b in zip((*outcome.last.keys, *outcome.best.values), (*whole.last.keys, *whole.best.values), strict=True):
         assert torch.equal(a, b)
 

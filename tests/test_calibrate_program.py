@@ -64,7 +64,17 @@ def test_a_trained_prefix_is_written_with_its_curve_and_can_be_used(program, mod
     rows = [json.loads(line) for line in (intactkv_root / "cal.curve.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "held_out" in row] == [0, 2, 4]
-    assert "held-out loss" in said
+    losses = prefix.calibrated["held_out"]
+    assert losses.keys() == {"vanilla", "bos", "before", "best", "last"}
+    for arm, words in (("vanilla", "vanilla"), ("bos", "[B] intact"), ("before", "[P] before training"),
+                       ("best", "(kept)")):  # fmt: skip
+        (line,) = [line for line in said.splitlines() if words in line]
+        assert line.endswith(f" {losses[arm]:.5g}")
+    assert losses["before"] == rows[0]["held_out"]
+    assert losses["best"] == min(row["held_out"] for row in rows if "held_out" in row)
+    assert rows[-1]["peak_memory_mb"] > 1
+    assert f"peak memory {rows[-1]['peak_memory_mb']:.0f} MB" in said
+    assert f"(median of {len(rows) - 1})" in said
     assert not (intactkv_root / "cal.state.safetensors").exists()
     drawn = intactkv_root / "drawn.png"
     assert program("eval", "plot", "calibration", "--curves", intactkv_root / "cal.curve.jsonl", "--out", drawn)[0] == 0
@@ -102,7 +112,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model, intactkv_root):
     assert "going on from step" in done.stderr
     a, b = Prefix.load(whole), Prefix.load(killed)
     assert all(torch.equal(x, y) for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True))
-    assert (intactkv_root / "whole.curve.jsonl").read_text() == (intactkv_root / "killed.curve.jsonl").read_text()
+    curves = [
+        [{name: value for name, value in json.loads(line).items() if name not in ("seconds", "peak_memory_mb")}
+         for line in (intactkv_root / f"{name}.curve.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]  # fmt: skip
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize(("changes", "named"), [
