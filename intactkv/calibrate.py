@@ -14,10 +14,6 @@ Departs from the published code: parameters and moments are float32 and cast whe
 to 34 GB); the state with the lowest loss on held-out samples is kept beside the last one; a killed run goes on.
 """
 
-import json
-import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,22 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import identity, write_tensors
+from corpora.storage import identity
 from intactkv.attach import IntactModel
 from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.pivots import decoder_of
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.training import Report, Run, Steps, shuffled
 
 __all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "mean_losses", "sample_loss"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +92,7 @@ def calibrate(
     *,
     kv: KVPolicy | None = None,
     state: Path | None = None,
-    report: Callable[[dict[str, float]], None] | None = None,
+    report: Report | None = None,
 ) -> Outcome:
     """Train a prefix for a quantized model.
 
@@ -114,44 +108,24 @@ def calibrate(
         raise UserError(
             f"{len(samples)} samples to train on and {len(held_out)} held out; at least one of each is needed"
         )
-    device = input_embeddings(model).device
-    tensors = [x.detach().to(device, torch.float32).clone() for x in (*prefix.keys, *prefix.values)]
-    parameters = [nn.Parameter(x) for x in tensors]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=training.learning_rate, betas=training.betas, eps=training.eps, weight_decay=0.0
-    )
-    run = _Run(parameters, optimizer, _identity(prefix, samples, held_out, training))
-    if state is not None:
-        run.resume(state)
+    start = [x.to(input_embeddings(model).device) for x in (*prefix.keys, *prefix.values)]
+    run = Run(start, _identity(prefix, samples, held_out, training), training.betas, training.eps)
+
+    def losses(step: int) -> Iterator[Tensor]:
+        for index in shuffled(len(samples), training.batch, training.seed, step):
+            behind = _with(prefix, run.parameters)
+            yield sample_loss(model, twin, behind, samples[index], kv, training.checkpointing) / training.batch
 
     def evaluate() -> float:
-        return mean_losses(model, twin, [run.prefix(prefix)], held_out, kv)[0]
+        return mean_losses(model, twin, [_with(prefix, run.parameters)], held_out, kv)[0]
 
-    if not run.history:
-        run.keep({"step": 0, "held_out": evaluate()}, report)
-    while run.step < training.steps:
-        started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for index in _batch(len(samples), training, run.step):
-            loss = sample_loss(model, twin, run.prefix(prefix), samples[index], kv, training.checkpointing)
-            (loss / training.batch).backward()
-            total += float(loss.detach()) / training.batch
-        norm = float(nn.utils.clip_grad_norm_(parameters, training.clip))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise UserError(
-                f"step {run.step + 1}: the loss is {total} and the gradient's norm {norm}; use a smaller learning rate "
-                "or another dtype" + (f" (the state of step {run.saved} is kept in {state})" if state else "")
-            )
-        optimizer.step()
-        run.step += 1
-        row = {"step": run.step, "loss": total, "gradient": norm, "seconds": time.perf_counter() - started}
-        due = run.step % training.evaluate_every == 0 or run.step == training.steps
-        run.keep(row | ({"held_out": evaluate()} if due else {}), report)
-        if due and state is not None:
-            run.save(state)
-    return Outcome(run.prefix(prefix, run.best, prefix.dtype), run.prefix(prefix, dtype=prefix.dtype), run.best_step,
-                   run.history)  # fmt: skip
+    steps = Steps(training.steps, training.evaluate_every, training.clip, lambda _step: training.learning_rate)
+    run.descend(steps, losses, evaluate, state=state, report=report)
+    best, last = (
+        _with(prefix, [x.detach().to("cpu", prefix.dtype, copy=True) for x in tensors])
+        for tensors in (run.best, run.parameters)
+    )
+    return Outcome(best, last, run.best_step, run.history)
 
 
 def sample_loss(
@@ -232,16 +206,6 @@ def _check(sample: Sample, prefix: Prefix) -> None:
         raise UserError("a calibration text has no token to take the loss at behind the prefix; use longer ones")
 
 
-def _batch(count: int, training: Training, step: int) -> list[int]:
-    """Samples of a step: epochs of all samples, each in an order of its own, that depends on nothing but the seed."""
-    chosen = []
-    for place in range(step * training.batch, (step + 1) * training.batch):
-        epoch, index = divmod(place, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(training.seed + epoch))
-        chosen.append(int(order[index]))
-    return chosen
-
-
 def _identity(prefix: Prefix, samples: Sequence[Sample], held_out: Sequence[Sample], training: Training) -> str:
     """What a state must have been made with to be gone on from."""
     texts = [[s.ids.tolist(), s.counted.tolist()] for s in (*samples, *held_out)]
@@ -249,69 +213,10 @@ def _identity(prefix: Prefix, samples: Sequence[Sample], held_out: Sequence[Samp
     return identity({"texts": texts, "split": len(samples), "start": start, "training": asdict(training)}, 16)
 
 
-class _Run:
-    """Everything that changes while a prefix is trained, and the file that holds it."""
-
-    def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, made_of: str):
-        self.parameters, self.optimizer, self.made_of = parameters, optimizer, made_of
-        self.step = self.saved = self.best_step = 0
-        self.best = [p.detach().clone() for p in parameters]
-        self.history: list[dict[str, float]] = []
-
-    def prefix(self, like: Prefix, tensors: Sequence[Tensor] | None = None, dtype: torch.dtype | None = None) -> Prefix:
-        """The prefix that these tensors (by default the parameters) make; with a dtype on the CPU, without gradient."""
-        tensors = self.parameters if tensors is None else tensors
-        if dtype is not None:
-            tensors = [x.detach().to("cpu", dtype, copy=True) for x in tensors]
-        half = len(tensors) // 2
-        return replace(like, keys=tuple(tensors[:half]), values=tuple(tensors[half:]))
-
-    def keep(self, row: dict[str, float], report: Callable[[dict[str, float]], None] | None) -> None:
-        """Add a row to the history; remember the parameters if nothing was better on the held-out samples."""
-        earlier = [r["held_out"] for r in self.history if "held_out" in r]
-        self.history.append(row)
-        if "held_out" in row and (not earlier or row["held_out"] < min(earlier)):
-            self.best, self.best_step = [p.detach().clone() for p in self.parameters], int(row["step"])
-        if report is not None:
-            report(row)
-
-    def save(self, path: Path) -> None:
-        """Write parameters, moments, best parameters and history, atomically."""
-        tensors: dict[str, Tensor] = {}
-        for i, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
-            moments = self.optimizer.state[parameter]
-            tensors |= {f"{i}.now": parameter.detach(), f"{i}.best": best, f"{i}.first": moments["exp_avg"],
-                        f"{i}.second": moments["exp_avg_sq"]}  # fmt: skip
-        header = {"made_of": self.made_of, "step": self.step, "best_step": self.best_step, "history": self.history}
-        write_tensors(path, {name: x.cpu().contiguous() for name, x in tensors.items()}, {"run": json.dumps(header)})
-        self.saved = self.step
-
-    def resume(self, path: Path) -> None:
-        """Go on from a state file, if there is one that was made with the same texts, start and settings."""
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
-        if header["made_of"] != self.made_of:
-            raise UserError(
-                f"{path} belongs to a run with other texts, another prefix or other settings; delete it to train from "
-                "the start, or write to another file"
-            )
-        self.step = self.saved = header["step"]
-        self.best_step, self.history = header["best_step"], header["history"]
-        for i, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"{i}.now"])
-            self.best[i] = tensors[f"{i}.best"].to(parameter)
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors[f"{i}.first"].to(parameter),
-                "exp_avg_sq": tensors[f"{i}.second"].to(parameter),
-            }
-        log.info("going on from step %d of %s", self.step, path)
+def _with(prefix: Prefix, tensors: Sequence[Tensor]) -> Prefix:
+    """The prefix with these keys, then values, of all layers in the place of its own."""
+    half = len(tensors) // 2
+    return replace(prefix, keys=tuple(tensors[:half]), values=tuple(tensors[half:]))
 
 
 @contextmanager
