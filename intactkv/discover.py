@@ -1,0 +1,130 @@
+"""PrefixQuant's discovery of a prefix (Chen et al. 2024, arXiv 2410.05265, section 4): which tokens to keep in front.
+
+    1. o = ceil(max over layers of the mean number of outlier tokens per sequence), position 0 included
+    2. outlier tokens of all sequences and layers are counted by id, position 0 apart
+    3. a single id that fewer than a tenth of the sequences show is chance: it is dropped, and o is one less
+    4. prefix = the o most frequent ids, then [BOS]
+
+The text runs behind nothing: random pieces, whose first token is whatever stands there, so what is an outlier is one
+for what it says, not for where it stands. Runs on the full-precision model; an exact transform of the residual stream
+does not change the input of down_proj, so one discovery serves every recipe.
+Departs from the published code: a model without outlier tokens gets [BOS] alone (theirs stops); a [BOS] among the ids
+found is not put there twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corpora.errors import UserError
+from intactkv.attach import attach
+from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, decoder_of, outlier_ratios, outlier_tokens
+from intactkv.prefix import Prefix, input_embeddings
+
+__all__ = ["DOWN", "Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
+
+DOWN = "mlp.down_proj"  # LLaMA's name, within a block, of the linear whose input is looked at
+CHANCE = 0.1  # of the sequences; a single id that is rarer is dropped (step 3)
+TOKENS_AT_ONCE = 2048  # of one pass
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What was found. prefix: the tokens to keep in front, [BOS] last. outliers: the counts behind it.
+    ratios: per layer the largest M_t / median_t(M) of any token, without a prefix."""
+
+    prefix: tuple[int, ...]
+    outliers: OutlierTokens
+    ratios: tuple[float, ...]
+
+
+def discover(
+    model: PreTrainedModel,
+    ids: Tensor,
+    start: int,
+    *,
+    threshold: float = OUTLIER_RATIO,
+    linear: str = DOWN,
+    advance: Callable[[int], Any] = lambda rows: None,
+) -> Discovery:
+    """Find the prefix of a full-precision model.
+
+    ids: (N, T) pieces of text as they stand, without [BOS]. start: [BOS], or the token that a text starts with where a
+    tokenizer has none. threshold: η. linear: dotted name within a block (`fc2` for OPT). advance: told how many
+    sequences are done. Raises UserError for a threshold that no ratio to a median means, or an unknown linear.
+    """
+    if not threshold > 1:
+        raise UserError(f"outlier threshold {threshold:g}: a ratio to the median has to exceed 1; PrefixQuant's is 64")
+    maxima = down_maxima(model, ids, linear=linear, advance=advance)
+    found = outlier_tokens(maxima, ids, threshold)
+    return Discovery(chosen_tokens(found, len(ids), start), found, largest_ratios(maxima))
+
+
+def chosen_tokens(found: OutlierTokens, sequences: int, start: int) -> tuple[int, ...]:
+    """Steps 3 and 4 above: the tokens of the prefix, at least [BOS] (`start`)."""
+    number, ids = found.number, list(found.ids)
+    if len(ids) == 1 and found.ids[ids[0]] < CHANCE * sequences:
+        number, ids = number - 1, []
+    return (*(token for token in ids[:number] if token != start), start)
+
+
+@torch.inference_mode()
+def down_maxima(
+    model: PreTrainedModel,
+    ids: Tensor,
+    prefix: Prefix | None = None,
+    *,
+    linear: str = DOWN,
+    advance: Callable[[int], Any] = lambda rows: None,
+) -> Tensor:
+    """M_t = max_c |X_tc| of every token behind the prefix, X the input of `linear`: (L, N, T) float32.
+
+    ids: (N, T), without the prefix. A few sequences run at once, and of their activations only the maxima are kept.
+    Raises UserError if a block has no such linear, or a value is not finite.
+    """
+    intact, decoder = attach(model, prefix), decoder_of(model)
+    device = input_embeddings(model).device
+    maxima = torch.empty(len(decoder.layers), *ids.shape)
+    rows = slice(0, 0)
+
+    def look(layer: int, x: Tensor) -> None:
+        maxima[layer, rows] = x.abs().amax(dim=-1).float().reshape(-1, ids.shape[1]).cpu()  # OPT's has no batch
+
+    handles = [
+        _submodule(block, linear).register_forward_pre_hook(lambda _module, args, layer=layer: look(layer, args[0]))
+        for layer, block in enumerate(decoder.layers)
+    ]
+    try:
+        at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
+        for first in range(0, len(ids), at_once):
+            rows = slice(first, min(first + at_once, len(ids)))
+            intact.feed(ids[rows].to(device), through=decoder)
+            advance(rows.stop - rows.start)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not bool(maxima.isfinite().all()):
+        raise UserError(
+            f"the inputs of {linear} hold values that are not finite; the checkpoint is damaged, or its dtype too "
+            "narrow: use bfloat16 or float32"
+        )
+    return maxima
+
+
+def largest_ratios(maxima: Tensor) -> tuple[float, ...]:
+    """Per layer, the largest M_t / median_t(M) of any token of any sequence; maxima: (L, N, T)."""
+    return tuple(outlier_ratios(maxima).amax(dim=(1, 2)).tolist())
+
+
+def _submodule(block: torch.nn.Module, name: str) -> torch.nn.Module:
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        linears = [inner for inner, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
+        raise UserError(
+            f"a block of this model holds no {name!r}; name one of its linears: {', '.join(linears)}"
+        ) from None
