@@ -195,12 +195,13 @@ class Prefix:
 
 @torch.inference_mode(mode=False)  # a caller's inference mode would make tensors that can never be trained
 @torch.no_grad()
-def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
+def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor, *, embeddings: Tensor | None = None) -> Prefix:
     """Run the full-precision twin on the prefix tokens and keep its K, V and logits.
 
     ids: P token ids, at positions 0…P − 1, usually starting with [BOS]. `model` must be unquantized, with every exact
-    transform of the quantized model applied. Raises UserError for no ids, ids outside the vocabulary, a model in
-    training mode, or a prefix that a sliding-window layer could not hold.
+    transform of the quantized model applied. embeddings: (P, width of the embedding table), what the model reads in the
+    place of the tokens' own embeddings (trained ones). Raises UserError for no ids, ids outside the vocabulary, a model
+    in training mode, or a prefix that a sliding-window layer could not hold.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu().clone()  # the caller may go on writing to its own
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -223,7 +224,8 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Prefix:
             "beside it, or build it with the full-precision twin"
         )
     embedding = input_embeddings(model)
-    output = model(input_ids=ids[None].to(embedding.device), past_key_values=cache, use_cache=True)
+    read = {"input_ids": ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None].to(embedding.dtype)}
+    output = model(**{name: x.to(embedding.device) for name, x in read.items()}, past_key_values=cache, use_cache=True)
     return Prefix(
         ids=ids,
         keys=tuple(layer.held[0].cpu().clone() for layer in cache.intact_layers),
