@@ -10,8 +10,8 @@ from corpora.text import evaluation_stream, protocol, start_token_id
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.loading import plan_run
+from quantization.named import named_recipe
 from quantization.options import chosen_device
-from quantization.recipe import named_recipe
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from corpora.text import evaluation_stream, protocol
 from eval.perplexity import Windows, cut_windows, default_batch_size, window_losses
 from intactkv.attach import IntactModel
 from quantization.loading import plan_run
+from quantization.named import named_recipe
 from quantization.options import chosen_device
-from quantization.recipe import named_recipe
 
 
 def plain_loop(model: IntactModel, windows: Windows) -> float:

@@ -18,8 +18,8 @@ from eval.lm import IntactLM, Request
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.loading import plan_run
+from quantization.named import named_recipe
 from quantization.options import chosen_device
-from quantization.recipe import named_recipe
 
 PREFIX = 34  # tokens; Vicuna's [P]
 

@@ -158,8 +158,8 @@ def local_judge(directory: Path, device: str, max_tokens: int) -> Judge:
     from eval.chat_templates import chat_template
     from eval.mtbench import Answerer
     from quantization.loading import plan_run
+    from quantization.named import named_recipe
     from quantization.options import chosen_device
-    from quantization.recipe import named_recipe
 
     plan = plan_run(directory, named_recipe("fp16"), device=chosen_device(device))
     template = chat_template("auto", plan.tokenizer, plan.checkpoint.family_name)

@@ -14,7 +14,8 @@ from corpora.storage import identity
 from eval.published import BITS, FULL, GROUP_SIZE, METHODS, QUESTIONS, PublishedTable, paper_name
 from eval.tables import caption_of, is_behind, prefix_label, weights_and_seed
 from eval.task_tables import QA_METRICS, qa_averages, task_caption
-from quantization.recipe import describe, named_recipe
+from quantization.named import named_recipe
+from quantization.recipe import describe
 
 __all__ = ["RECORDS", "Column", "Scores", "columns_of", "departures", "one_per_model", "what_fits"]
 

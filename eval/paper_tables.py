@@ -16,7 +16,7 @@ from eval.paper_runs import RECORDS, Column, Scores, columns_of, departures, one
 from eval.published import BITS, FULL, GROUP_SIZE, METHODS, TABLES, PublishedTable, paper_name
 from eval.render import Cell, Figure, Table, change_of, mean_of, signed, signed_percent
 from eval.task_tables import MEAN_ACC, QA_AVERAGE
-from quantization.recipe import named_recipe
+from quantization.named import named_recipe
 
 __all__ = ["paper_tables"]
 

@@ -104,7 +104,7 @@ class IntactModel:
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None:
             arguments["position_ids"] = positions
-        with prefix_attention(self.model):
+        with prefix_attention(self.model, self.prefix_length):
             return (through or self.model)(input_ids=ids, past_key_values=cache, **arguments)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -162,7 +162,7 @@ class IntactModel:
         cache.batch_repeat_interleave(
             max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
         )
-        with prefix_attention(self.model):
+        with prefix_attention(self.model, self.prefix_length):
             generate: Any = self.model.generate
             output = generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, **{"use_cache": True, **options}

@@ -9,7 +9,7 @@ copies, so the prefix's own tensors are never written to, and every call gets a 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from corpora.errors import UserError
 
-__all__ = ["IntactCache", "KVPolicy"]
+__all__ = ["IntactCache", "KVPolicy", "LayerPolicy", "LayeredPolicy"]
 
 
-class KVPolicy(Protocol):
+class LayerPolicy(Protocol):
     """What happens to new keys and values on their way into the cache. Must not look at other tokens' future."""
 
     def keys(self, states: Tensor) -> Tensor:
@@ -33,6 +33,18 @@ class KVPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredPolicy(Protocol):
+    """A KV policy that differs from layer to layer."""
+
+    def at(self, layer: int) -> LayerPolicy:
+        """The policy of one layer."""
+        ...
+
+
+KVPolicy = LayerPolicy | LayeredPolicy
+
+
 def _straight_through(states: Tensor, seen: Tensor) -> Tensor:
     """What attention shall read; where a prefix is trained, its gradient passes rounding as if there were none."""
     return states + (seen - states).detach() if states.requires_grad else seen
@@ -41,7 +53,7 @@ def _straight_through(states: Tensor, seen: Tensor) -> Tensor:
 class IntactLayer(DynamicLayer):
     """A full-attention layer's cache that starts with the prefix. `prefix`: K and V, each (1, KV heads, P, D)."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, policy: KVPolicy | None, **sliding: Any):
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, policy: LayerPolicy | None, **sliding: Any):
         super().__init__(**sliding)
         self.prefix = prefix
         self.policy = policy
@@ -125,7 +137,7 @@ class IntactSlidingLayer(IntactLayer, DynamicSlidingWindowLayer):
     """The same for a sliding-window layer: the prefix leaves the window when the text has outgrown it, as in full
     precision."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, policy: KVPolicy | None, sliding_window: int):
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, policy: LayerPolicy | None, sliding_window: int):
         super().__init__(prefix, policy, sliding_window=sliding_window)
         self.cumulative_length = self.prefix_length
 
@@ -149,6 +161,7 @@ class IntactCache(Cache):
 
     single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
         text's cache would cost more memory than its activations.
+    policy: one for all layers, or one that gives each its own.
     layers' prefix: `keys[l]` and `values[l]`, each (1, KV heads, P, D), keys after RoPE at positions 0…P − 1.
     Raises UserError for layers that are no softmax attention over all or a window of the tokens.
     """
@@ -165,10 +178,11 @@ class IntactCache(Cache):
         layers: list[IntactLayer] = []
         for index, plain in enumerate(DynamicCache(config=config).layers):
             prefix = (keys[index], values[index]) if len(keys) else None
+            own = policy.at(index) if isinstance(policy, LayeredPolicy) else policy
             if type(plain) is DynamicSlidingWindowLayer:
-                layers.append(IntactSlidingLayer(prefix, policy, plain.sliding_window))
+                layers.append(IntactSlidingLayer(prefix, own, plain.sliding_window))
             elif type(plain) is DynamicLayer:
-                layers.append(IntactLayer(prefix, policy))
+                layers.append(IntactLayer(prefix, own))
             else:
                 raise UserError(
                     f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "

@@ -83,7 +83,7 @@ def quantize(arguments: list[str]) -> None:
 
 def list_recipes() -> None:
     """One recipe a line: name, paper, note."""
-    from quantization.recipe import RECIPES
+    from quantization.named import RECIPES
 
     width = max(map(len, RECIPES))
     papers = max(len(row.paper) for row in RECIPES.values())

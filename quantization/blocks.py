@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.cache import IntactCache
+from intactkv.cache import IntactCache, KVPolicy
 from intactkv.prefix import input_embeddings
 from quantization.architecture import Architecture, Feed
 from quantization.rescale import Rescaling, rescale
@@ -26,7 +26,8 @@ __all__ = ["CalibrationStream", "DecoderBlock"]
 class DecoderBlock:
     """A block in full precision, with the calibration stream in front of it (None if nothing calibrates).
 
-    rescalings: what `rescale` applied so far; the checkpoint keeps them. figures: what a quantizer has to report of
+    rescalings: what `rescale` applied so far; the checkpoint keeps them. kv: tensors of a KV policy with ranges of its
+    own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
     this block (outliers, repaired Hessians); numbers of the same name are summed over blocks.
     """
 
@@ -36,6 +37,7 @@ class DecoderBlock:
     config: PreTrainedConfig
     stream: "CalibrationStream | None" = None
     rescalings: list[Rescaling] = field(default_factory=list)
+    kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -101,6 +103,16 @@ class DecoderBlock:
             finally:
                 handle.remove()
             yield seen.pop()
+
+    def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys (after RoPE) and values of every sample, each (1, KV heads, tokens, D), without the prefix's."""
+        stream, length = self._stream, self._stream.prefix_length
+        for hidden in stream.hidden:
+            cache = stream.new_cache(self)
+            with torch.no_grad():
+                stream.forward(self, hidden, cache=cache)
+            keys, values = cache.intact_layers[self.index].held
+            yield keys[:, :, length:], values[:, :, length:]
 
     @property
     def _stream(self) -> "CalibrationStream":
@@ -178,37 +190,47 @@ class CalibrationStream:
         """Keys and values of the prefix in a block that was seeded, each (1, KV heads, P, D)."""
         return self._keys[block.index], self._values[block.index]
 
+    def new_cache(
+        self, block: DecoderBlock, kv: KVPolicy | None = None, seeded: tuple[Tensor, Tensor] | None = None
+    ) -> IntactCache:
+        """The cache that one sample meets in a block: the prefix's keys and values, then what a policy leaves of the
+        new ones. seeded: other keys and values of the prefix than the block was seeded with."""
+        keys, values = self._keys, self._values
+        if seeded is not None:
+            keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
+            values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
+        return IntactCache(self._config, keys, values, kv)
+
     def forward(
         self,
         block: DecoderBlock,
         hidden: Tensor,
         weights: dict[str, Tensor] | None = None,
-        seeded: tuple[Tensor, Tensor] | None = None,
+        cache: IntactCache | None = None,
     ) -> Tensor:
         """The block's output for one sample's hidden states (1, T, hidden size), with gradients where they are on.
 
-        weights: stand in for the block's own parameters of the same names. seeded: other keys and values of the prefix
-        than the block was seeded with.
+        weights: stand in for the block's own parameters of the same names. cache: one of `new_cache`; by default one
+        without a policy.
         """
-        keys, values = self._keys, self._values
-        if seeded is not None:
-            keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
-            values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
-        return self._call(block, hidden, self._arguments, IntactCache(self._config, keys, values), weights)
+        cache = self.new_cache(block) if cache is None else cache
+        return self._call(block, hidden, self._arguments, cache, weights)
 
     @torch.no_grad()
-    def outputs(self, block: DecoderBlock, hidden: list[Tensor] | None = None) -> Iterator[Tensor]:
+    def outputs(
+        self, block: DecoderBlock, hidden: list[Tensor] | None = None, kv: KVPolicy | None = None
+    ) -> Iterator[Tensor]:
         """The block's output for every sample, (1, T, hidden size), with the weights that it has now.
 
-        hidden: other inputs than the stream's own, such as `full`.
+        hidden: other inputs than the stream's own, such as `full`. kv: policy of the new keys and values.
         """
         for sample in self.hidden if hidden is None else hidden:
-            yield self.forward(block, sample)
+            yield self.forward(block, sample, cache=self.new_cache(block, kv))
 
-    def advance(self, block: DecoderBlock, following: list[Tensor] | None = None) -> None:
+    def advance(self, block: DecoderBlock, following: list[Tensor] | None = None, kv: KVPolicy | None = None) -> None:
         """Pass the text on, through the block as it is now, or as the given outputs; the prefix went through the
         full-precision block in `seed`."""
-        self.hidden = list(self.outputs(block)) if following is None else following
+        self.hidden = list(self.outputs(block, kv=kv)) if following is None else following
         if self._prefix is not None:
             self._prefix = self._prefix_output
 

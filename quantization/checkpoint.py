@@ -1,14 +1,14 @@
 """Checkpoints on disk: dense ones read lazily, quantized ones written block by block and loaded whole.
 
 A quantized checkpoint is a directory: the dense one's configuration and tokenizer files, `quantization.json` (what made
-it), `block-000.safetensors`, … (one per decoder block; its header names the kind and grid of every linear) and
-`ends.safetensors` (embeddings, final norm, head: untouched). Packed codes, scales and zero points, and the rescalings
-that the weights went through before they were rounded; no pickle.
+it), `block-000.safetensors`, … (one per decoder block; its header names the kind and grid of every linear, and what
+stands in front of it) and `ends.safetensors` (embeddings, final norm, head). Packed codes, scales and zero points, the
+rescalings that the weights went through before they were rounded, ranges of inputs and KV cache; no pickle.
 """
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from corpora.errors import UserError
 from corpora.storage import read_json, sha256_of_file, weight_files, write_tensors
 from quantization.architecture import architecture_of
+from quantization.blocks import DecoderBlock
+from quantization.inputs import PATH, restore_paths, stored_paths
 from quantization.linear import QuantLinear
+from quantization.methods import restored
+from quantization.parts import PARTS
 from quantization.rescale import Rescaling
 from quantization.stored import StoredWeight, restore
 
@@ -49,6 +53,7 @@ COST = "cost.json"  # sums of the files, and what the run took that finished the
 MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
+KV = "kv."  # in front of a calibrated KV policy's tensors
 
 
 class DenseCheckpoint:
@@ -188,43 +193,57 @@ class StoredBlock:
     """A finished block as its file holds it.
 
     parameters: what is not quantized, by name. linears: (kind, packed parts, header) by name; names are the model's.
-    rescalings: applied before rounding, named within the block. figures: what the quantizer reported.
+    rescalings: applied before rounding, named within the block; the first `by_transforms` by transforms. paths: what
+    stands in front of linears, as `inputs.stored_paths` gives it. kv: a calibrated KV policy's tensors. figures: what
+    the quantizer reported.
     """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     linears: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
     rescalings: list[Rescaling] = field(default_factory=list)
+    by_transforms: int = 0
+    paths: list[dict[str, Any]] = field(default_factory=list)
+    kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+
+    def within(self, name: str) -> dict[str, Tensor]:
+        """The parameters by their names within the block of that name."""
+        return {key.removeprefix(f"{name}."): tensor for key, tensor in self.parameters.items()}
 
 
 def write_block(
-    directory: Path,
-    index: int,
-    name: str,
-    module: nn.Module,
-    quantized: Mapping[str, StoredWeight],
-    rescalings: Sequence[Rescaling] = (),
-    figures: Mapping[str, float] | None = None,
+    directory: Path, block: DecoderBlock, quantized: Mapping[str, StoredWeight], by_transforms: int = 0
 ) -> None:
-    """Write a finished block, atomically: quantized linears packed, everything else as it is."""
+    """Write a finished block, atomically: quantized linears packed, everything else as it is.
+
+    by_transforms: how many of its rescalings are those of transforms.
+    """
     tensors: dict[str, Tensor] = {}
-    for key, tensor in module.state_dict().items():
+    name = block.name
+    for key, tensor in block.module.state_dict().items():
         if key.removesuffix(".weight") not in quantized:
             tensors[f"{name}.{key}"] = tensor
     linears = {}
     for linear, weight in quantized.items():
         tensors |= {f"{name}.{linear}.{part}": value for part, value in weight.tensors().items()}
         linears[f"{name}.{linear}"] = {"kind": weight.kind, **weight.header()}
-    for i, step in enumerate(rescalings):
+    for i, step in enumerate(block.rescalings):
         tensors |= {f"{RESCALING}{i}.{part}": value for part, value in step.tensors().items()}
-    header = {"linears": linears, "rescalings": [step.header() for step in rescalings], "figures": dict(figures or {})}
+    tensors |= {f"{KV}{part}": value for part, value in block.kv.items()}
+    header = {
+        "linears": linears,
+        "rescalings": [step.header() for step in block.rescalings],
+        "by_transforms": by_transforms,
+        "paths": stored_paths(block.module, block.architecture.linears),
+        "figures": block.figures,
+    }
     # One metadata key only: safetensors writes several in an order that changes from run to run.
-    write_tensors(block_file(directory, index), tensors, {"block": json.dumps(header, sort_keys=True)})
+    write_tensors(block_file(directory, block.index), tensors, {"block": json.dumps(header, sort_keys=True)})
 
 
-def write_ends(directory: Path, dense: DenseCheckpoint, names: list[str]) -> None:
-    """Write embeddings, final norm and head as the dense checkpoint has them (a tied head is not stored)."""
-    write_tensors(directory / ENDS, {name: dense.tensor(name) for name in names if dense.stored_name(name)})
+def write_ends(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Write embeddings, final norm and head (a tied head is not among them)."""
+    write_tensors(directory / ENDS, tensors)
 
 
 def read_block(file: Path) -> StoredBlock:
@@ -238,11 +257,17 @@ def read_block(file: Path) -> StoredBlock:
         kinds: dict[str, dict[str, Any]] = header.get("linears", {})
         parts: dict[str, dict[str, Tensor]] = {linear: {} for linear in kinds}
         steps: list[dict[str, Tensor]] = [{} for _ in header.get("rescalings", [])]
-        block = StoredBlock(figures=header.get("figures", {}))
+        block = StoredBlock(
+            by_transforms=header.get("by_transforms", 0),
+            paths=header.get("paths", []),
+            figures=header.get("figures", {}),
+        )
         for key in tensors.keys():  # noqa: SIM118 (not a mapping)
             owner, _, part = key.rpartition(".")
             if owner.startswith(RESCALING):
                 steps[int(owner.removeprefix(RESCALING))][part] = tensors.get_tensor(key)
+            elif key.startswith(KV):
+                block.kv[part] = tensors.get_tensor(key)
             elif owner in kinds and part != "bias":
                 parts[owner][part] = tensors.get_tensor(key)
             else:
@@ -263,13 +288,16 @@ def load_quantized(
     """
     manifest = read_manifest(directory)
     model = empty_model(directory)
+    recipe = manifest["recipe"]
+    for transform in recipe["transforms"]:
+        if transform["kind"] in PARTS:  # those that only rewrite numbers are not
+            restored(transform, PARTS).restructure(model)
     dtype = dtype or model.dtype
     state: dict[str, Tensor] = {}
-    files = [block_file(directory, i) for i in range(model.config.num_hidden_layers)]
-    for file in (*files, directory / ENDS):
-        block = read_block(file)
-        for name, tensor in block.parameters.items():
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    kv: list[dict[str, Tensor]] = []
+    architecture = architecture_of(model.config)
+    for index, module in enumerate(architecture.blocks_of(model)):
+        block = read_block(block_file(directory, index))
         for name, (kind, parts, header) in block.linears.items():
             parts = {part: tensor.to(device) for part, tensor in parts.items()}
             if packed:
@@ -279,15 +307,30 @@ def load_quantized(
                 state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             else:
                 state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
+        restore_paths(module, block.paths, block.within(architecture.block_name(index)))
+        state |= _cast(block.parameters, dtype, device)
+        kv.append({part: tensor.to(device) for part, tensor in block.kv.items()})
+    state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
     if "lm_head.weight" in _fill(model, state, directory):
         model.tie_weights()
     _check_sums(directory)
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    if recipe.get("attention") is not None:
+        restored(recipe["attention"], PARTS).install(model)
     model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]
+    model.__dict__["intactkv_kv"] = kv
     model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    """On the device and in the dtype of the computation, but for ranges of inputs, which stay in float32."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() and f".{PATH}." not in name else None)
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_sums(directory: Path) -> None:

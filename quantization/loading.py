@@ -6,7 +6,7 @@ which is then dropped), and only then the quantized model, so that two models ar
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from corpora.paths import modelzoo_dir
 from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file
 from corpora.text import calibration_segments, packed_documents
 from intactkv.attach import IntactModel, attach
+from intactkv.cache import KVPolicy
 from intactkv.prefix import PLAIN_BASIS, Prefix
 from quantization.architecture import architecture_of
 from quantization.blocks import DecoderBlock
@@ -32,10 +33,13 @@ from quantization.checkpoint import (
     read_cost,
     read_manifest,
 )
+from quantization.methods import CalibratedKV, restored
+from quantization.named import PUBLISHED_GROUP
+from quantization.parts import PARTS
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
 from quantization.placement import spread
 from quantization.prefixes import PrefixChoice, choose_prefix, stored_prefix
-from quantization.recipe import PUBLISHED_GROUP, Recipe, describe
+from quantization.recipe import Recipe, describe
 from quantization.rescale import rescale_all
 
 __all__ = [
@@ -156,7 +160,7 @@ class Plan:
         manifest, recipe = self.checkpoint.manifest, self.recipe
         if manifest is not None:
             made_of = manifest["made_of"]
-        elif recipe.changes_weights:
+        elif recipe.makes_checkpoint:
             made_of = artefact_identity(self.checkpoint.fingerprint, recipe, self.segments, self.calibration_prefix)
         else:
             made_of = {"source": self.checkpoint.fingerprint}
@@ -181,7 +185,8 @@ class Plan:
         """Make what is missing (quantized checkpoint, prefix) and load the model behind its prefix."""
         source = self.written(self.recipe)
         prefix = self.prefix() if self.choice.ids and not self.vanilla else None
-        return attach(self._open(source, self.packed), prefix, self.recipe.kv_cache)
+        model = self._open(source, self.packed)
+        return attach(model, prefix, _bound(self.recipe, model))
 
     def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
@@ -189,7 +194,7 @@ class Plan:
 
     def written(self, recipe: Recipe) -> Path:
         """The directory of a recipe's checkpoint, which is made if it is not there."""
-        if not recipe.changes_weights:
+        if not recipe.makes_checkpoint:
             return self.checkpoint.directory
         target = quantized_directory(self.checkpoint, recipe, self.segments, self.calibration_prefix)
         return quantize_checkpoint(
@@ -204,7 +209,7 @@ class Plan:
 
     def cost(self) -> dict[str, Any] | None:
         """What it took to make the quantized checkpoint; None for a dense one. Call it after `load`."""
-        if self.checkpoint.manifest is None and not self.recipe.changes_weights:
+        if self.checkpoint.manifest is None and not self.recipe.makes_checkpoint:
             return None
         return read_cost(self.written(self.recipe))
 
@@ -227,8 +232,10 @@ class Plan:
             dense = self._dense_of(manifest)
             if manifest["basis"] == PLAIN_BASIS:
                 return self._open(dense)
-            return _rescaled(self._open(dense), directory)
-        calibrating = [step.name for step in recipe.transforms if step.calibrates]
+            kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
+            there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
+            return _rescaled(self._open(there), directory)
+        calibrating = [step.name for step in recipe.transforms if step.calibrates and not step.rescales]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
             # different: its K and V would be in another basis than the quantized model's.
@@ -236,16 +243,18 @@ class Plan:
                 f"the prefix of a recipe whose transform {calibrating[0]} calibrates must come from the run that "
                 "quantizes, which is not available; leave --prefix out"
             )
-        if recipe.weights is not None and recipe.weights.rescales:
-            return _rescaled(self._open(directory), self.written(recipe))
-        return self._open(self.written(recipe.twin))
+        if not recipe.changes_kv:
+            return self._open(directory)
+        twin = self._open(self.written(recipe.twin))
+        return _rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
     def _dense_of(self, manifest: dict[str, Any]) -> Path:
         """The dense checkpoint that a quantized one was made from. Raises UserError if it is not at hand."""
         directory = self.checkpoint.directory
         dense = directory.parent / manifest["source"]["directory"]
+        known = all(transform["kind"] in PARTS for transform in manifest["recipe"]["transforms"])
         if (
-            manifest["recipe"]["transforms"]
+            not known
             or not (dense / "config.json").is_file()
             or checkpoint_fingerprint(dense) != self.checkpoint.fingerprint
         ):
@@ -274,7 +283,7 @@ def plan_run(
     """
     checkpoint = find_checkpoint(directory)
     manifest = checkpoint.manifest
-    if manifest is not None and recipe.changes_weights:
+    if manifest is not None and recipe.makes_checkpoint:
         raise UserError(
             f"{directory} is quantized already ({manifest['label']}); give its dense checkpoint to --recipe "
             f"{recipe.label()}, or leave --recipe out"
@@ -298,6 +307,23 @@ def plan_run(
             "the pivots' own error grew; run it with the same --prefix and without --vanilla"
         )
     return plan
+
+
+def _bound(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
+    """The recipe's KV policy, with the ranges that the model's checkpoint holds if it is a calibrated one.
+
+    Raises UserError for a model without such ranges.
+    """
+    kv = recipe.kv_cache
+    if not isinstance(kv, CalibratedKV):
+        return kv
+    layers = getattr(model, "intactkv_kv", [])
+    if not layers or not all(layers):
+        raise UserError(
+            f"{type(kv).__name__} needs ranges of keys and values, which this checkpoint does not hold; quantize it "
+            "with that KV policy (--kv static --kv-bits N), or choose another"
+        )
+    return kv.bound(layers)
 
 
 def _load(

@@ -122,7 +122,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
     )
     group.add_argument(
-        "--kv", default=None, metavar="NAME", help="KV-cache policy: none or per_head (default: the recipe's)"
+        "--kv",
+        default=None,
+        metavar="NAME",
+        help="KV-cache policy: none, per_head, or static (a checkpoint quantized with it) (default: the recipe's)",
     )
     group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
     add_dtype_option(group)
@@ -143,7 +146,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
 
     from corpora.errors import UserError
     from quantization.loading import with_model_defaults
-    from quantization.recipe import kv_policy, named_recipe, with_settings
+    from quantization.named import kv_policy, named_recipe
+    from quantization.recipe import with_settings
 
     recipe = named_recipe(options.recipe or "fp16")
     if recipe.weights is None and (options.bits is not None or options.group_size is not None):

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.machine import peak_memory_mb
-from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file, sha256_of_tensor, write_json
+from corpora.storage import checkpoint_fingerprint, identity, read_json, sha256_of_file, sha256_of_tensor, write_json
+from intactkv.cache import KVPolicy
 from intactkv.prefix import PLAIN_BASIS
+from quantization.activations import quantize_inputs
 from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
 from quantization.checkpoint import (
@@ -33,6 +35,7 @@ from quantization.checkpoint import (
     FORMAT,
     MANIFEST,
     DenseCheckpoint,
+    StoredBlock,
     block_file,
     copy_companions,
     empty_model,
@@ -42,8 +45,10 @@ from quantization.checkpoint import (
     write_block,
     write_ends,
 )
+from quantization.inputs import InputQuantizer, restore_paths
+from quantization.methods import CalibratedKV
 from quantization.recipe import Recipe, describe
-from quantization.rescale import rescale_all
+from quantization.rescale import Rescaling, rescale_all
 from quantization.stored import StoredWeight, restore
 
 __all__ = ["artefact_identity", "quantize_checkpoint"]
@@ -67,11 +72,11 @@ def artefact_identity(
 
 
 def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | None) -> str:
-    """Name of the basis that a recipe puts K and V in: `plain` if nothing rewrites the full-precision weights."""
-    if recipe.weights is not None and recipe.weights.rescales:
-        return identity(artefact_identity(fingerprint, recipe, segments, prefix_ids))
-    if not recipe.transforms:
+    """Name of the basis that a recipe puts K and V in: `plain` if nothing rewrites what they are computed with."""
+    if not recipe.changes_kv:
         return PLAIN_BASIS
+    if recipe.rescales:  # by what was found on the way
+        return identity(artefact_identity(fingerprint, recipe, segments, prefix_ids))
     return identity(artefact_identity(fingerprint, recipe.twin, segments, prefix_ids))
 
 
@@ -94,10 +99,10 @@ def quantize_checkpoint(
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
     dense = DenseCheckpoint(source)
     fingerprint = fingerprint or checkpoint_fingerprint(source)
-    if not recipe.changes_weights:
+    if not recipe.makes_checkpoint:
         raise UserError(
-            "this recipe leaves the weights as they are, so there is nothing to write; name a weight "
-            "quantizer, for example --recipe rtn"
+            "this recipe leaves the model as it is, so there is nothing to write; name one that quantizes weights or "
+            "activations, for example --recipe rtn"
         )
     if recipe.calibrates and segments is None:
         raise UserError("this recipe calibrates; give it calibration text")
@@ -134,6 +139,9 @@ def quantize_checkpoint(
             half_written.unlink()
         write_json(partial / MANIFEST, manifest)  # first: it marks the directory as ours
         copy_companions(source, partial)
+        if any(transform.unties for transform in recipe.transforms):
+            config = read_json(partial / "config.json", "configuration")
+            write_json(partial / "config.json", config | {"tie_word_embeddings": False})
         done = sum(block_file(partial, index).is_file() for index in range(model.config.num_hidden_layers))
         started = time.perf_counter()
         _work_off(dense, model, recipe, partial, segments, prefix_ids, torch.device(device))
@@ -152,8 +160,11 @@ def _empty_model_for(dense: DenseCheckpoint, recipe: Recipe) -> PreTrainedModel:
     dense.check(model)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)
-        if recipe.weights is not None:
-            recipe.weights.check(block)
+        for part in (*recipe.transforms, recipe.weights, recipe.activations):
+            if part is not None:
+                part.check(block)
+        if recipe.tuning is not None:
+            recipe.tuning.check(block, recipe.weights)
     return model
 
 
@@ -174,7 +185,9 @@ def _work_off(
     stream = None
     if recipe.calibrates:
         assert segments is not None
-        _load_ends(model, dense, ends, device)
+        for name, tensor in _ends(dense, ends, recipe, model).items():
+            owner, _, parameter = name.rpartition(".")
+            setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
         behind = prefix_ids if recipe.calibrate_behind_prefix else None
         stream = CalibrationStream(model, architecture, segments, behind)
     method = recipe.label()
@@ -195,7 +208,15 @@ def _work_off(
         )
         block.module.to_empty(device="meta")
         _return_memory()
-    write_ends(partial, dense, ends)
+    write_ends(partial, _ends(dense, ends, recipe, model))
+
+
+def _ends(dense: DenseCheckpoint, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Embeddings, final norm and head, transformed; without a head that is tied."""
+    ends = {name: dense.tensor(name) for name in names if dense.stored_name(name)}
+    for transform in recipe.transforms:
+        ends = transform.transform_ends(ends, model.config)
+    return ends
 
 
 def _sizes(directory: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -222,38 +243,84 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     """Transform, quantize and write one block, and pass the text on. Returns the relative weight error.
 
     A block that an earlier run finished is transformed again (the prefix needs the transformed full-precision block),
-    but its codes and rescalings are read back: choosing them is the expensive part.
+    but its codes, rescalings and ranges are read back: choosing them is the expensive part.
     """
-    stream, reads = block.stream, "quantized" if recipe.weights is None else recipe.weights.reads
+    stream, tuning = block.stream, recipe.tuning
+    method = tuning or recipe.weights
+    reads = "quantized" if method is None else method.reads
+    finished = block_file(partial, block.index).is_file()
+    stored = read_block(block_file(partial, block.index)) if finished else None
+    for transform in recipe.transforms:
+        if stored is not None and transform.rescales:
+            continue  # what it found is in the file
+        if stream is not None and transform.calibrates:
+            stream.seed(block)
+        transform.transform_block(block)
+    if stored is not None:
+        _rescale_as(block, stored.rescalings[: stored.by_transforms])
+    by_transforms = len(block.rescalings)
     if stream is not None:
         stream.seed(block)
-    for transform in recipe.transforms:
-        transform.transform_block(block)
-        if stream is not None:  # the keys and values may be in another basis now
-            stream.seed(block)
-    if stream is not None and reads != "quantized":
-        stream.full = stream.full or list(stream.hidden)  # the same in front of the first block
-        stream.targets = list(stream.outputs(block, stream.full))
-    finished = block_file(partial, block.index).is_file()
+        if reads != "quantized":
+            stream.full = stream.full or list(stream.hidden)  # the same in front of the first block
+            stream.targets = list(stream.outputs(block, stream.full))
+    inputs: Mapping[tuple[str, ...], InputQuantizer] = {}
     quantized: Mapping[str, StoredWeight] = {}
-    if finished:
-        stored = read_block(block_file(partial, block.index))
-        rescale_all(block.module, stored.rescalings, block.head_size)
-        block.rescalings.extend(stored.rescalings)
-        quantized = {n.removeprefix(f"{block.name}."): restore(*parts) for n, parts in stored.linears.items()}
-    elif recipe.weights is not None:
-        quantized = recipe.weights.quantize_block(block)
-    if stream is not None and block.rescalings:
+    if stored is not None:
+        _rescale_as(block, stored.rescalings[by_transforms:])
+        quantized = _read_back(block, stored, tuning is not None)
+    else:
+        if recipe.activations is not None:
+            inputs = recipe.activations.fit_block(block)
+        if isinstance(recipe.kv_cache, CalibratedKV):
+            block.kv.update(recipe.kv_cache.fit_block(block))
+        if tuning is not None:
+            quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
+        elif recipe.weights is not None:
+            quantized = recipe.weights.quantize_block(block)
+    if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
         stream.seed(block)
     error = _relative_error(block.linears(), quantized)
     _set_weights(block.linears(), quantized)
+    # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
+    if tuning is not None:
+        quantize_inputs(block, inputs)
     if stream is not None:
-        stream.advance(block, stream.targets if reads == "full" else None)
+        stream.advance(block, stream.targets if reads == "full" else None, _policy_of(block, recipe))
         if reads != "quantized":
             stream.full, stream.targets = stream.targets, []
-    if not finished:
-        write_block(partial, block.index, block.name, block.module, quantized, block.rescalings, block.figures)
+    if stored is None:
+        quantize_inputs(block, inputs)
+        write_block(partial, block, quantized, by_transforms)
     return error
+
+
+def _policy_of(block: DecoderBlock, recipe: Recipe) -> KVPolicy | None:
+    """What a trained block's text meets in the cache."""
+    kv = recipe.kv_cache if recipe.tuning is not None else None
+    return kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
+
+
+def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:
+    """Rescale a block as an earlier run did."""
+    rescale_all(block.module, steps, block.head_size)
+    block.rescalings.extend(steps)
+
+
+def _read_back(block: DecoderBlock, stored: StoredBlock, inputs: bool) -> dict[str, StoredWeight]:
+    """Put what a finished block's file holds into the block; returns its quantized linears.
+
+    inputs: also the quantizers in front of the linears.
+    """
+    block.kv.update(stored.kv)
+    own = stored.within(block.name)
+    if inputs:
+        restore_paths(block.module, stored.paths, own)
+    parameters = dict(block.module.named_parameters())
+    for name, tensor in own.items():
+        if name in parameters:  # norms and biases, which training may have moved; ranges are no parameters
+            parameters[name].data = tensor.to(parameters[name])
+    return {n.removeprefix(f"{block.name}."): restore(*parts) for n, parts in stored.linears.items()}
 
 
 def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> None:
@@ -269,15 +336,6 @@ def _relative_error(linears: dict[str, nn.Linear], quantized: Mapping[str, Store
     )
     norm = sum(float(linears[name].weight.float().square().sum()) for name in quantized)
     return (error / norm) ** 0.5 if norm else 0.0
-
-
-def _load_ends(model: PreTrainedModel, dense: DenseCheckpoint, ends: list[str], device: torch.device) -> None:
-    """Give the embeddings (and what else is outside the blocks) their weights, for the calibration text."""
-    for name in ends:
-        if dense.stored_name(name) is None:
-            continue  # a tied head
-        owner, _, parameter = name.rpartition(".")
-        setattr(model.get_submodule(owner), parameter, nn.Parameter(dense.tensor(name).to(device), False))
 
 
 def _identity_of(directory: Path) -> str | None:

@@ -1,14 +1,14 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | FILE.safetensors | ADAPTER_DIR | "any text"        the same words in every program
+    none | bos | prompt | auto | auto:CORPUS | FILE.safetensors | ADAPTER_DIR | "any text"      the same in every program
 
-A prefix is written by the recipe's full-precision twin, kept under modelzoo/prefixes/ by the identity of all that made
+`auto` is what PrefixQuant discovers on the full-precision model (quantization/discovering.py). A prefix is written by the recipe's full-precision twin, kept under modelzoo/prefixes/ by the identity of all that made
 it, and read back from there by every later run.
 """
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ __all__ = ["PrefixChoice", "check_belongs", "choose_prefix", "stored_prefix"]
 
 log = logging.getLogger(__name__)
 
+AUTO = "auto"
 WORDS = (
-    "none, bos, prompt, a FILE.safetensors made by `python -m intactkv build`, the directory of a PEFT adapter made by "
+    "none, bos, prompt, auto (discovery of outlier tokens; auto:CORPUS names its text), a FILE.safetensors made by `python -m intactkv build`, the directory of a PEFT adapter made by "
     "`python -m intactkv export`, or a text"
 )
 
 
 @dataclass(frozen=True)
 class PrefixChoice:
-    """A prefix word made concrete. label: for tables, [B], [P], …; ids: empty for none; file: if it was given."""
+    """A prefix word made concrete. label: for tables, [B], [P], [A], …; ids: empty for none; file: if it was given."""
 
     word: str
     label: str
@@ -45,8 +46,17 @@ class PrefixChoice:
     file: Path | None = None
 
 
-def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str) -> PrefixChoice:
-    """Turn a prefix word into token ids. Raises UserError if the model has no such prefix, or the file is broken."""
+def choose_prefix(
+    word: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    discover: Callable[[str | None], Sequence[int]] | None = None,
+) -> PrefixChoice:
+    """Turn a prefix word into token ids.
+
+    discover: the tokens that `auto` stands for, given the corpus that is named (None: the model's own).
+    Raises UserError if the model has no such prefix, or the file is broken.
+    """
     if not word.strip():
         raise UserError(f"--prefix is empty; choose {WORDS}")
     if word == "none":
@@ -55,8 +65,10 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         return PrefixChoice(word, "[B]", (start_token_id(tokenizer),))
     if word == "prompt":
         return PrefixChoice(word, "[P]", tuple(_prompt_ids(tokenizer, model_name)))
-    if word == "auto":
-        raise UserError(f"the prefix 'auto' (discovery of outlier tokens) is not available; choose {WORDS}")
+    if word == AUTO or word.startswith(f"{AUTO}:"):
+        assert discover is not None, "a caller that takes the word from a user can discover"
+        corpus = word.removeprefix(AUTO).removeprefix(":")
+        return PrefixChoice(word, "[A]", tuple(discover(corpus or None)))
     if word.endswith(".safetensors"):
         return PrefixChoice(word, f"[{Path(word).stem}]", tuple(Prefix.load(word).ids.tolist()), Path(word))
     if os.path.isdir(word):  # unlike Path's, it takes texts that are too long for a name
@@ -113,7 +125,7 @@ def stored_prefix(
     if choice.file is not None:
         return Prefix.load(choice.file)
     key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
-    name = choice.word if choice.word in ("bos", "prompt") else "text"
+    name = {"[B]": "bos", "[P]": "prompt", "[A]": AUTO}.get(choice.label, "text")
     path = modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
     try:
         return Prefix.load(path)

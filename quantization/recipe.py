@@ -1,97 +1,22 @@
-"""A recipe says everything that is done to a model; the table of named recipes says what each paper did.
+"""A recipe says everything that is done to a model (`quantization.named` is the table of the papers' recipes).
 
-Weights, prefix and KV cache are three things: transforms and weights (with what they calibrate on) make the quantized
-checkpoint and its identity, the KV policy and the prefix are chosen when it runs.
+Weights, prefix and KV cache are three things: transforms, weights, activations and training (with what they calibrate
+on) make the quantized checkpoint and its identity, the KV policy and the prefix are chosen when it runs. A KV policy
+that calibrates belongs to the checkpoint, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 from corpora.errors import UserError
 from corpora.storage import sha256_of_file
 from intactkv.cache import KVPolicy
-from quantization.binary_coding import BinaryGrid
-from quantization.blocks import DecoderBlock
-from quantization.grids import UniformGrid
-from quantization.kv_cache import KV_POLICIES, PerHead
-from quantization.stored import Grid, StoredWeight
-from quantization.weights.awq import AWQ
-from quantization.weights.bcq import BCQ, GPTQToBCQ
-from quantization.weights.gptq import GPTQ
-from quantization.weights.omniquant import OmniQuant
-from quantization.weights.rtn import RTN
-from quantization.weights.spqr import SpQR
+from quantization.activations import Activations
+from quantization.attention import AttentionProducts
+from quantization.methods import BlockTuning, CalibratedKV, Transform, WeightQuantizer
 
-__all__ = [
-    "RECIPES",
-    "Calibration",
-    "NamedRecipe",
-    "Recipe",
-    "Transform",
-    "WeightQuantizer",
-    "describe",
-    "kv_policy",
-    "named_recipe",
-    "with_settings",
-]
-
-PUBLISHED_GROUP = 128  # gives way to a model's own default where 128 does not divide its channels
-
-
-class Transform(Protocol):
-    """An exact rewrite of a block: scales, rotations. Must not change the model's function in full precision."""
-
-    name: ClassVar[str]
-    calibrates: ClassVar[bool]
-
-    def transform_block(self, block: DecoderBlock) -> None:
-        """Rewrite the block's weights in place."""
-        ...
-
-
-class WeightQuantizer(Protocol):
-    """Chooses the points on the grid for the linears of one block.
-
-    A frozen dataclass; every field is part of the checkpoint's identity and can be set with --set weights.FIELD=VALUE.
-    """
-
-    name: ClassVar[str]
-    # The calibration text that it wants: passed on by quantized blocks (errors accumulate, the method can repair them),
-    # by full-precision blocks, or both.
-    reads: ClassVar[Literal["quantized", "full", "both"]]
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of the weights."""
-        ...
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether it looks at calibration text."""
-        ...
-
-    @property
-    def rescales(self) -> bool:
-        """Whether it rewrites the full-precision weights (DecoderBlock.rescale), so that the twin is another model."""
-        ...
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Files that decide the result; their content is part of the identity."""
-        ...
-
-    def check(self, block: DecoderBlock) -> None:
-        """Raise UserError for a block without weights (meta device) whose shapes it cannot do."""
-        ...
-
-    def quantize_block(self, block: DecoderBlock) -> Mapping[str, StoredWeight]:
-        """Every linear of the block in its stored form, by the linear's name within the block.
-
-        Leaves the block in full precision (rescaled, if it does that).
-        """
-        ...
+__all__ = ["Calibration", "Recipe", "describe", "with_settings"]
 
 
 @dataclass(frozen=True)
@@ -114,49 +39,91 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """transforms: exact rewrites, in this order. weights: None keeps full precision. kv_cache: None likewise.
+    """transforms: exact rewrites, in this order; those that rescale come last. weights, activations (inputs of the
+    linears), attention (what enters its two products), kv_cache: None keeps full precision. tuning: block-wise training
+    with these at work.
 
-    calibration: used if a transform or the weights calibrate. calibrate_behind_prefix: stream that text behind the
-    full-precision prefix (`prefix`); the checkpoint is then only right with it. prefix: a default for the run time.
+    calibration: used if anything calibrates. calibrate_behind_prefix: stream that text behind the full-precision prefix
+    (`prefix`); the checkpoint is then only right with it. prefix: a default for the run time.
     """
 
     transforms: tuple[Transform, ...] = ()
     weights: WeightQuantizer | None = None
-    kv_cache: KVPolicy | None = None
+    activations: Activations | None = None
+    attention: AttentionProducts | None = None
+    tuning: BlockTuning | None = None
+    kv_cache: KVPolicy | CalibratedKV | None = None
     prefix: str = "none"
     calibration: Calibration = Calibration()
     calibrate_behind_prefix: bool = False
 
     def __post_init__(self) -> None:
         if self.calibrate_behind_prefix and not self.calibrates:
-            method = self.weights.name if self.weights else "full precision"
             raise UserError(
-                f"calibrate_behind_prefix=true has nothing to act on: {method} needs no calibration; leave it out"
+                f"calibrate_behind_prefix=true has nothing to act on: {self.method} needs no calibration; leave it out"
             )
         if self.calibrate_behind_prefix and self.prefix == "none":
             raise UserError("calibrate_behind_prefix=true needs a prefix; choose one, for example --prefix bos")
+        order = [step.rescales for step in self.transforms]
+        if order != sorted(order):
+            raise UserError(
+                f"the transforms {', '.join(step.name for step in self.transforms)} are in the wrong order: those that "
+                "rescale come behind those that rotate"
+            )
+
+    @property
+    def method(self) -> str:
+        """What chooses the weights, in a word."""
+        return self.weights.name if self.weights else "full precision"
 
     @property
     def calibrates(self) -> bool:
         """Whether anything in this recipe looks at calibration text."""
-        return any(step.calibrates for step in (*self.transforms, self.weights) if step is not None)
+        return self.kv_calibrates or any(
+            step.calibrates for step in (*self.transforms, self.weights, self.activations, self.tuning) if step
+        )
 
     @property
-    def changes_weights(self) -> bool:
+    def kv_calibrates(self) -> bool:
+        """Whether the KV policy has ranges of its own for every block, which the checkpoint keeps."""
+        return isinstance(self.kv_cache, CalibratedKV)
+
+    @property
+    def makes_checkpoint(self) -> bool:
         """Whether the recipe makes another checkpoint; if not, the dense one is run as it is."""
-        return self.weights is not None or bool(self.transforms)
+        parts = (self.weights, self.activations, self.attention, self.tuning)
+        return bool(self.transforms) or self.kv_calibrates or any(part is not None for part in parts)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether scales move between the full-precision weights in a way that the checkpoint remembers."""
+        return any(step.rescales for step in (*self.transforms, self.weights) if step)
+
+    @property
+    def changes_kv(self) -> bool:
+        """Whether keys and values are in another basis than the dense checkpoint's."""
+        return any(t.changes_kv for t in self.transforms) or (self.weights is not None and self.weights.rescales)
 
     @property
     def twin(self) -> "Recipe":
-        """The full-precision twin: every exact transform, no quantizer. Its K and V are in the recipe's basis."""
-        calibrated = any(step.calibrates for step in self.transforms)
-        return replace(
-            self, weights=None, kv_cache=None, calibrate_behind_prefix=self.calibrate_behind_prefix and calibrated
+        """The full-precision twin: every exact transform, no quantizer. Its K and V are in the recipe's basis, once it
+        is rescaled as the quantized checkpoint was (those transforms are left out here)."""
+        kept = tuple(step for step in self.transforms if not step.rescales)
+        return Recipe(
+            transforms=kept,
+            prefix=self.prefix,
+            calibration=self.calibration,
+            calibrate_behind_prefix=self.calibrate_behind_prefix and any(step.calibrates for step in kept),
         )
 
     def weights_identity(self) -> dict[str, Any]:
-        """All of the recipe that changes weights, for the checkpoint's identity."""
+        """All of the recipe that makes the checkpoint, for its identity."""
         made_of: dict[str, Any] = {"transforms": describe(self.transforms), "weights": describe(self.weights)}
+        for name in ("activations", "attention", "tuning"):
+            if (part := getattr(self, name)) is not None:
+                made_of[name] = describe(part)
+        if self.kv_calibrates or (self.tuning is not None and self.kv_cache is not None):
+            made_of["kv_cache"] = describe(self.kv_cache)
         if self.weights is not None and self.weights.files:
             made_of["files"] = [sha256_of_file(file) for file in self.weights.files]
         if self.calibrates:
@@ -166,13 +133,16 @@ class Recipe:
 
     def label(self) -> str:
         """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision."""
-        steps = [step.name for step in self.transforms]
+        words = [step.name for step in self.transforms]
         if self.weights is None:
-            return "-".join([*steps, "full"])
-        grid = self.weights.grid
-        group = "row" if grid.group_size == -1 else f"g{grid.group_size}"
-        behind = ["behind"] if self.calibrate_behind_prefix else []
-        return "-".join([*steps, self.weights.name, f"w{grid.bits}{group}", *behind])
+            words.append("full")
+        else:
+            grid = self.weights.grid
+            words += [self.weights.name, f"w{grid.bits}{'row' if grid.group_size == -1 else f'g{grid.group_size}'}"]
+        words += [part.label for part in (self.activations, self.attention) if part is not None]
+        if self.tuning is not None:
+            words.append(self.tuning.name)
+        return "-".join([*words, *(["behind"] if self.calibrate_behind_prefix else [])])
 
 
 def describe(value: Any) -> Any:
@@ -184,114 +154,6 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     return value
-
-
-@dataclass(frozen=True)
-class NamedRecipe:
-    """A row of the table: the recipe, the paper that it comes from, and what to know about it."""
-
-    recipe: Recipe
-    paper: str
-    note: str
-
-
-def _rtn(bits: int) -> Recipe:
-    return Recipe(weights=RTN(UniformGrid(bits, PUBLISHED_GROUP)))
-
-
-def _gptq(bits: int) -> Recipe:
-    return Recipe(weights=GPTQ(UniformGrid(bits, PUBLISHED_GROUP)))
-
-
-def _spqr(bits: int, group_size: int = 16, threshold: float = 0.25) -> Recipe:
-    weights = SpQR(UniformGrid(bits, group_size, "spqr-asym"), threshold=threshold)
-    return Recipe(weights=weights, calibration=Calibration(seed=0))
-
-
-def _awq(bits: int) -> Recipe:
-    text = Calibration(corpus="pile", samples=128, length=512, seed=42, draw="documents")
-    return Recipe(weights=AWQ(UniformGrid(bits, PUBLISHED_GROUP)), calibration=text)
-
-
-def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) -> Recipe:
-    weights = OmniQuant(UniformGrid(bits, group_size, "intactkv-asym"), **settings)
-    return Recipe(weights=weights, calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=2))
-
-
-AFFINE = "Jacob et al. 2018, 1712.05877"
-DETTMERS = "Dettmers et al. 2024, 2306.03078"
-FRANTAR = "Frantar et al. 2023, 2210.17323"
-INTACTKV = "Liu et al. 2024, 2403.01241"
-LIN = "Lin et al. 2024, 2306.00978"
-PARK = "Park et al. 2024, 2206.09557"
-SHAO = "Shao et al. 2024, 2308.13137"
-RECIPES: Mapping[str, NamedRecipe] = {
-    "fp16": NamedRecipe(Recipe(), "-", "nothing quantized; computes in --dtype"),
-    "rtn": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits, IntactKV's weight-only baseline"),
-    "rtn-w4": NamedRecipe(_rtn(4), AFFINE, "round to nearest, 4 bits"),
-    "rtn-w3": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits"),
-    "rtn-w2": NamedRecipe(_rtn(2), AFFINE, "round to nearest, 2 bits"),
-    "gptq": NamedRecipe(_gptq(3), FRANTAR, "GPTQ as IntactKV used it: act-order, groups, true-sequential, 3 bits"),
-    "gptq-w4": NamedRecipe(_gptq(4), FRANTAR, "the same, 4 bits"),
-    "gptq-w3": NamedRecipe(_gptq(3), FRANTAR, "the same, 3 bits"),
-    "gptq-w2": NamedRecipe(_gptq(2), FRANTAR, "the same, 2 bits"),
-    "gptq-row": NamedRecipe(
-        Recipe(
-            weights=GPTQ(UniformGrid(4), true_sequential=False),
-            calibration=Calibration(seed=0),
-        ),
-        FRANTAR,
-        "GPTQ's own tables: act-order, one grid per row, 4 bits",
-    ),
-    "awq": NamedRecipe(_awq(3), LIN, "AWQ as IntactKV used it: scales and clip limits, 3 bits"),
-    "awq-w4": NamedRecipe(_awq(4), LIN, "the same, 4 bits"),
-    "awq-w3": NamedRecipe(_awq(3), LIN, "the same, 3 bits"),
-    "bcq": NamedRecipe(
-        Recipe(weights=BCQ(BinaryGrid(4, PUBLISHED_GROUP))), PARK, "LUT-GEMM's binary coding, 30 rounds, 4 bits"
-    ),
-    "bcq-w3": NamedRecipe(Recipe(weights=BCQ(BinaryGrid(3, PUBLISHED_GROUP))), PARK, "the same, 3 bits"),
-    "bcq-row": NamedRecipe(Recipe(weights=BCQ(BinaryGrid(4))), PARK, "the same, 4 bits, one group per row"),
-    "gptq-bcq": NamedRecipe(
-        Recipe(weights=GPTQToBCQ(UniformGrid(4, PUBLISHED_GROUP))), PARK, "GPTQ, stored in binary coding, 4 bits"
-    ),
-    "spqr": NamedRecipe(_spqr(3), DETTMERS, "SpQR: 3 bits, groups of 16, about 1 % outliers: 4 bits in all"),
-    "spqr-w4": NamedRecipe(_spqr(4), DETTMERS, "the same, 4 bits: 5 in all"),
-    "spqr-w2": NamedRecipe(_spqr(2, 32, 0.5), DETTMERS, "the same, 2 bits, groups of 32: 3 in all"),
-    "omniquant": NamedRecipe(_omniquant(3), SHAO, "OmniQuant as IntactKV used it: learned clipping, 3 bits"),
-    "omniquant-w4": NamedRecipe(_omniquant(4), SHAO, "the same, 4 bits"),
-    "omniquant-w3": NamedRecipe(_omniquant(3), SHAO, "the same, 3 bits"),
-    "omniquant-w2": NamedRecipe(
-        _omniquant(2, epochs=40, aug_loss=True), SHAO, "the same, 2 bits, 40 epochs, two targets"
-    ),
-    "omniquant-let": NamedRecipe(
-        _omniquant(4, -1, let=True, aug_loss=True),
-        SHAO,
-        "learned clipping and scales, W4A4 without its A4: 4 bits, one grid per row",
-    ),
-    "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
-    "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
-    "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),
-}
-
-
-def named_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises UserError, with the names there are."""
-    if name not in RECIPES:
-        raise UserError(
-            f"unknown recipe {name!r}; choose from {', '.join(RECIPES)} (python -m quantization --list explains them)"
-        )
-    return RECIPES[name].recipe
-
-
-def kv_policy(name: str, bits: int | None) -> KVPolicy | None:
-    """The KV policy of that name; `none` is a full-precision cache. Raises UserError for an unknown name."""
-    if name == "none":
-        return None
-    if name not in KV_POLICIES:
-        raise UserError(f"unknown KV policy {name!r}; choose from none, {', '.join(KV_POLICIES)}")
-    if bits is None:
-        raise UserError(f"the KV policy {name} needs its bits: add --kv-bits 2…8")
-    return KV_POLICIES[name](bits)
 
 
 def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:

@@ -24,8 +24,9 @@ from quantization.blocks import DecoderBlock
 from quantization.checkpoint import block_file, load_quantized, read_block
 from quantization.grids import UniformGrid, fake_quantize, quantize
 from quantization.loading import plan_run
+from quantization.named import named_recipe
 from quantization.pipeline import artefact_identity, quantize_checkpoint
-from quantization.recipe import Recipe, named_recipe, with_settings
+from quantization.recipe import Recipe, with_settings
 from quantization.rescale import per_column, rescale_all
 from quantization.stored import restore
 from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales

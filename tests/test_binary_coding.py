@@ -19,8 +19,9 @@ from quantization.checkpoint import load_quantized
 from quantization.grids import CONVENTIONS, UniformGrid, fake_quantize, quantize
 from quantization.kernels.lut import lut_matmul, tables
 from quantization.linear import QuantLinear
+from quantization.named import named_recipe
 from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, named_recipe, with_settings
+from quantization.recipe import Recipe, with_settings
 from quantization.weights.bcq import (
     BCQ,
     Coding,

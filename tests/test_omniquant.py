@@ -21,8 +21,9 @@ from quantization.blocks import CalibrationStream, DecoderBlock
 from quantization.checkpoint import MANIFEST, block_file, load_quantized, read_block
 from quantization.grids import QuantizedTensor, UniformGrid, encode, split_groups
 from quantization.loading import plan_run
+from quantization.named import named_recipe
 from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Calibration, Recipe, named_recipe, with_settings
+from quantization.recipe import Calibration, Recipe, with_settings
 from quantization.rescale import Rescaling
 from quantization.stored import restore
 from quantization.weights.omniquant import Learned, OmniQuant, clipped_fit, fake_quantize, start, student
@@ -239,7 +240,7 @@ def test_without_rounding_any_scales_and_shifts_leave_the_block_as_it_was(
     assert sum(not torch.equal(weights[name], p) for name, p in block.module.named_parameters()) >= 8
     seeded = prefix_in_basis(stream.seeded(block), block, steps) if behind else None
     for sample, expected in zip(stream.hidden, stream.outputs(block), strict=True):
-        assert_near(stream.forward(block, sample, weights, seeded), expected)
+        assert_near(stream.forward(block, sample, weights, stream.new_cache(block, seeded=seeded)), expected)
     if behind:  # and the unconverted prefix is another one
         assert float((stream.forward(block, sample, weights) - expected).abs().max()) > 1e-3
 
@@ -368,7 +369,7 @@ def test_gradients_reach_all_that_is_learned_and_no_weight(
     block.module.requires_grad_(True)
     with torch.enable_grad():
         weights, seeded = student(block, learned, W3)
-        output = stream.forward(block, stream.hidden[0], weights, seeded)
+        output = stream.forward(block, stream.hidden[0], weights, stream.new_cache(block, seeded=seeded))
         # The loss alone leaves q ↔ k alone: scaling a row scales its grid, and the scores stay what they are.
         size = torch.stack([w.square().mean() for w in weights.values()]).sum()
         ((output - stream.targets[0]).square().mean() + size).backward()

@@ -29,6 +29,7 @@ from quantization.linear import QuantLinear
 from quantization.loading import plan_run
 from quantization.pipeline import quantize_checkpoint
 from quantization.recipe import Recipe
+from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
@@ -117,7 +118,7 @@ class Shrinking(GridQuantizer):
 
 
 @dataclass(frozen=True)
-class ScaledValues:
+class ScaledValues(BlockTransform):
     """An exact transform: row i of v_proj times r, the columns of o_proj that read it over r, r drawn per KV channel.
 
     V is in another basis afterwards. calibrates only says so: the class below really looks.
@@ -319,7 +320,7 @@ def test_only_one_block_is_off_the_meta_device_at_a_time(
 
 
 def test_a_recipe_that_changes_no_weight_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="leaves the weights as they are"):
+    with pytest.raises(UserError, match="leaves the model as it is"):
         quantize_checkpoint(checkpoint(), Recipe(prefix="bos"), tmp_path / "out")
 
 

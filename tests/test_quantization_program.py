@@ -18,8 +18,9 @@ from quantization.__main__ import main
 from quantization.blocks import DecoderBlock
 from quantization.checkpoint import load_quantized
 from quantization.grids import QuantizedTensor, UniformGrid
+from quantization.named import RECIPES, NamedRecipe
 from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import RECIPES, NamedRecipe, Recipe
+from quantization.recipe import Recipe
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
@@ -254,8 +255,8 @@ def test_a_prefix_is_built_from_the_command_line(
 
 MISTAKES = {
     "unknown recipe": (["--recipe", "gptw"], "unknown recipe 'gptw'"),
-    "no recipe": ([], "leaves the weights as they are"),
-    "a recipe for the cache": (["--recipe", "kv4"], "leaves the weights as they are"),
+    "no recipe": ([], "leaves the model as it is"),
+    "a recipe for the cache": (["--recipe", "kv4"], "leaves the model as it is"),
     "bits for a recipe without weights": (["--bits", "4"], "the recipe fp16 quantizes none"),
     "group size that does not divide": (
         ["--recipe", "rtn", "--group-size", "48"],

@@ -14,16 +14,10 @@ from quantization.architecture import ARCHITECTURES, architecture_of
 from quantization.blocks import DecoderBlock
 from quantization.grids import QuantizedTensor, UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead
+from quantization.named import RECIPES, kv_policy, named_recipe
 from quantization.pipeline import artefact_identity
-from quantization.recipe import (
-    RECIPES,
-    Calibration,
-    Recipe,
-    describe,
-    kv_policy,
-    named_recipe,
-    with_settings,
-)
+from quantization.recipe import Calibration, Recipe, describe, with_settings
+from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
@@ -44,7 +38,7 @@ class Looking(GridQuantizer):
 
 
 @dataclass(frozen=True)
-class Smoothing:
+class Smoothing(BlockTransform):
     """A transform that calibrates."""
 
     alpha: float = 0.5
@@ -71,8 +65,8 @@ def test_every_named_recipe_is_described_in_plain_json(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_named_recipe_without_weights_is_its_own_checkpoint(name: str) -> None:
     recipe = named_recipe(name)
-    assert recipe.changes_weights == (recipe.weights is not None or recipe.transforms != ())
-    assert not replace(recipe, weights=None, transforms=()).changes_weights
+    assert recipe.makes_checkpoint == (recipe.weights is not None or recipe.transforms != ())
+    assert not replace(recipe, weights=None, transforms=()).makes_checkpoint
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_there_are() -> None:
@@ -81,7 +75,7 @@ def test_an_unknown_recipe_is_refused_with_the_names_there_are() -> None:
 
 
 def test_the_description_names_every_field_of_every_part() -> None:
-    recipe = Recipe((Smoothing(),), RTN(GRID), PerHead(4))
+    recipe = Recipe((Smoothing(),), RTN(GRID), kv_cache=PerHead(4))
     described = describe(recipe)
     assert set(described) == {"kind", *(f.name for f in fields(Recipe))}
     assert described["weights"] == {"kind": "RTN", "grid": {"kind": "UniformGrid", **vars(GRID)}}
@@ -243,11 +237,11 @@ def test_the_kv_policy_and_a_prefix_of_the_run_time_do_not_change_the_identity(q
 
 
 def test_the_twin_keeps_the_transforms_and_drops_every_quantizer() -> None:
-    recipe = Recipe((Smoothing(),), Looking(GRID), PerHead(4), "bos", calibrate_behind_prefix=True)
+    recipe = Recipe((Smoothing(),), Looking(GRID), kv_cache=PerHead(4), prefix="bos", calibrate_behind_prefix=True)
     assert recipe.twin == Recipe((Smoothing(),), prefix="bos", calibrate_behind_prefix=True)
     # Without a transform that looks at text, the twin does not depend on how the weights are calibrated.
     assert replace(recipe, transforms=()).twin == Recipe(prefix="bos")
-    assert not replace(recipe, transforms=()).twin.changes_weights
+    assert not replace(recipe, transforms=()).twin.makes_checkpoint
 
 
 def test_labels_say_method_bits_and_group() -> None:

@@ -20,8 +20,9 @@ from quantization.blocks import DecoderBlock
 from quantization.checkpoint import block_file, load_quantized, read_block
 from quantization.grids import Fit, UniformGrid
 from quantization.linear import QuantLinear
+from quantization.named import named_recipe
 from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, named_recipe, with_settings
+from quantization.recipe import Recipe, with_settings
 from quantization.sparse import SecondLevel, SparseRows, SpQRWeight
 from quantization.stored import restore
 from quantization.weights.gptq import column_loop, gptq

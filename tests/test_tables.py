@@ -13,7 +13,8 @@ from eval.paper_tables import paper_tables
 from eval.published import QUESTIONS, TABLES, paper_name
 from eval.render import Figure, Table, change_of, mean_of, render, signed
 from eval.task_tables import QA_METRICS
-from quantization.recipe import describe, named_recipe
+from quantization.named import named_recipe
+from quantization.recipe import describe
 
 NONE = {"label": "none", "ids": [], "file": None, "intact": False}
 BOS = {"label": "[B]", "ids": [1], "file": None, "intact": True}

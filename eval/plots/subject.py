@@ -202,7 +202,7 @@ def figure_name(
     """
     recipe = plan.recipe
     model = [plan.checkpoint.name]
-    if recipe.changes_weights:  # as the checkpoint is called that the recipe makes
+    if recipe.makes_checkpoint:  # as the checkpoint is called that the recipe makes
         model.append(quantized_directory(plan.checkpoint, recipe, plan.segments, plan.calibration_prefix).name)
     corpus = "" if text.corpus == default.corpus else _corpus_part(text.corpus)
     changed = (text.samples, text.length) != (default.samples, default.length)
@@ -238,7 +238,7 @@ def _kv_words(plan: Plan) -> list[str]:
 def _model_name(plan: Plan) -> str:
     """The model, and what a recipe makes of it."""
     recipe = plan.recipe
-    return " ".join([plan.checkpoint.name, *([recipe.label()] if recipe.changes_weights else []), *_kv_words(plan)])
+    return " ".join([plan.checkpoint.name, *([recipe.label()] if recipe.makes_checkpoint else []), *_kv_words(plan)])
 
 
 def load_subject(plan: Plan, text: Text) -> Subject:

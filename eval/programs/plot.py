@@ -118,8 +118,8 @@ def _plan(
     from quantization.architecture import architecture_of
     from quantization.checkpoint import read_config
     from quantization.loading import find_checkpoint, plan_run
+    from quantization.named import named_recipe
     from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
-    from quantization.recipe import named_recipe
 
     show_log()
     checkpoint = find_checkpoint(options.model)

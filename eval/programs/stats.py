@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _refuse(kind: str, plan: "Plan") -> None:
     """What a report cannot be made of."""
-    changed = plan.recipe.changes_weights or plan.checkpoint.manifest is not None
+    changed = plan.recipe.makes_checkpoint or plan.checkpoint.manifest is not None
     if kind == "linears" and not changed:
         raise UserError(
             "the statistics of linears compare quantized weights with their full precision, but this recipe quantizes "

@@ -193,6 +193,11 @@ def _packed_blocks(
     files = [block_file(source, i) for i in range(model.config.num_hidden_layers)]
     for file in (*files, source / ENDS):
         block = read_block(file)
+        if block.paths:
+            raise UserError(
+                f"{source} quantizes or rotates the inputs of its linears ({read_manifest(source)['label']}), which no "
+                "format here can say; export a recipe that quantizes weights only"
+            )
         tensors = {
             name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
             for name, tensor in block.parameters.items()

@@ -1,8 +1,11 @@
 """KV-cache quantizers: policies of the one cache class in `intactkv.cache`, and the table of their names."""
 
-from quantization.kv_cache.per_head import PerHead
+from collections.abc import Mapping
 
-__all__ = ["KV_POLICIES", "PerHead"]
+from quantization.kv_cache.per_head import PerHead
+from quantization.kv_cache.static import StaticPerHead
+
+__all__ = ["KV_POLICIES", "PerHead", "StaticPerHead"]
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
-KV_POLICIES = {"per_head": PerHead}
+KV_POLICIES: Mapping[str, type[PerHead] | type[StaticPerHead]] = {"per_head": PerHead, "static": StaticPerHead}

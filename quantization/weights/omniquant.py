@@ -5,8 +5,8 @@
     Ŵ = h · (clamp(round(W / h) + z, 0, 2^b − 1) − z)
 
 F is one decoder block, X_fp and X_q are what full-precision and quantized blocks before it pass on. `clipped_fit` is
-LWC, `OnGrid` the straight-through Ŵ, `train` the optimization of γ and of LET's scales (`omniquant_let`), one sample a
-step. The prefix of calibration behind one is converted to LET's basis; the loss sees text tokens only.
+LWC, `fake_quantize` the straight-through Ŵ, `train` the optimization of γ and of LET's scales (`omniquant_let`), one
+sample a step. The prefix of calibration behind one is converted to LET's basis; the loss sees text tokens only.
 
 Departs from the reference: float32 instead of fp16 autocast; the lowest-loss epoch is kept, the start included; the
 range always contains 0, so that z is a code (no change for groups of both signs); gradients pass the rounding of z,
@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from quantization.grids import (
     merge_groups,
     split_groups,
 )
+from quantization.straight_through import on_grid, straight
 from quantization.weights.base import GridQuantizer
 from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed
 
@@ -47,36 +48,6 @@ log = logging.getLogger(__name__)
 
 START = 4.0  # of γ⁺ and γ⁻: σ(4) = 0.982 of the range
 CONVENTIONS = ("gptq-asym", "intactkv-asym", "quarot-sym")  # those that clipping keeps in their own form
-
-
-class OnGrid(torch.autograd.Function):
-    """Ŵ of grouped weights on a fitted grid, `round` passing gradients as if it were the identity.
-
-    Inside the range ∂Ŵ/∂W = 1, ∂Ŵ/∂h = (Ŵ − W)/h, ∂Ŵ/∂z = 0; where clamp acts 0, Ŵ/h and −h. Spelled out because
-    autograd would keep three more float32 matrices per linear, and not every release lets gradients pass codes 0 and
-    2^b − 1 that nothing clipped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, grid: UniformGrid) -> Tensor:
-        """weight: (out, groups, group_size), any float dtype. scale, zero_point: (out, groups, 1) float32."""
-        groups = weight.float()
-        codes = encode(groups, Fit(scale, zero_point), grid)
-        quantized = (codes - zero_point) * scale
-        ctx.save_for_backward(weight, scale, zero_point, quantized)
-        ctx.grid = grid
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        """Gradients for weight (None if nobody asks), scale and zero point."""
-        weight, scale, zero_point, quantized = ctx.saved_tensors
-        groups = weight.float()
-        steps = torch.round(groups / scale) + zero_point
-        inside = gradient * ((steps >= 0) & (steps <= ctx.grid.top))
-        of_scale = (gradient * quantized - inside * groups).sum(-1, keepdim=True) / scale
-        of_zero_point = (inside - gradient).sum(-1, keepdim=True) * scale
-        return (inside.to(weight.dtype) if ctx.needs_input_grad[0] else None), of_scale, of_zero_point, None
 
 
 def clipped_fit(groups: Tensor, bounds: tuple[Tensor, Tensor] | None, grid: UniformGrid) -> Fit:
@@ -90,25 +61,17 @@ def clipped_fit(groups: Tensor, bounds: tuple[Tensor, Tensor] | None, grid: Unif
         low, high = torch.sigmoid(bounds[1]) * low, torch.sigmoid(bounds[0]) * high
     scale, zero_point = grid.rule.fit(low, high, grid.bits)
     if grid.rule.zero_point == "code":
-        zero_point = _straight(zero_point, -low.clamp_max(0) / scale)
+        zero_point = straight(zero_point, -low.clamp_max(0) / scale)
     if grid.scale_dtype != "float32":
         dtype = SCALE_DTYPES[grid.scale_dtype]
-        scale = _straight(scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny), scale)
+        scale = straight(scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny), scale)
     return Fit(scale, zero_point)
-
-
-def _straight(rounded: Tensor, exact: Tensor) -> Tensor:
-    """The value of the one, bit for bit, with the gradient of the other."""
-    return rounded.detach() + (exact - exact.detach())
 
 
 def fake_quantize(weight: Tensor, bounds: tuple[Tensor, Tensor] | None, grid: UniformGrid) -> Tensor:
     """Ŵ (out, in) in float32, with gradients for γ and for the weight where they are asked for."""
     groups = split_groups(weight, grid.group_size)
-    scale, zero_point = clipped_fit(groups, bounds, grid)
-    ongrid = OnGrid.apply(groups, scale, zero_point, grid)
-    assert isinstance(ongrid, Tensor)
-    return merge_groups(ongrid)
+    return merge_groups(on_grid(groups, clipped_fit(groups, bounds, grid), grid))
 
 
 @dataclass(frozen=True)
@@ -155,7 +118,8 @@ def student(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
     """The block's parameters, transformed and quantized, float32, and the prefix's K and V in their basis.
 
-    Both are what `CalibrationStream.forward` takes; gradients flow to all that is learned, and to nothing else.
+    They are what `CalibrationStream.forward` and its `new_cache` take; gradients flow to all that is learned, and to
+    nothing else.
     """
     steps = [pair.step for pair in learned.pairs]
     parameters = transformed(block, steps)
@@ -300,7 +264,8 @@ def _sample_loss(
     """Eq. 1 for one sample: the sum of the mean squared distances to its targets."""
     stream = _stream(block)
     weights, seeded = student
-    output = stream.forward(block, stream.hidden[i].float(), weights, seeded)
+    cache = stream.new_cache(block, seeded=seeded)
+    output = stream.forward(block, stream.hidden[i].float(), weights, cache)
     return torch.stack([mse_loss(output, of_sample[i].float()) for of_sample in targets]).sum()
 
 

@@ -1,0 +1,81 @@
+"""What enters attention's two products, quantized: queries and softmax rows (RTN and SmoothQuant of qllm, W8A8).
+
+    S = softmax(Q(q) k̂ᵀ / √D),   out = Q(S) v̂      one grid per (head, token) of q, one per row of S
+
+Keys and values are the KV policy's: they are rounded on their way into the cache. The columns of S that belong to the
+intact prefix keep full precision: they multiply full-precision values, and a sink's share would set the step of the
+row (0.8 % of it rounds to 0 with 6 bits). One function, registered with transformers under `NAME`; no model code is
+touched.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from corpora.errors import UserError
+from intactkv.attention import prefix_length
+from quantization.architecture import architecture_of
+from quantization.grids import UniformGrid, fake_quantize
+
+__all__ = ["NAME", "AttentionProducts"]
+
+NAME = "quantized_products"
+PRODUCTS = "intactkv_products"  # attribute of an attention module: its `AttentionProducts`
+
+
+@dataclass(frozen=True)
+class AttentionProducts:
+    """The grid of queries and softmax rows."""
+
+    grid: UniformGrid
+
+    def __post_init__(self) -> None:
+        if self.grid.group_size != -1:
+            raise UserError(
+                f"attention.grid.group_size={self.grid.group_size} is not allowed; a query and a softmax row have one "
+                "grid each: -1"
+            )
+
+    @property
+    def label(self) -> str:
+        """`qs8`: queries and softmax."""
+        return f"qs{self.grid.bits}"
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Let a model's attention run through these grids."""
+        architecture = architecture_of(model.config)
+        for block in architecture.blocks_of(model):
+            block.get_submodule(architecture.attention).__dict__[PRODUCTS] = self
+        model.set_attn_implementation(NAME)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """query (B, heads, T, D), key and value (B, KV heads, S, D) to (B, T, heads, D) and the softmax rows."""
+    grid: UniformGrid = getattr(module, PRODUCTS).grid
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = fake_quantize(query, grid) @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    rows = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    kept = min(prefix_length(), rows.shape[-1])
+    if kept < rows.shape[-1]:
+        rows = torch.cat([rows[..., :kept], fake_quantize(rows[..., kept:], grid)], dim=-1)
+    return (rows.to(value.dtype) @ value).transpose(1, 2).contiguous(), rows
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)

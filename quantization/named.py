@@ -1,0 +1,131 @@
+"""The table of named recipes: what each paper did, one row each (`python -m quantization --list` prints it)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from corpora.errors import UserError
+from intactkv.cache import KVPolicy
+from quantization.binary_coding import BinaryGrid
+from quantization.grids import UniformGrid
+from quantization.kv_cache import KV_POLICIES, PerHead
+from quantization.methods import CalibratedKV
+from quantization.recipe import Calibration, Recipe
+from quantization.weights.awq import AWQ
+from quantization.weights.bcq import BCQ, GPTQToBCQ
+from quantization.weights.gptq import GPTQ
+from quantization.weights.omniquant import OmniQuant
+from quantization.weights.rtn import RTN
+from quantization.weights.spqr import SpQR
+
+__all__ = ["PUBLISHED_GROUP", "RECIPES", "NamedRecipe", "kv_policy", "named_recipe"]
+
+PUBLISHED_GROUP = 128  # gives way to a model's own default where 128 does not divide its channels
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A row of the table: the recipe, the paper that it comes from, and what to know about it."""
+
+    recipe: Recipe
+    paper: str
+    note: str
+
+
+def _rtn(bits: int) -> Recipe:
+    return Recipe(weights=RTN(UniformGrid(bits, PUBLISHED_GROUP)))
+
+
+def _gptq(bits: int) -> Recipe:
+    return Recipe(weights=GPTQ(UniformGrid(bits, PUBLISHED_GROUP)))
+
+
+def _spqr(bits: int, group_size: int = 16, threshold: float = 0.25) -> Recipe:
+    weights = SpQR(UniformGrid(bits, group_size, "spqr-asym"), threshold=threshold)
+    return Recipe(weights=weights, calibration=Calibration(seed=0))
+
+
+def _awq(bits: int) -> Recipe:
+    text = Calibration(corpus="pile", samples=128, length=512, seed=42, draw="documents")
+    return Recipe(weights=AWQ(UniformGrid(bits, PUBLISHED_GROUP)), calibration=text)
+
+
+def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) -> Recipe:
+    weights = OmniQuant(UniformGrid(bits, group_size, "intactkv-asym"), **settings)
+    return Recipe(weights=weights, calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=2))
+
+
+AFFINE = "Jacob et al. 2018, 1712.05877"
+DETTMERS = "Dettmers et al. 2024, 2306.03078"
+FRANTAR = "Frantar et al. 2023, 2210.17323"
+INTACTKV = "Liu et al. 2024, 2403.01241"
+LIN = "Lin et al. 2024, 2306.00978"
+PARK = "Park et al. 2024, 2206.09557"
+SHAO = "Shao et al. 2024, 2308.13137"
+RECIPES: Mapping[str, NamedRecipe] = {
+    "fp16": NamedRecipe(Recipe(), "-", "nothing quantized; computes in --dtype"),
+    "rtn": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits, IntactKV's weight-only baseline"),
+    "rtn-w4": NamedRecipe(_rtn(4), AFFINE, "round to nearest, 4 bits"),
+    "rtn-w3": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits"),
+    "rtn-w2": NamedRecipe(_rtn(2), AFFINE, "round to nearest, 2 bits"),
+    "gptq": NamedRecipe(_gptq(3), FRANTAR, "GPTQ as IntactKV used it: act-order, groups, true-sequential, 3 bits"),
+    "gptq-w4": NamedRecipe(_gptq(4), FRANTAR, "the same, 4 bits"),
+    "gptq-w3": NamedRecipe(_gptq(3), FRANTAR, "the same, 3 bits"),
+    "gptq-w2": NamedRecipe(_gptq(2), FRANTAR, "the same, 2 bits"),
+    "gptq-row": NamedRecipe(
+        Recipe(
+            weights=GPTQ(UniformGrid(4), true_sequential=False),
+            calibration=Calibration(seed=0),
+        ),
+        FRANTAR,
+        "GPTQ's own tables: act-order, one grid per row, 4 bits",
+    ),
+    "awq": NamedRecipe(_awq(3), LIN, "AWQ as IntactKV used it: scales and clip limits, 3 bits"),
+    "awq-w4": NamedRecipe(_awq(4), LIN, "the same, 4 bits"),
+    "awq-w3": NamedRecipe(_awq(3), LIN, "the same, 3 bits"),
+    "bcq": NamedRecipe(
+        Recipe(weights=BCQ(BinaryGrid(4, PUBLISHED_GROUP))), PARK, "LUT-GEMM's binary coding, 30 rounds, 4 bits"
+    ),
+    "bcq-w3": NamedRecipe(Recipe(weights=BCQ(BinaryGrid(3, PUBLISHED_GROUP))), PARK, "the same, 3 bits"),
+    "bcq-row": NamedRecipe(Recipe(weights=BCQ(BinaryGrid(4))), PARK, "the same, 4 bits, one group per row"),
+    "gptq-bcq": NamedRecipe(
+        Recipe(weights=GPTQToBCQ(UniformGrid(4, PUBLISHED_GROUP))), PARK, "GPTQ, stored in binary coding, 4 bits"
+    ),
+    "spqr": NamedRecipe(_spqr(3), DETTMERS, "SpQR: 3 bits, groups of 16, about 1 % outliers: 4 bits in all"),
+    "spqr-w4": NamedRecipe(_spqr(4), DETTMERS, "the same, 4 bits: 5 in all"),
+    "spqr-w2": NamedRecipe(_spqr(2, 32, 0.5), DETTMERS, "the same, 2 bits, groups of 32: 3 in all"),
+    "omniquant": NamedRecipe(_omniquant(3), SHAO, "OmniQuant as IntactKV used it: learned clipping, 3 bits"),
+    "omniquant-w4": NamedRecipe(_omniquant(4), SHAO, "the same, 4 bits"),
+    "omniquant-w3": NamedRecipe(_omniquant(3), SHAO, "the same, 3 bits"),
+    "omniquant-w2": NamedRecipe(
+        _omniquant(2, epochs=40, aug_loss=True), SHAO, "the same, 2 bits, 40 epochs, two targets"
+    ),
+    "omniquant-let": NamedRecipe(
+        _omniquant(4, -1, let=True, aug_loss=True),
+        SHAO,
+        "learned clipping and scales, W4A4 without its A4: 4 bits, one grid per row",
+    ),
+    "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
+    "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
+    "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),
+}
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises UserError, with the names there are."""
+    if name not in RECIPES:
+        raise UserError(
+            f"unknown recipe {name!r}; choose from {', '.join(RECIPES)} (python -m quantization --list explains them)"
+        )
+    return RECIPES[name].recipe
+
+
+def kv_policy(name: str, bits: int | None) -> KVPolicy | CalibratedKV | None:
+    """The KV policy of that name; `none` is a full-precision cache. Raises UserError for an unknown name."""
+    if name == "none":
+        return None
+    if name not in KV_POLICIES:
+        raise UserError(f"unknown KV policy {name!r}; choose from none, {', '.join(KV_POLICIES)}")
+    if bits is None:
+        raise UserError(f"the KV policy {name} needs its bits: add --kv-bits 2…8")
+    return KV_POLICIES[name](bits)

@@ -1,0 +1,12 @@
+"""The classes that a loaded checkpoint needs of its recipe, by the names under which manifests keep them."""
+
+from collections.abc import Mapping
+
+from quantization.attention import AttentionProducts
+from quantization.grids import UniformGrid
+from quantization.kv_cache import KV_POLICIES
+
+__all__ = ["PARTS"]
+
+# Transforms that exchange modules, quantizers of attention's inputs, KV policies. A new one adds a row.
+PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (UniformGrid, AttentionProducts, *KV_POLICIES.values())}

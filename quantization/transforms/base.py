@@ -1,0 +1,33 @@
+"""What most transforms have in common: nothing happens outside the blocks, and no module is exchanged."""
+
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from quantization.blocks import DecoderBlock
+
+__all__ = ["BlockTransform"]
+
+
+class BlockTransform:
+    """Defaults of `quantization.methods.Transform`."""
+
+    calibrates: ClassVar[bool] = False
+    rescales: ClassVar[bool] = False
+    unties: ClassVar[bool] = False
+
+    @property
+    def changes_kv(self) -> bool:
+        """Keys or values are in another basis afterwards."""
+        return True
+
+    def check(self, block: DecoderBlock) -> None:
+        """Every block will do."""
+
+    def transform_ends(self, ends: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+        """They stay as they are."""
+        return ends
+
+    def restructure(self, model: PreTrainedModel) -> None:
+        """Nothing to exchange."""
