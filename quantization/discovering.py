@@ -190,7 +190,7 @@ def _name(corpus: str) -> str:
     return Path(corpus).name if Path(corpus).exists() else corpus
 
 
-# The program -----------------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------------------------------
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -221,45 +221,58 @@ def discover_prefix(options: argparse.Namespace) -> None:
 
     from intactkv.discover import down_maxima, largest_ratios
     from intactkv.prefix import Prefix, build_prefix
-    from quantization.loading import find_checkpoint, load_dense, load_tokenizer, positions_of
+    from quantization.loading import find_checkpoint, plan_run
     from quantization.options import chosen_device, chosen_dtype, show_log
+    from quantization.recipe import Recipe
 
     show_log()
     if options.out is not None and options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
     if options.out is not None and options.out.exists():
         Prefix.load(options.out)  # replaces an older prefix, and refuses to replace anything else
-    device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
-    checkpoint = find_checkpoint(options.model)
-    tokenizer = load_tokenizer(options.model)
-    context = positions_of(options.model)
-    search = default_search(checkpoint.family_name, options.corpus, context)
-    text = replace(search.text, samples=options.samples or search.text.samples,
-                   length=options.length or search.text.length)  # fmt: skip
+    plan = plan_run(
+        dense_directory(find_checkpoint(options.model)),
+        Recipe(),
+        device=chosen_device(options.device),
+        dtype=chosen_dtype(options.dtype),
+    )
+    search = default_search(plan.checkpoint.family_name, options.corpus, plan.context)
+    text = replace(
+        search.text,
+        samples=search.text.samples if options.samples is None else options.samples,
+        length=search.text.length if options.length is None else options.length,
+    )
+    if plan.context is not None and 2 * text.length > plan.context:
+        raise UserError(
+            f"--length {text.length}: pieces take at most half of the {plan.context} positions of "
+            f"{plan.checkpoint.name}; use {plan.context // 2} or fewer"
+        )
+    if options.ablate is not None and options.ablate < 1:
+        raise UserError(f"--ablate {options.ablate}: give 1 token or more, or leave it out")
     search = Search(text, options.seed, options.threshold)
     loaded: list[PreTrainedModel] = []
 
-    def dense(directory: Path) -> "PreTrainedModel":
+    def dense(_directory: Path) -> "PreTrainedModel":
         if not loaded:
-            loaded.append(load_dense(directory, dtype, device))
+            loaded.append(plan.load().model)
         return loaded[0]
 
     with tqdm(total=2 * text.samples, desc="outlier tokens", unit="piece") as bar:
-        found = find(checkpoint, tokenizer, search, dense, bar.update)
+        found = find(plan.checkpoint, plan.tokenizer, search, dense, bar.update)
         kept = found.prefix if options.ablate is None else found.prefix[: options.ablate]
         behind = found.behind if kept == found.prefix else None
         if behind is None or options.out is not None:
-            model = dense(dense_directory(checkpoint))
+            model = dense(plan.checkpoint.directory)
             prefix = build_prefix(model, kept)
             if behind is None:
-                ids = pieces(search, tokenizer)
+                ids = pieces(search, plan.tokenizer)
                 behind = largest_ratios(down_maxima(model, ids, prefix, linear=_down(model), advance=bar.update))
             if kept == found.prefix and found.behind is None:
                 replace(found, behind=behind).write()
             if options.out is not None:
                 prefix.save(options.out)
         bar.update(bar.total - bar.n)
-    print(_table(found, kept, behind, tokenizer))
+    print(_table(found, kept, behind, plan.tokenizer))
     print(options.out or found.file)
 
 
@@ -269,10 +282,10 @@ def _table(found: Found, kept: tuple[int, ...], behind: tuple[float, ...], token
     def word(token: int) -> str:
         return repr(tokenizer.decode([token]))
 
-    drawn = found.made_of["drawn"]
+    drawn, threshold = found.made_of["drawn"], found.made_of["threshold"]
     lines = [
-        f"{drawn['samples']} × {drawn['length']} tokens of {drawn['corpus']}, threshold {found.made_of['threshold']:g}: "
-        f"o = {found.number} outlier tokens per sequence; position 0, apart: {found.position_0} times",
+        f"{drawn['samples']} × {drawn['length']} tokens of {drawn['corpus']}, outliers above {threshold:g} × median: "
+        f"o = {found.number} per sequence; position 0, apart, {found.position_0} times",
         "",
         f"{'id':>7}  {'token':<16}  {'count':>6}",
         *(f"{token:>7}  {word(token):<16}  {count:>6}" for token, count in found.counts[:10]),

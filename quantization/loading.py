@@ -33,6 +33,7 @@ from quantization.checkpoint import (
     read_cost,
     read_manifest,
 )
+from quantization.discovering import default_search, find
 from quantization.methods import CalibratedKV, restored
 from quantization.named import PUBLISHED_GROUP
 from quantization.parts import PARTS
@@ -276,8 +277,9 @@ def plan_run(
     packed: bool = False,
     spread: bool = False,
 ) -> Plan:
-    """Look at a dense or quantized checkpoint and settle what a recipe means for it; no weights are loaded.
+    """Look at a dense or quantized checkpoint and settle what a recipe means for it.
 
+    No weights are loaded, unless the prefix is `auto` and has never been discovered.
     spread: put one model on all GPUs. dtype: None takes float32 on a CPU and the checkpoint's own elsewhere.
     Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
     """
@@ -296,9 +298,16 @@ def plan_run(
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
-    choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
-    segments = calibration_of(recipe, tokenizer)
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def discovered(corpus: str | None) -> tuple[int, ...]:
+        def dense(there: Path) -> PreTrainedModel:
+            return plan_run(there, Recipe(), device=device, dtype=dtype, spread=spread).load().model
+
+        return find(checkpoint, tokenizer, default_search(checkpoint.family_name, corpus, context), dense).prefix
+
+    choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name, discovered)
+    segments = calibration_of(recipe, tokenizer)
     plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context, spread)
     needed = manifest["needs_prefix"] if manifest is not None else plan.calibration_prefix
     if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):

@@ -97,8 +97,10 @@ def add_prefix_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--prefix",
         default=None,
-        metavar='none|bos|prompt|FILE|"text"',
-        help="tokens whose keys and values stay as the full-precision model wrote them (default: the recipe's)",
+        metavar='none|bos|prompt|auto|FILE|"text"',
+        help="tokens whose keys and values stay as the full-precision model wrote them; auto: those that PrefixQuant "
+        "discovers, on random pieces of the model's calibration text (auto:NAME for another corpus), once for a model "
+        "(default: the recipe's)",
     )
 
 

@@ -1,9 +1,10 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | auto | auto:CORPUS | FILE.safetensors | ADAPTER_DIR | "any text"      the same in every program
+    none | bos | prompt | auto | auto:CORPUS | FILE.safetensors | ADAPTER_DIR | "any text"
 
-`auto` is what PrefixQuant discovers on the full-precision model (quantization/discovering.py). A prefix is written by the recipe's full-precision twin, kept under modelzoo/prefixes/ by the identity of all that made
-it, and read back from there by every later run.
+The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model
+(quantization/discovering.py). A prefix is written by the recipe's full-precision twin, kept under modelzoo/prefixes/ by
+the identity of all that made it, and read back from there by every later run.
 """
 
 import logging
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 WORDS = (
-    "none, bos, prompt, auto (discovery of outlier tokens; auto:CORPUS names its text), a FILE.safetensors made by `python -m intactkv build`, the directory of a PEFT adapter made by "
-    "`python -m intactkv export`, or a text"
+    "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text), a FILE.safetensors made by "
+    "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text"
 )
 
 

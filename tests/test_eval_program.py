@@ -126,7 +126,7 @@ BAD_INPUT = {
     "no batch": (["--batch-size", "0"], "--batch-size 0"),
     "missing prefix file": (["--prefix", "nowhere.safetensors"], "nowhere.safetensors is missing"),
     "prompt without chat template": (["--prefix", "prompt"], "no chat template"),
-    "discovery that does not exist": (["--prefix", "auto"], "'auto'"),
+    "discovery without its text": (["--prefix", "auto"], "calibration text of pile is missing"),
     "an empty prefix": (["--prefix", ""], "--prefix is empty"),
     "vanilla of nothing": (["--vanilla"], "--prefix bos"),
 }

@@ -89,9 +89,19 @@ def test_prompt_without_a_chat_template_is_refused_by_the_models_name(tokenizer)
         choose_prefix("prompt", tokenizer, "llama-2-7b")
 
 
-def test_auto_is_refused_with_the_words_there_are(tokenizer):
-    with pytest.raises(UserError, match=r"'auto'.* is not available; choose none, bos, prompt"):
-        choose_prefix("auto", tokenizer, "tiny")
+@pytest.mark.parametrize(("word", "corpus"), [("auto", None), ("auto:wikitext2", "wikitext2")])
+def test_auto_is_what_is_discovered_on_the_corpus_that_is_named(tokenizer, word, corpus):
+    asked = []
+
+    def discover(named):
+        asked.append(named)
+        return [9, 8, BOS]
+
+    choice = choose_prefix(word, tokenizer, "tiny", discover)
+    assert (choice.word, choice.label, choice.ids, choice.file) == (word, "[A]", (9, 8, BOS), None)
+    assert asked == [corpus]
+    assert choose_prefix("automatic", tokenizer, "tiny", discover).label == "[T]"
+    assert len(asked) == 1
 
 
 def test_a_file_gives_its_ids_and_its_name(tokenizer, tiny_model, tmp_path):
