@@ -9,6 +9,9 @@ from corpora.errors import Parser, UserError, run_program
 from quantization.calibrating import DESCRIPTION as CALIBRATING
 from quantization.calibrating import add_options as add_calibrate_options
 from quantization.calibrating import calibrate_prefix
+from quantization.discovering import DESCRIPTION as DISCOVERING
+from quantization.discovering import add_options as add_discover_options
+from quantization.discovering import discover_prefix
 from quantization.options import (
     add_calibration_options,
     add_dtype_option,
@@ -94,7 +97,7 @@ def list_recipes() -> None:
 def prefix_parser(program: str) -> argparse.ArgumentParser:
     """The options of the prefix programs."""
     parser = Parser(prog=program, description="Prefixes: keys and values of the pivot tokens.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build|export")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|export|calibrate|discover")
     build = commands.add_parser(
         "build",
         help="compute a prefix with the full-precision twin and write it to a file",
@@ -117,6 +120,13 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
         "--samples 64 --max-length 256 --steps 40 --batch-size 4 --out prompt-cal.safetensors",
     )
     add_calibrate_options(calibrate)
+    discover = commands.add_parser(
+        "discover",
+        help="find the outlier tokens that --prefix auto puts in front",
+        description=DISCOVERING,
+        epilog=f"example: {program} discover --model modelzoo/smollm2/smollm2-135m",
+    )
+    add_discover_options(discover)
     for command in (build, export):
         add_model_options(command)
         add_recipe_options(command)
@@ -132,7 +142,9 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
 def prefix_program(arguments: list[str], program: str = "python -m quantization prefix") -> None:
     """The prefix programs; `python -m intactkv` comes here, too."""
     options = prefix_parser(program).parse_args(arguments)
-    {"build": build_prefix, "export": export_prefix, "calibrate": calibrate_prefix}[options.command](options)
+    programs = {"build": build_prefix, "export": export_prefix, "calibrate": calibrate_prefix,
+                "discover": discover_prefix}  # fmt: skip
+    programs[options.command](options)
 
 
 def build_prefix(options: argparse.Namespace) -> None:
