@@ -8,7 +8,7 @@ starts with the ids of IntactKV_[P].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corpora.errors import UserError
@@ -22,11 +22,19 @@ TEMPLATES = ("auto", "vicuna_v1.1", "tokenizer")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a dialogue becomes text. text: of turns, the user's and the model's in turn, the last one the user's."""
+    """How a dialogue becomes text. text: of turns, the user's and the model's in turn, the last one the user's.
+
+    lead: tokens that are put in front of a prompt which does not start with them.
+    """
 
     name: str
     tokenizer: Any
     text: Callable[[Sequence[str]], str]
+    lead: tuple[int, ...] = ()
+
+    def behind(self, lead: Sequence[int]) -> "ChatTemplate":
+        """The same template with other tokens in front."""
+        return replace(self, lead=tuple(lead))
 
     def ids(self, turns: Sequence[str]) -> list[int]:
         """The prompt for the model's next turn: one start token in front, none of it twice.
@@ -36,7 +44,10 @@ class ChatTemplate:
         ids, start = encode(self.tokenizer, self.text(turns)), start_token_id(self.tokenizer)
         while ids[:2] == [start, start]:  # a template that spells it and a text that brings it, too
             ids = ids[1:]
-        return ids if ids[:1] == [start] else [start, *ids]
+        ids = ids if ids[:1] == [start] else [start, *ids]
+        if tuple(ids[: len(self.lead)]) == self.lead:
+            return ids
+        return [*self.lead, *(ids[1:] if self.lead[0] == start else ids)]
 
 
 def vicuna_text(turns: Sequence[str], end: str = "</s>") -> str:

@@ -1,10 +1,12 @@
 """Files of JSON lines that grow one result at a time and survive a kill.
 
 Each line is on the disk before the next result is made. What a kill leaves, a last line without its end, is dropped and
-made again; a finished file is sorted, each key once.
+made again; a finished file is sorted, each key once. Of several processes each writes a part of its own, and one joins
+them.
 """
 
 import fcntl
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 from corpora.errors import UserError
 from corpora.storage import write_beside
 
-__all__ = ["LineFile", "only_writer", "read_lines"]
+__all__ = ["LineFile", "only_writer", "part_of", "parts_of", "read_lines"]
 
 
 def read_lines(path: Path, what: str, fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -79,6 +81,17 @@ class LineFile:
             os.fsync(file.fileno())
         self.rows[self.key(row)] = row
 
+    def join(self) -> None:
+        """Take in what parts of the file hold, and remove them. A kill in between loses no result: a part that was
+        taken in already is taken in again."""
+        parts = parts_of(self.path)
+        for part in parts:
+            self.rows |= LineFile(part, self.key).rows
+        if parts:
+            self._write(list(self.rows.values()))
+        for part in parts:
+            part.unlink()
+
     def finish(self, order: Callable[[dict[str, Any]], Any]) -> None:
         """Sort the file and keep the last line of each key."""
         if self.rows:
@@ -89,6 +102,16 @@ class LineFile:
             return
         with write_beside(self.path) as beside:
             beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+
+
+def part_of(path: Path, index: int) -> Path:
+    """The file that one of several processes writes for a file; hidden, so that no pattern for such files finds it."""
+    return path.with_name(f".{path.name}.part-{index}")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Parts of a file that were not joined yet."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.part-*"))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ __all__ = [
     "Answerer",
     "Question",
     "answer_key",
-    "check_prompts",
+    "behind_prefix",
     "data_folder",
     "question_file",
     "read_questions",
@@ -117,15 +117,31 @@ def temperature_of(category: str) -> float:
     return TEMPERATURES.get(category, OTHER_TEMPERATURE)
 
 
-def check_prompts(template: ChatTemplate, questions: Sequence[Question], lead: Sequence[int]) -> None:
-    """Raise UserError unless every first prompt starts with the prefix ids `lead` and leaves something to feed."""
+def behind_prefix(
+    template: ChatTemplate, questions: Sequence[Question], lead: Sequence[int], prepend: bool
+) -> ChatTemplate:
+    """The template whose prompts start with the prefix ids `lead`: the same one if they do anyway.
+
+    prepend: put the ids in front where they do not. Raises UserError if they do not and that is not wanted, or if a
+    prompt is nothing but the prefix, which leaves no token to feed.
+    """
+    lead = list(lead)
     for question in questions:
         ids = template.ids(question.turns[:1])
-        if ids[: len(lead)] != list(lead) or len(ids) == len(lead):
+        if ids == lead:
+            raise UserError(
+                f"the dialogue of question {question.id} in the template {template.name} is nothing but the prefix; "
+                "use a shorter --prefix"
+            )
+        if ids[: len(lead)] != lead and not prepend:
             raise UserError(
                 f"the dialogue of question {question.id} in the template {template.name} does not start with the "
-                "prefix's tokens; use --prefix prompt or bos, or the --template that the prefix was made for"
+                "prefix's tokens; use --prefix prompt or bos, the --template that the prefix was made for, or "
+                "--prepend to put it in front"
             )
+        if ids[: len(lead)] != lead:
+            return template.behind(lead)
+    return template
 
 
 # answers --------------------------------------------------------------------------------------------------------------

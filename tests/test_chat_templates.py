@@ -8,7 +8,7 @@ import pytest
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_PROMPT, VICUNA_SYSTEM
 from eval.chat_templates import chat_template, vicuna_text
-from eval.mtbench import check_prompts, question_file, read_questions
+from eval.mtbench import behind_prefix, question_file, read_questions
 from quantization.prefixes import choose_prefix
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_the_real_tokenizers_prompts_start_with_its_prefix():
     tokenizer = load_tokenizer(SMOLLM2)
     lead = choose_prefix("prompt", tokenizer, "smollm2-135m").ids
     chat = chat_template("auto", tokenizer, "smollm2-135m")
-    check_prompts(chat, sample(), lead)
+    assert behind_prefix(chat, sample(), lead, prepend=True) is chat  # nothing lacks it
     for question in sample():
         ids = chat.ids([question.turns[0], "An answer.", question.turns[1]])
         assert tuple(ids[: len(lead)]) == lead
@@ -84,12 +84,24 @@ def test_an_end_token_in_the_text_is_one_token(tiny_tokenizer):
     assert ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_a_prompt_that_lacks_the_prefix_is_refused(tiny_tokenizer):
+def test_a_prompt_that_lacks_the_prefix_is_refused_or_gets_it(tiny_tokenizer):
     chat = chat_template("vicuna_v1.1", tiny_tokenizer(), "any")
     lead = chat.ids(["How"])[:-12]
-    check_prompts(chat, sample(), lead[:20])
-    with pytest.raises(UserError, match=r"question 9001 .* does not start with the prefix's tokens"):
-        check_prompts(chat, sample(), [*lead[:20], lead[0]])
+    assert behind_prefix(chat, sample(), lead[:20], prepend=False) is chat
+    other = [*lead[:20], lead[0]]
+    with pytest.raises(UserError, match=r"question 9001 .* does not start with the prefix's tokens.*--prepend"):
+        behind_prefix(chat, sample(), other, prepend=False)
+    behind = behind_prefix(chat, sample(), other, prepend=True)
+    turns = ["How?", "So.", "Why?"]
+    assert behind.ids(turns) == [*other, *chat.ids(turns)[1:]]  # the prefix brings [BOS]
+    assert chat.behind(other[1:]).ids(turns) == [*other[1:], *chat.ids(turns)]  # this one does not
+    assert chat.behind(lead).ids(turns) == chat.ids(turns)
+
+
+def test_a_prompt_that_is_nothing_but_the_prefix_is_refused(tiny_tokenizer):
+    chat, (question, *_) = chat_template("vicuna_v1.1", tiny_tokenizer(), "any"), sample()
+    with pytest.raises(UserError, match=r"question 9001 .* is nothing but the prefix"):
+        behind_prefix(chat, [question], chat.ids(question.turns[:1]), prepend=True)
 
 
 def test_templates_that_cannot_do_it_are_refused_in_words(tiny_tokenizer):

@@ -9,7 +9,7 @@ from families import plain_logits
 
 from corpora.errors import UserError
 from eval.chat_templates import chat_template
-from eval.json_lines import LineFile, read_lines
+from eval.json_lines import LineFile, part_of, parts_of, read_lines
 from eval.mtbench import (
     CATEGORIES,
     Answerer,
@@ -21,6 +21,7 @@ from eval.mtbench import (
     temperature_of,
 )
 from intactkv.attach import IntactModel, attach
+from intactkv.prefix import build_prefix
 
 
 @pytest.fixture
@@ -104,6 +105,22 @@ def test_a_greedy_answer_is_the_plain_models(answerer, chat, tiny_model):
         for special in ("<pad>", "<s>", "</s>", "<unk>"):
             text = text.replace(special, "")
         assert said == text.strip()
+
+
+def test_a_prefix_that_was_put_in_front_is_read_like_text(chat, tiny_model):
+    """Behind an intact prefix, and by the same full-precision model that is fed all tokens: the same answers."""
+    model, lead = tiny_model("llama", max_position_embeddings=CONTEXT), (1, 20, 33, 50)
+    template, said = chat.behind(lead), []
+    for prefix in (build_prefix(model, lead), None):
+        one = Answerer(attach(model, prefix), template, seed=42, max_new_tokens=12, context=CONTEXT)
+        said.append(turns(one.lines(QUESTIONS, "m")))
+    assert said[0] == said[1]
+    plain = Answerer(attach(model, None), chat, seed=42, max_new_tokens=12, context=CONTEXT)
+    assert said[0] != turns(plain.lines(QUESTIONS, "m"))
+    room = len(template.ids(QUESTIONS[0].turns[:1])) + 5  # the prefix takes its place in the context
+    short = Answerer(attach(model, build_prefix(model, lead)), template, seed=42, max_new_tokens=12, context=room)
+    short.stops = []
+    assert short.lines(QUESTIONS[:1], "m")[0]["tokens"][0] == 5
 
 
 def test_draws_follow_the_distribution_and_the_models_top_k(answerer):
@@ -190,6 +207,33 @@ def test_lines_are_kept_dropped_and_sorted_by_their_keys(tmp_path):
     path.write_text(path.read_text().rstrip("\n"))  # whole, but the next line must not join the last
     LineFile(path, answer_key).append(line(85, "v"))
     assert sorted(turns_of(path)) == [81, 82, 83, 84, 85]
+
+
+def test_parts_are_joined_once_whatever_a_kill_leaves(tmp_path):
+    """Parts of other runs and of other files, a half line, and a part that was joined but not removed."""
+    path = tmp_path / "a[1].jsonl"  # also a pattern
+
+    def line(number: int, text: str) -> dict[str, Any]:
+        return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}]}
+
+    LineFile(path, answer_key).append(line(81, "main"))
+    for index, numbers in ((0, (82, 83)), (2, (81, 84))):
+        for number in numbers:
+            LineFile(part_of(path, index), answer_key).append(line(number, f"part {index}" if number != 81 else "main"))
+    with part_of(path, 2).open("a") as raw:
+        raw.write('{"question_id": 85, "choices": [{"ind')
+    other = part_of(tmp_path / "a1.jsonl", 0)
+    LineFile(other, answer_key).append(line(90, "other"))
+    assert [p.name for p in tmp_path.glob("*.jsonl*") if not p.name.startswith(".")] == [path.name]
+    file = LineFile(path, answer_key)
+    file.join()
+    assert turns_of(path) == {n: [t, t] for n, t in ((81, "main"), (82, "part 0"), (83, "part 0"), (84, "part 2"))}
+    assert len(path.read_text().splitlines()) == 4
+    assert parts_of(path) == []
+    assert other.exists()
+    before = path.read_bytes()
+    LineFile(path, answer_key).join()
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, turns_of, write_questions
 
 from eval.__main__ import main
-from eval.json_lines import read_lines
+from eval.json_lines import part_of, parts_of, read_lines
 from eval.mtbench import question_file
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,7 @@ def test_a_run_leaves_fastchats_lines_its_settings_and_a_record(program, model, 
     record = json.loads(record.read_text())
     assert (record["samples"], record["answers"]) == (8, str(path))
     assert sum(record["stopped"].values()) == 16
+    assert record["arm"] == "[P]"
 
 
 def test_full_precision_answers_alike_with_and_without_its_own_prefix(program, model, questions, intactkv_root):
@@ -108,6 +110,25 @@ def test_answers_of_other_settings_are_never_mixed(program, model, questions, in
     assert "another questions_sha256" in program(*common, "--max-new-tokens", 5)[2]
 
 
+def test_a_prefix_that_no_dialogue_starts_with_is_put_in_front_on_request(program, model, questions, intactkv_root):
+    """Full precision reads the same text in both arms; it is another text than without the prefix."""
+    common = ("--model", model, "--questions", questions, "--max-new-tokens", 8, "--json")
+    records = {}
+    for arm, words in (("none", ()), ("vanilla", ("--prefix", "A fox.", "--prepend", "--vanilla")),
+                       ("intactkv", ("--prefix", "A fox.", "--prepend"))):  # fmt: skip
+        code, out, err = program(*common, *words)
+        assert code == 0, err
+        records[arm] = json.loads(out)
+    answers = {arm: turns_of(Path(record["answers"])) for arm, record in records.items()}
+    assert answers["vanilla"] == answers["intactkv"] != answers["none"]
+    for arm in ("vanilla", "intactkv"):
+        assert Path(records[arm]["answers"]).stem == f"tiny-llama-full-{arm}-T-mine-seed_42"
+        assert records[arm]["settings"]["prepended"] is True
+    # Where every dialogue starts with the prefix anyway it is the same run as without the option.
+    first = json.loads(program(*common, "--prefix", "prompt")[1])
+    assert json.loads(program(*common, "--prefix", "prompt", "--prepend")[1]) == first
+
+
 BAD_INPUT = {
     "no questions of the publishers": (["--questions", "mt_bench"], "scripts/prepare/mtbench.sh"),
     "no such file": (["--questions", "none.jsonl"], "there is no such file"),
@@ -115,6 +136,7 @@ BAD_INPUT = {
     "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0"),
     "not a file of lines": (["--out", "a.json"], "ends in .jsonl"),
     "a prefix that no dialogue starts with": (["--prefix", "A fox."], "does not start with the prefix's tokens"),
+    "nothing to put in front": (["--prepend"], "--prepend puts a prefix in front, but none was named"),
 }
 
 
@@ -184,6 +206,66 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_answer(program, model, q
     assert program(*call, "--out", whole)[0] == 0
     assert turns_of(path) == turns_of(whole)
     assert [line["question_id"] for line in read_lines(path, "it")] == [question.id for question in QUESTIONS]
+
+
+TWO_PROCESSES = """\
+import runpy
+from functools import partial
+
+import accelerate
+
+accelerate.PartialState = partial(accelerate.PartialState, cpu=True)  # accelerate's own choice would be one GPU each
+runpy.run_module("eval", run_name="__main__", alter_sys=True)
+"""
+
+
+def start_two(start: Path, *arguments: object) -> list[subprocess.Popen[str]]:
+    """Two processes of one evaluation, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+              "PYTHONPATH": str(ROOT)}  # fmt: skip
+    return [
+        subprocess.Popen([sys.executable, str(start), "mtbench", *map(str, arguments)], cwd=ROOT, text=True,
+                         env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def test_processes_share_the_questions_and_a_kill_of_all_loses_nothing(model, questions, program, tmp_path):
+    """SIGKILL to two processes that have answered something, half a line more; two others go on with it."""
+    path, start = tmp_path / "shared.jsonl", tmp_path / "two_processes.py"
+    start.write_text(TWO_PROCESSES)
+    call = ["--model", model, "--questions", questions, "--max-new-tokens", 100, "--batch-size", 1, "--device", "cpu"]
+    running = start_two(start, *call, "--out", path)
+    deadline = time.monotonic() + 100
+    while sum(part.read_bytes().count(b"\n") for part in parts_of(path)) < 2:
+        assert all(process.poll() is None for process in running)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in running:
+        process.kill()
+    for process in running:
+        process.communicate()
+    kept = [line for part in parts_of(path) for line in part.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+    assert 2 <= len(kept) < 8
+    with part_of(path, 1).open("a") as file:
+        file.write('{"question_id": 88, "answer_id": "hal')
+    running = start_two(start, *call, "--out", path, "--json")
+    said = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert said[1][0] == ""
+    record = json.loads(said[0][0])
+    assert (record["samples"], record["answered_now"]) == (8, 8 - len(kept))
+    lines = path.read_text().splitlines(keepends=True)
+    assert set(kept) <= set(lines)
+    assert [json.loads(line)["question_id"] for line in lines] == [question.id for question in QUESTIONS]
+    assert parts_of(path) == []
+    whole = tmp_path / "whole.jsonl"
+    assert program(*call, "--out", whole)[0] == 0
+    assert turns_of(path) == turns_of(whole)
 
 
 @pytest.mark.parametrize(

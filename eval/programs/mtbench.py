@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
+from eval.programs.start import start
 from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
 
 if TYPE_CHECKING:
     from eval.chat_templates import ChatTemplate
     from eval.mtbench import Question
+    from eval.processes import Processes
     from quantization.loading import Plan
 
 __all__ = ["add", "run"]
@@ -20,8 +22,8 @@ examples:
   python -m eval mtbench --model modelzoo/vicuna-v1.5/vicuna-v1.5-7b --recipe awq --bits 3 --prefix prompt
   python -m eval mtbench --model modelzoo/smollm2/smollm2-135m --prefix prompt --max-new-tokens 64
 
-The answers are written to outputs/mt_bench/model_answer/ one by one; a killed run goes on where it was. python -m eval
-judge grades them.
+The answers are written to outputs/mt_bench/model_answer/ as they are made; a killed run goes on where it was. Under
+`accelerate launch` the questions are shared among the processes. python -m eval judge grades the answers.
 """
 
 
@@ -55,6 +57,11 @@ def add(commands: Any) -> None:
         choices=["auto", "vicuna_v1.1", "tokenizer"],
         help="of the dialogue (default: vicuna_v1.1 for Vicuna, the tokenizer's own for all others)",
     )
+    group.add_argument(
+        "--prepend",
+        action="store_true",
+        help="put the prefix in front of prompts that do not start with it; without this they are refused",
+    )
     group.add_argument("--max-new-tokens", type=int, default=1024, metavar="T", help="of one turn (default: 1024)")
     group.add_argument(
         "--seed", type=int, default=42, metavar="S", dest="answer_seed", help="of the answers (default: 42)"
@@ -67,40 +74,33 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Answer every question that has no answer yet, and print what was done."""
+    from contextlib import nullcontext
+
+    import torch
+
     from corpora.catalog import model_defaults
     from corpora.storage import sha256_of_file
     from eval.chat_templates import chat_template
     from eval.json_lines import only_writer
-    from eval.mtbench import QUESTION_SETS, TEMPERATURES, check_prompts, question_file, read_questions
+    from eval.mtbench import QUESTION_SETS, TEMPERATURES, behind_prefix, question_file, read_questions
     from eval.runs import record_of
-    from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
 
-    show_log()
     for option, value in (("--limit", options.limit), ("--max-new-tokens", options.max_new_tokens),
                           ("--batch-size", options.batch_size)):  # fmt: skip
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give 1 or more")
     if options.out is not None and options.out.suffix != ".jsonl":
         raise UserError(f"--out {options.out}: give a file that ends in .jsonl")
-    device = chosen_device(options.device, several=True)
-    checkpoint = find_checkpoint(options.model)
-    sampled = model_defaults(checkpoint.family_name).default_task_data == "sample"
+    plan, processes = start(options)
+    if options.prepend and not plan.choice.ids:
+        raise UserError("--prepend puts a prefix in front, but none was named; add --prefix, or leave it out")
+    sampled = model_defaults(plan.checkpoint.family_name).default_task_data == "sample"
     word = options.questions or ("sample" if sampled else "mt_bench")
     file = question_file(word)
     questions = read_questions(file)[: options.limit]
-    plan = plan_run(
-        options.model,
-        chosen_recipe(options, checkpoint),
-        device=device,
-        vanilla=options.vanilla,
-        dtype=chosen_dtype(options.dtype),
-        packed=options.packed,
-        spread=options.device == ALL_GPUS,
-    )
-    template = chat_template(options.template, plan.tokenizer, plan.checkpoint.family_name)
-    check_prompts(template, questions, plan.choice.ids)
-    settings = _settings(plan) | {
+    plain = chat_template(options.template, plan.tokenizer, plan.checkpoint.family_name)
+    template = behind_prefix(plain, questions, plan.choice.ids, options.prepend)
+    settings = _settings(plan, prepended=bool(template.lead)) | {
         "questions": word if word in QUESTION_SETS else file.name,
         "questions_sha256": sha256_of_file(file),
         "template": template.name,
@@ -109,36 +109,43 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.answer_seed,
     }
     path = options.out or _answers_directory() / f"{_model_id(plan, settings)}.jsonl"
+    if not options.force:
+        _refuse_other_settings(path, settings)
 
     def figures() -> dict[str, Any]:
-        return _answer(plan, template, questions, settings, path, options.batch_size, options.force)
+        return _answer(plan, template, questions, settings, path, options.batch_size, options.force, processes)
 
-    wanted = {question.id for question in questions}
-    with only_writer(path):
+    with only_writer(path) if processes.is_first else nullcontext():
+        # What the one that writes finds goes for all.
+        held = processes.summed(torch.tensor(int(processes.is_first and _holds(path, questions))))
         record = record_of(
             "mtbench",
             path.stem,
             settings | {"limit": options.limit, "batch_size": options.batch_size},
             figures,
-            force=options.force or not _holds(path, settings, wanted),
+            force=options.force or not held,
+            write=processes.is_first,
         )
+    if not processes.is_first:
+        return
     if options.json:
         print(json.dumps(record, indent=2))
     else:
         _print_table(record)
 
 
-def _settings(plan: "Plan") -> dict[str, Any]:
-    """All that decides an answer besides the protocol. Without an intact prefix its word decides nothing: every prompt
-    starts with these tokens anyway."""
+def _settings(plan: "Plan", *, prepended: bool) -> dict[str, Any]:
+    """All that decides an answer besides the protocol. Without an intact prefix its word decides nothing, unless it was
+    put in front: every other prompt starts with these tokens anyway."""
     description = plan.describe()
-    if not description["prefix"]["intact"]:
+    if not description["prefix"]["intact"] and not prepended:
         description["prefix"] = {"label": "none", "ids": [], "file": None, "intact": False}
         description["recipe"] = {**description["recipe"], "prefix": "none"}
     file = plan.checkpoint.directory / "generation_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config.pop("transformers_version", None)
-    return description | {"generation_config": config, "context": plan.context}
+    more = {"prepended": True} if prepended else {}
+    return description | {"generation_config": config, "context": plan.context} | more
 
 
 def _answers_directory() -> Path:
@@ -152,40 +159,45 @@ def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
     parts = [settings["model"], settings["weights"]]
     if (policy := plan.recipe.kv_cache) is not None:
         parts.append(f"kv{getattr(policy, 'bits', type(policy).__name__.lower())}")
-    if settings["prefix"]["intact"]:
-        kind = settings["prefix"]["label"].strip("[]")
-        parts.append("intactkv" if kind == "P" else f"intactkv-{kind}")
+    prefix = settings["prefix"]
+    if prefix["ids"]:  # intact, or put in front
+        parts += ["intactkv" if prefix["intact"] else "vanilla", *_kind(prefix["label"])]
     if settings["questions"] != "mt_bench":
         parts.append(Path(settings["questions"]).stem)
     return "-".join([*parts, f"seed_{settings['seed']}"]).replace("/", "-")
+
+
+def _kind(label: str) -> list[str]:
+    return [] if label == "[P]" else [label.strip("[]")]
 
 
 def _side_file(path: Path) -> Path:
     return path.with_suffix(".run.json")
 
 
-def _holds(path: Path, settings: dict[str, Any], wanted: set[int]) -> bool:
-    """Whether a file holds the answers to all these questions, made with these settings."""
+def _holds(path: Path, questions: "list[Question]") -> bool:
+    """Whether a file holds the answers to all these questions."""
     from eval.json_lines import LineFile
     from eval.mtbench import answer_key
 
-    _refuse_other_settings(path, settings)
-    return path.is_file() and wanted <= LineFile(path, answer_key).rows.keys()
+    return path.is_file() and {question.id for question in questions} <= LineFile(path, answer_key).rows.keys()
 
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if a file holds answers of another run: they are never mixed."""
     from corpora.storage import read_json
+    from eval.json_lines import parts_of
 
-    if not path.is_file():
+    if not path.is_file() and not parts_of(path):
         return
     side = _side_file(path)
     theirs = read_json(side, "the settings of these answers,") if side.is_file() else {}
     ours = json.loads(json.dumps(settings))
-    if other := [name for name in ours if not isinstance(theirs, dict) or theirs.get(name) != ours[name]]:
+    names = [*ours, *(theirs if isinstance(theirs, dict) else ())]
+    if other := [name for name in names if not isinstance(theirs, dict) or theirs.get(name) != ours.get(name)]:
         raise UserError(
-            f"{path} holds answers that were made with another {', '.join(other[:3])}; keep both with --out "
-            "FILE.jsonl, or answer again with --force"
+            f"{path} holds answers that were made with another {', '.join(dict.fromkeys(other[:3]))}; keep both with "
+            "--out FILE.jsonl, or answer again with --force"
         )
 
 
@@ -197,24 +209,31 @@ def _answer(
     path: Path,
     batch_size: int,
     force: bool,
+    processes: "Processes",
 ) -> dict[str, Any]:
     """Answer what is not answered yet, line by line, and return the figures of the record."""
     import time
 
+    import torch
     from tqdm import tqdm
 
     from corpora.machine import peak_memory_mb
     from corpora.storage import sha256_of_file, write_json
-    from eval.json_lines import LineFile
+    from eval.json_lines import LineFile, part_of, parts_of
     from eval.mtbench import Answerer, answer_key
 
-    if force:
-        path.unlink(missing_ok=True)
-    write_json(_side_file(path), settings)  # before the first answer: a file without it is nobody's
+    if processes.is_first:
+        if force:
+            for old in (path, *parts_of(path)):
+                old.unlink(missing_ok=True)
+        write_json(_side_file(path), settings)  # before the first answer: a file without it is nobody's
+        LineFile(path, answer_key).join()
+    _all_here(processes)
     answers = LineFile(path, answer_key)
     left = [question for question in questions if question.id not in answers.rows]
-    tokens, seconds = 0, 0.0
-    if left:
+    mine = [left[first : first + batch_size] for first in processes.mine(range(0, len(left), batch_size))]
+    tokens, started = 0, time.perf_counter()
+    if mine:
         answerer = Answerer(
             plan.load(),
             template,
@@ -222,18 +241,27 @@ def _answer(
             max_new_tokens=settings["max_new_tokens"],
             context=plan.context,
         )
+        file = answers if processes.count == 1 else LineFile(part_of(path, processes.index), answer_key)
+        done = len(questions) - sum(map(len, mine))  # before this run, or by other processes
         started = time.perf_counter()
-        with tqdm(total=len(questions), initial=len(questions) - len(left), desc="answers", unit="question") as bar:
-            for first in range(0, len(left), batch_size):
-                for line in answerer.lines(left[first : first + batch_size], path.stem):
-                    answers.append(line)
+        with tqdm(total=len(questions), initial=done, desc="answers", unit="question",
+                  disable=not processes.is_first) as bar:  # fmt: skip
+            for batch in mine:
+                for line in answerer.lines(batch, path.stem):
+                    file.append(line)
                     tokens += sum(line["tokens"])
                     bar.update()
-        seconds = time.perf_counter() - started
-    answers.finish(lambda line: line["question_id"])
+    tokens = int(processes.summed(torch.tensor(tokens)))
+    seconds = time.perf_counter() - started if left else 0.0
+    if processes.is_first:
+        answers.join()
+        answers.finish(lambda line: line["question_id"])
+    _all_here(processes)
+    answers = LineFile(path, answer_key)
     lines = [answers.rows[question.id] for question in questions]
     stops = [stop for line in lines for stop in line["stopped"]]
     return {
+        "arm": _arm(plan),
         "answers": str(path),
         "answers_sha256": sha256_of_file(path),
         "samples": len(lines),
@@ -245,6 +273,32 @@ def _answer(
         "peak_memory_mb": round(peak_memory_mb(plan.device.type), 1),
         "quantization": plan.cost(),
     }
+
+
+def _arm(plan: "Plan") -> str:
+    """What stands in front: "" nothing that is intact, "[P]" (in front of every prompt anyway), "[P] + Cal" where it
+    was trained, and other prefixes by their label."""
+    from contextlib import suppress
+
+    from intactkv.prefix import Prefix
+    from quantization.prefixes import choose_prefix
+
+    choice = plan.choice
+    if not choice.ids or plan.vanilla:
+        return ""
+    label = choice.label
+    with suppress(UserError):  # of a model without a prompt that every conversation starts with
+        prompt = choose_prefix("prompt", plan.tokenizer, plan.checkpoint.family_name)
+        label = prompt.label if prompt.ids == choice.ids else label
+    trained = choice.file is not None and Prefix.load(choice.file).calibrated is not None
+    return f"{label} + Cal" if trained else label
+
+
+def _all_here(processes: "Processes") -> None:
+    """Wait until every process has come as far."""
+    import torch
+
+    processes.summed(torch.zeros(1))
 
 
 def _print_table(record: dict[str, Any]) -> None:
