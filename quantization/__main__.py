@@ -23,6 +23,9 @@ from quantization.options import (
     chosen_recipe,
     show_log,
 )
+from quantization.training_prefix import DESCRIPTION as TRAINING
+from quantization.training_prefix import add_options as add_train_options
+from quantization.training_prefix import train_prefix_file
 
 if TYPE_CHECKING:
     from intactkv.prefix import Prefix
@@ -97,7 +100,9 @@ def list_recipes() -> None:
 def prefix_parser(program: str) -> argparse.ArgumentParser:
     """The options of the prefix programs."""
     parser = Parser(prog=program, description="Prefixes: keys and values of the pivot tokens.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build|export|calibrate|discover")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="build|export|calibrate|discover|train-prefix"
+    )
     build = commands.add_parser(
         "build",
         help="compute a prefix with the full-precision twin and write it to a file",
@@ -127,6 +132,14 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
         epilog=f"example: {program} discover --model modelzoo/smollm2/smollm2-135m",
     )
     add_discover_options(discover)
+    train = commands.add_parser(
+        "train-prefix",
+        help="train the embeddings of a prefix in full precision",
+        description=TRAINING,
+        epilog=f"example: {program} train-prefix --model modelzoo/smollm2/smollm2-135m --prefix-len 4 "
+        "--prefix-epochs 3 --length 256 --out trained.safetensors",
+    )
+    add_train_options(train)
     for command in (build, export):
         add_model_options(command)
         add_recipe_options(command)
@@ -143,7 +156,7 @@ def prefix_program(arguments: list[str], program: str = "python -m quantization 
     """The prefix programs; `python -m intactkv` comes here, too."""
     options = prefix_parser(program).parse_args(arguments)
     programs = {"build": build_prefix, "export": export_prefix, "calibrate": calibrate_prefix,
-                "discover": discover_prefix}  # fmt: skip
+                "discover": discover_prefix, "train-prefix": train_prefix_file}  # fmt: skip
     programs[options.command](options)
 
 
