@@ -280,8 +280,9 @@ def _product(x: Tensor, matrices: list[Tensor], inner: int) -> Tensor:
     """(M₁ ⊗ M₂ ⊗ … ⊗ I) x for x (tokens, channels): the last matrix first, `inner` channels belong together."""
     shape = x.shape
     for m in reversed(matrices):
-        x = x.reshape(-1, len(m)) @ m.T if inner == 1 else m @ x.reshape(-1, len(m), inner)
-        inner *= len(m)
+        width = m.shape[0]
+        x = x.reshape(-1, width) @ m.T if inner == 1 else m @ x.reshape(-1, width, inner)
+        inner *= width
     return x.view(shape)
 
 
