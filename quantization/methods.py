@@ -66,6 +66,11 @@ class WeightQuantizer(Protocol):
         ...
 
     @property
+    def label(self) -> str:
+        """Short readable name of method and grid: `gptq-w3g128`."""
+        ...
+
+    @property
     def calibrates(self) -> bool:
         """Whether it looks at calibration text."""
         ...

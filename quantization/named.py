@@ -6,6 +6,7 @@ from typing import Any
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
+from quantization.activations import Activations
 from quantization.binary_coding import BinaryGrid
 from quantization.grids import UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead
@@ -17,6 +18,7 @@ from quantization.weights.gptq import GPTQ
 from quantization.weights.omniquant import OmniQuant
 from quantization.weights.rtn import RTN
 from quantization.weights.spqr import SpQR
+from quantization.weights.zeroquant import ZeroQuant
 
 __all__ = ["PUBLISHED_GROUP", "RECIPES", "NamedRecipe", "kv_policy", "named_recipe"]
 
@@ -55,6 +57,12 @@ def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) ->
     return Recipe(weights=weights, calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=2))
 
 
+def _zeroquant(bits: int, attention_bits: int, input_bits: int | None) -> Recipe:
+    inputs = None if input_bits is None else Activations(UniformGrid(input_bits, convention="deepspeed-sym"))
+    weights = ZeroQuant(UniformGrid(bits, convention="deepspeed-sym"), attention_bits)
+    return Recipe(weights=weights, activations=inputs, calibration=Calibration(seed=0))
+
+
 AFFINE = "Jacob et al. 2018, 1712.05877"
 DETTMERS = "Dettmers et al. 2024, 2306.03078"
 FRANTAR = "Frantar et al. 2023, 2210.17323"
@@ -62,6 +70,7 @@ INTACTKV = "Liu et al. 2024, 2403.01241"
 LIN = "Lin et al. 2024, 2306.00978"
 PARK = "Park et al. 2024, 2206.09557"
 SHAO = "Shao et al. 2024, 2308.13137"
+YAO = "Yao et al. 2022, 2206.01861"
 RECIPES: Mapping[str, NamedRecipe] = {
     "fp16": NamedRecipe(Recipe(), "-", "nothing quantized; computes in --dtype"),
     "rtn": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits, IntactKV's weight-only baseline"),
@@ -105,6 +114,10 @@ RECIPES: Mapping[str, NamedRecipe] = {
         SHAO,
         "learned clipping and scales, W4A4 without its A4: 4 bits, one grid per row",
     ),
+    "zeroquant-w8a8": NamedRecipe(_zeroquant(8, 8, 8), YAO, "ZeroQuant: symmetric rows and tokens of 8 bits"),
+    "zeroquant-w4-8a16": NamedRecipe(_zeroquant(4, 8, None), YAO, "4 bits in the MLP, 8 in attention; weights only"),
+    "zeroquant-w4-8a8": NamedRecipe(_zeroquant(4, 8, 8), YAO, "the same with tokens of 8 bits"),
+    "zeroquant-w4a4": NamedRecipe(_zeroquant(4, 4, 4), YAO, "4 bits everywhere in the blocks"),
     "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
     "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
     "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),

@@ -134,11 +134,7 @@ class Recipe:
     def label(self) -> str:
         """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision."""
         words = [step.name for step in self.transforms]
-        if self.weights is None:
-            words.append("full")
-        else:
-            grid = self.weights.grid
-            words += [self.weights.name, f"w{grid.bits}{'row' if grid.group_size == -1 else f'g{grid.group_size}'}"]
+        words.append("full" if self.weights is None else self.weights.label)
         words += [part.label for part in (self.activations, self.attention) if part is not None]
         if self.tuning is not None:
             words.append(self.tuning.name)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from quantization.binary_coding import BinaryCoded
+from quantization.flat import FlatTensor
 from quantization.grids import QuantizedTensor
 from quantization.sparse import SpQRWeight
 
@@ -51,7 +52,9 @@ class StoredWeight(Protocol):
         ...
 
 
-KINDS: Mapping[str, type[StoredWeight]] = {kind.kind: kind for kind in (QuantizedTensor, BinaryCoded, SpQRWeight)}
+KINDS: Mapping[str, type[StoredWeight]] = {
+    kind.kind: kind for kind in (QuantizedTensor, FlatTensor, BinaryCoded, SpQRWeight)
+}
 
 
 def restore(kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> StoredWeight:

@@ -63,10 +63,11 @@ def test_every_named_recipe_is_described_in_plain_json(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_named_recipe_without_weights_is_its_own_checkpoint(name: str) -> None:
+def test_a_named_recipe_is_its_own_checkpoint_if_any_part_changes_the_model(name: str) -> None:
     recipe = named_recipe(name)
-    assert recipe.makes_checkpoint == (recipe.weights is not None or recipe.transforms != ())
-    assert not replace(recipe, weights=None, transforms=()).makes_checkpoint
+    bare = replace(recipe, transforms=(), weights=None, activations=None, attention=None, tuning=None)
+    assert recipe.makes_checkpoint == (recipe != bare or recipe.kv_calibrates)
+    assert bare.makes_checkpoint == recipe.kv_calibrates
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_there_are() -> None:

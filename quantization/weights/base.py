@@ -7,16 +7,27 @@ from quantization.blocks import DecoderBlock
 from quantization.grids import split_groups
 from quantization.stored import Grid
 
-__all__ = ["GridQuantizer"]
+__all__ = ["GridQuantizer", "cut_label"]
+
+
+def cut_label(grid: Grid) -> str:
+    """How a grid cuts a matrix: `row`, `g128`."""
+    return "row" if grid.group_size == -1 else f"g{grid.group_size}"
 
 
 class GridQuantizer:
     """Defaults of `quantization.recipe.WeightQuantizer` for a method with a `grid`."""
 
+    name: ClassVar[str]
     grid: Grid
     reads: ClassVar[Literal["quantized", "full", "both"]] = "quantized"
     calibrates: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """`gptq-w3g128`."""
+        return f"{self.name}-w{self.grid.bits}{cut_label(self.grid)}"
 
     @property
     def files(self) -> tuple[Path, ...]:
