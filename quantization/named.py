@@ -7,11 +7,13 @@ from typing import Any
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
 from quantization.activations import Activations
+from quantization.attention import AttentionProducts
 from quantization.binary_coding import BinaryGrid
 from quantization.grids import UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead
 from quantization.methods import CalibratedKV
 from quantization.recipe import Calibration, Recipe
+from quantization.transforms.smooth import Smooth
 from quantization.weights.awq import AWQ
 from quantization.weights.bcq import BCQ, GPTQToBCQ
 from quantization.weights.gptq import GPTQ
@@ -63,6 +65,19 @@ def _zeroquant(bits: int, attention_bits: int, input_bits: int | None) -> Recipe
     return Recipe(weights=weights, activations=inputs, calibration=Calibration(seed=0))
 
 
+def _w_and_a(bits: int, alpha: float | None, qllm: bool = False) -> Recipe:
+    """SmoothQuant, or without alpha what it is compared with: by its own repository, or by qllm's conventions."""
+    grid = UniformGrid(bits, convention="gptq-asym" if qllm else "smoothquant-sym")
+    return Recipe(
+        transforms=() if alpha is None else (Smooth(alpha),),
+        weights=RTN(grid),
+        activations=Activations(grid),
+        attention=AttentionProducts(grid) if qllm else None,
+        kv_cache=PerHead(bits) if qllm else None,
+        calibration=Calibration(corpus="pile", samples=512, length=512),
+    )
+
+
 AFFINE = "Jacob et al. 2018, 1712.05877"
 DETTMERS = "Dettmers et al. 2024, 2306.03078"
 FRANTAR = "Frantar et al. 2023, 2210.17323"
@@ -71,6 +86,7 @@ LIN = "Lin et al. 2024, 2306.00978"
 PARK = "Park et al. 2024, 2206.09557"
 SHAO = "Shao et al. 2024, 2308.13137"
 YAO = "Yao et al. 2022, 2206.01861"
+XIAO = "Xiao et al. 2023, 2211.10438"
 RECIPES: Mapping[str, NamedRecipe] = {
     "fp16": NamedRecipe(Recipe(), "-", "nothing quantized; computes in --dtype"),
     "rtn": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits, IntactKV's weight-only baseline"),
@@ -118,6 +134,20 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "zeroquant-w4-8a16": NamedRecipe(_zeroquant(4, 8, None), YAO, "4 bits in the MLP, 8 in attention; weights only"),
     "zeroquant-w4-8a8": NamedRecipe(_zeroquant(4, 8, 8), YAO, "the same with tokens of 8 bits"),
     "zeroquant-w4a4": NamedRecipe(_zeroquant(4, 4, 4), YAO, "4 bits everywhere in the blocks"),
+    "rtn-w8a8": NamedRecipe(_w_and_a(8, None), XIAO, "symmetric rows and tokens: SmoothQuant without smoothing, 8 bits"),
+    "rtn-w6a6": NamedRecipe(_w_and_a(6, None), XIAO, "the same, 6 bits"),
+    "rtn-w4a4": NamedRecipe(_w_and_a(4, None), XIAO, "the same, 4 bits"),
+    "rtn-w8a8-qllm": NamedRecipe(_w_and_a(8, None, True), XIAO, "asymmetric, with attention's q, k, v, softmax, 8 bits"),
+    "rtn-w6a6-qllm": NamedRecipe(_w_and_a(6, None, True), XIAO, "the same, 6 bits"),
+    "rtn-w4a4-qllm": NamedRecipe(_w_and_a(4, None, True), XIAO, "the same, 4 bits"),
+    "smoothquant-w8a8": NamedRecipe(_w_and_a(8, 0.5), XIAO, "SmoothQuant: symmetric rows and tokens, 8 bits"),
+    "smoothquant-w6a6": NamedRecipe(_w_and_a(6, 0.5), XIAO, "the same, 6 bits"),
+    "smoothquant-w4a4": NamedRecipe(_w_and_a(4, 0.5), XIAO, "the same, 4 bits"),
+    "smoothquant-w8a8-qllm": NamedRecipe(
+        _w_and_a(8, 0.55, True), XIAO, "SmoothQuant, asymmetric, with attention's q, k, v, softmax, 8 bits"
+    ),
+    "smoothquant-w6a6-qllm": NamedRecipe(_w_and_a(6, 0.55, True), XIAO, "the same, 6 bits"),
+    "smoothquant-w4a4-qllm": NamedRecipe(_w_and_a(4, 0.55, True), XIAO, "the same, 4 bits"),
     "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
     "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
     "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),

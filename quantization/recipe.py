@@ -163,7 +163,16 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def _set(part: Any, path: list[str], text: str, setting: str) -> Any:
-    """A copy of a frozen dataclass with one (nested) field replaced; the text is read as the field's own type."""
+    """A copy of a frozen dataclass with one (nested) field replaced; the text is read as the field's own type.
+
+    A step of several (the transforms) goes by its name.
+    """
+    if isinstance(part, tuple) and part:
+        if path[0] not in (named := [step.name for step in part]):
+            raise UserError(f"--set {setting}: there is no {path[0]!r} in this recipe; it has {', '.join(named)}")
+        if len(path) > 1:
+            return tuple(_set(step, path[1:], text, setting) if step.name == path[0] else step for step in part)
+        raise UserError(f"--set {setting}: name one of its fields, for example transforms.smooth.alpha=0.6")
     if not is_dataclass(part) or isinstance(part, type):
         raise UserError(f"--set {setting}: there is nothing below that field in this recipe")
     names = [f.name for f in fields(part) if f.init]
