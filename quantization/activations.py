@@ -18,7 +18,7 @@ from quantization.blocks import DecoderBlock
 from quantization.grids import UniformGrid, split_groups
 from quantization.inputs import InputQuantizer, put_in_front
 
-__all__ = ["Activations", "quantize_inputs"]
+__all__ = ["Activations", "input_ranges", "quantize_inputs"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Activations:
         sets = block.architecture.linears
         if not self.static:
             return {names: InputQuantizer(self.grid, keep=self.keep) for names in sets}
-        ranges = _ranges(block)
+        ranges = input_ranges(block)
         quantizers = {}
         for names in sets:
             low, high = (split_groups(x, self.grid.group_size) for x in ranges[names[0]])  # (groups, size)
@@ -74,8 +74,11 @@ class Activations:
         return quantizers
 
 
-def _ranges(block: DecoderBlock) -> dict[str, tuple[Tensor, Tensor]]:
-    """Lowest and highest value of every channel, (channels,) float32, of every set's first linear."""
+def input_ranges(block: DecoderBlock) -> dict[str, tuple[Tensor, Tensor]]:
+    """Lowest and highest value of every input channel over the calibration text, (channels,) float32 each.
+
+    By the first linear of every set that shares an input.
+    """
     wanted = {names[0] for names in block.architecture.linears}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 

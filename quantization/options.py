@@ -174,7 +174,7 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
         *_setting("calibration.seed", getattr(options, "seed", None)),
     ]
     # Whether a method calibrates may depend on its fields.
-    chosen = with_settings(recipe, [s for s in options.settings if s.startswith("weights.")])
+    chosen = with_settings(recipe, [s for s in options.settings if s.startswith(("weights.", "activations."))])
     if calibration and not chosen.calibrates:
         raise UserError(
             f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ')} has "

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from quantization.attention import AttentionProducts
 from quantization.grids import UniformGrid
 from quantization.kv_cache import KV_POLICIES
+from quantization.transforms.smooth import Smooth
 
 __all__ = ["PARTS"]
 
-# Transforms that exchange modules, quantizers of attention's inputs, KV policies. A new one adds a row.
-PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (UniformGrid, AttentionProducts, *KV_POLICIES.values())}
+# Transforms, quantizers of attention's inputs, KV policies. A new one adds a row.
+PARTS: Mapping[str, type] = {
+    kind.__name__: kind for kind in (UniformGrid, AttentionProducts, Smooth, *KV_POLICIES.values())
+}

@@ -24,10 +24,10 @@ from corpora.errors import UserError
 from quantization.architecture import Feed
 from quantization.blocks import DecoderBlock
 from quantization.rescale import Rescaling, rescaled
+from quantization.transforms.smooth import input_maxima, of_producer, smoothing_scale
 
 __all__ = ["Pair", "check_pairs", "initial_pairs", "prefix_in_basis", "transformed"]
 
-SMALLEST = 1e-5  # of a maximum or a scale, in the formula that the scales start from
 REMEMBER = 0.99  # of the centre that the shifts start from, per sample
 
 
@@ -81,43 +81,28 @@ def check_pairs(block: DecoderBlock, shift: bool) -> None:
 
 @torch.no_grad()
 def initial_pairs(block: DecoderBlock, alpha: float, shift: bool) -> tuple[Pair, ...]:
-    """The pairs of a block as training starts: s = max|x|^α / max|W|^(1−α), 1 for q ↔ k; δ the centre of x, if `shift`.
-
-    Maxima are per channel, over the calibration text and over all rows of all consumers, and at least 1e-5, as is s;
-    the centre (max + min)/2 is averaged over samples as they come (.99 old, .01 new).
-    """
-    feeds = _feeds(block)
-    largest: dict[str, Tensor] = {}
-    centre: dict[str, Tensor] = {}
-    inputs = {feed.consumers[0] for feed in feeds}
-
-    def look(name: str, x: Tensor) -> None:
-        if name not in inputs:
-            return
-        low, high = x[0].float().aminmax(dim=0)
-        peak, middle = torch.maximum(high, -low), (high + low) / 2
-        largest[name] = torch.maximum(largest.get(name, peak), peak)
-        centre[name] = REMEMBER * centre.get(name, middle) + (1 - REMEMBER) * middle
-
-    block.observe(look)
-    linears, pairs = block.linears(), []
-    for feed in feeds:
-        first = feed.consumers[0]
+    """The pairs of a block as training starts: SmoothQuant's s = max|x|^α / max|W|^(1−α), 1 for q ↔ k; δ the centre of
+    x, if `shift`: (max + min)/2, averaged over samples as they come (.99 old, .01 new)."""
+    inputs, centres, pairs = input_maxima(block), _centres(block) if shift else {}, []
+    for feed in _feeds(block):
         channels = block.module.get_parameter(f"{feed.producer}.weight").shape[0]
-        columns = torch.stack([linears[name].weight.float().abs().amax(dim=0) for name in feed.consumers]).amax(dim=0)
-        activation, weight = (_of_producer(x, channels, block.head_size) for x in (largest[first], columns))
-        scale = activation.clamp_min(SMALLEST) ** alpha / weight.clamp_min(SMALLEST) ** (1 - alpha)
-        delta = _of_producer(centre[first], channels, block.head_size) if shift else None
-        pairs.append(Pair(feed.producer, feed.consumers, scale.clamp_min(SMALLEST).log(), delta))
+        delta = of_producer(centres[feed.consumers[0]], channels, block.head_size) if shift else None
+        scale = smoothing_scale(block, feed, inputs, alpha)
+        pairs.append(Pair(feed.producer, feed.consumers, scale.log(), delta))
     return (*pairs, _query_and_key(block))
 
 
-def _of_producer(values: Tensor, channels: int, head_size: int) -> Tensor:
-    """The largest of the values per column that one channel of the producer, of `channels`, feeds: undoes
-    `rescale.per_column`."""
-    if values.numel() == channels:
-        return values.clone()
-    return values.view(channels // head_size, -1, head_size).amax(dim=1).flatten()
+def _centres(block: DecoderBlock) -> dict[str, Tensor]:
+    """(max + min)/2 of every input channel of every linear, (channels,), averaged over samples as they come."""
+    centres: dict[str, Tensor] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        low, high = x[0].float().aminmax(dim=0)
+        middle = (high + low) / 2
+        centres[name] = REMEMBER * centres.get(name, middle) + (1 - REMEMBER) * middle
+
+    block.observe(look)
+    return centres
 
 
 def _query_and_key(block: DecoderBlock) -> Pair:
