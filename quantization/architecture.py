@@ -36,6 +36,9 @@ class Architecture:
     feeds: within a block, in the order of computation: what scales can be moved through.
     attention: within a block. query, key: what a query ↔ key pair scales, the last maps in front of RoPE (the norms of
     models that have them). rotary: whether positions rotate pairs (i, i + D/2) of a head's channels.
+    embeddings: the tables whose rows are added up to what enters the first block. final_norm: in front of the head.
+    value, output, down: linears within a block; the last two write to the residual stream.
+    centred: whether norms take the mean off (LayerNorm) or not (RMSNorm).
     """
 
     decoder: str
@@ -47,6 +50,12 @@ class Architecture:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     rotary: bool = True
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    final_norm: str = "model.norm"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    centred: bool = False
 
     def block_name(self, index: int) -> str:
         """Dotted name of a block, as in the checkpoint: `model.layers.3`."""
@@ -61,7 +70,8 @@ class Architecture:
         if getattr(config, "do_layer_norm_before", True) is False:
             raise UserError(
                 f"this {config.model_type} puts its norms behind attention and feed-forward (do_layer_norm_before="
-                "false), where scales cannot be folded into them; use a method without scales, such as gptq or rtn"
+                "false), where nothing can be folded into or out of them; use a method without scales or rotations, "
+                "such as gptq or rtn"
             )
         return self.feeds
 
@@ -115,6 +125,11 @@ OPT = Architecture(
         Feed("fc1", ("fc2",), "fc2"),  # ReLU lets positive scales pass, but no shift
     ),
     rotary=False,
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    final_norm="model.decoder.final_layer_norm",
+    output="self_attn.out_proj",
+    down="fc2",
+    centred=True,
 )
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": LLAMA,  # LLaMA 1 to 3, Vicuna, SmolLM2

@@ -10,9 +10,10 @@ from quantization.activations import Activations
 from quantization.attention import AttentionProducts
 from quantization.binary_coding import BinaryGrid
 from quantization.grids import UniformGrid
-from quantization.kv_cache import KV_POLICIES, PerHead
+from quantization.kv_cache import KV_POLICIES, PerHead, Rotated
 from quantization.methods import CalibratedKV
 from quantization.recipe import Calibration, Recipe
+from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.weights.awq import AWQ
 from quantization.weights.bcq import BCQ, GPTQToBCQ
@@ -65,6 +66,18 @@ def _zeroquant(bits: int, attention_bits: int, input_bits: int | None) -> Recipe
     return Recipe(weights=weights, activations=inputs, calibration=Calibration(seed=0))
 
 
+def _quarot(weights: type[GPTQ] | type[RTN], rotated: bool = True, weights_only: bool = False) -> Recipe:
+    """QuaRot's W4A4KV4: symmetric grids per row and per token, weights with a clip search; also without rotations."""
+    activations = None if weights_only else Activations(UniformGrid(4, convention="quarot-sym"), keep=0.9)
+    return Recipe(
+        transforms=(Rotate(),) if rotated else (),
+        weights=weights(UniformGrid(4, convention="quarot-sym", clip_search=True)),
+        activations=activations,
+        kv_cache=None if weights_only else Rotated(4) if rotated else PerHead(4),
+        calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=0),
+    )
+
+
 def _w_and_a(bits: int, alpha: float | None, qllm: bool = False) -> Recipe:
     """SmoothQuant, or without alpha what it is compared with: by its own repository, or by qllm's conventions."""
     grid = UniformGrid(bits, convention="gptq-asym" if qllm else "smoothquant-sym")
@@ -78,6 +91,7 @@ def _w_and_a(bits: int, alpha: float | None, qllm: bool = False) -> Recipe:
     )
 
 
+ASHKBOOS = "Ashkboos et al. 2024, 2404.00456"
 AFFINE = "Jacob et al. 2018, 1712.05877"
 DETTMERS = "Dettmers et al. 2024, 2306.03078"
 FRANTAR = "Frantar et al. 2023, 2210.17323"
@@ -148,6 +162,14 @@ RECIPES: Mapping[str, NamedRecipe] = {
     ),
     "smoothquant-w6a6-qllm": NamedRecipe(_w_and_a(6, 0.55, True), XIAO, "the same, 6 bits"),
     "smoothquant-w4a4-qllm": NamedRecipe(_w_and_a(4, 0.55, True), XIAO, "the same, 4 bits"),
+    "quarot": NamedRecipe(
+        _quarot(GPTQ), ASHKBOOS, "QuaRot as IntactKV used it: rotated, GPTQ, W4A4KV4, one grid per row and token"
+    ),
+    "quarot-rtn": NamedRecipe(_quarot(RTN), ASHKBOOS, "the same, round to nearest"),
+    "quarot-w4": NamedRecipe(_quarot(GPTQ, weights_only=True), ASHKBOOS, "rotated, GPTQ, weights of 4 bits only"),
+    "gptq-w4a4kv4": NamedRecipe(_quarot(GPTQ, rotated=False), ASHKBOOS, "quarot without rotations"),
+    "rtn-w4a4kv4": NamedRecipe(_quarot(RTN, rotated=False), ASHKBOOS, "quarot-rtn without rotations"),
+    "rotate": NamedRecipe(Recipe((Rotate(),)), ASHKBOOS, "QuaRot's rotations alone, nothing quantized"),
     "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
     "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
     "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),

@@ -1,0 +1,219 @@
+"""QuaRot's rotation (Ashkboos et al., NeurIPS 2024, arXiv:2404.00456): orthogonal matrices between a model's linears.
+
+    x ← x Q, Q = D H_dᵀ    the residual stream: readers W Q, writers Qᵀ W, embeddings E Q                      R1
+    v ← H_D v              per KV head, in v_proj; o_proj's input then has its heads mixed online by M,
+                           and its weight holds the inverse of both: W_o (M ⊗ H_D)ᵀ                            R2
+    x ← H_f x              online, in front of down_proj: W_down H_fᵀ                                          R4
+
+A rotation spreads an outlier over all channels, and the next matrix undoes it: in full precision the function stays the
+same. A norm commutes with Q once its gain is in the linears behind it, and a LayerNorm once the stream has no mean,
+where it is an RMSNorm. R3, the rotation of keys, belongs to the KV policy (`quantization.kv_cache.rotated`): keys are
+the original model's.
+
+With head_mix="none" this is PrefixQuant's variant (2410.05265): heads are not mixed, and one random rotation serves
+v and o of all layers.
+
+Departs from the reference: biases of v are rotated, too; the mean is taken off for LayerNorm models only; a tied head
+gets a matrix of its own; where no Hadamard matrix exists (odd numbers of heads), the Hartley matrix stands in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from corpora.errors import UserError
+from quantization.architecture import Architecture, architecture_of
+from quantization.blocks import DecoderBlock
+from quantization.inputs import put_in_front
+from quantization.transforms.base import BlockTransform
+from quantization.transforms.hadamard import KINDS, MODES, apply, plan, random_rotation, random_signs
+from quantization.transforms.online import OnlineRotation
+
+__all__ = ["Rotate"]
+
+ROWS = 2**14  # of an embedding table that are in float64 at a time
+
+
+@dataclass(frozen=True)
+class Rotate(BlockTransform):
+    """Rotate a whole model. Arithmetic in float64; results in the checkpoint's dtype.
+
+    seed: of the random signs D. mode: "hadamard", or "random" for a Q drawn from all orthogonal matrices.
+    head_mix: the M that mixes heads in front of o_proj: "hadamard", "hartley", "auto" (Hadamard where one exists), or
+    "none". online_down: rotate in front of down_proj.
+    """
+
+    seed: int = 0
+    mode: str = "hadamard"
+    head_mix: str = "auto"
+    online_down: bool = True
+    name: ClassVar[str] = "rotate"
+    unties: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field, value, known in (("mode", self.mode, MODES), ("head_mix", self.head_mix, (*KINDS, "none"))):
+            if value not in known:
+                raise UserError(f"a rotation's {field}={value} is not known; choose from {', '.join(known)}")
+
+    def check(self, block: DecoderBlock) -> None:
+        """Raise UserError for norms behind what they should feed, a residual stream with another matrix or no norm at
+        its end, a shift without a bias to go to, or heads without the Hadamard matrix that was asked for."""
+        config, linears = block.config, block.linears()
+        if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+            raise UserError(
+                f"this {config.model_type} projects its embeddings (word_embed_proj_dim={config.word_embed_proj_dim}, "
+                f"hidden_size={config.hidden_size}), which cannot be rotated; use a recipe without rotations"
+            )
+        if getattr(config, "_remove_final_layer_norm", False):
+            raise UserError(
+                f"this {config.model_type} has no norm in front of its head (_remove_final_layer_norm=true), so it "
+                "cannot be rotated; use a recipe without rotations"
+            )
+        for norm, readers in _norms(block.architecture, config):
+            lacking = [name for name in readers if linears[name].bias is None]
+            if lacking and getattr(block.module.get_submodule(norm), "bias", None) is not None:
+                raise UserError(
+                    f"{block.name}.{norm} has a bias, and {lacking[0]} behind it has none to take it over; use a "
+                    "recipe without rotations"
+                )
+        if self.head_mix != "none":
+            plan(_query_heads(block), self.head_mix)
+
+    def transform_block(self, block: DecoderBlock) -> None:
+        """Rewrite the linears, make the norms plain, put the online rotations in front of o_proj and down_proj."""
+        names, size, linears = block.architecture, block.head_size, block.linears()
+        for norm, readers in _norms(names, block.config):
+            module = block.module.get_submodule(norm)
+            gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
+            for reader in readers:
+                self._read(linears[reader], gain, shift, size if reader == names.value else None)
+            _make_plain(block.module, norm, like=linears[readers[0]].weight)
+        output, down = linears[names.output], linears[names.down]
+        mixing = None
+        if self.head_mix != "none":
+            mixing = OnlineRotation(_query_heads(block), size, self.head_mix)
+            put_in_front(block.module, (names.output,), rotation=mixing)
+        in_heads = self._in_heads(output.weight.double(), size)
+        self._write(output, in_heads if mixing is None else mixing(in_heads), names.centred)
+        columns = down.weight.double()
+        if self.online_down:
+            spread = OnlineRotation(down.in_features)
+            put_in_front(block.module, (names.down,), rotation=spread)
+            columns = spread(columns)
+        self._write(down, columns, names.centred)
+
+    def transform_ends(self, ends: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+        """Embeddings rotated, the final norm plain, its gain and shift in a head that is no longer tied."""
+        names, ends = architecture_of(config), dict(ends)
+        head, norm = f"{names.head}.weight", f"{names.final_norm}.weight"
+        table = ends[f"{names.embeddings[0]}.weight"]
+        weight = ends.get(head, table)
+        gain, shift = ends.get(norm), ends.pop(f"{names.final_norm}.bias", None)
+        if shift is not None:
+            ends[f"{names.head}.bias"] = _by_rows(weight, lambda rows: rows @ shift.double())
+        ends[head] = _by_rows(weight, lambda rows: self._rotated(rows if gain is None else rows * gain.double()))
+        ends[norm] = torch.ones_like(table[0])
+        for name in names.embeddings:
+            ends[f"{name}.weight"] = _by_rows(
+                ends[f"{name}.weight"], lambda rows: self._rotated(_without_mean(rows) if names.centred else rows)
+            )
+        return ends
+
+    def restructure(self, model: PreTrainedModel) -> None:
+        """RMSNorms for LayerNorms; a head with a bias where the final norm had one."""
+        names = architecture_of(model.config)
+        if not names.centred:
+            return
+        head = model.get_submodule(names.head)
+        assert isinstance(head, nn.Linear)
+        for block in names.blocks_of(model):
+            for norm, _ in _norms(names, model.config):
+                _make_plain(block, norm, like=head.weight)
+        if getattr(model.get_submodule(names.final_norm), "bias", None) is not None:
+            head.bias = nn.Parameter(head.weight.new_empty(head.out_features), requires_grad=False)
+        _make_plain(model, names.final_norm, like=head.weight)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """x Q for rows x (…, d) in float64."""
+        channels = x.shape[-1]
+        if self.mode == "hadamard":  # the product that needs no matrix
+            return apply(x * random_signs(channels, self.seed).to(x.device), plan(channels))
+        return x @ _random(channels, self.seed, self.mode).to(x.device)
+
+    def _in_heads(self, x: Tensor, size: int) -> Tensor:
+        """Every head of x (…, heads · size) rotated as v is, in float64."""
+        heads = x.unflatten(-1, (-1, size))
+        if self.head_mix == "none":
+            return (heads @ _random(size, self.seed, self.mode).to(x.device)).flatten(-2)
+        return apply(heads, plan(size)).flatten(-2)
+
+    def _read(self, linear: nn.Linear, gain: Tensor | None, shift: Tensor | None, head_size: int | None) -> None:
+        """A linear behind a norm takes over its gain and shift, and the rotation of what it reads.
+
+        head_size: rotate the heads of its output, too.
+        """
+        weight = linear.weight.double()
+        bias = None if linear.bias is None else linear.bias.double()
+        if bias is not None and shift is not None:
+            bias = bias + weight @ shift.double()
+        weight = self._rotated(weight if gain is None else weight * gain.double())
+        if head_size is not None:
+            weight = self._in_heads(weight.T, head_size).T
+            bias = None if bias is None else self._in_heads(bias, head_size)
+        _store(linear, weight, bias)
+
+    def _write(self, linear: nn.Linear, weight: Tensor, centred: bool) -> None:
+        """A linear with this weight (out, in), float64, writes to the rotated residual stream.
+
+        centred: and nothing of the mean over channels, which the norms behind it no longer take off.
+        """
+
+        def turned(rows: Tensor) -> Tensor:
+            return self._rotated(_without_mean(rows) if centred else rows)
+
+        _store(linear, turned(weight.T).T, None if linear.bias is None else turned(linear.bias.double()))
+
+
+@cache
+def _random(channels: int, seed: int, mode: str) -> Tensor:
+    return random_rotation(channels, seed, mode)
+
+
+def _norms(names: Architecture, config: PreTrainedConfig) -> list[tuple[str, tuple[str, ...]]]:
+    """The norms of a block, and the linears behind each. Raises UserError for norms behind what they should feed."""
+    linears = {name for names_of_set in names.linears for name in names_of_set}
+    return [(feed.producer, feed.consumers) for feed in names.feeds_of(config) if feed.producer not in linears]
+
+
+def _query_heads(block: DecoderBlock) -> int:
+    return block.linears()[block.architecture.output].in_features // block.head_size
+
+
+def _without_mean(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def _by_rows(table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change the rows of a large table in float64, some at a time; in its dtype."""
+    return torch.cat([change(rows.double()).to(table.dtype) for rows in table.split(ROWS)])
+
+
+def _store(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.data = weight.to(linear.weight.dtype).contiguous()
+    if bias is not None:
+        linear.bias.data = bias.to(linear.bias.dtype)
+
+
+def _make_plain(parent: nn.Module, name: str, like: Tensor) -> None:
+    """Give a norm a gain of one; a LayerNorm becomes the RMSNorm that it is on channels without a mean."""
+    norm = parent.get_submodule(name)
+    if isinstance(norm, nn.LayerNorm):
+        norm = nn.RMSNorm(norm.normalized_shape, norm.eps, device=like.device, dtype=like.dtype)
+        parent.set_submodule(name, norm.requires_grad_(False))
+    gain = norm.get_parameter("weight")
+    gain.data = torch.ones_like(gain)
