@@ -9,14 +9,16 @@ the block anew, from the same numbers: nothing here is random.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from corpora.errors import UserError
 
-__all__ = ["Outcome", "Schedule", "split_samples", "train"]
+__all__ = ["Outcome", "Schedule", "repeatable", "split_samples", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,11 @@ class Outcome:
     after: float
     best_step: int
     curve: list[tuple[int, float]]
+
+
+def repeatable(device: torch.device) -> AbstractContextManager[object]:
+    """Attention whose gradients are the same bits in every run: the fused kernels of GPUs add them up as they come."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def split_samples(count: int, held_out: int, name: str) -> tuple[range, range]:

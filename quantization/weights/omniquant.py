@@ -16,13 +16,11 @@ too. Weights only: activations are not quantized here.
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
@@ -39,6 +37,7 @@ from quantization.grids import (
     split_groups,
 )
 from quantization.straight_through import on_grid, straight
+from quantization.tuning.training import repeatable
 from quantization.weights.base import GridQuantizer
 from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed
 
@@ -238,7 +237,7 @@ def train(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[flo
     for epoch in range(1, method.epochs + 1):
         for i in range(len(stream.hidden)):
             optimizer.zero_grad()
-            with torch.enable_grad(), _repeatable(stream.hidden[i].device):
+            with torch.enable_grad(), repeatable(stream.hidden[i].device):
                 _sample_loss(block, student(block, learned, method.grid), targets, i).backward()
             optimizer.step()
         loss = _mean_loss(block, learned, method, targets)
@@ -248,11 +247,6 @@ def train(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[flo
     for tensor, value in zip(moved, best, strict=True):
         tensor.requires_grad_(False).copy_(value)
     return first, lowest
-
-
-def _repeatable(device: torch.device) -> AbstractContextManager[object]:
-    """Attention whose gradients are the same bits in every run: the fused kernels of GPUs add them up as they come."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def _sample_loss(
