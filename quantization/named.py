@@ -15,6 +15,7 @@ from quantization.methods import CalibratedKV
 from quantization.recipe import Calibration, Recipe
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
+from quantization.tuning.distill import Distill
 from quantization.weights.awq import AWQ
 from quantization.weights.bcq import BCQ, GPTQToBCQ
 from quantization.weights.gptq import GPTQ
@@ -60,10 +61,10 @@ def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) ->
     return Recipe(weights=weights, calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=2))
 
 
-def _zeroquant(bits: int, attention_bits: int, input_bits: int | None) -> Recipe:
+def _zeroquant(bits: int, attention_bits: int, input_bits: int | None, tuning: Distill | None = None) -> Recipe:
     inputs = None if input_bits is None else Activations(UniformGrid(input_bits, convention="deepspeed-sym"))
     weights = ZeroQuant(UniformGrid(bits, convention="deepspeed-sym"), attention_bits)
-    return Recipe(weights=weights, activations=inputs, calibration=Calibration(seed=0))
+    return Recipe(weights=weights, activations=inputs, tuning=tuning, calibration=Calibration(seed=0))
 
 
 def _quarot(weights: type[GPTQ] | type[RTN], rotated: bool = True, weights_only: bool = False) -> Recipe:
@@ -148,6 +149,16 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "zeroquant-w4-8a16": NamedRecipe(_zeroquant(4, 8, None), YAO, "4 bits in the MLP, 8 in attention; weights only"),
     "zeroquant-w4-8a8": NamedRecipe(_zeroquant(4, 8, 8), YAO, "the same with tokens of 8 bits"),
     "zeroquant-w4a4": NamedRecipe(_zeroquant(4, 4, 4), YAO, "4 bits everywhere in the blocks"),
+    "zeroquant-w8a8-lkd": NamedRecipe(_zeroquant(8, 8, 8, Distill()), YAO, "zeroquant-w8a8, distilled block by block"),
+    "zeroquant-w4-8a16-lkd": NamedRecipe(
+        _zeroquant(4, 8, None, Distill()), YAO, "zeroquant-w4-8a16, distilled; published with tuning.blocks=last"
+    ),
+    "zeroquant-w4-8a8-lkd": NamedRecipe(_zeroquant(4, 8, 8, Distill()), YAO, "zeroquant-w4-8a8, distilled"),
+    "zeroquant-w4a4-lkd": NamedRecipe(
+        _zeroquant(4, 4, 4, Distill(steps=400, lr=1e-6)),
+        YAO,
+        "zeroquant-w4a4, distilled; published with tuning.blocks=last",
+    ),
     "rtn-w8a8": NamedRecipe(_w_and_a(8, None), XIAO, "symmetric rows and tokens: SmoothQuant without smoothing, 8 bits"),
     "rtn-w6a6": NamedRecipe(_w_and_a(6, None), XIAO, "the same, 6 bits"),
     "rtn-w4a4": NamedRecipe(_w_and_a(4, None), XIAO, "the same, 4 bits"),
