@@ -12,6 +12,7 @@ from typing import Any
 
 from corpora.catalog import FAMILIES
 from corpora.errors import UserError
+from eval.judged_runs import grade_notes, judged_columns
 from eval.paper_runs import RECORDS, Column, Scores, columns_of, departures, one_per_model, what_fits
 from eval.published import BITS, FULL, GROUP_SIZE, METHODS, TABLES, PublishedTable, paper_name
 from eval.render import Cell, Figure, Table, change_of, mean_of, signed, signed_percent
@@ -33,12 +34,17 @@ def paper_tables(
 ) -> list[Table]:
     """One of `TABLES`, once for every setting of ours; published figures alone where nothing was run.
 
-    records: oldest first, filtered already. models: only these, and of the paper's only those among them (all if none
-    is). filters: what else was asked for, as the user wrote it. Raises UserError if nothing fits what was asked for.
+    records: oldest first, filtered already; of Table 4 those of answers and of judges. models: only these, and of the
+    paper's only those among them (all if none is). filters: what else was asked for, as the user wrote it.
+    Raises UserError if nothing fits what was asked for.
     """
     table = TABLES[number]
     wanted = list(dict.fromkeys(paper_name(model) for model in models))
-    columns, others = one_per_model(table, columns_of(table, records))
+    if number in RECORDS:
+        found = columns_of(table, records)
+    else:
+        found = [column for column in judged_columns(table, records) if not wanted or column.model in wanted]
+    columns, others = one_per_model(table, found)
     not_run = [model for model in wanted if model not in [column.model for column in columns]]
     unknown = [model for model in not_run if model not in table.models]
     if number in RECORDS and (unknown or (filters and not columns)):
@@ -149,12 +155,14 @@ def _notes(table: PublishedTable, columns: Sequence[Column], left_out: Sequence[
                 f"FP16 of {column.model}: its package's weights, dequantized; they compare only with themselves"
             )
         notes += [f"ours, {column.model}, {method}: {'; '.join(words)}" for method, words in _methods(column)]
-    if columns:
+        if table.number not in RECORDS:
+            notes += grade_notes(column)
+    if columns and table.number in RECORDS:
         command = "changes: `python -m eval table`" if table.number == 1 else "accuracies: `python -m eval table tasks`"
         notes.append(f"standard errors of our {command}")
     notes.append(f"published: {table.protocol}; groups of {GROUP_SIZE}, fp16; as printed in the paper, not run again")
-    if table.number not in RECORDS:
-        notes.append("ours: MT-bench is not run here yet")
+    if not columns and table.number not in RECORDS:
+        notes.append("ours: no judged run has a place; `python -m eval mtbench`, then `python -m eval judge`")
     if table.number == 3:
         notes.append(
             f"{QA_AVERAGE}: acc_norm where a task defines it, else acc; that the paper averages so is inferred, "

@@ -162,10 +162,14 @@ def _table(options: argparse.Namespace) -> str:
         return render.render(found, options.format)
     from eval.paper_runs import RECORDS
     from eval.paper_tables import paper_tables
+    from eval.runs import all_records
 
     number = int(options.which)
     filters = _words(_filters(options))
     if number not in RECORDS and filters:
-        raise UserError(f"{filters}: table {number} has no runs of ours to choose from; only --model applies to it")
-    records = _chosen(RECORDS[number], options) if number in RECORDS else []
+        raise UserError(f"{filters}: only --model chooses from the runs of table {number}; leave it out")
+    if number in RECORDS:
+        records = _chosen(RECORDS[number], options)
+    else:
+        records = [*all_records("mtbench"), *all_records("judge")]
     return render.render(paper_tables(number, records, _models(options), filters), options.format)
