@@ -104,7 +104,7 @@ class IntactModel:
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None:
             arguments["position_ids"] = positions
-        with prefix_attention(self.model, self.prefix_length):
+        with prefix_attention(self.model):
             return (through or self.model)(input_ids=ids, past_key_values=cache, **arguments)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -162,7 +162,7 @@ class IntactModel:
         cache.batch_repeat_interleave(
             max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
         )
-        with prefix_attention(self.model, self.prefix_length):
+        with prefix_attention(self.model):
             generate: Any = self.model.generate
             output = generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, **{"use_cache": True, **options}
@@ -201,8 +201,9 @@ class IntactModel:
                 )
             had_prefix = all(has)
             # Whoever brings the prefix brings its [BOS]: a row's own one would be the second.
+            start = self._start_token()
             dropped = [
-                lead.numel() if h else int(text.numel() > 0 and bool(text[0] == lead[0]))
+                lead.numel() if h else int(text.numel() > 0 and int(text[0]) == start)
                 for h, text in zip(has, texts, strict=True)
             ]
         texts = [text[count:] for text, count in zip(texts, dropped, strict=True)]
@@ -219,6 +220,17 @@ class IntactModel:
         )
         columns = torch.arange(longest, device=device)
         return _Rows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)
+
+    def _start_token(self) -> int:
+        """The prefix's [BOS]: its first token, or its last one where only that is one of the model's special tokens, as
+        in the prefixes that PrefixQuant discovers."""
+        assert self.prefix is not None
+        special: set[Any] = set()
+        for config in (self.model.config, self.model.generation_config):
+            for ids in (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)):
+                special.update(ids if isinstance(ids, list) else [ids])
+        first, last = int(self.prefix.ids[0]), int(self.prefix.ids[-1])
+        return last if last in special and first not in special else first
 
     def _option(self, options: dict[str, Any], name: str) -> Any:
         """An option as `generate` will read it: passed itself, in a given configuration, or the model's own."""

@@ -10,7 +10,6 @@ The pair of functions is registered with transformers under `NAME`; no model cod
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,19 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["NAME", "prefix_attention", "prefix_length"]
+__all__ = ["NAME", "prefix_attention"]
 
 NAME = "sdpa_behind_prefix"
 
 # Dummy queries cost as much as real ones: worth it while the cached part is small against the new tokens.
 LARGEST_CACHED_SHARE = 0.25
-
-_LENGTH = ContextVar("prefix_length", default=0)
-
-
-def prefix_length() -> int:
-    """Tokens of the intact prefix in the pass that is being made, for attention functions that leave them alone."""
-    return _LENGTH.get()
 
 
 def _mask(
@@ -88,18 +80,13 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
-def prefix_attention(model: PreTrainedModel, length: int = 0) -> Iterator[None]:
-    """Run a model that uses torch's SDPA with these functions for the time of the block; others are left alone.
-
-    length: tokens of the intact prefix, for `prefix_length`.
-    """
-    token = _LENGTH.set(length)
-    fast = model.config._attn_implementation == "sdpa"
-    if fast:
-        model.set_attn_implementation(NAME)
+def prefix_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model that uses torch's SDPA with these functions for the time of the block; others are left alone."""
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        if fast:
-            model.set_attn_implementation("sdpa")
-        _LENGTH.reset(token)
+        model.set_attn_implementation("sdpa")

@@ -4,8 +4,10 @@
 
 Keys and values are the KV policy's: they are rounded on their way into the cache. The columns of S that belong to the
 intact prefix keep full precision: they multiply full-precision values, and a sink's share would set the step of the
-row (0.8 % of it rounds to 0 with 6 bits). One function, registered with transformers under `NAME`; no model code is
-touched.
+row (0.8 % of it rounds to 0 with 6 bits). How many columns those are, only the cache knows: a sliding window leaves the
+prefix behind. One function, registered with transformers under `NAME`; no model code is touched.
+
+Departs from qllm: values are rounded per token (there: per channel over the whole text, which reads the future).
 """
 
 from dataclasses import dataclass
@@ -17,14 +19,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from corpora.errors import UserError
-from intactkv.attention import prefix_length
 from quantization.architecture import architecture_of
 from quantization.grids import UniformGrid, fake_quantize
+from quantization.straight_through import straight
 
 __all__ = ["NAME", "AttentionProducts"]
 
 NAME = "quantized_products"
-PRODUCTS = "intactkv_products"  # attribute of an attention module: its `AttentionProducts`
+# Attributes of an attention module: its `AttentionProducts`; how many tokens of the prefix, and in all, its layer of
+# the cache has seen when a pass arrives.
+PRODUCTS, SEEN = "intactkv_products", "intactkv_seen"
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,24 @@ class AttentionProducts:
         """Let a model's attention run through these grids."""
         architecture = architecture_of(model.config)
         for block in architecture.blocks_of(model):
-            block.get_submodule(architecture.attention).__dict__[PRODUCTS] = self
+            module = block.get_submodule(architecture.attention)
+            if PRODUCTS not in module.__dict__:
+                module.register_forward_pre_hook(_look_at_cache, with_kwargs=True)
+            module.__dict__[PRODUCTS] = self
         model.set_attn_implementation(NAME)
+
+
+def _look_at_cache(module: Any, _args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Before a pass: its new keys are not in the cache yet."""
+    cache = keywords.get("past_key_values")
+    seen = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
+    module.__dict__[SEEN] = getattr(cache, "prefix_length", 0), seen
+
+
+def _rounded(x: Tensor, grid: UniformGrid) -> Tensor:
+    """On the grid; where a prefix is trained, its gradient passes as if nothing were rounded."""
+    seen = fake_quantize(x, grid)
+    return straight(seen, x) if x.requires_grad else seen
 
 
 def _attention(
@@ -67,13 +87,14 @@ def _attention(
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = fake_quantize(query, grid) @ key.transpose(2, 3) * scaling
+    scores = _rounded(query, grid) @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
     rows = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    kept = min(prefix_length(), rows.shape[-1])
-    if kept < rows.shape[-1]:
-        rows = torch.cat([rows[..., :kept], fake_quantize(rows[..., kept:], grid)], dim=-1)
+    prefix, before = module.__dict__[SEEN]
+    left = before + query.shape[-2] - rows.shape[-1]  # tokens that a sliding window has left behind, the prefix first
+    kept = max(0, prefix - left)
+    rows = torch.cat([rows[..., :kept], _rounded(rows[..., kept:], grid)], dim=-1)
     return (rows.to(value.dtype) @ value).transpose(1, 2).contiguous(), rows
 
 
