@@ -7,7 +7,7 @@ are files in FastChat's forms. What the judge does not grade counts nowhere: its
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +20,10 @@ from eval.json_lines import LineFile, read_lines
 from eval.judge_client import Judge, Reply
 
 __all__ = [
+    "ENDINGS",
     "Job",
     "Materials",
+    "is_decided",
     "judge_all",
     "pair_jobs",
     "pair_key",
@@ -37,26 +39,38 @@ __all__ = [
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # FastChat's need_ref_cats
 NO_SCORE = -1
+HIGHEST = 10  # grade
 IN_A_ROW = 8  # so many failed calls without a good one between them: the judge is down
 SINGLE = {False: "single-v1", True: "single-math-v1"}  # by whether there is a reference
 PAIR = {False: "pair-v2", True: "pair-math-v1"}
 TURNS = (1, 2)
+# The lines that decide, of single-answer grading and of comparisons.
+ENDINGS = {
+    "single": [f"Rating: [[{grade}]]" for grade in range(1, HIGHEST + 1)],
+    "pair": [f"Verdict: [[{name}]]" for name in "ABC"],
+}
 
 
 # what the judge said --------------------------------------------------------------------------------------------------
 
 
 def rating(judgment: str) -> float:
-    """The first number in double square brackets, else in single ones, else −1."""
+    """The first number in double square brackets, else in single ones, else −1; −1 for one above 10, which FastChat
+    takes as it is."""
     for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
         if found := re.search(pattern, judgment):
-            return float(found[1])
+            return grade if (grade := float(found[1])) <= HIGHEST else NO_SCORE
     return NO_SCORE
 
 
 def verdict(judgment: str) -> str:
     """A, B or tie, in FastChat's order of looking; "error" if the judge names none."""
     return next((name for sign, name in (("A", "A"), ("B", "B"), ("C", "tie")) if f"[[{sign}]]" in judgment), "error")
+
+
+def is_decided(kind: str, judgment: str) -> bool:
+    """Whether a judgement of a kind of `ENDINGS` holds a rating, or a verdict."""
+    return rating(judgment) != NO_SCORE if kind == "single" else verdict(judgment) != "error"
 
 
 def winner(line: dict[str, Any]) -> str:
@@ -279,14 +293,22 @@ def _pair_job(
 
 
 def judge_all(
-    jobs: Sequence[Job], judge: Judge, file: LineFile, *, concurrency: int, report: Callable[[], object] = lambda: None
+    jobs: Sequence[Job],
+    judge: Judge,
+    file: LineFile,
+    protocol: Mapping[str, Any],
+    *,
+    concurrency: int,
+    report: Callable[[], object] = lambda: None,
 ) -> str | None:
     """Make every judgement that the file does not hold. Returns why it stopped early, None if it did not.
 
+    protocol: what decides a judgement besides its texts and the judge's name; it is kept in every line, and a judgement
+    by another one is made again (of a line that says nothing of it, as FastChat's do not, it is taken to be the same).
     A judgement that failed is on file as unscored and is made again next time; a refusal or an answer without a rating
     is what the judge has to say and stays. After `IN_A_ROW` failures in a row the judge is taken to be down.
     """
-    left = [job for job in jobs if not _is_made(job, file.rows.get(job.key))]
+    left = [job for job in jobs if not _is_made(job, file.rows.get(job.key), protocol)]
     for _ in range(len(jobs) - len(left)):
         report()
     failures, stop = 0, getattr(judge, "stop", lambda: None)
@@ -295,7 +317,7 @@ def judge_all(
         return [judge(job.system, user) for user in job.users]
 
     def keep(job: Job, replies: list[Reply]) -> bool:
-        file.append(line := job.line(replies))
+        file.append(line := {**job.line(replies), **protocol})
         report()
         return line["outcome"] != "failed"
 
@@ -318,8 +340,10 @@ def judge_all(
                     keep(job, call.result())
 
 
-def _is_made(job: Job, line: dict[str, Any] | None) -> bool:
-    return line is not None and line.get("outcome") != "failed" and job.same(line)
+def _is_made(job: Job, line: dict[str, Any] | None, protocol: Mapping[str, Any]) -> bool:
+    if line is None or line.get("outcome") == "failed" or not job.same(line):
+        return False
+    return all(line.get(name, value) == value for name, value in protocol.items())
 
 
 # scores ---------------------------------------------------------------------------------------------------------------

@@ -12,10 +12,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from corpora.errors import UserError
 
@@ -153,8 +156,32 @@ def _seconds(retry_after: str | None) -> float:
         return 0.0
 
 
-def local_judge(directory: Path, device: str, max_tokens: int) -> Judge:
-    """A local model as a judge: greedy, in its own chat template, system and user text in one turn."""
+class _OneOf(LogitsProcessor):
+    """Leaves, behind the first `start` columns, only tokens that go on with one of some endings; then only `end`."""
+
+    def __init__(self, endings: Sequence[Sequence[int]], start: int, end: int) -> None:
+        self.endings, self.start, self.end = [list(ending) for ending in endings], start, end
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """input_ids: (1, L); scores: (1, vocabulary). Returns scores of the same shape."""
+        said = input_ids[0, self.start :].tolist()
+        fitting = [ending for ending in self.endings if ending[: len(said)] == said]
+        allowed = {ending[len(said)] for ending in fitting if len(ending) > len(said)} or {self.end}
+        left = scores.new_full(scores.shape, float("-inf"))
+        left[:, list(allowed)] = scores[:, list(allowed)]
+        return left
+
+
+def local_judge(
+    directory: Path, device: str, max_tokens: int, endings: Sequence[str], is_decided: Callable[[str], bool]
+) -> Judge:
+    """A local model as a judge: greedy, in its own chat template, system and user text in one turn.
+
+    endings: the last lines that decide, all beginning alike ("Rating: [[1]]", …). is_decided: whether a text holds a
+    decision; where it holds none, the model's own text is followed by the ending that it finds most likely, token by
+    token, so that also a small model decides.
+    """
+    from corpora.tokens import encode
     from eval.chat_templates import chat_template
     from eval.mtbench import Answerer
     from quantization.loading import plan_run
@@ -164,12 +191,34 @@ def local_judge(directory: Path, device: str, max_tokens: int) -> Judge:
     plan = plan_run(directory, named_recipe("fp16"), device=chosen_device(device))
     template = chat_template("auto", plan.tokenizer, plan.checkpoint.family_name)
     answerer = Answerer(plan.load(), template, seed=0, max_new_tokens=max_tokens, context=plan.context)
+    tokens = [encode(plan.tokenizer, f"\n\n{ending}") for ending in endings]
+    alike = next(i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1)
+    lead, tails = tokens[0][:alike], [ending[alike:] for ending in tokens]
+    longest = max(map(len, tokens))
 
+    def generate(ids: list[int], room: int, cache: Any = None, **options: Any) -> tuple[list[int], Any]:
+        output = answerer.model.generate(
+            torch.tensor([ids]), past_key_values=cache, do_sample=False, max_new_tokens=room,
+            eos_token_id=answerer.stops or None, pad_token_id=answerer.pad, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return output.sequences[0, len(ids) :].tolist(), output.past_key_values
+
+    @torch.inference_mode()
     def judge(system: str, user: str) -> Reply:
         ids = template.ids([f"{system}\n\n{user}"])
-        (answer,) = answerer.complete([ids], [0.0], [None])
-        if not answer.tokens:
+        room = max_tokens if plan.context is None else min(max_tokens, plan.context - len(ids) - longest)
+        if room < 1:
             return Reply(f"the prompt of {len(ids)} tokens leaves no room in a context of {plan.context}", "failed")
-        return Reply(answer.text, "answered", len(ids), answer.tokens)
+        new, cache = generate(ids, room)
+        said = answerer.cut(new, room)
+        if is_decided(said.text):
+            return Reply(said.text, "answered", len(ids), said.tokens)
+        own = new[: said.tokens - 1] if said.stopped == "end" else new
+        before = [*ids, *own, *lead]
+        chosen, _ = generate(before, longest, cache, logits_processor=LogitsProcessorList([
+            _OneOf(tails, len(before), answerer.pad)
+        ]))  # fmt: skip
+        (index,) = (i for i, tail in enumerate(tails) if chosen[: len(tail)] == tail)
+        return Reply(f"{said.text}\n\n{endings[index]}", "answered", len(ids), said.tokens + len(tokens[index]))
 
     return judge

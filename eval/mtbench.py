@@ -276,7 +276,7 @@ class Answerer:
             sampler = RowSampler([generators[i] for i in rows], [self._warpers(temperatures[i]) for i in rows])
             generated = self._generate([prompts[i] for i in rows], room, LogitsProcessorList([sampler]))
             for i, ids in zip(rows, generated, strict=True):
-                answers[i] = self._cut(ids, room)
+                answers[i] = self.cut(ids, room)
         return answers
 
     def _warpers(self, temperature: float) -> LogitsProcessorList:
@@ -309,7 +309,7 @@ class Answerer:
         )
         return sequences[:, longest:].tolist()
 
-    def _cut(self, ids: list[int], room: int) -> Answer:
+    def cut(self, ids: list[int], room: int) -> Answer:
         """The answer in new tokens: cut at the first stop token, special tokens' texts deleted, stripped."""
         end = next((i for i, token in enumerate(ids) if token in self.stops), None)
         text = self.template.tokenizer.decode(ids[:end])

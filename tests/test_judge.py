@@ -54,6 +54,9 @@ def say(text: str) -> Any:
         ("Rating: [[7.5]]", 7.5),
         ("Rating: [7]", 7),
         ("[3] is wrong. [[7]] then [[2]]", 7),
+        ("Rating: [[10]]", 10),
+        ("Rating: [[85]]", -1),  # no grade of 1 to 10
+        ("As in [2023].", -1),
         ("Rating: 7", -1),
         ("Rating: [[seven]]", -1),
         ("", -1),
@@ -150,9 +153,9 @@ def test_lines_are_fastchats_and_nothing_is_scored_twice(materials, tmp_path):
         asked.append(user)
         return Reply("Fine. Rating: [[8]]", "answered", 100, 5)
 
-    assert judge_all(jobs[:20], judge, LineFile(path, single_key), concurrency=3) is None
-    assert judge_all(jobs, judge, LineFile(path, single_key), concurrency=3) is None
-    assert judge_all(jobs, judge, LineFile(path, single_key), concurrency=3) is None
+    assert judge_all(jobs[:20], judge, LineFile(path, single_key), {}, concurrency=3) is None
+    assert judge_all(jobs, judge, LineFile(path, single_key), {}, concurrency=3) is None
+    assert judge_all(jobs, judge, LineFile(path, single_key), {}, concurrency=3) is None
     assert sorted(asked) == sorted(job.users[0] for job in jobs)
     lines = read_lines(path, "it")
     assert len(lines) == 32
@@ -171,7 +174,7 @@ def test_other_answers_of_the_same_model_are_judged_again(materials, tmp_path):
     path = tmp_path / "j_single.jsonl"
     for word, text in (("old", "[[3]]"), ("new", "[[9]]")):
         file = LineFile(path, single_key)
-        judge_all(single_jobs(materials, "j", "m", answers_of(materials, word)), say(text), file, concurrency=2)
+        judge_all(single_jobs(materials, "j", "m", answers_of(materials, word)), say(text), file, {}, concurrency=2)
         file.finish(lambda line: (line["question_id"], line["turn"]))
     lines = read_lines(path, "it")
     assert [line["score"] for line in lines] == [9.0] * 32
@@ -190,7 +193,7 @@ def test_what_has_no_score_counts_nowhere_and_only_failures_are_made_again(mater
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
     bad = jobs[3].users[0]
     judge_all(jobs, lambda _, user: reply if user == bad else Reply("[[6]]", "answered"), LineFile(path, single_key),
-              concurrency=2)  # fmt: skip
+              {}, concurrency=2)  # fmt: skip
     file = LineFile(path, single_key)
     line = file.rows[jobs[3].key]
     assert (line["score"], line["outcome"], line["judgment"]) == (-1, outcome, reply.text)
@@ -198,15 +201,34 @@ def test_what_has_no_score_counts_nowhere_and_only_failures_are_made_again(mater
     assert found["score"] == 6.0
     assert found["unscored"] == {"no rating": 0, "refused": 0, "failed": 0} | {outcome: 1}
     asked = []
-    judge_all(jobs, lambda _, user: (asked.append(user), Reply("[[2]]", "answered"))[1], file, concurrency=2)
+    judge_all(jobs, lambda _, user: (asked.append(user), Reply("[[2]]", "answered"))[1], file, {}, concurrency=2)
     assert asked == ([bad] if again else [])
+
+
+@pytest.mark.parametrize(("protocols", "made"), [
+    ([{"max_tokens": 64}, {"max_tokens": 64}, {"max_tokens": 128}], [32, 0, 32]),
+    ([{}, {"max_tokens": 64}], [32, 0]),  # FastChat's lines say nothing of it
+])  # fmt: skip
+def test_judgements_by_another_protocol_are_made_again(materials, tmp_path, protocols, made):
+    path = tmp_path / "j_single.jsonl"
+    jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
+    for protocol, count in zip(protocols, made, strict=True):
+        asked: list[str] = []
+        file = LineFile(path, single_key)
+        judge_all(jobs, lambda _, user, asked=asked: (asked.append(user), Reply("[[2]]", "answered"))[1], file,
+                  protocol, concurrency=2)  # fmt: skip
+        file.finish(lambda line: (line["question_id"], line["turn"]))
+        assert len(asked) == count
+        lines = read_lines(path, "it")
+        assert len(lines) == 32
+        assert all(line.get("max_tokens") == protocol["max_tokens"] for line in lines if count and protocol)
 
 
 def test_a_judge_that_is_down_is_not_asked_for_ever(materials, tmp_path):
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
     asked = []
     file = LineFile(tmp_path / "j_single.jsonl", single_key)
-    reason = judge_all(jobs, lambda _, user: (asked.append(user), Reply("gone", "failed"))[1], file, concurrency=1)
+    reason = judge_all(jobs, lambda _, user: (asked.append(user), Reply("gone", "failed"))[1], file, {}, concurrency=1)
     assert reason == "gone"
     assert len(asked) == IN_A_ROW < len(jobs)
     assert all(line["score"] == -1 for line in file.rows.values())
@@ -242,7 +264,7 @@ def test_two_answers_are_compared_in_both_orders_and_the_place_of_an_answer_wins
                                    (say("[[C]]"), "tie", ("tie", "tie")),
                                    (say("hm"), "error", ("error", "error"))):  # fmt: skip
         file = LineFile(tmp_path / f"{expected}{games}.jsonl", pair_key)
-        judge_all(jobs, judge, file, concurrency=2)
+        judge_all(jobs, judge, file, {}, concurrency=2)
         assert {winner(line) for line in file.rows.values()} == {expected}
         assert {(line["g1_winner"], line["g2_winner"]) for line in file.rows.values()} == {games}
         line = next(iter(file.rows.values()))
@@ -255,7 +277,7 @@ def test_fastchat_reads_the_judgements(materials, tmp_path: Path):
     pandas = pytest.importorskip("pandas")
     file = LineFile(tmp_path / "j_single.jsonl", single_key)
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
-    judge_all(jobs, lambda _, user: Reply(f"[[{len(user) % 10 + 1}]]", "answered"), file, concurrency=2)
+    judge_all(jobs, lambda _, user: Reply(f"[[{len(user) % 10 + 1}]]", "answered"), file, {}, concurrency=2)
     frame = pandas.read_json(file.path, lines=True)[["model", "score", "turn"]]
     frame = frame[frame["score"] != -1]
     ours = scores(list(file.rows.values()), lambda _: "all")

@@ -6,17 +6,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from endpoint import Answer, Endpoint, error, grade, serving
+from families import plain_logits
 
 from eval.__main__ import main
 from eval.json_lines import read_lines
+from eval.judge_client import local_judge
 from eval.mtbench import question_file, read_questions
+from quantization.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,13 +242,62 @@ def test_answers_to_unknown_questions_and_two_files_of_one_name_are_refused(prog
     assert "two files of answers are called 'm-seed_42'" in error_line(program("--answers", path, other)[2])
 
 
-def test_a_local_judge_shows_the_flow(program, answers, intactkv_root, tiny_checkpoint, tiny_tokenizer):
-    directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=2100)
+@pytest.fixture
+def local(intactkv_root, tiny_checkpoint, tiny_tokenizer) -> Path:
+    """A tiny checkpoint that judges: what it says by itself is noise."""
+    directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=3000)
     tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(directory)
-    code, out, err = program("--answers", answers(limit=6), "--judge-model", f"local:{directory}", "--max-tokens", 8)
-    assert code in (0, 2), err
+    return directory
+
+
+def test_a_local_judge_shows_the_flow_and_decides(program, answers, intactkv_root, local):
+    call = ("--answers", answers(limit=6), "--judge-model", f"local:{local}", "--max-tokens")
+    code, out, err = program(*call, 8)
+    assert code == 0, err
     assert "a local judge shows the flow" in out
-    lines = read_lines(intactkv_root / "outputs/mt_bench/model_judgment/local-tiny-llama_single.jsonl", "it")
+    path = intactkv_root / "outputs/mt_bench/model_judgment/local-tiny-llama_single.jsonl"
+    lines = read_lines(path, "it")
     assert len(lines) == 12
-    assert all(line["score"] == -1 or line["outcome"] == "scored" for line in lines)
-    assert any(line["usage"]["completion_tokens"] for line in lines)
+    assert {line["outcome"] for line in lines} == {"scored"}
+    assert all(1 <= line["score"] <= 10 and line["usage"]["completion_tokens"] > 0 for line in lines)
+    before = path.read_bytes()
+    assert program(*call, 8)[0] == 0
+    assert path.read_bytes() == before
+    assert program(*call, 9)[0] == 0  # another length, so other judgements
+    assert all(line["max_tokens"] == 9 for line in read_lines(path, "it"))
+    code, _, err = program(*call, 8, "--baseline", answers("b", limit=6))
+    assert code == 0, err
+    pairs = read_lines(path.with_name("local-tiny-llama_pair.jsonl"), "it")
+    assert {line["outcome"] for line in pairs} == {"scored"}
+
+
+def test_a_local_judge_without_a_rating_of_its_own_gives_the_most_likely_one(local, tiny_model):
+    """Beside a loop over plain forward passes: its own greedy text, then the digits that have the largest logits."""
+    model = tiny_model("llama", max_position_embeddings=3000)
+    tokenizer = load_tokenizer(local)
+    endings = [f"Rating: [[{grade}]]" for grade in (*range(1, 10), 10, 42)]
+    user = "a question"
+
+    def greedy(ids: list[int], among: Iterable[int] | None = None) -> int:
+        logits = plain_logits(model, torch.tensor(ids))[-1]
+        return int(logits.argmax()) if among is None else max(among, key=lambda token: float(logits[token]))
+
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(f"be fair\n\n{user}", add_special_tokens=False)]
+    own: list[int] = []
+    while len(own) < 6 and tokenizer.eos_token_id not in own:
+        own.append(greedy(ids + own))
+    own = [token for token in own if token != tokenizer.eos_token_id]
+    spelled = {ending: tokenizer.encode(f"\n\n{ending}", add_special_tokens=False) for ending in endings}
+    said: list[int] = []
+    while said not in spelled.values():
+        fitting = {tokens[len(said)] for tokens in spelled.values() if tokens[: len(said)] == said}
+        said.append(greedy(ids + own + said, fitting))
+    expected = next(ending for ending, tokens in spelled.items() if tokens == said)
+    judge = local_judge(local, "cpu", 6, endings, lambda text: False)
+    reply = judge("be fair", user)
+    assert reply.outcome == "answered"
+    assert reply.text.endswith(f"\n\n{expected}")
+    assert local_judge(local, "cpu", 6, endings, lambda text: True)("be fair", user).text == reply.text.removesuffix(
+        f"\n\n{expected}"
+    )
+    assert judge("be fair", "long " * 700).outcome == "failed"  # no room in the context

@@ -178,10 +178,10 @@ def test_an_answer_is_cut_at_a_stop_token_and_cleaned(answerer, chat):
     one = answerer()
     encode = chat.tokenizer.convert_tokens_to_ids
     ids = [encode("Ġ"), encode("a"), encode("<unk>"), encode("b"), encode("Ġ"), 2, encode("c"), 0]
-    answer = one._cut(ids, 12)
+    answer = one.cut(ids, 12)
     assert (answer.text, answer.tokens, answer.stopped) == ("ab", 6, "end")
-    assert one._cut(ids[:5], 12).stopped == "length"
-    assert one._cut(ids[:5], 5).stopped == "context"
+    assert one.cut(ids[:5], 12).stopped == "length"
+    assert one.cut(ids[:5], 5).stopped == "context"
 
 
 # files ----------------------------------------------------------------------------------------------------------------

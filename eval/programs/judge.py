@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ examples:
   python -m eval judge --answers A.jsonl --baseline B.jsonl --judge-model my-model --base-url http://localhost:8000/v1
   python -m eval judge --answers A.jsonl --judge-model local:modelzoo/smollm2/smollm2-135m --max-tokens 64
 
-Scores of different judges cannot be compared. A small local model shows the flow, its grades say nothing about quality.
+Scores of different judges cannot be compared. A small local model shows the flow, its grades say nothing about quality:
+where it names none, the grade that it finds most likely is taken.
 The answers are sent to the judge's address. The key is read from $OPENAI_API_KEY, or the variable of --key-variable.
 """
 
@@ -100,10 +102,11 @@ def run(options: argparse.Namespace) -> None:
 
     kind, key = ("single", single_key) if baseline is None else ("pair", pair_key)
     path = outputs_dir() / "mt_bench" / "model_judgment" / f"{name.replace('/', '-')}_{kind}.jsonl"
-    judge = _judge(options)
+    judge, protocol = _judge(options, kind)
     with only_writer(path):
         file = LineFile(path, key)
-        stopped = _with_bar(jobs, judge, file, 1 if options.judge_model.startswith(LOCAL) else options.concurrency)
+        concurrency = 1 if options.judge_model.startswith(LOCAL) else options.concurrency
+        stopped = _with_bar(jobs, judge, file, protocol, concurrency)
         file.finish(lambda line: (line["question_id"], line.get("model", line.get("model_1")), line["turn"]))
     lines = [file.rows[job.key] for job in jobs if job.key in file.rows]
     report = single_report(lines, materials) if baseline is None else pair_report(lines)
@@ -123,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
         "references_sha256": sha256_of_file(references) if references else None,
         "answers_sha256": {path.stem: sha256_of_file(path) for path in options.answers},
         "baseline": {options.baseline.stem: sha256_of_file(options.baseline)} if options.baseline else None,
-        "max_tokens": options.max_tokens,
+        **protocol,
     }
     failed = sum(line.get("outcome") == "failed" for line in lines)
     whole = not failed and not report["missing"]
@@ -223,21 +226,30 @@ def _jobs(
     return jobs
 
 
-def _judge(options: argparse.Namespace) -> "Judge":
-    """The judge that the options name. Raises UserError if its key is missing."""
+def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, Any]]":
+    """The judge that the options name, and what decides its judgements besides its name.
+
+    Raises UserError if its key is missing.
+    """
     import os
 
+    from eval.judge import ENDINGS, is_decided
     from eval.judge_client import ChatClient, local_judge
+    from quantization.loading import find_checkpoint
 
+    protocol: dict[str, Any] = {"max_tokens": options.max_tokens}
     if options.judge_model.startswith(LOCAL):
-        return local_judge(Path(options.judge_model.removeprefix(LOCAL)), options.device, options.max_tokens)
+        directory = Path(options.judge_model.removeprefix(LOCAL))
+        protocol["judge_fingerprint"] = find_checkpoint(directory).fingerprint
+        decided = partial(is_decided, kind)
+        return local_judge(directory, options.device, options.max_tokens, ENDINGS[kind], decided), protocol
     key = os.environ.get(options.key_variable, "").strip()
     if not key:
         raise UserError(
             f"the key of the judge is missing: set ${options.key_variable} (any word, if the server asks for none), "
             "name another variable with --key-variable, or use a local model: --judge-model local:DIR"
         )
-    return ChatClient(
+    client = ChatClient(
         options.base_url,
         options.judge_model,
         key,
@@ -245,15 +257,16 @@ def _judge(options: argparse.Namespace) -> "Judge":
         retries=options.retries,
         max_tokens=options.max_tokens,
     )
+    return client, protocol
 
 
-def _with_bar(jobs: "list[Job]", judge: "Judge", file: Any, concurrency: int) -> str | None:
+def _with_bar(jobs: "list[Job]", judge: "Judge", file: Any, protocol: dict[str, Any], concurrency: int) -> str | None:
     from tqdm import tqdm
 
     from eval.judge import judge_all
 
     with tqdm(total=len(jobs), desc="judgements", unit="call") as bar:
-        return judge_all(jobs, judge, file, concurrency=concurrency, report=bar.update)
+        return judge_all(jobs, judge, file, protocol, concurrency=concurrency, report=bar.update)
 
 
 def _cost(options: argparse.Namespace, usage: dict[str, int]) -> str:
