@@ -22,7 +22,11 @@ __all__ = ["IntactCache", "KVPolicy", "LayerPolicy", "LayeredPolicy"]
 
 
 class LayerPolicy(Protocol):
-    """What happens to new keys and values on their way into the cache. Must not look at other tokens' future."""
+    """What happens to new keys and values on their way into the cache. Must not look at other tokens' future.
+
+    A policy with tensors that can be trained has an attribute `differentiable`, true: gradients then go through what it
+    computes. Through others they go as if nothing were rounded.
+    """
 
     def keys(self, states: Tensor) -> Tensor:
         """New keys (batch, KV heads, tokens, D), after RoPE, to what attention shall read: same shape and dtype."""
@@ -45,9 +49,11 @@ class LayeredPolicy(Protocol):
 KVPolicy = LayerPolicy | LayeredPolicy
 
 
-def _straight_through(states: Tensor, seen: Tensor) -> Tensor:
-    """What attention shall read; where a prefix is trained, its gradient passes rounding as if there were none."""
-    return states + (seen - states).detach() if states.requires_grad else seen
+def _straight_through(policy: LayerPolicy, states: Tensor, seen: Tensor) -> Tensor:
+    """What attention shall read; a gradient passes rounding as if there were none, or as the policy itself says."""
+    if getattr(policy, "differentiable", False) or not states.requires_grad:
+        return seen
+    return states + (seen - states).detach()
 
 
 class IntactLayer(DynamicLayer):
@@ -72,8 +78,8 @@ class IntactLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, quantized by the policy; return all, the prefix first."""
         if self.policy is not None:
-            key_states = _straight_through(key_states, self.policy.keys(key_states))
-            value_states = _straight_through(value_states, self.policy.values(value_states))
+            key_states = _straight_through(self.policy, key_states, self.policy.keys(key_states))
+            value_states = _straight_through(self.policy, value_states, self.policy.values(value_states))
             self.quantized_tokens += key_states.shape[-2]
         if not self.single_pass:
             return super().update(key_states, value_states, *args, **kwargs)

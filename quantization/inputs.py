@@ -18,9 +18,28 @@ from quantization.grids import Fit, UniformGrid, merge_groups, split_groups
 from quantization.straight_through import on_grid, straight
 from quantization.transforms.online import OnlineRotation
 
-__all__ = ["PATH", "InputPath", "InputQuantizer", "path_of", "put_in_front", "restore_paths", "stored_paths"]
+__all__ = [
+    "PATH",
+    "InputPath",
+    "InputQuantizer",
+    "fit_shares",
+    "path_of",
+    "put_in_front",
+    "restore_paths",
+    "stored_paths",
+]
 
 PATH = "input"  # name of the submodule
+
+
+def fit_shares(groups: Tensor, low: Tensor, high: Tensor, grid: UniformGrid) -> Fit:
+    """Scale and zero point of every group of (..., group_size), from its own range, of which shares are kept.
+
+    low, high: scalars, with gradients; a symmetric grid takes `high` for both ends.
+    """
+    lowest, highest = groups.aminmax(dim=-1, keepdim=True)
+    below = high if grid.rule.zero_point == "constant" else low
+    return grid.rule.fit(lowest * below, highest * high, grid.bits)
 
 
 class InputQuantizer(nn.Module):
@@ -70,10 +89,7 @@ class InputQuantizer(nn.Module):
             if self.grid.rule.zero_point == "code":  # a code, however it was trained
                 zero_point = straight(zero_point.round().clamp(0, self.grid.top), zero_point)
             return Fit(self.scale, zero_point)
-        low, high = groups.aminmax(dim=-1, keepdim=True)
-        # A symmetric range has one share for both ends.
-        below = self.high if self.grid.rule.zero_point == "constant" else self.low
-        return self.grid.rule.fit(low * below, high * self.high, self.grid.bits)
+        return fit_shares(groups, self.low, self.high, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., channels), any float dtype; same shape and dtype."""

@@ -51,6 +51,7 @@ __all__ = [
     "load_tokenizer",
     "plan_run",
     "quantized_directory",
+    "stored_kv",
     "with_model_defaults",
 ]
 
@@ -195,7 +196,7 @@ class Plan:
 
     def written(self, recipe: Recipe) -> Path:
         """The directory of a recipe's checkpoint, which is made if it is not there."""
-        if not recipe.makes_checkpoint:
+        if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
             return self.checkpoint.directory
         target = quantized_directory(self.checkpoint, recipe, self.segments, self.calibration_prefix)
         return quantize_checkpoint(
@@ -285,11 +286,13 @@ def plan_run(
     """
     checkpoint = find_checkpoint(directory)
     manifest = checkpoint.manifest
-    if manifest is not None and recipe.makes_checkpoint:
+    if manifest is not None and replace(recipe, kv_cache=None).makes_checkpoint:
         raise UserError(
             f"{directory} is quantized already ({manifest['label']}); give its dense checkpoint to --recipe "
             f"{recipe.label()}, or leave --recipe out"
         )
+    if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
+        recipe = replace(recipe, kv_cache=_stored_as(recipe.kv_cache, checkpoint))
     if vanilla and recipe.prefix == "none":
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
@@ -307,7 +310,7 @@ def plan_run(
         return find(checkpoint, tokenizer, default_search(checkpoint.family_name, corpus, context), dense).prefix
 
     choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name, discovered)
-    segments = calibration_of(recipe, tokenizer)
+    segments = calibration_of(recipe, tokenizer) if manifest is None else None
     plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context, spread)
     needed = manifest["needs_prefix"] if manifest is not None else plan.calibration_prefix
     if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
@@ -318,21 +321,33 @@ def plan_run(
     return plan
 
 
-def _bound(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
-    """The recipe's KV policy, with the ranges that the model's checkpoint holds if it is a calibrated one.
+def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
+    """The calibrated KV policy whose tensors a quantized checkpoint holds; None if it holds none."""
+    described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
+    policy = None if described is None else restored(described, PARTS)
+    return policy if isinstance(policy, CalibratedKV) else None
 
-    Raises UserError for a model without such ranges.
-    """
-    kv = recipe.kv_cache
-    if not isinstance(kv, CalibratedKV):
-        return kv
-    layers = getattr(model, "intactkv_kv", [])
-    if not layers or not all(layers):
+
+def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
+    """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
+    own = stored_kv(checkpoint)
+    if own is None:
         raise UserError(
-            f"{type(kv).__name__} needs ranges of keys and values, which this checkpoint does not hold; quantize it "
-            "with that KV policy (--kv static --kv-bits N), or choose another"
+            f"{type(wanted).__name__} needs ranges of keys and values, which {checkpoint.name} does not hold; quantize "
+            "it with that KV policy (for example --kv static --kv-bits 4), or choose another, such as --kv per_head"
         )
-    return kv.bound(layers)
+    if (type(own), own.bits) != (type(wanted), wanted.bits):
+        raise UserError(
+            f"{checkpoint.name} holds ranges for {type(own).__name__} with {own.bits} bits, not for "
+            f"{type(wanted).__name__} with {wanted.bits}; leave --kv and --kv-bits out, or quantize it anew"
+        )
+    return own
+
+
+def _bound(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
+    """The recipe's KV policy, with the tensors that the model's checkpoint holds if it is a calibrated one."""
+    kv = recipe.kv_cache
+    return kv.bound(model.__dict__["intactkv_kv"]) if isinstance(kv, CalibratedKV) else kv
 
 
 def _load(

@@ -127,7 +127,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--kv",
         default=None,
         metavar="NAME",
-        help="KV-cache policy: none, per_head, or static (a checkpoint quantized with it) (default: the recipe's)",
+        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
+        "(default: the recipe's, or the checkpoint's)",
     )
     group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
     add_dtype_option(group)
@@ -147,7 +148,7 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.loading import with_model_defaults
+    from quantization.loading import stored_kv, with_model_defaults
     from quantization.named import kv_policy, named_recipe
     from quantization.recipe import with_settings
 
@@ -159,10 +160,13 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
         )
     # Prefix and KV policy first: a setting may need the one or reach into the other.
     if getattr(options, "prefix", None) is not None:
-        recipe = replace(recipe, prefix=options.prefix)
+        behind = recipe.calibrate_behind_prefix and options.prefix != "none"  # of a recipe that does so by itself
+        recipe = replace(recipe, prefix=options.prefix, calibrate_behind_prefix=behind)
     name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
     if name is not None or bits is not None:
         recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
+    elif recipe.kv_cache is None:
+        recipe = replace(recipe, kv_cache=stored_kv(checkpoint))
     settings = [
         *_setting("weights.grid.bits", options.bits),
         *_setting("weights.grid.group_size", options.group_size),
