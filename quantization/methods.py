@@ -101,6 +101,11 @@ class WeightQuantizer(Protocol):
 class CalibratedKV(Protocol):
     """A KV policy whose ranges come from calibration text: a frozen dataclass; the checkpoint keeps its tensors."""
 
+    @property
+    def bits(self) -> int:
+        """Of keys and values."""
+        ...
+
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         """The tensors of one block, by names without a dot."""
         ...
@@ -121,7 +126,11 @@ class BlockTuning(Protocol):
     """
 
     name: ClassVar[str]
-    reads: ClassVar[Literal["quantized", "full", "both"]]  # see `WeightQuantizer`
+
+    @property
+    def reads(self) -> Literal["quantized", "full", "both"]:
+        """See `WeightQuantizer`."""
+        ...
 
     @property
     def calibrates(self) -> bool:

@@ -10,12 +10,13 @@ from quantization.activations import Activations
 from quantization.attention import AttentionProducts
 from quantization.binary_coding import BinaryGrid
 from quantization.grids import UniformGrid
-from quantization.kv_cache import KV_POLICIES, PerHead, Rotated
+from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead
 from quantization.methods import CalibratedKV
 from quantization.recipe import Calibration, Recipe
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.tuning.distill import Distill
+from quantization.tuning.prefixquant import PrefixQuantTuning
 from quantization.weights.awq import AWQ
 from quantization.weights.bcq import BCQ, GPTQToBCQ
 from quantization.weights.gptq import GPTQ
@@ -79,6 +80,23 @@ def _quarot(weights: type[GPTQ] | type[RTN], rotated: bool = True, weights_only:
     )
 
 
+def _prefixquant(input_bits: int, static: bool, epochs: int = 0) -> Recipe:
+    """PrefixQuant's W4A4KV4 or W4A8KV4 behind the tokens that it discovers: rotated, symmetric grids per row, per input
+    tensor (static) or token, per KV head."""
+    return Recipe(
+        transforms=(Rotate(head_mix="none"),),
+        weights=RTN(UniformGrid(4, convention="gptq-sym")),
+        activations=Activations(
+            UniformGrid(input_bits, convention="gptq-sym"), static=static, keep=1.0 if static else 0.95
+        ),
+        tuning=PrefixQuantTuning(epochs=epochs),
+        kv_cache=StaticPerHead(4, "gptq-sym", rotate_keys=True) if static else ClippedPerHead(4, rotate_keys=True),
+        prefix="auto",
+        calibration=Calibration("pile", samples=576 if epochs else 64, length=1024, seed=2),
+        calibrate_behind_prefix=True,
+    )
+
+
 def _w_and_a(bits: int, alpha: float | None, qllm: bool = False) -> Recipe:
     """SmoothQuant, or without alpha what it is compared with: by its own repository, or by qllm's conventions."""
     grid = UniformGrid(bits, convention="gptq-asym" if qllm else "smoothquant-sym")
@@ -94,6 +112,7 @@ def _w_and_a(bits: int, alpha: float | None, qllm: bool = False) -> Recipe:
 
 ASHKBOOS = "Ashkboos et al. 2024, 2404.00456"
 AFFINE = "Jacob et al. 2018, 1712.05877"
+CHEN = "Chen et al. 2024, 2410.05265"
 DETTMERS = "Dettmers et al. 2024, 2306.03078"
 FRANTAR = "Frantar et al. 2023, 2210.17323"
 INTACTKV = "Liu et al. 2024, 2403.01241"
@@ -159,10 +178,14 @@ RECIPES: Mapping[str, NamedRecipe] = {
         YAO,
         "zeroquant-w4a4, distilled; published with tuning.blocks=last",
     ),
-    "rtn-w8a8": NamedRecipe(_w_and_a(8, None), XIAO, "symmetric rows and tokens: SmoothQuant without smoothing, 8 bits"),
+    "rtn-w8a8": NamedRecipe(
+        _w_and_a(8, None), XIAO, "symmetric rows and tokens: SmoothQuant without smoothing, 8 bits"
+    ),
     "rtn-w6a6": NamedRecipe(_w_and_a(6, None), XIAO, "the same, 6 bits"),
     "rtn-w4a4": NamedRecipe(_w_and_a(4, None), XIAO, "the same, 4 bits"),
-    "rtn-w8a8-qllm": NamedRecipe(_w_and_a(8, None, True), XIAO, "asymmetric, with attention's q, k, v, softmax, 8 bits"),
+    "rtn-w8a8-qllm": NamedRecipe(
+        _w_and_a(8, None, True), XIAO, "asymmetric, with attention's q, k, v, softmax, 8 bits"
+    ),
     "rtn-w6a6-qllm": NamedRecipe(_w_and_a(6, None, True), XIAO, "the same, 6 bits"),
     "rtn-w4a4-qllm": NamedRecipe(_w_and_a(4, None, True), XIAO, "the same, 4 bits"),
     "smoothquant-w8a8": NamedRecipe(_w_and_a(8, 0.5), XIAO, "SmoothQuant: symmetric rows and tokens, 8 bits"),
@@ -181,6 +204,16 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "gptq-w4a4kv4": NamedRecipe(_quarot(GPTQ, rotated=False), ASHKBOOS, "quarot without rotations"),
     "rtn-w4a4kv4": NamedRecipe(_quarot(RTN, rotated=False), ASHKBOOS, "quarot-rtn without rotations"),
     "rotate": NamedRecipe(Recipe((Rotate(),)), ASHKBOOS, "QuaRot's rotations alone, nothing quantized"),
+    "prefixquant-w4a4kv4-static": NamedRecipe(
+        _prefixquant(4, True), CHEN, "PrefixQuant: rotated, static grids by their output error, behind outlier tokens"
+    ),
+    "prefixquant-w4a4kv4-static-ft": NamedRecipe(_prefixquant(4, True, 20), CHEN, "the same, then 20 epochs a block"),
+    "prefixquant-w4a4kv4-dynamic": NamedRecipe(_prefixquant(4, False), CHEN, "grids per token, clip searched"),
+    "prefixquant-w4a4kv4-dynamic-ft": NamedRecipe(_prefixquant(4, False, 20), CHEN, "the same, then 20 epochs a block"),
+    "prefixquant-w4a8kv4-static": NamedRecipe(_prefixquant(8, True), CHEN, "static, inputs of 8 bits"),
+    "prefixquant-w4a8kv4-static-ft": NamedRecipe(_prefixquant(8, True, 10), CHEN, "the same, then 10 epochs a block"),
+    "prefixquant-w4a8kv4-dynamic": NamedRecipe(_prefixquant(8, False), CHEN, "dynamic, inputs of 8 bits"),
+    "prefixquant-w4a8kv4-dynamic-ft": NamedRecipe(_prefixquant(8, False, 10), CHEN, "the same, then 10 epochs a block"),
     "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
     "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
     "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),
