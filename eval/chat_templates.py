@@ -47,7 +47,7 @@ class ChatTemplate:
         ids = ids if ids[:1] == [start] else [start, *ids]
         if tuple(ids[: len(self.lead)]) == self.lead:
             return ids
-        return [*self.lead, *(ids[1:] if self.lead[0] == start else ids)]
+        return [*self.lead, *(ids[1:] if start in self.lead else ids)]
 
 
 def vicuna_text(turns: Sequence[str], end: str = "</s>") -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from corpora.errors import UserError
-from corpora.tokens import encode
+from corpora.tokens import encode, start_token_id
 from eval.scoring import score_continuations
 from intactkv.attach import IntactModel
 
@@ -68,11 +68,11 @@ class IntactLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def behind_lead(self, ids: Sequence[int]) -> list[int]:
-        """A row's ids with the lead in front, once; a [BOS] of its own gives way to the lead's."""
-        ids = list(ids)
+        """A row's ids with the lead in front, once; its own [BOS] gives way to one anywhere in the lead."""
+        ids, start = list(ids), start_token_id(self.tokenizer)
         if not self.lead or ids[: len(self.lead)] == self.lead:
             return ids
-        return self.lead + (ids[1:] if ids[:1] == self.lead[:1] else ids)
+        return self.lead + (ids[1:] if ids[:1] == [start] and start in self.lead else ids)
 
     def _shortened(self, ids: list[int], room: int) -> list[int]:
         """A row that starts with the lead, cut to `room` tokens behind the lead; counts what it cuts."""

@@ -4,14 +4,19 @@ import json
 import shutil
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from families import FAMILIES, random_ids
+from families import FAMILIES, plain_logits, random_ids
 from torch import Tensor
 from torch.testing import assert_close
 
 from corpora.errors import UserError
+from eval.chat_templates import ChatTemplate
+from eval.lm import IntactLM
+from intactkv.attach import attach
 from intactkv.discover import chosen_tokens, discover, down_maxima, largest_ratios
 from intactkv.pivots import OutlierTokens, decoder_of, outlier_tokens
 from intactkv.prefix import Prefix, build_prefix
@@ -154,6 +159,23 @@ def test_what_cannot_be_looked_at_is_refused_and_leaves_no_hook(tiny_model):
     with pytest.raises(UserError, match="not finite"):
         discover(model, texts, BOS)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_rows_own_bos_gives_way_to_the_one_that_such_a_prefix_has_last(tiny_model, tiny_tokenizer):
+    """And a text that happens to start with the prefix's first token keeps it."""
+    model, text = tiny_model("llama"), random_ids(12)
+    intact = attach(model, build_prefix(model, [SINK, RARE, BOS]))
+    text[0] = SINK
+    plain = intact.score(text[None])[0]
+    whole = plain_logits(model, torch.cat([torch.tensor([SINK, RARE, BOS]), text]))
+    assert_close(plain, whole[3:], rtol=1e-4, atol=1e-4)
+    begun = intact.score(torch.cat([torch.tensor([BOS]), text])[None])[0]
+    assert_close(begun, whole[2:], rtol=1e-4, atol=1e-4)
+    harness = SimpleNamespace(lead=[SINK, RARE, BOS], tokenizer=tiny_tokenizer())
+    for row in ([SINK, 40], [BOS, SINK, 40], [SINK, RARE, BOS, SINK, 40]):
+        assert IntactLM.behind_lead(cast(Any, harness), row) == [SINK, RARE, BOS, SINK, 40]
+    template = ChatTemplate("plain", tiny_tokenizer(), lambda turns: turns[0])
+    assert template.behind([SINK, RARE, BOS]).ids(["a"]) == [SINK, RARE, *template.ids(["a"])]
 
 
 # Programs -------------------------------------------------------------------------------------------------------------

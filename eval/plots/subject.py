@@ -17,7 +17,7 @@ from corpora.catalog import CORPORA, CalibrationText, model_defaults
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
 from corpora.storage import identity, sha256_of_file
-from corpora.text import calibration_segments, encode, evaluation_stream, protocol
+from corpora.text import calibration_segments, encode, evaluation_stream, protocol, start_token_id
 from eval.plots.canvas import file_name
 from intactkv.attach import IntactModel, attach
 from quantization.architecture import Architecture, architecture_of
@@ -253,7 +253,7 @@ def load_subject(plan: Plan, text: Text) -> Subject:
     ids = text.ids
     if len(lead) and bool((ids[:, : len(lead)] == lead).all()):
         ids = ids[:, len(lead) :]
-    elif len(lead) and bool((ids[:, 0] == lead[0]).all()):
+    elif (start := start_token_id(plan.tokenizer)) in plan.choice.ids and bool((ids[:, 0] == start).all()):
         ids = ids[:, 1:]
     if ids.shape[1] < 2:
         raise UserError(
