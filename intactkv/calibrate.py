@@ -92,13 +92,15 @@ def calibrate(
     *,
     kv: KVPolicy | None = None,
     state: Path | None = None,
+    models: Any = None,
     report: Report | None = None,
 ) -> Outcome:
     """Train a prefix for a quantized model.
 
     twin: its full-precision twin, on the same device. kv: policy of the cache behind the prefix; its rounding passes
     gradients straight through. state: file that a killed run goes on from, written with every held-out loss and removed
-    by whoever has kept the outcome. report: called with every step's row of the history.
+    by whoever has kept the outcome. models: what both models and the policy are, as JSON: a state that was made with
+    others is refused. report: called with every step's row of the history.
     Raises UserError for samples that do not start with the prefix, have nothing to learn from, or a loss that is no
     number; nothing is lost then.
     """
@@ -109,7 +111,7 @@ def calibrate(
             f"{len(samples)} samples to train on and {len(held_out)} held out; at least one of each is needed"
         )
     start = [x.to(input_embeddings(model).device) for x in (*prefix.keys, *prefix.values)]
-    run = Run(start, _identity(prefix, samples, held_out, training), training.betas, training.eps)
+    run = Run(start, _identity(prefix, samples, held_out, training, models), training.betas, training.eps)
 
     def losses(step: int) -> Iterator[Tensor]:
         for index in shuffled(len(samples), training.batch, training.seed, step):
@@ -206,11 +208,14 @@ def _check(sample: Sample, prefix: Prefix) -> None:
         raise UserError("a calibration text has no token to take the loss at behind the prefix; use longer ones")
 
 
-def _identity(prefix: Prefix, samples: Sequence[Sample], held_out: Sequence[Sample], training: Training) -> str:
+def _identity(
+    prefix: Prefix, samples: Sequence[Sample], held_out: Sequence[Sample], training: Training, models: Any
+) -> str:
     """What a state must have been made with to be gone on from."""
     texts = [[s.ids.tolist(), s.counted.tolist()] for s in (*samples, *held_out)]
     start = [float(x.double().sum()) for x in (*prefix.keys, *prefix.values)]
-    return identity({"texts": texts, "split": len(samples), "start": start, "training": asdict(training)}, 16)
+    made_of = {"texts": texts, "split": len(samples), "start": start, "training": asdict(training), "models": models}
+    return identity(made_of, 16)
 
 
 def _with(prefix: Prefix, tensors: Sequence[Tensor]) -> Prefix:

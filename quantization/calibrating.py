@@ -119,8 +119,9 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
 
         shown: dict[str, Any] = {}
         outcome = calibrate(
-            model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state, report=report
-        )
+            model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state, models=plan.describe(),
+            report=report,
+        )  # fmt: skip
     memory = peak_memory_mb(plan.device.type)
     held_out = [row["held_out"] for row in outcome.history if "held_out" in row]
     # On the same tokens: the prefix before it was trained, its [BOS] alone, and no prefix at all.

@@ -233,6 +233,8 @@ def test_a_state_of_another_run_or_a_broken_one_is_refused(pair, tmp_path):
     calibrate(model, twin, prefix, SAMPLES, OTHERS, SHORT, state=state)
     with pytest.raises(UserError, match="belongs to a run with other texts"):
         calibrate(model, twin, prefix, SAMPLES[:3], OTHERS, SHORT, state=state)
+    with pytest.raises(UserError, match="belongs to a run with other texts"):
+        calibrate(model, twin, prefix, SAMPLES, OTHERS, SHORT, state=state, models={"weights": "others"})
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged"):
         calibrate(model, twin, prefix, SAMPLES, OTHERS, SHORT, state=state)

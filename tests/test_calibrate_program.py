@@ -107,6 +107,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model, intactkv_root):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not killed.exists()
+    other = subprocess.run([*command, "--bits", "4", "--out", killed], cwd=ROOT, env=environment, check=False,
+                           capture_output=True, text=True)  # fmt: skip
+    assert other.returncode == 2
+    assert "killed.state.safetensors belongs to a run with other texts" in other.stderr
     done = subprocess.run([*command, "--out", killed], cwd=ROOT, env=environment, check=True, capture_output=True,
                           text=True)  # fmt: skip
     assert "going on from step" in done.stderr

@@ -41,7 +41,8 @@ def draw_calibration(curves: Sequence[Path], output: Output) -> None:
         first = held_out[0]["held_out"]
         changes = [100 * (r["held_out"] / first - 1) for r in held_out]
         right.plot([r["step"] for r in held_out], changes, color=colour, marker="o", markersize=4, label=literal(name))
-        table += [(name, r["step"], r.get("loss", ""), r.get("gradient", ""), r.get("held_out", "")) for r in rows]
+        fields = ("step", "loss", "gradient", "seconds", "held_out")
+        table += [(name, *(row.get(field, "") for field in fields)) for row in rows]
     left.set_ylabel("loss of the step's conversations\n(sum over blocks of ½ · mean square)")
     right.set_ylabel("held-out loss, change in %")
     right.axhline(0, color="0.5", linewidth=0.8, linestyle="--")
@@ -50,4 +51,4 @@ def draw_calibration(curves: Sequence[Path], output: Output) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    output.save(figure, ("curve", "step", "loss", "gradient norm", "held-out loss"), table)
+    output.save(figure, ("curve", "step", "loss", "gradient norm", "seconds", "held-out loss"), table)

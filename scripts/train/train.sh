@@ -6,7 +6,7 @@
 # Environment: PREFIX (default: prompt), OUT (default: modelzoo/prefixes/MODEL-SIZE-METHOD-wBITS-cal.safetensors);
 # GROUP_SIZE, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH of the weights; CONVERSATIONS, SAMPLES, HELD_OUT,
 # MAX_LENGTH, STEPS, BATCH_SIZE, LEARNING_RATE, EVALUATE_EVERY of the training (published: 128 conversations of 1024
-# tokens, 160 steps of 16).
+# tokens, 160 steps of 16); CHECKPOINTING=1 where memory is short.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 5 ] || fail "usage: train.sh MODEL SIZE METHOD BITS DEVICE (got $# of 5 arguments)"
@@ -18,4 +18,5 @@ python -m intactkv calibrate --model "$model" --device "$device" --recipe "$3" -
     --out "${OUT:-modelzoo/prefixes/$(basename "$model")-$3-w$4-cal.safetensors}" \
     ${CONVERSATIONS:+--conversations "$CONVERSATIONS"} ${SAMPLES:+--samples "$SAMPLES"} ${HELD_OUT:+--held-out "$HELD_OUT"} \
     ${MAX_LENGTH:+--max-length "$MAX_LENGTH"} ${STEPS:+--steps "$STEPS"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} \
-    ${LEARNING_RATE:+--learning-rate "$LEARNING_RATE"} ${EVALUATE_EVERY:+--evaluate-every "$EVALUATE_EVERY"}
+    ${LEARNING_RATE:+--learning-rate "$LEARNING_RATE"} ${EVALUATE_EVERY:+--evaluate-every "$EVALUATE_EVERY"} \
+    ${CHECKPOINTING:+--checkpointing}
