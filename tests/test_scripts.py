@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
-RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm")
+RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant")
 
 
 @pytest.fixture(autouse=True)
