@@ -9,13 +9,14 @@ are part of the model's state.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from quantization.grids import Fit, UniformGrid, merge_groups, split_groups
-from quantization.straight_through import on_grid, straight
+from quantization.straight_through import fit_through, on_grid, straight
 from quantization.transforms.online import OnlineRotation
 
 __all__ = [
@@ -39,7 +40,7 @@ def fit_shares(groups: Tensor, low: Tensor, high: Tensor, grid: UniformGrid) -> 
     """
     lowest, highest = groups.aminmax(dim=-1, keepdim=True)
     below = high if grid.rule.zero_point == "constant" else low
-    return grid.rule.fit(lowest * below, highest * high, grid.bits)
+    return fit_through(lowest * below, highest * high, grid)
 
 
 class InputQuantizer(nn.Module):
@@ -96,6 +97,15 @@ class InputQuantizer(nn.Module):
         groups = split_groups(x.float(), self.grid.group_size)
         return merge_groups(on_grid(groups, self.fit(groups), self.grid)).to(x.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Go where the model goes, but keep the tensors in float32 when it is cast."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if (now := self.get_buffer(name)).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
+        return self
+
     def extra_repr(self) -> str:
         """As torch's modules print themselves."""
         return f"{self.grid}, {'static' if self.static else 'dynamic'}"
@@ -110,16 +120,17 @@ class InputPath(nn.Module):
         self.quantizer = quantizer
         self.readers = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        self._reads = 0
+        self._served: list[int] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the linears see. Computed once for all of them, who are called one after the other with one tensor."""
-        if self._last is None or self._last[0] is not x:
+    def forward(self, x: Tensor, reader: nn.Module) -> Tensor:
+        """What the linears see. Computed once for all of them, who are called one after the other with one tensor; a
+        reader that comes again starts anew, so that nothing of a pass that was left early is ever used."""
+        if self._last is None or self._last[0] is not x or id(reader) in self._served:
             out = x if self.rotation is None else self.rotation(x)
-            self._last, self._reads = (x, out if self.quantizer is None else self.quantizer(out)), 0
+            self._last, self._served = (x, out if self.quantizer is None else self.quantizer(out)), []
         out = self._last[1]
-        self._reads += 1
-        if self._reads >= self.readers:
+        self._served.append(id(reader))
+        if len(self._served) == self.readers:
             self._last = None
         return out
 
@@ -146,15 +157,16 @@ def put_in_front(
         path = InputPath()
         first.add_module(PATH, path)
         for name in linears:
-            block.get_submodule(name).register_forward_pre_hook(_through(path))
+            block.get_submodule(name).register_forward_pre_hook(partial(_read, path))
             path.readers += 1
     path.rotation = rotation or path.rotation
     path.quantizer = quantizer or path.quantizer
     return path
 
 
-def _through(path: InputPath) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda _module, args: (path(args[0]), *args[1:])
+def _read(path: InputPath, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hook, in a form that a copy of the model copies with its own path."""
+    return path(args[0], linear), *args[1:]
 
 
 def stored_paths(block: nn.Module, sets: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantization.grids import Fit, UniformGrid, encode
 
-__all__ = ["OnGrid", "on_grid", "straight"]
+__all__ = ["OnGrid", "fit_through", "on_grid", "straight"]
 
 
 class OnGrid(torch.autograd.Function):
@@ -59,3 +59,12 @@ def on_grid(groups: Tensor, fitted: Fit, grid: UniformGrid) -> Tensor:
 def straight(rounded: Tensor, exact: Tensor) -> Tensor:
     """The value of the one, bit for bit, with the gradient of the other."""
     return rounded.detach() + (exact - exact.detach())
+
+
+def fit_through(low: Tensor, high: Tensor, grid: UniformGrid) -> Fit:
+    """The grid of a range, (..., 1) each, with gradients for its ends that pass the rounding of the zero point, too."""
+    scale, zero_point = grid.rule.fit(low, high, grid.bits)
+    if grid.rule.zero_point == "constant" or not (low.requires_grad or high.requires_grad):
+        return Fit(scale, zero_point)
+    exact = -low / scale
+    return Fit(scale, straight(zero_point, exact.clamp(0, grid.top) if grid.rule.zero_point == "code" else exact))

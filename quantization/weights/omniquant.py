@@ -36,7 +36,7 @@ from quantization.grids import (
     merge_groups,
     split_groups,
 )
-from quantization.straight_through import on_grid, straight
+from quantization.straight_through import fit_through, on_grid, straight
 from quantization.tuning.training import repeatable
 from quantization.weights.base import GridQuantizer
 from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed
@@ -58,9 +58,7 @@ def clipped_fit(groups: Tensor, bounds: tuple[Tensor, Tensor] | None, grid: Unif
     low, high = (x.float() for x in groups.aminmax(dim=-1, keepdim=True))
     if bounds is not None:
         low, high = torch.sigmoid(bounds[1]) * low, torch.sigmoid(bounds[0]) * high
-    scale, zero_point = grid.rule.fit(low, high, grid.bits)
-    if grid.rule.zero_point == "code":
-        zero_point = straight(zero_point, -low.clamp_max(0) / scale)
+    scale, zero_point = fit_through(low, high, grid)
     if grid.scale_dtype != "float32":
         dtype = SCALE_DTYPES[grid.scale_dtype]
         scale = straight(scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny), scale)
