@@ -1,7 +1,8 @@
-"""Which finished runs have a place in IntactKV's Tables 1 to 3, and which of them stand there.
+"""Which finished runs have a place in IntactKV's Tables 1 to 3 and 5, and which of them stand there.
 
 A run has a place if its recipe is the table's: full precision or one of the methods at 3 bits in groups of 128 (or of
-the model's own default), nothing else quantized, alone or behind IntactKV_[B]. A column holds the runs of one model on
+the model's own default), nothing else quantized; in Table 5 one that quantizes what its named recipe does. Alone or
+behind IntactKV_[B]. A column holds the runs of one model on
 one text under one setting; runs that differ only in the calibration seed share a place.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 from corpora.catalog import model_defaults
 from corpora.storage import identity
-from eval.published import BITS, FULL, GROUP_SIZE, METHODS, QUESTIONS, PublishedTable, paper_name
+from eval.published import BITS, FULL, METHODS, QUESTIONS, WHOLE_METHODS, PublishedTable, paper_name
 from eval.tables import caption_of, is_behind, prefix_label, weights_and_seed
 from eval.task_tables import QA_METRICS, qa_averages, task_caption
 from quantization.named import named_recipe
@@ -19,7 +20,7 @@ from quantization.recipe import describe
 
 __all__ = ["RECORDS", "Column", "Scores", "columns_of", "departures", "one_per_model", "what_fits"]
 
-RECORDS: Mapping[int, str] = {1: "ppl", 2: "tasks", 3: "tasks"}  # whose records have a place in a table
+RECORDS: Mapping[int, str] = {1: "ppl", 2: "tasks", 3: "tasks", 5: "ppl"}  # whose records have a place in a table
 
 Scores = dict[str, float]  # by measure; Table 3 has two, the others one without a name
 
@@ -81,12 +82,15 @@ class Column:
     @property
     def head(self) -> str:
         """What a reader must know of it: `smollm2-135m, sample, groups of 64`."""
-        return f"{self.model}, {self.text}, groups of {self.group}"
+        return f"{self.model}, {self.text}, {'one grid per row' if self.group == -1 else f'groups of {self.group}'}"
 
 
 def what_fits(table: PublishedTable) -> str:
     """What a run must be to have a place, in words."""
-    measured = {1: "perplexities by protocol intactkv", 2: "mmlu with 5 shots by protocol hendrycks"}
+    perplexities = "perplexities by protocol intactkv"
+    if table.number == 5:
+        return f"{perplexities}, of full precision or of the recipe {', '.join(table.recipes.values())}"
+    measured = {1: perplexities, 2: "mmlu with 5 shots by protocol hendrycks"}
     runs = measured.get(table.number, "the seven question answering tasks, all of them, without shots")
     return f"{runs}, of full precision or of {', '.join(METHODS)} at {BITS} bits, with a 16-bit KV cache"
 
@@ -132,29 +136,23 @@ def _by_group(table: PublishedTable, places: Mapping[_Place, Mapping[str, Varian
                 if place.group in (None, group)
             },
         )
-        for group in groups or [model_defaults(first.model).default_group_size]
+        for group in groups or [_group_sizes(table, first.model)[-1]]
     ]
 
 
 def _place(table: PublishedTable, settings: dict[str, Any]) -> _Place | None:
     """The place of a run, None if the table has none for it."""
-    recipe, prefix = settings["recipe"], settings["prefix"]
-    weights = recipe.get("weights")
-    plain = ("kind", "weights", "prefix", "calibration", "calibrate_behind_prefix")
-    more = settings["kv"] is not None or any(part for name, part in recipe.items() if name not in plain)
-    if more or is_behind(settings) or not _is_measured(table, settings):
+    prefix, method = settings["prefix"], _method(table, settings)
+    if method is None or is_behind(settings) or not _is_measured(table, settings):
         return None
     if prefix["file"] is not None or prefix_label(settings) != "[B]":
         return None  # another prefix, or prompts without [BOS]
-    method, group = FULL, None
-    if weights is None and prefix["intact"]:
+    if method == FULL and prefix["intact"]:
         return None  # the same function as without the prefix; the paper shows it once
-    if weights is not None:
-        method, group = weights["kind"], weights["grid"]["group_size"]
-        groups = (GROUP_SIZE, model_defaults(settings["model"]).default_group_size)
-        if method not in METHODS or weights["grid"]["bits"] != BITS or group not in groups:
-            return None
-    if table.number == 1:
+    group = None if method == FULL else settings["recipe"]["weights"]["grid"]["group_size"]
+    if group not in (None, *_group_sizes(table, settings["model"])):
+        return None
+    if RECORDS[table.number] == "ppl":
         setting, text = caption_of(settings), settings["corpus"]
     else:
         setting, text = task_caption(settings), f"{settings['data']} data"
@@ -162,9 +160,44 @@ def _place(table: PublishedTable, settings: dict[str, Any]) -> _Place | None:
     return _Place(setting, model, source, text, method, table.arms[prefix["intact"]], group)
 
 
+def _method(table: PublishedTable, settings: Mapping[str, Any]) -> str | None:
+    """The method of a run, by its name in the table; None if the table has no such method."""
+    recipe, kv = settings["recipe"], settings["kv"]
+    weights = recipe.get("weights")
+    plain = ("kind", "weights", "prefix", "calibration", "calibrate_behind_prefix")
+    if kv is None and not any(part for name, part in recipe.items() if name not in plain):
+        if weights is None:
+            return FULL
+        known = table.recipes is METHODS and weights["kind"] in METHODS and weights["grid"]["bits"] == BITS
+        return weights["kind"] if known else None
+    for method, name in table.recipes.items():
+        named = describe(named_recipe(name))
+        if _quantizes(recipe, kv) == _quantizes(named, named["kv_cache"]):
+            return method
+    return None
+
+
+def _quantizes(recipe: Mapping[str, Any], kv: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """What a described recipe does to a model: transforms, and what is rounded to how many bits."""
+    weights, activations = recipe.get("weights"), recipe.get("activations")
+    others = [recipe.get(name) for name in ("attention", "tuning")]
+    return (
+        [step["kind"] for step in recipe.get("transforms") or ()],
+        weights and (weights["kind"], weights["grid"]["bits"]),
+        activations and (activations["static"], activations["grid"]["bits"], activations["grid"]["group_size"]),
+        kv and (kv["kind"], kv["bits"]),
+        others,
+    )
+
+
+def _group_sizes(table: PublishedTable, model: str) -> tuple[int, ...]:
+    """Of the weights: the paper's, and the model's own where groups are meant."""
+    return (-1,) if table.group_size == -1 else (table.group_size, model_defaults(model).default_group_size)
+
+
 def _is_measured(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
     """Whether a run measured what the table shows."""
-    if table.number == 1:
+    if RECORDS[table.number] == "ppl":
         return settings["protocol"] == "intactkv"
     if table.number == 2:
         return (settings["task_name"], settings["fewshot"], settings["protocol"]) == ("mmlu", 5, "hendrycks")
@@ -174,8 +207,8 @@ def _is_measured(table: PublishedTable, settings: Mapping[str, Any]) -> bool:
 def _unlike(table: PublishedTable, model: str, group: int, run: Variant) -> tuple[str, ...]:
     """What is not the paper's: no difference to a published figure is taken then."""
     settings = run.settings
-    same = {"model": model in table.models, "group size": group == GROUP_SIZE}
-    if table.number == 1:
+    same = {"model": model in table.models, "group size": group == table.group_size}
+    if RECORDS[table.number] == "ppl":
         same |= {"text": settings["corpus"] == "c4", "window": settings["window"] == 2048}
         same |= {"number of windows": settings["limit"] is None}
     else:
@@ -191,7 +224,7 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 def _scores(table: PublishedTable, records: Mapping[str, Mapping[str, Any]]) -> Scores:
     """The table's figures from the records of one run, by task; empty if one is missing."""
-    if table.number == 1:
+    if RECORDS[table.number] == "ppl":
         return {"": records[""]["perplexity"]}
     if table.number == 2:
         return {"": 100 * records["mmlu"]["metrics"]["acc"]}
@@ -218,20 +251,35 @@ def one_per_model(table: PublishedTable, columns: Sequence[Column]) -> tuple[lis
 
 def departures(settings: Mapping[str, Any]) -> list[str]:
     """What a run's method does otherwise than its named recipe; the group size and the calibration text apart."""
-    weights = settings["recipe"].get("weights")
+    recipe = settings["recipe"]
+    weights, more = recipe.get("weights"), recipe.get("transforms")
     if weights is None:
         return []
-    named = dict(_flat(describe(named_recipe(METHODS[weights["kind"]]).weights)))
+    # Only Table 5 has transforms, and only one recipe with them.
+    published = describe(named_recipe(WHOLE_METHODS["QuaRot"] if more else METHODS[weights["kind"]]))
+    words = _changed(weights, published["weights"])
+    if more:
+        for name in ("transforms", "activations"):
+            words += _changed({name: recipe[name]}, {name: published[name]})
+        words += _changed({"kv_cache": settings["kv"]}, {"kv_cache": published["kv_cache"]})
+    return words
+
+
+def _changed(part: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
+    """The fields of a described part that are not as published; the group size apart."""
+    named = dict(_flat(published))
     return [
         f"{name}={value} (recipe: {named[name]})"
-        for name, value in _flat(weights)
+        for name, value in _flat(part)
         if name in named and name != "grid.group_size" and value != named[name]
     ]
 
 
 def _flat(part: Mapping[str, Any], front: str = "") -> list[tuple[str, Any]]:
-    """Fields of a described recipe by their dotted names, as --set spells them below `weights.`."""
+    """Fields of a described part by their dotted names, as --set spells them; those of weights without `weights.`."""
     fields = []
     for name, value in part.items():
+        if isinstance(value, list):  # transforms
+            value = {step["kind"].lower(): step for step in value}
         fields += _flat(value, f"{front}{name}.") if isinstance(value, Mapping) else [(front + name, value)]
     return fields

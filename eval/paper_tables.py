@@ -1,4 +1,4 @@
-"""IntactKV's Tables 1 to 4 with our finished runs beside them.
+"""IntactKV's Tables 1 to 5 with our finished runs beside them.
 
 Of a model that the paper has, ours stands beside the published figure, with the difference where text, amount of text
 and group size are the paper's, too; any other model stands beside the published columns. One column per model: the
@@ -14,7 +14,7 @@ from corpora.catalog import FAMILIES
 from corpora.errors import UserError
 from eval.judged_runs import grade_notes, judged_columns
 from eval.paper_runs import RECORDS, Column, Scores, columns_of, departures, one_per_model, what_fits
-from eval.published import BITS, FULL, GROUP_SIZE, METHODS, TABLES, PublishedTable, paper_name
+from eval.published import FULL, TABLES, PublishedTable, paper_name
 from eval.render import Cell, Figure, Table, change_of, mean_of, signed, signed_percent
 from eval.task_tables import MEAN_ACC, QA_AVERAGE
 from quantization.named import named_recipe
@@ -94,8 +94,8 @@ def _table(
         keys += [(method, arm, change) for arm in table.arms for change in ((False, True) if arm else (False,))]
     rows = tuple((_label(table, *key), *(cells.get(key) for cells in by_column)) for key in keys)
     caption = (
-        f"Table {table.number} of IntactKV (arXiv:2403.01241): {table.title}, {table.better} is better; weights of "
-        f"{BITS} bits; ours: {setting or 'not run'}"
+        f"Table {table.number} of IntactKV (arXiv:2403.01241): {table.title}, {table.better} is better; "
+        f"{table.quantized}; ours: {setting or 'not run'}"
     )
     return Table(caption, ("method", *heads), rows, 1, tuple(_notes(table, columns, left_out)))
 
@@ -122,7 +122,7 @@ def _cells(table: PublishedTable, values: Values, measure: str) -> Cells:
         cells[method, arm, False] = mean_of(list(column.values()))
         if arm:
             alone = columns.get((method, ""), {})
-            cells[method, arm, True] = change_of(alone, column, relative=table.number == 1)
+            cells[method, arm, True] = change_of(alone, column, relative=RECORDS.get(table.number) == "ppl")
     return cells
 
 
@@ -154,13 +154,14 @@ def _notes(table: PublishedTable, columns: Sequence[Column], left_out: Sequence[
             notes.append(
                 f"FP16 of {column.model}: its package's weights, dequantized; they compare only with themselves"
             )
-        notes += [f"ours, {column.model}, {method}: {'; '.join(words)}" for method, words in _methods(column)]
+        notes += [f"ours, {column.model}, {method}: {'; '.join(words)}" for method, words in _methods(table, column)]
         if table.number not in RECORDS:
             notes += grade_notes(column)
     if columns and table.number in RECORDS:
-        command = "changes: `python -m eval table`" if table.number == 1 else "accuracies: `python -m eval table tasks`"
+        perplexities = RECORDS[table.number] == "ppl"
+        command = "changes: `python -m eval table`" if perplexities else "accuracies: `python -m eval table tasks`"
         notes.append(f"standard errors of our {command}")
-    notes.append(f"published: {table.protocol}; groups of {GROUP_SIZE}, fp16; as printed in the paper, not run again")
+    notes.append(f"published: {table.protocol}; {table.grids}; as printed in the paper, not run again")
     if not columns and table.number not in RECORDS:
         notes.append("ours: no judged run has a place; `python -m eval mtbench`, then `python -m eval judge`")
     if table.number == 3:
@@ -174,15 +175,15 @@ def _notes(table: PublishedTable, columns: Sequence[Column], left_out: Sequence[
     return notes
 
 
-def _methods(column: Column) -> list[tuple[str, list[str]]]:
+def _methods(table: PublishedTable, column: Column) -> list[tuple[str, list[str]]]:
     """What our run of a method does otherwise than its named recipe."""
     notes = []
-    for method in METHODS:
+    for method, recipe in table.recipes.items():
         variants = column.methods.get(method)
         if not variants:
             continue
         words = departures(variants[0].settings)
-        text, named = variants[0].settings["made_of"].get("calibration"), named_recipe(METHODS[method]).calibration
+        text, named = variants[0].settings["made_of"].get("calibration"), named_recipe(recipe).calibration
         if text and (text["corpus"], text["samples"], text["length"]) != (named.corpus, named.samples, named.length):
             words.append(
                 f"calibrated on {text['samples']} × {text['length']} tokens of {text['corpus']} "

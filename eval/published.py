@@ -1,17 +1,27 @@
-"""IntactKV's Tables 1 to 4 as data (Liu et al., Findings of ACL 2024, arXiv:2403.01241), and what they stand for.
+"""IntactKV's Tables 1 to 5 as data (Liu et al., Findings of ACL 2024, arXiv:2403.01241), and what they stand for.
 
-All of them: weights of 3 bits in groups of 128 (INT3-g128, asymmetric), nothing else quantized, computed in fp16.
+Tables 1 to 4: weights of 3 bits in groups of 128 (INT3-g128, asymmetric), nothing else quantized, computed in fp16.
 Tables 1 to 3 compare each quantizer alone with the same weights behind IntactKV_[B] ([BOS] alone); Table 4 with
-IntactKV_[P] ([BOS], system prompt and " USER:") and with the same prefix calibrated (+Cal). Models have their names in
-modelzoo/.
+IntactKV_[P] ([BOS], system prompt and " USER:") and with the same prefix calibrated (+Cal). Table 5: weights and
+activations of 4 bits, and QuaRot's KV cache. Models have their names in modelzoo/.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from corpora.catalog import FAMILIES
 
-__all__ = ["BITS", "FULL", "GROUP_SIZE", "METHODS", "QUESTIONS", "TABLES", "PublishedTable", "paper_name"]
+__all__ = [
+    "BITS",
+    "FULL",
+    "GROUP_SIZE",
+    "METHODS",
+    "QUESTIONS",
+    "TABLES",
+    "WHOLE_METHODS",
+    "PublishedTable",
+    "paper_name",
+]
 
 BITS = 3
 GROUP_SIZE = 128
@@ -20,6 +30,7 @@ GROUP_SIZE = 128
 FULL = "FP16"
 # The quantizers by their names, which are also how a record's recipe spells their kind, and their named recipes.
 METHODS: Mapping[str, str] = {"RTN": "rtn-w3", "GPTQ": "gptq-w3", "OmniQuant": "omniquant-w3", "AWQ": "awq-w3"}
+WHOLE_METHODS: Mapping[str, str] = {"QuaRot": "quarot"}  # that quantize more than weights
 
 # How many questions the published accuracies are of, by task: MMLU's test files, and the splits that lm-eval scores.
 QUESTIONS: Mapping[str, int] = {
@@ -39,7 +50,8 @@ class PublishedTable:
     """One table. full: figures in full precision, per model. figures: method → arm → model, in their order here.
 
     arms: what stands behind a method's name; the first is the method alone. protocol: what one figure is.
-    better: lower or higher.
+    better: lower or higher. quantized, grids: to how many bits, and with which groups, in words. recipes: our named
+    recipes by method. group_size: of the weights, −1 for whole rows.
     """
 
     number: int
@@ -49,7 +61,11 @@ class PublishedTable:
     models: tuple[str, ...]
     arms: tuple[str, ...]
     full: tuple[float, ...]
-    figures: Mapping[str, tuple[tuple[float, ...], ...]]  # method → arm → model
+    figures: Mapping[str, tuple[tuple[float | None, ...], ...]]  # method → arm → model; None: not published
+    quantized: str = f"weights of {BITS} bits"
+    grids: str = f"groups of {GROUP_SIZE}, fp16"
+    recipes: Mapping[str, str] = field(default_factory=lambda: METHODS)
+    group_size: int = GROUP_SIZE
 
     def value(self, model: str, method: str, arm: str) -> float | None:
         """The figure of a place in the table; FULL stands for full precision, whatever the arm."""
@@ -122,6 +138,23 @@ TABLES: Mapping[int, PublishedTable] = {
             "OmniQuant": ((4.78, 5.05), (4.94, 5.10), (4.85, 5.24)),
             "AWQ": ((4.74, 5.17), (4.68, 5.34), (4.84, 5.44)),
         },
+    ),
+    5: PublishedTable(
+        number=5,
+        title="perplexity",
+        protocol="C4 (first 1100 validation texts), windows of 2048 tokens that all start with [BOS], at most 256",
+        better="lower",
+        models=("llama-7b", "llama-13b", "llama-2-7b", "llama-2-13b", "llama-3-8b"),
+        arms=B_ARMS,
+        full=(7.36, 6.82, 7.28, 6.75, 9.48),
+        figures={
+            "OmniQuant": ((17.03, 15.65, 21.40, 16.24, None), (16.24, 13.87, 20.01, 15.91, None)),
+            "QuaRot": ((8.23, 7.40, 8.30, 7.51, 13.42), (8.05, 7.32, 8.12, 7.25, 12.23)),
+        },
+        quantized="weights and activations of 4 bits, QuaRot with a KV cache of 4 bits",
+        grids="one grid per row of weights and per token, fp16",
+        recipes=WHOLE_METHODS,
+        group_size=-1,
     ),
 }
 

@@ -82,6 +82,8 @@ def lines(tables: list[Table]) -> dict[str, dict[str, str]]:
     (3, "vicuna-v1.3-13b", "AWQ", 0, 64.56),
     (4, "vicuna-v1.5-7b", "AWQ", 1, 4.68), (4, "vicuna-v1.5-13b", "RTN", 2, 5.30),
     (4, "vicuna-v1.5-13b", "FP16", 0, 5.52),
+    (5, "llama-7b", "OmniQuant", 1, 16.24), (5, "llama-3-8b", "OmniQuant", 0, None),
+    (5, "llama-2-7b", "QuaRot", 1, 8.12), (5, "llama-3-8b", "QuaRot", 0, 13.42), (5, "llama-3-8b", "FP16", 0, 9.48),
 ])  # fmt: skip
 def test_published_figures_are_those_of_the_paper(number, model, method, arm, value):
     assert TABLES[number].value(model, method, TABLES[number].arms[arm]) == value
@@ -286,6 +288,48 @@ def test_table_4_has_published_columns_and_none_of_ours():
     rows = {row[0]: [str(cell) for cell in row[1:]] for row in table.rows}
     assert rows["AWQ + IntactKV_[P] + Cal"] == ["4.84", "5.44", "None"]
     assert "GPTQ" not in rows
+
+
+def quarot(value: float, **others: Any) -> dict[str, Any]:
+    """A record of the recipe `quarot`, with its own KV policy."""
+    kv = describe(named_recipe("quarot").kv_cache)
+    return perplexity(value, "quarot", **{"group": -1, "kv": kv, "seed": 0, **others})
+
+
+def test_table_5_takes_what_quantizes_as_the_recipe_does_and_full_precision():
+    records = [perplexity(7.3), perplexity(9.0, "rtn-w3"), quarot(8.4), quarot(8.1, prefix=BOS)]
+    rows = lines(paper_tables(5, records, ["llama-2-7b"]))
+    ours, difference = "ours: llama-2-7b, c4, one grid per row", "difference llama-2-7b"
+    assert [rows[m][ours] for m in ("FP16", "OmniQuant", "QuaRot", "QuaRot + IntactKV_[B]")] == [
+        "7.3",
+        "",
+        "8.4",
+        "8.1",
+    ]
+    assert float(rows["QuaRot"][difference]) == pytest.approx(0.1)
+    assert float(rows["QuaRot: change by [B]"][ours]) == pytest.approx(-0.3 / 8.4, rel=1e-5)
+    assert "9" not in [cell for row in rows.values() for cell in row.values()]
+    with pytest.raises(UserError, match="table takes perplexities"):  # and Table 1 does not take it
+        paper_tables(1, records[2:], ["llama-2-7b"], "--dtype float16")
+
+
+@pytest.mark.parametrize("change", [
+    {"kv": None}, {"kv": {"kind": "Rotated", "bits": 3, "keep": 0.95}}, {"kv": {"kind": "PerHead", "bits": 4}},
+    {"weights": {"kind": "RTN"}}, {"weights": {"grid": {"bits": 3}}}, {"group": 64},
+])  # fmt: skip
+def test_what_quantizes_otherwise_has_no_place_in_table_5(change):
+    with pytest.raises(UserError, match="of the recipe quarot"):
+        paper_tables(5, [quarot(8.4, **change)], ["llama-2-7b"], "--dtype float16")
+
+
+def test_table_5_names_what_a_run_does_otherwise_than_the_recipe():
+    record = quarot(8.4, weights={"damp": 0.1})
+    record["settings"]["recipe"]["transforms"][0] |= {"head_mix": "none"}
+    record["settings"]["kv"] |= {"keep": 1.0}
+    (table,) = paper_tables(5, [record], ["llama-2-7b"])
+    (note,) = (note for note in table.notes if "QuaRot" in note)
+    for words in ("damp=0.1 (recipe: 0.01)", "transforms.rotate.head_mix=none (recipe: auto)", "kv_cache.keep=1.0"):
+        assert words in note
 
 
 # ---- tables as text

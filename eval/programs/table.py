@@ -8,7 +8,7 @@ from corpora.errors import UserError
 
 __all__ = ["add", "add_filters", "chosen_rows", "run"]
 
-WHICH = ("1", "2", "3", "4", "tasks")
+WHICH = ("1", "2", "3", "4", "5", "tasks")
 
 
 def add(commands: Any) -> None:
@@ -22,9 +22,9 @@ def add(commands: Any) -> None:
     table.add_argument(
         "which",
         nargs="?",
-        metavar="1|2|3|4|tasks",
-        help="IntactKV's Table 1 (perplexity), 2 (MMLU), 3 (question answering) or 4 (MT-bench) with ours beside it; "
-        "tasks: all finished tasks; without it: all perplexities",
+        metavar="1|2|3|4|5|tasks",
+        help="IntactKV's Table 1 (perplexity), 2 (MMLU), 3 (question answering), 4 (MT-bench) or 5 (perplexity with "
+        "activations of 4 bits, too) with ours beside it; tasks: all finished tasks; without it: all perplexities",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
     table.add_argument("--out", type=Path, metavar="FILE", help="write the table to a file instead of printing it")
@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
         "--over-seeds",
         action="store_true",
         help="one figure, mean ± standard deviation (n), for runs that differ only in the calibration seed (Tables 1 "
-        "to 4 always do)",
+        "to 5 always do)",
     )
     add_filters(table, required=False)
     table.add_argument("--task", metavar="NAME", help="only this task, for example arc_easy (tasks)")
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the table, or write it."""
     if options.which is not None and options.which not in WHICH:
         raise UserError(
-            f"table {options.which!r} is not known; choose 1, 2, 3 or 4 (IntactKV's tables), tasks, or nothing for "
+            f"table {options.which!r} is not known; choose 1 to 5 (IntactKV's tables), tasks, or nothing for "
             "all perplexities"
         )
     if options.costs and options.which is not None:
