@@ -1,8 +1,8 @@
 """`--prefix auto` and the program behind it: PrefixQuant's discovery on a checkpoint, done once and kept.
 
 A discovery lies beside the model's prefixes, modelzoo/prefixes/MODEL/auto-IDENTITY.json. Its identity is that of the
-dense checkpoint, the text's tokens and the threshold: where it computes and in which dtype is left out on purpose, so
-that all runs of a model agree on one prefix.
+dense checkpoint, the text's tokens, [BOS] and the threshold: where it computes and in which dtype is left out on
+purpose, so that all runs of a model agree on one prefix.
 """
 
 import argparse
@@ -108,17 +108,16 @@ def find(
     from corpora.text import start_token_id
     from intactkv.discover import discover
 
-    ids = pieces(search, tokenizer)
-    key = {"source": checkpoint.fingerprint, "text": sha256_of_tensor(ids), "threshold": search.threshold}
+    ids, start = pieces(search, tokenizer), start_token_id(tokenizer)
+    key = {"source": checkpoint.fingerprint, "text": sha256_of_tensor(ids), "start": start,
+           "threshold": search.threshold}  # fmt: skip
     file = modelzoo_dir() / "prefixes" / checkpoint.family_name / f"auto-{identity(key)}.json"
     if file.is_file():
         return _read(file)
     log.info("discovering the prefix of %s on %d × %d tokens of %s", checkpoint.family_name, *ids.shape,
              search.text.corpus)  # fmt: skip
     model = open_dense(dense_directory(checkpoint))
-    outcome = discover(
-        model, ids, start_token_id(tokenizer), threshold=search.threshold, linear=_down(model), advance=advance
-    )
+    outcome = discover(model, ids, start, threshold=search.threshold, linear=_down(model), advance=advance)
     described = {"corpus": _name(search.text.corpus), "samples": len(ids), "length": ids.shape[1], "seed": search.seed}
     found = Found(
         prefix=outcome.prefix,

@@ -306,7 +306,7 @@ def test_behind_its_prefix_smollm2_has_lost_its_large_ratios():
     if not (directory / "config.json").exists():
         pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    ids = calibration_segments(AutoTokenizer.from_pretrained(directory), "sample", samples=8, length=256, seed=2)
+    ids = calibration_segments(AutoTokenizer.from_pretrained(directory), "sample", samples=6, length=128, seed=2)
     found = discover(model, ids, BOS)
     behind = largest_ratios(down_maxima(model, ids, build_prefix(model, found.prefix)))
     assert found.prefix[-1] == BOS
