@@ -37,8 +37,9 @@ class OnGrid(torch.autograd.Function):
         """Gradients for the values (None if nobody asks), scale and zero point."""
         groups, scale, zero_point, quantized = ctx.saved_tensors
         values = groups.float()
-        steps = torch.round(values / scale) + zero_point
-        inside = gradient * ((steps >= 0) & (steps <= ctx.grid.top))
+        steps = values / scale
+        codes = (steps + zero_point).round() if ctx.grid.rule.round_sum else steps.round() + zero_point
+        inside = gradient * ((codes >= 0) & (codes <= ctx.grid.top))
         of_scale = (gradient * quantized - inside * values).sum(-1, keepdim=True) / scale
         of_zero_point = (inside - gradient).sum(-1, keepdim=True) * scale
         return (
