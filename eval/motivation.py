@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from corpora.errors import UserError
 from corpora.sharegpt import Chat
 from intactkv.cache import KVPolicy
 from intactkv.calibrate import Sample, block_losses, block_targets
@@ -33,8 +34,11 @@ def losses_by_size(
     """Mean over conversations of every block's loss: (P + 1, L), row m for a prefix of m tokens.
 
     chats: each starts with the prefix's ids. advance: called after every conversation of every size.
+    Raises UserError without any.
     """
-    total: Tensor | None = None
+    if not chats:
+        raise UserError("the motivation curve needs conversations; ask for 1 or more with --samples")
+    losses: list[Tensor] = []
     for chat in chats:
         behind = torch.arange(len(chat.ids)) >= len(prefix)
         sample = Sample(chat.ids, behind)
@@ -44,7 +48,5 @@ def losses_by_size(
             intact = prefix.first(size) if size else None
             rows.append(torch.stack([loss.cpu() for loss in block_losses(model, intact, sample, targets, kv)]))
             advance()
-        losses = torch.stack(rows).double()
-        total = losses if total is None else total + losses
-    assert total is not None
-    return total / len(chats)
+        losses.append(torch.stack(rows).double())
+    return torch.stack(losses).mean(dim=0)

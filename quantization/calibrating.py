@@ -55,7 +55,6 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     if options.out.suffix != ".safetensors":
         raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
     from dataclasses import asdict, replace
-    from statistics import median
 
     from tqdm import tqdm
 
@@ -122,7 +121,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
             model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state, models=plan.describe(),
             report=report,
         )  # fmt: skip
-    memory = peak_memory_mb(plan.device.type)
+    memory = round(peak_memory_mb(plan.device.type), 1)
     held_out = [row["held_out"] for row in outcome.history if "held_out" in row]
     # On the same tokens: the prefix before it was trained, its [BOS] alone, and no prefix at all.
     arms: dict[str, Prefix | None] = {"vanilla": None}
@@ -141,7 +140,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     replace(outcome.best, calibrated=made_of).save(options.out)
     curve = options.out.with_suffix(".curve.jsonl")
     with write_beside(curve) as beside:
-        outcome.history[-1]["peak_memory_mb"] = round(memory, 1)
+        outcome.history[-1]["peak_memory_mb"] = memory
         beside.write_text("".join(json.dumps(row) + "\n" for row in outcome.history), encoding="utf-8")
     state.unlink(missing_ok=True)
     label = plan.choice.label
@@ -155,8 +154,15 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     print(f"held-out loss, sum over {len(untrained.keys)} blocks of ½ · mean square, {len(unseen)} conversations")
     for arm, loss in losses.items():
         print(f"  {names[arm]:<32} {loss:10.5g}")
-    seconds = [row["seconds"] for row in outcome.history if "seconds" in row]
-    print(
-        f"{median(seconds):.3g} s a step of {training.batch} conversations (median of {len(seconds)}), "
-        f"{sum(seconds):.4g} s in all, peak memory {memory:.0f} MB\n{options.out}  {curve}"
+    print(f"{_cost(outcome.history, training.batch, memory)}\n{options.out}  {curve}")
+
+
+def _cost(history: list[dict[str, float]], batch: int, memory: float) -> str:
+    """Seconds of the steps, also of those before a kill, and the peak memory of this process in MB."""
+    from statistics import median
+
+    seconds = [row["seconds"] for row in history if "seconds" in row]
+    return (
+        f"{median(seconds):.3g} s a step of {batch} conversations (median of {len(seconds)}), {sum(seconds):.4g} s in "
+        f"all, peak memory {memory:.0f} MB"
     )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from corpora.errors import UserError
-from eval.plots.canvas import GREY, SERIES, Output, plt
+from eval.plots.canvas import GREY, SERIES, Output, literal, plt
 
 __all__ = ["draw"]
 
@@ -30,8 +30,9 @@ def draw(scores: Mapping[str, Mapping[str, float | None]], output: Output, title
         values = [math.nan if (value := row.get(name)) is None else value for name in categories]
         colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
         axes.plot(
-            [*angles, angles[0]], [*values, values[0]], style, color=colour, marker="o", markersize=3, label=model
-        )
+            [*angles, angles[0]], [*values, values[0]], style, color=colour, marker="o", markersize=3,
+            label=literal(model),
+        )  # fmt: skip
         axes.fill(angles, [0 if math.isnan(value) else value for value in values], color=colour, alpha=0.06)
     axes.set_ylim(0, HIGHEST)
     axes.set_yticks(range(2, int(HIGHEST) + 1, 2))
