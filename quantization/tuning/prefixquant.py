@@ -182,6 +182,8 @@ class PrefixQuantTuning:
 
         # Norms are weights, too; without a grid for the linears they all stay as they are.
         moved = [x for name, x in parameters.items() if name.endswith("weight")] if quantizers.fits else []
+        if not (moved or positive):
+            return parameters  # nothing is quantized
         with at_work(block, quantizers.inputs):
             outcome = train(
                 [(moved, self.weight_lr), ([*positive, *others], self.quant_lr)],
