@@ -2,13 +2,14 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
-RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant")
+RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,30 @@ def test_a_mistake_is_one_line(script: str, arguments: tuple[str, ...], named: s
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert named in done.stderr
+
+
+def test_an_alpha_is_searched_on_a_text_that_is_not_evaluated() -> None:
+    done = run("run_smoothquant", "cpu", "modelzoo", ALPHAS="0.4 0.6")
+    assert done.returncode == 2
+    assert "HELD_OUT is not set" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_alpha_with_the_lowest_perplexity_comes_first_in_every_arm(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    model, text = tiny_checkpoint(tmp_path, "llama"), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    small = {"INTACTKV_ROOT": str(tmp_path), "CALIBRATION": str(text), "CALIBRATION_SAMPLES": "2",
+             "CALIBRATION_LENGTH": "16", "WINDOW": "32", "LIMIT": "2", "HELD_OUT": str(text),
+             "ALPHAS": "0.9 0.1", "RECIPES": "rtn-w4a4 smoothquant-w4a4"}  # fmt: skip
+    done = run("run_smoothquant", "cpu", str(model), **small)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.strip().splitlines()]
+    assert [row[5] for row in rows] == ["bos", "bos", "none", "none"]
+    for better, worse in zip(rows[::2], rows[1::2], strict=True):
+        assert {better[3], worse[3]} == {"0.1", "0.9"}
+        assert float(better[1]) < float(worse[1])
 
 
 @pytest.mark.slow
