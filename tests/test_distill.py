@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quantization.tuning.distill
 from corpora.errors import UserError
+from corpora.paths import modelzoo_dir
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.activations import Activations
@@ -419,3 +420,37 @@ def test_weights_that_calibrate_and_text_that_leaves_nothing_to_learn_from_are_r
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(UserError, match="4 of 4 samples held out"):
         made(source, Recipe(weights=W3, tuning=replace(QUICK, held_out=4)), tmp_path / "out")
+
+
+# the real model -------------------------------------------------------------------------------------------------------
+
+TEXT = (
+    "The river had risen in the night, and by morning the lower field was a lake. Anna stood at the gate with her "
+    "brother and counted the sheep that had made it to the hill: forty-one. There should have been forty-three, and "
+    "the two that were missing were the old ewe and her lamb, who had slept by the wall every night since the spring."
+)
+
+
+@pytest.mark.slow
+def test_in_smollm2_the_first_token_owns_one_blocks_error_unless_the_text_runs_behind_bos(tmp_path: Path) -> None:
+    source = modelzoo_dir() / "smollm2" / "smollm2-135m"
+    if not (source / "config.json").is_file():
+        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])[:64].view(2, 32)
+    bos = torch.tensor([tokenizer.bos_token_id])
+    brief = Distill(steps=1, batch=1, held_out=1)
+    shares = []
+    for behind in (False, True):
+        recipe = Recipe(
+            weights=ZeroQuant(UniformGrid(4, convention="deepspeed-sym")),
+            tuning=brief, prefix="bos", calibrate_behind_prefix=behind,
+        )  # fmt: skip
+        out = quantize_checkpoint(
+            source, recipe, tmp_path / f"{behind}", segments=ids, prefix_ids=bos if behind else None
+        )
+        figures = [read_block(block_file(out, index)).figures for index in range(30)]
+        shares.append([block["squared_error_first_token"] / block["squared_error"] for block in figures])
+    assert shares[0].index(max(shares[0])) == 11  # which makes the massive activations
+    assert shares[0][11] > 0.95
+    assert max(shares[1]) < 0.1  # an even share is 1/32
