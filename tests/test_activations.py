@@ -203,7 +203,7 @@ def test_static_grids_span_what_a_plain_model_sees(
     full = AutoModelForCausalLM.from_pretrained(dense)
     architecture = architecture_of(full.config)
     blocks, plain = architecture.blocks_of(model), architecture.blocks_of(full)
-    for index in range(2 if behind else 3):  # the prefix, unlike the plain model's, never meets a rounded block
+    for index in range(1 if behind else 3):  # unlike the plain model's, the prefix never meets a rounded block
         ranges = plain_ranges(full, prefix, index)
         for names in architecture.linears:
             path = path_of(blocks[index].get_submodule(names[0]))
@@ -215,8 +215,6 @@ def test_static_grids_span_what_a_plain_model_sees(
             scale = (high - low) / 255
             torch.testing.assert_close(path.quantizer.scale.double(), scale, rtol=1e-4, atol=0)
             assert float((path.quantizer.zero_point - (-low / scale).round()).abs().max()) <= 1
-        if behind:
-            break
         for linear in architecture.linears_of(plain[index], "block").values():
             linear.weight.data = fake_quantize(linear.weight.data, weights)
 

@@ -226,15 +226,26 @@ def test_an_outlier_channel_hurts_less_than_half_after_smoothing(
 
 
 def test_behind_a_prefix_the_statistics_know_nothing_of_its_tokens(tiny_model: Callable[..., PreTrainedModel]) -> None:
-    """Token 1 is a pivot here: its embedding is a hundred times another's. The text holds it only in front."""
-    model = tiny_model("llama")
-    model.get_input_embeddings().weight[1] *= 100
+    """They are a plain model's over [prefix + text] without the prefix's positions, where the prefix would count."""
+    model, name = tiny_model("llama"), "self_attn.q_proj"
+    model.get_submodule("model.layers.0.input_layernorm").weight.fill_(1)
+    model.get_input_embeddings().weight[1] = 0
+    model.get_input_embeddings().weight[1, 7] = 1  # token 1 is a pivot: √64 in channel 7 and nothing else
+    seen: list[Tensor] = []
+    hook = model.get_submodule(f"model.layers.0.{name}").register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0][0].abs())
+    )
     text = torch.cat([torch.ones(3, 1, dtype=torch.long), SEGMENTS], dim=1)
-    in_text = input_maxima(first_block(model, segments=text))
-    behind = input_maxima(first_block(model, torch.tensor([1]), SEGMENTS))
-    alone = input_maxima(first_block(model, torch.tensor([1]), SEGMENTS[:, 1:]))
-    assert float((in_text["self_attn.q_proj"] / behind["self_attn.q_proj"]).max()) > 1.01
-    assert all((alone[name] <= behind[name] * 1.001).all() for name in ("self_attn.q_proj",))
+    for row in text:
+        model(row[None])
+    hook.remove()
+    inputs = torch.stack(seen)  # (3, 13, 64)
+    behind = input_maxima(first_block(model, torch.tensor([1])))[name]
+    torch.testing.assert_close(behind, inputs[:, 1:].amax((0, 1)))
+    in_text = input_maxima(first_block(model, segments=text))[name]
+    torch.testing.assert_close(in_text, inputs.amax((0, 1)))
+    assert float(in_text[7]) == pytest.approx(8, rel=1e-4)
+    assert float(behind[7]) < 6
 
 
 # in a recipe ----------------------------------------------------------------------------------------------------------
