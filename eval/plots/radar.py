@@ -10,6 +10,7 @@ __all__ = ["draw"]
 
 HIGHEST = 10.0  # of a judge's grade
 STYLES = ("-", "--", ":", "-.")  # when there are more models than colours
+THIN, THICK = 1.2, 5.0  # points: lines below are thicker, so that none is hidden where grades are equal
 
 
 def draw(scores: Mapping[str, Mapping[str, float | None]], output: Output, title: str = "") -> None:
@@ -29,9 +30,10 @@ def draw(scores: Mapping[str, Mapping[str, float | None]], output: Output, title
     for number, (model, row) in enumerate(scores.items()):
         values = [math.nan if (value := row.get(name)) is None else value for name in categories]
         colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
+        width = THICK - (THICK - THIN) * (number + 1) / len(scores)
         axes.plot(
-            [*angles, angles[0]], [*values, values[0]], style, color=colour, marker="o", markersize=3,
-            label=literal(model),
+            [*angles, angles[0]], [*values, values[0]], style, color=colour, linewidth=width, marker="o",
+            markersize=width + 1.8, label=literal(model),
         )  # fmt: skip
         axes.fill(angles, [0 if math.isnan(value) else value for value in values], color=colour, alpha=0.06)
     axes.set_ylim(0, HIGHEST)
