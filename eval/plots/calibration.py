@@ -35,9 +35,7 @@ def draw_calibration(curves: Sequence[Path], output: Output) -> None:
         colour = SERIES[index % len(SERIES)]
         steps = [row for row in rows if "loss" in row]
         held_out = [row for row in rows if "held_out" in row]
-        left.plot(
-            [r["step"] for r in steps], [r["loss"] for r in steps], color=colour, linewidth=1.2, label=literal(name)
-        )
+        left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=colour, linewidth=1.2)
         first = held_out[0]["held_out"]
         changes = [100 * (r["held_out"] / first - 1) for r in held_out]
         right.plot([r["step"] for r in held_out], changes, color=colour, marker="o", markersize=4, label=literal(name))
@@ -49,6 +47,6 @@ def draw_calibration(curves: Sequence[Path], output: Output) -> None:
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8)  # of both: on the left the lines leave no room
     figure.tight_layout()
     output.save(figure, ("curve", "step", "loss", "gradient norm", "seconds", "held-out loss"), table)
