@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
-RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant")
+RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant")
 
 
 @pytest.fixture(autouse=True)
