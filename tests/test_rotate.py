@@ -19,6 +19,7 @@ from intactkv.prefix import build_prefix
 from quantization.architecture import architecture_of
 from quantization.blocks import DecoderBlock
 from quantization.checkpoint import COST, block_file, load_quantized
+from quantization.export.writer import export_checkpoint
 from quantization.grids import UniformGrid
 from quantization.kv_cache import Rotated
 from quantization.loading import plan_run
@@ -28,6 +29,7 @@ from quantization.recipe import Recipe
 from quantization.transforms.hadamard import matrix, plan, random_rotation
 from quantization.transforms.rotate import Rotate
 from quantization.weights.base import GridQuantizer
+from quantization.weights.rtn import RTN
 
 # 9 query heads over 3 KV heads have no Hadamard matrix; head_dim apart from hidden size / heads; biases everywhere
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -264,6 +266,18 @@ def test_a_run_killed_after_any_block_ends_with_the_same_bytes(family, behind, w
             block_file(partial, index).unlink()
         again = quantize_checkpoint(checkpoint(family), recipe, tmp_path / f"out{done}", **text)
         assert hashes(again) == whole
+
+
+def test_without_online_rotations_other_runtimes_load_it_unless_its_norms_are_others(checkpoint, tmp_path):
+    recipe = Recipe((Rotate(head_mix="none", online_down=False),), RTN(UniformGrid(4, 16)))
+    made = quantize_checkpoint(checkpoint("llama"), recipe, tmp_path / "llama")
+    export_checkpoint(made, tmp_path / "export", "dense")
+    assert torch.equal(dense(tmp_path / "export")(SEGMENTS).logits, load_quantized(made)(SEGMENTS).logits)
+    made = quantize_checkpoint(checkpoint("opt"), recipe, tmp_path / "opt")
+    with pytest.raises(UserError, match="has norms that a plain opt does not have"):
+        export_checkpoint(made, tmp_path / "refused", "dense")
+    with pytest.raises(UserError, match="rotates the inputs of its linears"):
+        export_checkpoint(quantize_checkpoint(checkpoint("llama"), w4a4(), tmp_path / "a4"), tmp_path / "x", "dense")
 
 
 # calibration ----------------------------------------------------------------------------------------------------------

@@ -190,13 +190,21 @@ def _packed_blocks(
     source: Path, model: PreTrainedModel, export: Export, dtype: torch.dtype | None
 ) -> Iterator[dict[str, Tensor]]:
     """The exported tensors of one file of the source after the other; `export` learns schemes and scale changes."""
-    files = [block_file(source, i) for i in range(model.config.num_hidden_layers)]
-    for file in (*files, source / ENDS):
+    names = architecture_of(model.config)
+    files = {names.block_name(i): block_file(source, i) for i in range(model.config.num_hidden_layers)}
+    for place, file in (*files.items(), ("", source / ENDS)):
         block = read_block(file)
         if block.paths:
             raise UserError(
                 f"{source} quantizes or rotates the inputs of its linears ({read_manifest(source)['label']}), which no "
                 "format here can say; export a recipe that quantizes weights only"
+            )
+        there = {*block.parameters, *(f"{linear}.weight" for linear in block.linears)}
+        if place and there != {name for name in model.state_dict() if name.startswith(f"{place}.")}:
+            raise UserError(
+                f"{source} has norms that a plain {model.config.model_type} does not have "
+                f"({read_manifest(source)['label']}), so no other runtime could load it; export a recipe that does not "
+                "rotate"
             )
         tensors = {
             name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
