@@ -19,7 +19,8 @@ if [ "${TRAINABLE:-0}" = 1 ]; then
     # Its keys and values must be in the basis of the quantized model: it is trained on the recipe's own twin.
     python -m intactkv train-prefix --model "$model" --device "$device" --recipe "$recipe" --prefix "$prefix" \
         ${PREFIX_LEN:+--prefix-len "$PREFIX_LEN"} ${PREFIX_EPOCHS:+--prefix-epochs "$PREFIX_EPOCHS"} \
-        "${calibration[@]}" --out "$trained"
+        ${CALIBRATION:+--corpus "$CALIBRATION"} ${CALIBRATION_SAMPLES:+--samples "$CALIBRATION_SAMPLES"} \
+        ${CALIBRATION_LENGTH:+--length "$CALIBRATION_LENGTH"} "${calibration[@]}" --out "$trained"
     prefix=$trained
 fi
 text=(${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"})

@@ -357,6 +357,20 @@ def test_rates_of_zero_leave_everything_as_the_search_left_it(checkpoint: Callab
         assert all(torch.equal(a.kv[name], b.kv[name]) for name in a.kv)
 
 
+def test_a_half_precision_checkpoint_trains_in_float32_and_stays_what_it_is(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=2, dtype=torch.bfloat16)
+    out = quantized(source, tiny_recipe(epochs=4, weight_lr=1e-3, quant_lr=1e-3), tmp_path / "out")
+    figures = read_cost(out)["figures"]
+    assert figures["loss_after"] < figures["loss_before"]
+    block = read_block(block_file(out, 0))
+    dtypes = {name: x.dtype for name, x in block.parameters.items()}
+    assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in dtypes.items() if "quantizer" in name} == {torch.float32}
+    assert {x.dtype for x in block.kv.values()} == {torch.float32}
+
+
 def test_no_scale_falls_to_zero_however_large_the_steps(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_recipe(epochs=6, weight_lr=0.0, quant_lr=0.5)
     out = quantized(checkpoint(), recipe, tmp_path / "out")
@@ -384,7 +398,7 @@ FINE_TUNED = {"epochs": 2, "weight_lr": 1e-3, "quant_lr": 1e-3}
     ("prefixquant-w4a4kv4-static", {}, "llama"),
     ("prefixquant-w4a4kv4-static", FINE_TUNED, "llama"),
     ("prefixquant-w4a4kv4-static", FINE_TUNED, "qwen2"),
-    ("prefixquant-w4a4kv4-static", {}, "opt"),
+    ("prefixquant-w4a4kv4-static", FINE_TUNED, "opt"),
     ("prefixquant-w4a4kv4-dynamic", FINE_TUNED, "qwen3"),
 ])  # fmt: skip
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["alone", "behind"])
