@@ -17,14 +17,16 @@ from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.activations import Activations
+from quantization.activations import Activations, quantize_inputs
 from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
 from quantization.checkpoint import COST, block_file, load_quantized, read_block, read_cost
 from quantization.grids import UniformGrid, fake_quantize
+from quantization.inputs import put_in_front
 from quantization.kv_cache import PerHead
 from quantization.pipeline import quantize_checkpoint
 from quantization.recipe import Recipe
+from quantization.transforms.online import OnlineRotation
 from quantization.tuning.distill import Distill, Student
 from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
@@ -196,6 +198,18 @@ def test_teacher_and_student_read_the_intact_prefix(
     attach(model, build_prefix(full, PREFIX)).feed(SEGMENTS[1][None])
     handle.remove()
     torch.testing.assert_close(found, outputs[0], rtol=0, atol=1e-5 * float(found.abs().max()))
+
+
+def test_an_online_rotation_stays_in_front_of_the_quantizer(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model("llama")
+    put_in_front(architecture_of(model.config).blocks_of(model)[0], ("mlp.down_proj",), rotation=OnlineRotation(96))
+    block = first_block(model)
+    assert float(student_of(block, None, None).loss(0)) == 0
+    inputs = TOKEN4.fit_block(block)
+    found = Student(block, None, inputs).outputs(0)
+    quantize_inputs(block, inputs)  # as the finished block has them
+    assert torch.equal(found, stream_of(block).forward(block, stream_of(block).full[0]))
+    assert not torch.equal(found, stream_of(block).targets[0])
 
 
 def test_a_kv_policy_is_at_work_in_the_student(tiny_model: Callable[..., PreTrainedModel]) -> None:
