@@ -26,6 +26,7 @@ from eval.pairs import Pair, weight_of
 from eval.perplexity import Windows
 from eval.scoring import LOGITS_AT_ONCE
 from eval.statistics import Loss, TokenLoss, spread
+from quantization.inputs import path_in_front
 
 __all__ = ["COLUMNS", "LogitLoss", "layerwise_distance", "linear_statistics"]
 
@@ -42,9 +43,10 @@ def linear_statistics(
 ) -> list[dict[str, str | int | float]]:
     """The 16 columns of `COLUMNS` for every linear of the blocks, one row each in model order, as `block`, `linear`.
 
-    x: the input, all tokens that the linear processes (an intact prefix is not among them); no quantizer acts on inputs
-    yet, so it equals its quantized form. w: the twin's weight, its error that of the current one. o: the twin's output
-    for this x, bias included, its error that of the real output. x and o: means over the windows, as published.
+    x: the input, all tokens that the linear processes (an intact prefix is not among them), its error that of what the
+    product takes; behind the online rotation where there is one. w: the twin's weight, its error that of the current
+    one. o: the twin's output for this x, bias included, its error that of the real output. x and o: means over the
+    windows, as published.
     Memory: one linear's input and output at a time, in float64. report: called after each window.
     """
     rows: list[dict[str, str | int | float]] = []
@@ -52,25 +54,27 @@ def linear_statistics(
     last: list[tuple[Tensor, dict[str, float]]] = []
 
     def watch(row: dict[str, Any], module: nn.Module, twin: nn.Linear) -> Any:
-        def look(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            loss = Loss()
-            loss.add(linear_function(args[0], twin.weight, twin.bias), output)
-            if not last or last[0][0] is not args[0]:  # linears of one set read the same tensor in a row
-                last[:] = [(args[0], spread(args[0]))]
+        def look(x: Tensor, rounded: Tensor, output: Tensor) -> None:
+            loss, of_input = Loss(), Loss()
+            loss.add(linear_function(x, twin.weight, twin.bias), output)
+            of_input.add(x, rounded)
+            if not last or last[0][0] is not x:  # linears of one set read the same tensor in a row
+                last[:] = [(x, spread(x))]
             figures = {f"{name}_x": value for name, value in last[0][1].items()}
-            for name, value in (figures | {"sqnr_o": loss.sqnr, "mse_o": loss.mse}).items():
+            figures |= {"sqnr_x": of_input.sqnr, "mse_x": of_input.mse, "sqnr_o": loss.sqnr, "mse_o": loss.mse}
+            for name, value in figures.items():
                 row[name] = row.get(name, 0.0) + value / len(windows.fed)
 
-        return module.register_forward_hook(look)
+        return _watch(module, look)
 
     for block, name, module, twin in pair.linears():
         loss = Loss()
         loss.add(twin.weight, weight_of(module, twin.weight.dtype))
-        row: dict[str, Any] = {"block": block, "linear": name, "sqnr_x": float("inf"), "mse_x": 0.0}
+        row: dict[str, Any] = {"block": block, "linear": name}
         row |= {"sqnr_w": loss.sqnr, "mse_w": loss.mse}
         row |= {f"{figure}_w": value for figure, value in spread(twin.weight).items()}
         rows.append(row)
-        handles.append(watch(row, module, twin))
+        handles += watch(row, module, twin)
     with hooked(handles):
         for i in range(len(windows.fed)):
             pair.run(pair.quantized, pair.fed(windows, i))
@@ -148,13 +152,27 @@ def _compare(
     def block_output(block: int, output: Tensor) -> None:
         losses["output", block, "-"].add(kept[block, "-"][lead:].to(output.device), output.flatten(0, -2)[lead:])
 
-    handles = [
-        module.register_forward_hook(lambda _m, args, out, key=(i, name), twin=twin: linear(key, twin, args[0], out))
-        for i, name, module, twin in pair.linears()
-    ]
+    def watch(key: tuple[int, str], module: nn.Module, twin: nn.Linear) -> list[Any]:
+        return _watch(module, lambda x, _rounded, output: linear(key, twin, x, output))
+
+    handles = [handle for i, name, module, twin in pair.linears() for handle in watch((i, name), module, twin)]
     return handles + [
         module.register_forward_hook(lambda _m, _a, out, i=i: block_output(i, tensor_of(out)))
         for i, module in enumerate(pair.blocks(pair.quantized))
+    ]
+
+
+def _watch(module: nn.Module, look: Callable[[Tensor, Tensor, Tensor], None]) -> list[Any]:
+    """Hooks on a linear: look(input behind its online rotation, what the product takes of it, output)."""
+    path, kept = path_in_front(module), list[Tensor]()
+
+    def behind(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = kept.pop()
+        look(args[0] if path is None else x if path.rotation is None else path.rotation(x), args[0], output)
+
+    return [
+        module.register_forward_pre_hook(lambda _module, args: kept.append(args[0]), prepend=True),
+        module.register_forward_hook(behind),
     ]
 
 

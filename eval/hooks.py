@@ -11,6 +11,7 @@ from intactkv.attach import IntactModel
 from intactkv.cache import IntactCache
 from intactkv.prefix import input_embeddings
 from quantization.architecture import architecture_of
+from quantization.attention import NAME
 
 __all__ = ["eager_attention", "hooked", "run_decoder", "tensor_of"]
 
@@ -32,9 +33,9 @@ def tensor_of(output: Any) -> Tensor:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model compute its attention weights explicitly for the time of the block."""
+    """Let a model compute its attention weights explicitly for the time of the block; one that rounds them does."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager" if before != NAME else NAME)
     try:
         yield
     finally:

@@ -37,6 +37,12 @@ def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = 
             f"this model was calibrated behind a prefix of {len(needed)} tokens and is refused without it, because the "
             "pivots' own error grew; attach that prefix"
         )
+    trained = getattr(model, "intactkv_needs_kv", exported.get("needs_kv"))
+    if trained is not None and (prefix is None or prefix.digest() != trained):
+        raise UserError(
+            "this model was calibrated behind a trained prefix, and the given one has other keys and values for its "
+            "tokens; attach that prefix"
+        )
     if prefix is not None:
         prefix.check(model)
     return IntactModel(model, prefix, kv)

@@ -53,7 +53,7 @@ def _straight_through(policy: LayerPolicy, states: Tensor, seen: Tensor) -> Tens
     """What attention shall read; a gradient passes rounding as if there were none, or as the policy itself says."""
     if getattr(policy, "differentiable", False) or not states.requires_grad:
         return seen
-    return states + (seen - states).detach()
+    return seen.detach() + (states - states.detach())  # in this order the value is `seen`, bit for bit
 
 
 class IntactLayer(DynamicLayer):

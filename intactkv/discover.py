@@ -95,7 +95,11 @@ def down_maxima(
         maxima[layer, rows] = x.abs().amax(dim=-1).float().reshape(-1, ids.shape[1]).cpu()  # OPT's has no batch
 
     handles = [
-        _submodule(block, linear).register_forward_pre_hook(lambda _module, args, layer=layer: look(layer, args[0]))
+        _submodule(block, linear).register_forward_pre_hook(
+            # in front of an online rotation, where a rotated twin has one
+            lambda _module, args, layer=layer: look(layer, args[0]),
+            prepend=True,
+        )
         for layer, block in enumerate(decoder.layers)
     ]
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, write_tensors
+from corpora.storage import checkpoint_fingerprint, sha256_of_tensor, write_tensors
 from intactkv.cache import IntactCache, KVPolicy
 
 if TYPE_CHECKING:
@@ -113,6 +113,10 @@ class Prefix:
     def dtype(self) -> torch.dtype:
         """The dtype that the full-precision model computed in."""
         return self.keys[0].dtype
+
+    def digest(self) -> str:
+        """SHA-256 of K and V in float32: what a model that was calibrated behind them remembers."""
+        return sha256_of_tensor(torch.cat([x.float().flatten() for x in (*self.keys, *self.values)]))
 
     def first(self, count: int) -> "Prefix":
         """The prefix of the first `count` tokens. Attention is causal, so this is a slice, not another run."""

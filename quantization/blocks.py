@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.cache import IntactCache, KVPolicy
-from intactkv.prefix import input_embeddings
+from intactkv.prefix import Prefix, input_embeddings
 from quantization.architecture import Architecture, Feed
+from quantization.inputs import path_of
 from quantization.rescale import Rescaling, rescale
 
 __all__ = ["CalibrationStream", "DecoderBlock"]
@@ -59,7 +60,17 @@ class DecoderBlock:
         return self.architecture.feeds_of(self.config)
 
     def rescale(self, step: Rescaling) -> None:
-        """Apply an equivalent rescaling to the weights and remember it."""
+        """Apply an equivalent rescaling to the weights and remember it.
+
+        Raises UserError if an online rotation stands between the two: their scales cannot move through it.
+        """
+        for name in step.consumers:
+            path = path_of(self.module.get_submodule(name))
+            if path is not None and path.rotation is not None:
+                raise UserError(
+                    f"{self.name}: scales of {step.producer} cannot move to {name}, because a rotation stands between "
+                    "them; rescale without that pair, or rotate with head_mix=none and online_down=false"
+                )
         rescale(self.module, step, self.head_size)
         self.rescalings.append(step)
 
@@ -136,12 +147,17 @@ class _Reached(Exception):
 class CalibrationStream:
     """Hidden states of the calibration samples in front of the current block.
 
-    segments: (N, T) token ids. prefix_ids: (P,) or None. `model` needs its embeddings loaded, its blocks may be empty
+    segments: (N, T) token ids. prefix_ids: (P,), or None, or a trained prefix, whose keys and values nobody computes
+    from its tokens. `model` needs its embeddings loaded, its blocks may be empty
     (on the meta device). Memory: N·T·hidden values, plus one block's cache of one sample.
     """
 
     def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, segments: Tensor, prefix_ids: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        segments: Tensor,
+        prefix_ids: Tensor | Prefix | None = None,
     ):
         self._config = model.config
         self._blocks = architecture.blocks_of(model)
@@ -152,7 +168,11 @@ class CalibrationStream:
         # K and V of the prefix in each block, (1, KV heads, P, D): known from the time the stream reaches the block.
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        if prefix_ids is not None:
+        if isinstance(prefix_ids, Prefix):
+            like = input_embeddings(model)
+            self._keys = [x.to(like) for x in prefix_ids.keys]
+            self._values = [x.to(like) for x in prefix_ids.values]
+        elif prefix_ids is not None:
             self._prefix, self._prefix_arguments = self._enter(model, prefix_ids[None], IntactCache(model.config))
             text = model.config.get_text_config(decoder=True)
             heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -184,7 +204,7 @@ class CalibrationStream:
     @property
     def prefix_length(self) -> int:
         """Tokens of the prefix that the text runs behind."""
-        return 0 if self._prefix is None else self._prefix.shape[1]
+        return self._keys[0].shape[2] if self._keys else 0
 
     def seeded(self, block: DecoderBlock) -> tuple[Tensor, Tensor]:
         """Keys and values of the prefix in a block that was seeded, each (1, KV heads, P, D)."""

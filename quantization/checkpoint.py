@@ -287,6 +287,7 @@ def load_quantized(
     compute the same bits. dtype: of the computation; the checkpoint's by default.
     """
     manifest = read_manifest(directory)
+    _check_sums(directory)
     model = empty_model(directory)
     recipe = manifest["recipe"]
     for transform in recipe["transforms"]:
@@ -313,13 +314,13 @@ def load_quantized(
     state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
     if "lm_head.weight" in _fill(model, state, directory):
         model.tie_weights()
-    _check_sums(directory)
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if recipe.get("attention") is not None:
         restored(recipe["attention"], PARTS).install(model)
     model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]
+    model.__dict__["intactkv_needs_kv"] = manifest.get("needs_kv")
     model.__dict__["intactkv_kv"] = kv
     model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model

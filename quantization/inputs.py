@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from corpora.errors import UserError
 from quantization.grids import Fit, UniformGrid, merge_groups, split_groups
 from quantization.straight_through import fit_through, on_grid, straight
 from quantization.transforms.online import OnlineRotation
@@ -24,6 +25,7 @@ __all__ = [
     "InputPath",
     "InputQuantizer",
     "fit_shares",
+    "path_in_front",
     "path_of",
     "put_in_front",
     "restore_paths",
@@ -141,6 +143,13 @@ def path_of(linear: nn.Module) -> InputPath | None:
     return path if isinstance(path, InputPath) else None
 
 
+def path_in_front(linear: nn.Module) -> InputPath | None:
+    """The path that a linear reads through, wherever its tensors live."""
+    hooks = linear._forward_pre_hooks.values()
+    paths = [hook.args[0] for hook in hooks if isinstance(hook, partial) and hook.func is _read]
+    return paths[0] if paths else None
+
+
 def put_in_front(
     block: nn.Module,
     linears: Sequence[str],
@@ -191,6 +200,12 @@ def restore_paths(block: nn.Module, stored: Sequence[Mapping[str, Any]], tensors
         if entry["quantizer"] is not None:
             start = f"{entry['linears'][0]}.{PATH}.quantizer."
             own = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+            wanted = {"scale", "zero_point"} if entry["quantizer"]["static"] else {"low", "high"}
+            if own.keys() != wanted:
+                raise UserError(
+                    f"the checkpoint lacks the ranges {', '.join(sorted(wanted - own.keys()))} of the input of "
+                    f"{entry['linears'][0]}; it is incomplete, delete the directory and quantize again"
+                )
             quantizer = InputQuantizer.restore(entry["quantizer"], own)
-        rotation = None if entry["rotation"] is None else OnlineRotation(**entry["rotation"])
+        rotation = None if entry["rotation"] is None else OnlineRotation.restore(entry["rotation"])
         put_in_front(block, entry["linears"], rotation, quantizer)

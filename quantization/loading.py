@@ -5,8 +5,10 @@
 which is then dropped), and only then the quantized model, so that two models are never held at once.
 """
 
+import logging
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file
 from corpora.text import calibration_segments, packed_documents
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
-from intactkv.prefix import PLAIN_BASIS, Prefix
+from intactkv.prefix import Prefix
 from quantization.architecture import architecture_of
 from quantization.blocks import DecoderBlock
 from quantization.checkpoint import (
@@ -39,7 +41,7 @@ from quantization.named import PUBLISHED_GROUP
 from quantization.parts import PARTS
 from quantization.pipeline import artefact_identity, basis_of, quantize_checkpoint
 from quantization.placement import spread
-from quantization.prefixes import PrefixChoice, choose_prefix, stored_prefix
+from quantization.prefixes import PrefixChoice, check_belongs, choose_prefix, stored_prefix
 from quantization.recipe import Recipe, describe
 from quantization.rescale import rescale_all
 
@@ -54,6 +56,9 @@ __all__ = [
     "stored_kv",
     "with_model_defaults",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def with_model_defaults(recipe: Recipe, checkpoint: Checkpoint, settings: list[s
 
 
 def quantized_directory(
-    checkpoint: Checkpoint, recipe: Recipe, segments: torch.Tensor | None, prefix_ids: torch.Tensor | None
+    checkpoint: Checkpoint, recipe: Recipe, segments: torch.Tensor | None, prefix_ids: torch.Tensor | Prefix | None
 ) -> Path:
     """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}."""
     made_of = artefact_identity(checkpoint.fingerprint, recipe, segments, prefix_ids)
@@ -145,10 +150,13 @@ class Plan:
     context: int | None  # positions the model has, None if its configuration does not say
     spread: bool = False  # over all GPUs, for a model larger than one
 
-    @property
-    def calibration_prefix(self) -> torch.Tensor | None:
-        """Ids of the prefix that calibration runs behind, (P,); None if it runs without."""
-        return torch.tensor(self.choice.ids) if self.recipe.calibrate_behind_prefix else None
+    @cached_property
+    def calibration_prefix(self) -> torch.Tensor | Prefix | None:
+        """Ids of the prefix that calibration runs behind, (P,), or a trained prefix; None if it runs without."""
+        if not self.recipe.calibrate_behind_prefix:
+            return None
+        prefix = Prefix.load(self.choice.file) if self.choice.file is not None else None
+        return torch.tensor(self.choice.ids) if prefix is None or prefix.calibrated is None else prefix
 
     @property
     def basis(self) -> str:
@@ -232,11 +240,9 @@ class Plan:
         manifest, directory, recipe = self.checkpoint.manifest, self.checkpoint.directory, self.recipe
         if manifest is not None:
             dense = self._dense_of(manifest)
-            if manifest["basis"] == PLAIN_BASIS:
-                return self._open(dense)
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
-            return _rescaled(self._open(there), directory)
+            return _rescaled(self._open(there), directory) if _is_rescaled(directory) else self._open(there)
         calibrating = [step.name for step in recipe.transforms if step.calibrates and not step.rescales]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
@@ -245,8 +251,6 @@ class Plan:
                 f"the prefix of a recipe whose transform {calibrating[0]} calibrates must come from the run that "
                 "quantizes, which is not available; leave --prefix out"
             )
-        if not recipe.changes_kv:
-            return self._open(directory)
         twin = self._open(self.written(recipe.twin))
         return _rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
@@ -312,12 +316,17 @@ def plan_run(
     choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name, discovered)
     segments = calibration_of(recipe, tokenizer) if manifest is None else None
     plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context, spread)
-    needed = manifest["needs_prefix"] if manifest is not None else plan.calibration_prefix
+    if manifest is not None:
+        needed, word = manifest["needs_prefix"], manifest["recipe"]["prefix"]
+    else:
+        needed, word = list(choice.ids) if recipe.calibrate_behind_prefix else None, recipe.prefix
     if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
         raise UserError(
             f"{checkpoint.name} is calibrated behind a prefix of {len(needed)} tokens and refused without it, because "
-            "the pivots' own error grew; run it with the same --prefix and without --vanilla"
+            f"the pivots' own error grew; run it with --prefix {word} and without --vanilla"
         )
+    if choice.file is not None:  # now, and not after hours of quantizing
+        check_belongs(Prefix.load(choice.file), directory, (checkpoint.fingerprint, plan.basis))
     return plan
 
 
@@ -325,7 +334,14 @@ def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
     """The calibrated KV policy whose tensors a quantized checkpoint holds; None if it holds none."""
     described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
     policy = None if described is None else restored(described, PARTS)
-    return policy if isinstance(policy, CalibratedKV) else None
+    if policy is not None and not isinstance(policy, CalibratedKV):
+        log.info(
+            "%s was first run with the KV policy %s; without --kv and --kv-bits the cache has full precision",
+            checkpoint.name,
+            policy,
+        )
+        return None
+    return policy
 
 
 def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
@@ -364,6 +380,11 @@ def _load(
     if not spread_over_gpus:
         torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
+
+
+def _is_rescaled(quantized: Path) -> bool:
+    """Whether a quantized checkpoint's weights were rescaled before they were rounded."""
+    return bool(read_block(block_file(quantized, 0)).rescalings)
 
 
 def _rescaled(model: PreTrainedModel, quantized: Path) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from corpora.errors import UserError
 from corpora.machine import peak_memory_mb
 from corpora.storage import checkpoint_fingerprint, identity, read_json, sha256_of_file, sha256_of_tensor, write_json
 from intactkv.cache import KVPolicy
-from intactkv.prefix import PLAIN_BASIS
+from intactkv.prefix import PLAIN_BASIS, Prefix
 from quantization.activations import quantize_inputs
 from quantization.architecture import architecture_of
 from quantization.blocks import CalibrationStream, DecoderBlock
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def artefact_identity(
-    fingerprint: str, recipe: Recipe, segments: Tensor | None = None, prefix_ids: Tensor | None = None
+    fingerprint: str, recipe: Recipe, segments: Tensor | None = None, prefix_ids: Tensor | Prefix | None = None
 ) -> dict[str, Any]:
     """Everything that decides the bits of a quantized checkpoint (and nothing else: no KV policy, no prefix that only
     the run time uses)."""
@@ -67,11 +67,13 @@ def artefact_identity(
         made_of["segments"] = sha256_of_tensor(segments)
         if recipe.calibrate_behind_prefix:
             assert prefix_ids is not None
-            made_of["prefix"] = prefix_ids.tolist()
+            made_of["prefix"] = (prefix_ids.ids if isinstance(prefix_ids, Prefix) else prefix_ids).tolist()
+            if isinstance(prefix_ids, Prefix):
+                made_of["prefix_kv"] = prefix_ids.digest()
     return made_of
 
 
-def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | None) -> str:
+def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | Prefix | None) -> str:
     """Name of the basis that a recipe puts K and V in: `plain` if nothing rewrites what they are computed with."""
     if not recipe.changes_kv:
         return PLAIN_BASIS
@@ -86,14 +88,15 @@ def quantize_checkpoint(
     out: Path,
     *,
     segments: Tensor | None = None,
-    prefix_ids: Tensor | None = None,
+    prefix_ids: Tensor | Prefix | None = None,
     device: str | torch.device = "cpu",
     fingerprint: str | None = None,
 ) -> Path:
     """Write the quantized form of a dense checkpoint to `out`; a finished or half-finished one is taken up.
 
     segments: (N, T) calibration ids, needed if the recipe calibrates. prefix_ids: (P,), needed if it calibrates behind
-    the prefix. Returns `out`. Raises UserError if `out` holds something else, or the source is incomplete.
+    the prefix; or a trained prefix, in the basis that the recipe makes. Returns `out`.
+    Raises UserError if `out` holds something else, or the source is incomplete.
     """
     if is_quantized(source):
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
@@ -106,6 +109,11 @@ def quantize_checkpoint(
         )
     if recipe.calibrates and segments is None:
         raise UserError("this recipe calibrates; give it calibration text")
+    if isinstance(prefix_ids, Prefix) and recipe.rescales and recipe.changes_kv:
+        raise UserError(
+            f"{recipe.label()} rescales keys and values while it calibrates, which a trained prefix cannot follow; "
+            "calibrate behind tokens (--prefix bos or auto), and train it afterwards (python -m intactkv calibrate)"
+        )
     made_of = artefact_identity(fingerprint, recipe, segments, prefix_ids)
     manifest = {
         "format": FORMAT,
@@ -120,6 +128,7 @@ def quantize_checkpoint(
             "fingerprint": fingerprint,
         },
         "needs_prefix": made_of.get("prefix"),
+        "needs_kv": made_of.get("prefix_kv"),
     }
     with _locked(out):
         if out.exists():
@@ -174,7 +183,7 @@ def _work_off(
     recipe: Recipe,
     partial: Path,
     segments: Tensor | None,
-    prefix_ids: Tensor | None,
+    prefix_ids: Tensor | Prefix | None,
     device: torch.device,
 ) -> None:
     """Process every block that has no file yet, then the ends. model: without weights."""
@@ -270,16 +279,17 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
         _rescale_as(block, stored.rescalings[by_transforms:])
         quantized = _read_back(block, stored, tuning is not None)
     else:
+        if tuning is None and recipe.weights is not None:
+            quantized = recipe.weights.quantize_block(block)
+    if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
+        stream.seed(block)
+    if stored is None:  # ranges are those of the full-precision block, rescaled as its weights were
         if recipe.activations is not None:
             inputs = recipe.activations.fit_block(block)
         if isinstance(recipe.kv_cache, CalibratedKV):
             block.kv.update(recipe.kv_cache.fit_block(block))
         if tuning is not None:
             quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
-        elif recipe.weights is not None:
-            quantized = recipe.weights.quantize_block(block)
-    if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
-        stream.seed(block)
     error = _relative_error(block.linears(), quantized)
     _set_weights(block.linears(), quantized)
     # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
@@ -313,7 +323,8 @@ def _read_back(block: DecoderBlock, stored: StoredBlock, inputs: bool) -> dict[s
     inputs: also the quantizers in front of the linears.
     """
     block.kv.update(stored.kv)
-    own = stored.within(block.name)
+    device = next(block.module.parameters()).device
+    own = {name: tensor.to(device) for name, tensor in stored.within(block.name).items()}
     if inputs:
         restore_paths(block.module, stored.paths, own)
     parameters = dict(block.module.named_parameters())

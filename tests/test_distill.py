@@ -202,7 +202,7 @@ def test_teacher_and_student_read_the_intact_prefix(
 
 def test_an_online_rotation_stays_in_front_of_the_quantizer(tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model("llama")
-    put_in_front(architecture_of(model.config).blocks_of(model)[0], ("mlp.down_proj",), rotation=OnlineRotation(96))
+    put_in_front(architecture_of(model.config).blocks_of(model)[0], ("mlp.down_proj",), rotation=OnlineRotation.of(96))
     block = first_block(model)
     assert float(student_of(block, None, None).loss(0)) == 0
     inputs = TOKEN4.fit_block(block)

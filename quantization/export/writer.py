@@ -194,10 +194,10 @@ def _packed_blocks(
     files = {names.block_name(i): block_file(source, i) for i in range(model.config.num_hidden_layers)}
     for place, file in (*files.items(), ("", source / ENDS)):
         block = read_block(file)
-        if block.paths:
+        if block.paths or block.kv or read_manifest(source)["recipe"].get("attention"):
             raise UserError(
-                f"{source} quantizes or rotates the inputs of its linears ({read_manifest(source)['label']}), which no "
-                "format here can say; export a recipe that quantizes weights only"
+                f"{source} quantizes or rotates more than weights ({read_manifest(source)['label']}): inputs, "
+                "attention or the KV cache, which no format here can say; export a recipe that quantizes weights only"
             )
         there = {*block.parameters, *(f"{linear}.weight" for linear in block.linears)}
         if place and there != {name for name in model.state_dict() if name.startswith(f"{place}.")}:
@@ -284,6 +284,7 @@ def _write_config(
         "fingerprint": manifest["source"]["fingerprint"],
         "basis": manifest["basis"],
         "needs_prefix": manifest["needs_prefix"],
+        "needs_kv": manifest.get("needs_kv"),
     }
     write_json(directory / "config.json", config)
     return config

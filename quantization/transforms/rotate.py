@@ -96,13 +96,13 @@ class Rotate(BlockTransform):
         output, down = linears[names.output], linears[names.down]
         mixing = None
         if self.head_mix != "none":
-            mixing = OnlineRotation(_query_heads(block), size, self.head_mix)
+            mixing = OnlineRotation.of(_query_heads(block), size, self.head_mix)
             put_in_front(block.module, (names.output,), rotation=mixing)
         in_heads = self._in_heads(output.weight.double(), size)
         self._write(output, in_heads if mixing is None else mixing(in_heads), names.centred)
         columns = down.weight.double()
         if self.online_down:
-            spread = OnlineRotation(down.in_features)
+            spread = OnlineRotation.of(down.in_features)
             put_in_front(block.module, (names.down,), rotation=spread)
             columns = spread(columns)
         self._write(down, columns, names.centred)
