@@ -1,4 +1,4 @@
-"""One process or several (`accelerate launch`): who am I, who writes, and sums over all."""
+"""One process or several (`accelerate launch`, torchrun): who am I, who writes, and sums over all."""
 
 import os
 from typing import Any
@@ -17,7 +17,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self._state = PartialState()
+            # Without being told, it takes a launcher's processes without GPUs for one each.
+            self._state = PartialState(cpu=not torch.cuda.is_available())
         self.index: int = 0 if self._state is None else self._state.process_index
         self.count: int = 1 if self._state is None else self._state.num_processes
 

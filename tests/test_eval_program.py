@@ -13,6 +13,8 @@ import pytest
 from eval.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+# `accelerate launch` starts one process where there is no GPU.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(120))
 
 
@@ -216,9 +218,7 @@ def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactk
             "rtn-w4", "--group-size", 32, "--prefix", "bos", "--device", "cpu", "--json"]  # fmt: skip
     one = run([sys.executable, "-m", "eval", *call, "--force"])
     assert one.returncode == 0, one.stderr
-    two = run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 29511, "-m", "eval", *call,
-               "--force"])  # fmt: skip
+    two = run([*TWO_PROCESSES, "-m", "eval", *call, "--force"])
     assert two.returncode == 0, two.stderr
     first, second = json.loads(one.stdout), json.loads(two.stdout)  # two would be no JSON if both processes printed
     assert second["perplexity"] == pytest.approx(first["perplexity"], rel=1e-6)

@@ -16,6 +16,8 @@ from families import plain_logits
 from eval.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+# `accelerate launch` starts one process where there is no GPU.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LETTERS = "ABCD"
 PIQA = [{"goal": f"Open jar {i}", "sol1": f"Turn it {i} times", "sol2": "Wait" * (i % 3 + 1), "label": i % 2}
         for i in range(7)]  # fmt: skip
@@ -323,9 +325,7 @@ def test_two_processes_share_the_questions_and_agree_with_one(model, data, intac
             "--force"]  # fmt: skip
     one = run([sys.executable, "-m", "eval", *call])
     assert one.returncode == 0, one.stderr
-    two = run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 29517, "-m", "eval",
-               *call])  # fmt: skip
+    two = run([*TWO_PROCESSES, "-m", "eval", *call])
     assert two.returncode == 0, two.stderr
     alone, shared = json.loads(one.stdout), json.loads(two.stdout)  # no JSON if both processes printed
     assert [record["samples"] for record in alone] == [5, 3, 3, 3]
