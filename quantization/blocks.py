@@ -123,6 +123,11 @@ class DecoderBlock:
             with torch.no_grad():
                 stream.forward(self, hidden, cache=cache)
             keys, values = cache.intact_layers[self.index].held
+            if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+                raise UserError(
+                    f"the calibration text gives keys or values that are not finite in {self.name}; the checkpoint is "
+                    "damaged, or its dtype too narrow: convert it to bfloat16 or float32"
+                )
             yield keys[:, :, length:], values[:, :, length:]
 
     @property

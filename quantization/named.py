@@ -201,8 +201,12 @@ RECIPES: Mapping[str, NamedRecipe] = {
     ),
     "quarot-rtn": NamedRecipe(_quarot(RTN), ASHKBOOS, "the same, round to nearest"),
     "quarot-w4": NamedRecipe(_quarot(GPTQ, weights_only=True), ASHKBOOS, "rotated, GPTQ, weights of 4 bits only"),
-    "gptq-w4a4kv4": NamedRecipe(_quarot(GPTQ, rotated=False), ASHKBOOS, "quarot without rotations"),
-    "rtn-w4a4kv4": NamedRecipe(_quarot(RTN, rotated=False), ASHKBOOS, "quarot-rtn without rotations"),
+    "gptq-w4a4kv4": NamedRecipe(
+        _quarot(GPTQ, rotated=False), ASHKBOOS, "quarot without rotations, with the per-head cache"
+    ),
+    "rtn-w4a4kv4": NamedRecipe(
+        _quarot(RTN, rotated=False), ASHKBOOS, "quarot-rtn without rotations, with the per-head cache"
+    ),
     "rotate": NamedRecipe(Recipe((Rotate(),)), ASHKBOOS, "QuaRot's rotations alone, nothing quantized"),
     "prefixquant-w4a4kv4-static": NamedRecipe(
         _prefixquant(4, True), CHEN, "PrefixQuant: rotated, static grids by their output error, behind outlier tokens"

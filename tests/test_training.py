@@ -83,3 +83,14 @@ def test_the_last_samples_are_held_out() -> None:
     for held_out in (0, 16, 17):
         with pytest.raises(UserError, match="nothing to learn from"):
             split_samples(16, held_out, "x")
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    matrix, vector = torch.ones(1, 1), torch.ones(1)
+
+    def loss(i: int) -> Tensor:  # no gradient, and lower for smaller matrices, so that the last state is kept
+        return (matrix.detach() + 0 * matrix + 0 * vector).sum()
+
+    train([([matrix, vector], 0.1)], loss, range(1), range(1), Schedule(3, batch=1, weight_decay=0.5), "x")
+    assert float(matrix) == pytest.approx((1 - 0.1 * 0.5) ** 3)
+    assert float(vector) == 1.0

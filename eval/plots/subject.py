@@ -226,7 +226,8 @@ def _prefix_part(choice: PrefixChoice) -> str:
         return choice.word if choice.ids else ""
     if choice.file is not None:
         return f"{choice.label.strip('[]')}-{sha256_of_file(choice.file)[:8]}"
-    return f"text-{identity({'ids': list(choice.ids)})}"
+    word = "auto" if choice.word.startswith("auto") else "text"
+    return f"{word}-{identity({'ids': list(choice.ids)})}"
 
 
 def _kv_words(plan: Plan) -> list[str]:

@@ -56,6 +56,8 @@ class Rotate(BlockTransform):
     unties: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"a rotation's seed={self.seed} is not allowed; give 0 to 2^63 - 1")
         for field, value, known in (("mode", self.mode, MODES), ("head_mix", self.head_mix, (*KINDS, "none"))):
             if value not in known:
                 raise UserError(f"a rotation's {field}={value} is not known; choose from {', '.join(known)}")

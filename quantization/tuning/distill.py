@@ -63,7 +63,7 @@ class Distill:
             if count < 1:
                 raise UserError(f"tuning.{field}={count} is not allowed; give a positive number")
         for field, value in (("lr", self.lr), ("eps", self.eps)):
-            if not value > 0:
+            if not 0 < value < float("inf"):
                 raise UserError(f"tuning.{field}={value:g} is not allowed; give a positive number, such as 1e-6")
         if not self.weight_decay >= 0:
             raise UserError(f"tuning.weight_decay={self.weight_decay:g} is not allowed; give 1e-5, as published, or 0")

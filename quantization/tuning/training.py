@@ -29,7 +29,7 @@ class Schedule:
 
     steps: of the optimizer. batch: samples of a step, run one by one. evaluations: of the held-out loss, spread over
     the steps, the last one behind the last step. final: the cosine ends at 1/final of the rate; None keeps it constant.
-    clip: norm of all gradients together; None clips nothing.
+    clip: norm of all gradients together; None clips nothing. weight_decay: of matrices alone.
     """
 
     steps: int
@@ -82,13 +82,18 @@ def train(
     Raises UserError if a loss or a gradient is not finite; the tensors then hold their best state.
     """
     tensors = [tensor for group, _ in groups for tensor in group]
+    parted = [  # matrices decay, norms and biases do not
+        ([tensor for tensor in group if (tensor.ndim > 1) == decays], rate, schedule.weight_decay if decays else 0.0)
+        for group, rate in groups
+        for decays in (True, False)
+    ]
+    parted = [part for part in parted if part[0]]
     optimizer = torch.optim.AdamW(
-        [{"params": list(group), "lr": rate} for group, rate in groups],
+        [{"params": part, "lr": rate, "weight_decay": decay} for part, rate, decay in parted],
         betas=schedule.betas,
         eps=schedule.eps,
-        weight_decay=schedule.weight_decay,
     )
-    rates = [rate for _, rate in groups]
+    rates = [rate for _, rate, _ in parted]
     best = [tensor.detach().clone() for tensor in tensors]
     lowest = first = _mean(loss, held_out, name)
     curve, best_step = [(0, first)], 0

@@ -16,7 +16,7 @@ def cut_label(grid: Grid) -> str:
 
 
 class GridQuantizer:
-    """Defaults of `quantization.recipe.WeightQuantizer` for a method with a `grid`."""
+    """Defaults of `quantization.methods.WeightQuantizer` for a method with a `grid`."""
 
     name: ClassVar[str]
     grid: Grid
