@@ -287,7 +287,6 @@ def load_quantized(
     compute the same bits. dtype: of the computation; the checkpoint's by default.
     """
     manifest = read_manifest(directory)
-    _check_sums(directory)
     model = empty_model(directory)
     recipe = manifest["recipe"]
     for transform in recipe["transforms"]:
@@ -314,6 +313,7 @@ def load_quantized(
     state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
     if "lm_head.weight" in _fill(model, state, directory):
         model.tie_weights()
+    _check_sums(directory)  # behind the reader's own messages, which say more
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
