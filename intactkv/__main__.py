@@ -1,4 +1,4 @@
-"""python -m intactkv build|export: make prefix files, and adapters of them for other programs.
+"""python -m intactkv build|discover|calibrate|train-prefix|export: make prefix files, and PEFT adapters.
 
 The program needs recipes, which live one package above; it is imported when it runs, and the library never needs it.
 """

@@ -1,4 +1,5 @@
-"""How a prefix was trained: loss of every step and held-out losses, from the curves of `intactkv calibrate`."""
+"""How a prefix was trained: loss of every step and held-out losses, from the curves of `intactkv calibrate` (Σ over
+blocks of ½ · mean square) and `intactkv train-prefix` (attention outputs over those without a prefix, plus KL)."""
 
 import json
 from collections.abc import Sequence
@@ -18,11 +19,14 @@ def read_curve(path: Path) -> list[dict[str, float]]:
         if rows and all("step" in row and ("loss" in row or "held_out" in row) for row in rows):
             return rows
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; `python -m intactkv calibrate` writes it beside the prefix") from None
+        raise UserError(
+            f"{path} is missing; `python -m intactkv calibrate` or train-prefix writes it beside the prefix"
+        ) from None
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
         pass
     raise UserError(
-        f"{path} is no curve of a calibration; name a .curve.jsonl that `python -m intactkv calibrate` wrote"
+        f"{path} is no curve of a calibration; name a .curve.jsonl that `python -m intactkv calibrate` or train-prefix "
+        "wrote"
     )
 
 
@@ -41,7 +45,7 @@ def draw_calibration(curves: Sequence[Path], output: Output) -> None:
         right.plot([r["step"] for r in held_out], changes, color=colour, marker="o", markersize=4, label=literal(name))
         fields = ("step", "loss", "gradient", "seconds", "held_out")
         table += [(name, *(row.get(field, "") for field in fields)) for row in rows]
-    left.set_ylabel("loss of the step's conversations\n(sum over blocks of ½ · mean square)")
+    left.set_ylabel("loss of the step's texts")
     right.set_ylabel("held-out loss, change in %")
     right.axhline(0, color="0.5", linewidth=0.8, linestyle="--")
     for axes in (left, right):
