@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import alternating, ratio, report
-from quantization.options import chosen_device
-from quantization.transforms.hadamard import apply, apply_heads, matrix, plan
+from quantization.hadamard import apply, apply_heads, matrix, plan
+from quantization.programs.options import chosen_device
 
 # Hidden size, MLP width, query heads, head size.
 SHAPES = {"SmolLM2-135M": (576, 1536, 9, 64), "8B": (4096, 14336, 32, 128)}

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from benchmarks.measure import peak_unshared_mb, report
-from quantization.checkpoint import empty_model
 from quantization.named import RECIPES, named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import with_settings
+from quantization.recipes.recipe import with_settings
+from quantization.runs.checkpoint import empty_model
+from quantization.runs.pipeline import quantize_checkpoint
 
 SHAPES = {
     "small": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},

@@ -9,9 +9,9 @@ from benchmarks.measure import alternating, ratio, report
 from corpora.text import evaluation_stream, protocol, start_token_id
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.loading import plan_run
 from quantization.named import named_recipe
-from quantization.options import chosen_device
+from quantization.programs.options import chosen_device
+from quantization.runs.plan import plan_run
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from benchmarks.measure import alternating, peak_unshared_mb, ratio, report
 from corpora.text import evaluation_stream, protocol
 from eval.perplexity import Windows, cut_windows, default_batch_size, window_losses
 from intactkv.attach import IntactModel
-from quantization.loading import plan_run
 from quantization.named import named_recipe
-from quantization.options import chosen_device
+from quantization.programs.options import chosen_device
+from quantization.runs.plan import plan_run
 
 
 def plain_loop(model: IntactModel, windows: Windows) -> float:

@@ -10,9 +10,9 @@ import torch
 from benchmarks.measure import alternating, ratio, report
 from intactkv.attach import IntactModel, attach
 from quantization.kv_cache import PerHead, Rotated
-from quantization.loading import plan_run
 from quantization.named import named_recipe
-from quantization.options import chosen_device
+from quantization.programs.options import chosen_device
+from quantization.runs.plan import plan_run
 
 
 def main() -> None:

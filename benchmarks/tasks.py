@@ -14,12 +14,12 @@ from benchmarks.measure import alternating, ratio, report
 from corpora.task_data import TASK_DATA, task_rows
 from corpora.text import evaluation_stream, protocol
 from corpora.tokens import encode, start_token_id
-from eval.lm import IntactLM, Request
+from eval.tasks.lm import IntactLM, Request
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.loading import plan_run
 from quantization.named import named_recipe
-from quantization.options import chosen_device
+from quantization.programs.options import chosen_device
+from quantization.runs.plan import plan_run
 
 PREFIX = 34  # tokens; Vicuna's [P]
 

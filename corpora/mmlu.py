@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
-from corpora.paths import datasets_dir
+from corpora.paths import CHECKOUT, datasets_dir
 
 __all__ = [
     "CATEGORIES",
@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 LETTERS = "ABCD"
-CHECKOUT = Path(__file__).resolve().parents[1]
 MMLU_ARCHIVE = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 
 # Subject to subcategory, subcategory to category: the authors' `categories.py`.

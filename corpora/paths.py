@@ -3,12 +3,17 @@
 import os
 from pathlib import Path
 
-__all__ = ["datasets_dir", "modelzoo_dir", "outputs_dir", "root"]
+__all__ = ["CHECKOUT", "datasets_dir", "modelzoo_dir", "outputs_dir", "root"]
+
+
+CHECKOUT = (
+    Path(__file__).resolve().parents[1]
+)  # what the project brings along lies there, whatever the environment says
 
 
 def root() -> Path:
     """The directory that holds datasets/, modelzoo/ and outputs/: $INTACTKV_ROOT, or the checkout."""
-    return Path(os.environ.get("INTACTKV_ROOT") or Path(__file__).resolve().parents[1])
+    return Path(os.environ.get("INTACTKV_ROOT") or CHECKOUT)
 
 
 def datasets_dir() -> Path:

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel
 from intactkv.cache import IntactCache
 from intactkv.prefix import input_embeddings
-from quantization.architecture import architecture_of
-from quantization.attention import NAME
+from quantization.model.attention import NAME
 
 __all__ = ["eager_attention", "hooked", "run_decoder", "tensor_of"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from corpora.text import Protocol, TokenStream, split_windows
-from eval.scoring import LOGITS_AT_ONCE, decoder_and_head
+from eval.tasks.scoring import LOGITS_AT_ONCE, decoder_and_head
 from intactkv.attach import IntactModel
 from intactkv.prefix import input_embeddings
 

@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corpora.errors import Parser, UserError, run_program
-from quantization.calibrating import DESCRIPTION as CALIBRATING
-from quantization.calibrating import add_options as add_calibrate_options
-from quantization.calibrating import calibrate_prefix
-from quantization.discovering import DESCRIPTION as DISCOVERING
-from quantization.discovering import add_options as add_discover_options
-from quantization.discovering import discover_prefix
-from quantization.options import (
+from quantization.programs.calibrate import DESCRIPTION as CALIBRATING
+from quantization.programs.calibrate import add_options as add_calibrate_options
+from quantization.programs.calibrate import calibrate_prefix
+from quantization.programs.options import (
     add_calibration_options,
     add_dtype_option,
     add_model_options,
@@ -23,13 +20,16 @@ from quantization.options import (
     chosen_recipe,
     show_log,
 )
-from quantization.training_prefix import DESCRIPTION as TRAINING
-from quantization.training_prefix import add_options as add_train_options
-from quantization.training_prefix import train_prefix_file
+from quantization.programs.train import DESCRIPTION as TRAINING
+from quantization.programs.train import add_options as add_train_options
+from quantization.programs.train import train_prefix_file
+from quantization.runs.auto_prefix import DESCRIPTION as DISCOVERING
+from quantization.runs.auto_prefix import add_options as add_discover_options
+from quantization.runs.auto_prefix import discover_prefix
 
 if TYPE_CHECKING:
     from intactkv.prefix import Prefix
-    from quantization.loading import Plan
+    from quantization.runs.plan import Plan
 
 
 def quantize_parser(listing: bool) -> argparse.ArgumentParser:
@@ -59,9 +59,9 @@ def quantize(arguments: list[str]) -> None:
     if options.list:
         list_recipes()
         return
-    from quantization.checkpoint import read_cost
-    from quantization.loading import find_checkpoint, plan_run, quantized_directory
-    from quantization.pipeline import quantize_checkpoint
+    from quantization.runs.checkpoint import read_cost
+    from quantization.runs.pipeline import quantize_checkpoint
+    from quantization.runs.plan import find_checkpoint, plan_run, quantized_directory
 
     show_log(options.verbose)
     device = chosen_device(options.device)
@@ -178,7 +178,7 @@ def export_prefix(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"--out {options.out} exists already; choose another directory or remove it")
     from intactkv.peft import write_adapter
-    from quantization.prefixes import check_belongs
+    from quantization.runs.prefixes import check_belongs
 
     plan = _prefix_plan(options)
     prefix = plan.prefix()
@@ -189,7 +189,7 @@ def export_prefix(options: argparse.Namespace) -> None:
 
 def _prefix_plan(options: argparse.Namespace) -> "Plan":
     """What the options of a prefix program mean. Raises UserError if they name no prefix."""
-    from quantization.loading import find_checkpoint, plan_run
+    from quantization.runs.plan import find_checkpoint, plan_run
 
     show_log()
     device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)

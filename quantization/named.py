@@ -6,13 +6,13 @@ from typing import Any
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
-from quantization.activations import Activations
-from quantization.attention import AttentionProducts
-from quantization.binary_coding import BinaryGrid
-from quantization.grids import UniformGrid
+from quantization.grids.binary_coding import BinaryGrid
+from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead
-from quantization.methods import CalibratedKV
-from quantization.recipe import Calibration, Recipe
+from quantization.model.activations import Activations
+from quantization.model.attention import AttentionProducts
+from quantization.recipes.protocols import CalibratedKV
+from quantization.recipes.recipe import Calibration, Recipe
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.tuning.distill import Distill

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eval import judge_client
+from eval.mtbench import judge_client
 
 Answer = tuple[int, Any, dict[str, str]]  # status, body (JSON, or bytes as they are), headers
 

@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from corpora.errors import UserError
 from corpora.paths import datasets_dir, modelzoo_dir
 from corpora.text import calibration_segments, evaluation_stream, protocol
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.activations import Activations
-from quantization.architecture import architecture_of
-from quantization.checkpoint import load_quantized
 from quantization.export.__main__ import main as export
-from quantization.grids import CONVENTIONS, Fit, UniformGrid, fake_quantize
-from quantization.inputs import InputQuantizer, path_of, put_in_front
+from quantization.grids.uniform import CONVENTIONS, Fit, UniformGrid, fake_quantize
+from quantization.model.activations import Activations
+from quantization.model.inputs import InputQuantizer, path_of, put_in_front
+from quantization.model.online import OnlineRotation
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, with_settings
-from quantization.transforms.online import OnlineRotation
+from quantization.recipes.recipe import Recipe, with_settings
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.rtn import RTN
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")

@@ -10,18 +10,18 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from eval.analysis import first_token_share, position_share
-from eval.distances import COLUMNS, layerwise_distance, linear_statistics
 from eval.hooks import eager_attention
-from eval.kv_report import kv_report
-from eval.pairs import Pair
+from eval.inside.analysis import first_token_share, position_share
+from eval.inside.distances import COLUMNS, layerwise_distance, linear_statistics
+from eval.inside.kv_report import kv_report
+from eval.inside.pairs import Pair
+from eval.inside.pivot_report import pivot_report
+from eval.inside.statistics import sqnr
 from eval.perplexity import Windows
-from eval.pivot_report import pivot_report
-from eval.statistics import sqnr
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
-from quantization.grids import UniformGrid, fake_quantize
+from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
 
 SINK = 7  # the token whose hidden state is made huge where a test wants a pivot

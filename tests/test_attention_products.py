@@ -15,12 +15,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
-from quantization.attention import NAME, AttentionProducts
-from quantization.checkpoint import load_quantized
-from quantization.grids import UniformGrid
+from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import PerHead
+from quantization.model.attention import NAME, AttentionProducts
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
 
 SPY = "products_compared"
 PREFIX = torch.tensor([1, 40, 7])

@@ -17,18 +17,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.text import packed_documents
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import block_file, load_quantized, read_block
-from quantization.grids import UniformGrid, fake_quantize, quantize
-from quantization.loading import plan_run
+from quantization.grids.stored import restore
+from quantization.grids.uniform import UniformGrid, fake_quantize, quantize
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import per_column, rescale_all
 from quantization.named import named_recipe
-from quantization.pipeline import artefact_identity, quantize_checkpoint
-from quantization.recipe import Recipe, with_settings
-from quantization.rescale import per_column, rescale_all
-from quantization.stored import restore
+from quantization.recipes.recipe import Recipe, with_settings
+from quantization.runs.checkpoint import block_file, load_quantized, read_block
+from quantization.runs.pipeline import artefact_identity, quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales
 from quantization.weights.awq_export import export_search, recovered_limits
 from quantization.weights.rtn import RTN

@@ -14,14 +14,14 @@ from torch import Tensor
 import quantization.kernels.lut
 import quantization.weights.bcq
 from corpora.errors import UserError
-from quantization.binary_coding import BinaryCoded, BinaryGrid, from_uniform, pack_planes, signs, unpack_planes
-from quantization.checkpoint import load_quantized
-from quantization.grids import CONVENTIONS, UniformGrid, fake_quantize, quantize
+from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, from_uniform, pack_planes, signs, unpack_planes
+from quantization.grids.uniform import CONVENTIONS, UniformGrid, fake_quantize, quantize
+from quantization.kernels.linear import QuantLinear
 from quantization.kernels.lut import lut_matmul, tables
-from quantization.linear import QuantLinear
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, with_settings
+from quantization.recipes.recipe import Recipe, with_settings
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.bcq import (
     BCQ,
     Coding,

@@ -12,7 +12,7 @@ from intactkv.attach import IntactModel
 from intactkv.calibrate import Sample, Training, calibrate, mean_losses, sample_loss
 from intactkv.pivots import decoder_of
 from intactkv.prefix import Prefix, build_prefix
-from quantization.grids import UniformGrid, quantize
+from quantization.grids.uniform import UniformGrid, quantize
 from quantization.kv_cache.per_head import PerHead
 
 LEAD = (1, 20, 33)

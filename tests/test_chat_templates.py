@@ -7,9 +7,9 @@ import pytest
 
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_PROMPT, VICUNA_SYSTEM
-from eval.chat_templates import chat_template, vicuna_text
-from eval.mtbench import behind_prefix, question_file, read_questions
-from quantization.prefixes import choose_prefix
+from eval.mtbench.answers import behind_prefix, question_file, read_questions
+from eval.mtbench.chat_templates import chat_template, vicuna_text
+from quantization.runs.prefixes import choose_prefix
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
@@ -66,7 +66,7 @@ def test_every_prompt_opens_with_one_start_token_and_the_prefix(tiny_tokenizer, 
 def test_the_real_tokenizers_prompts_start_with_its_prefix():
     if not (SMOLLM2 / "tokenizer.json").exists():
         pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
-    from quantization.loading import load_tokenizer
+    from quantization.runs.plan import load_tokenizer
 
     tokenizer = load_tokenizer(SMOLLM2)
     lead = choose_prefix("prompt", tokenizer, "smollm2-135m").ids

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from corpora.errors import UserError
-from quantization.checkpoint import (
+from quantization.grids.uniform import UniformGrid
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import (
     COST,
     MANIFEST,
     DenseCheckpoint,
@@ -23,10 +25,8 @@ from quantization.checkpoint import (
     load_quantized,
     read_config,
 )
-from quantization.grids import UniformGrid
-from quantization.loading import find_checkpoint
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import find_checkpoint
 from quantization.weights.rtn import RTN
 
 ROOT = Path(__file__).resolve().parents[1]

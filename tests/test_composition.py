@@ -14,25 +14,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
-from eval.distances import layerwise_distance, linear_statistics
-from eval.pairs import Pair
+from eval.inside.distances import layerwise_distance, linear_statistics
+from eval.inside.pairs import Pair
 from eval.perplexity import Windows
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
-from quantization.activations import Activations
-from quantization.architecture import architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import block_file, load_quantized, read_block
-from quantization.grids import UniformGrid, fake_quantize
-from quantization.inputs import put_in_front
+from quantization.grids.uniform import UniformGrid, fake_quantize
+from quantization.hadamard import Plan
 from quantization.kv_cache import StaticPerHead
-from quantization.loading import plan_run
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Calibration, Recipe
-from quantization.rescale import Rescaling
+from quantization.model.activations import Activations
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import put_in_front
+from quantization.model.online import OnlineRotation
+from quantization.model.rescale import Rescaling
+from quantization.recipes.recipe import Calibration, Recipe
+from quantization.runs.checkpoint import block_file, load_quantized, read_block
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.transforms import online
-from quantization.transforms.hadamard import Plan
-from quantization.transforms.online import OnlineRotation
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.weights.awq import AWQ

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from corpora.errors import UserError
-from eval.chat_templates import ChatTemplate
-from eval.lm import IntactLM
+from eval.mtbench.chat_templates import ChatTemplate
+from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
 from intactkv.discover import chosen_tokens, discover, down_maxima, largest_ratios
 from intactkv.pivots import OutlierTokens, decoder_of, outlier_tokens

@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import quantization.tuning.distill
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.activations import Activations, quantize_inputs
-from quantization.architecture import architecture_of
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.checkpoint import COST, block_file, load_quantized, read_block, read_cost
-from quantization.grids import UniformGrid, fake_quantize
-from quantization.inputs import put_in_front
+from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
-from quantization.transforms.online import OnlineRotation
+from quantization.model.activations import Activations, quantize_inputs
+from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.inputs import put_in_front
+from quantization.model.online import OnlineRotation
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import COST, block_file, load_quantized, read_block, read_cost
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.tuning.distill import Distill, Student
 from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN

@@ -102,7 +102,7 @@ def test_a_model_type_outside_the_table_is_scored_by_its_own_logits(tiny_model, 
     model, stream = attach(tiny_model("qwen3"), None), stream_of(60, 20, "intactkv")
     windows = cut_windows(stream, stream.protocol, (), False, None)
     known = window_losses(model, windows, batch_size=2)
-    monkeypatch.setattr("eval.scoring.ARCHITECTURES", {})
+    monkeypatch.setattr("eval.tasks.scoring.ARCHITECTURES", {})
     torch.testing.assert_close(window_losses(model, windows, batch_size=2), known, atol=0, rtol=1e-5)
 
 

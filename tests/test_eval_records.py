@@ -10,7 +10,7 @@ import pytest
 
 from corpora.errors import UserError
 from eval.runs import all_records, record_of
-from eval.tables import perplexity_rows, render
+from eval.tables.perplexities import perplexity_rows, render
 
 SETTINGS: dict[str, Any] = {
     "model": "tiny-llama", "weights": "rtn-w4g64", "made_of": {"source": "abc"}, "recipe": {}, "kv": None,

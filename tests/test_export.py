@@ -19,16 +19,16 @@ from corpora.errors import UserError
 from corpora.storage import read_json, weight_files
 from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import DenseCheckpoint, load_quantized
 from quantization.export import awq, compressed_tensors, gptq
 from quantization.export.layout import Contents
 from quantization.export.writer import FORMATS, PREFIX_FILE, export_checkpoint
-from quantization.grids import QuantizedTensor, UniformGrid, quantize
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
-from quantization.rescale import Rescaling
-from quantization.stored import StoredWeight
+from quantization.grids.stored import StoredWeight
+from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import Rescaling
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import DenseCheckpoint, load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import gptq as gptq_matrix
 from quantization.weights.rtn import RTN

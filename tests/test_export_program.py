@@ -17,9 +17,9 @@ from quantization.export.__main__ import FORMATS, main
 from quantization.export.verify import VerificationFailed, verify
 from quantization.export.writer import FORMATS as TABLE
 from quantization.export.writer import export_checkpoint
-from quantization.grids import UniformGrid
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
+from quantization.grids.uniform import UniformGrid
+from quantization.recipes.recipe import Recipe
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
 

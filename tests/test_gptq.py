@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import block_file, load_quantized, read_cost
-from quantization.grids import QuantizedTensor, UniformGrid, quantize
-from quantization.loading import plan_run
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Calibration, Recipe
+from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
+from quantization.model.blocks import DecoderBlock
+from quantization.recipes.recipe import Calibration, Recipe
+from quantization.runs.checkpoint import block_file, load_quantized, read_cost
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.weights.gptq import GPTQ, Hessian, column_loop, gptq, inverse_factor
 
 ROWS, CHANNELS = 64, 96

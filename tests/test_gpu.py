@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from eval.lm import IntactLM
+from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.grids import UniformGrid, quantize
+from quantization.grids.uniform import UniformGrid, quantize
 from quantization.kv_cache import PerHead
-from quantization.placement import spread
+from quantization.model.placement import spread
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.grids import (
+from quantization.grids.packing import pack_codes, unpack_codes
+from quantization.grids.uniform import (
     CONVENTIONS,
     QuantizedTensor,
     UniformGrid,
@@ -18,7 +19,6 @@ from quantization.grids import (
     quantize,
     split_groups,
 )
-from quantization.packing import pack_codes, unpack_codes
 
 BITS = range(2, 9)
 ALL = tuple(CONVENTIONS)

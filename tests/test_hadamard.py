@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from corpora.errors import UserError
-from quantization.transforms.hadamard import (
+from quantization.hadamard import (
     CPU_VALUES,
     WILLIAMSON,
     Plan,

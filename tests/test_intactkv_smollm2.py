@@ -11,7 +11,7 @@ from intactkv.attach import attach
 from intactkv.pivots import hidden_magnitudes
 from intactkv.prefix import build_prefix
 from quantization.kv_cache import PerHead
-from quantization.prefixes import choose_prefix
+from quantization.runs.prefixes import choose_prefix
 
 pytestmark = pytest.mark.slow
 

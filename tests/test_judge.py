@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from corpora.errors import UserError
-from eval.json_lines import LineFile, read_lines
-from eval.judge import (
+from eval.mtbench.answers import CATEGORIES, data_folder, question_file, read_questions
+from eval.mtbench.json_lines import LineFile, read_lines
+from eval.mtbench.judge import (
     IN_A_ROW,
     Materials,
     judge_all,
@@ -23,8 +24,7 @@ from eval.judge import (
     verdict,
     winner,
 )
-from eval.judge_client import Reply
-from eval.mtbench import CATEGORIES, data_folder, question_file, read_questions
+from eval.mtbench.judge_client import Reply
 
 SAMPLE = data_folder("sample")
 PROMPTS = SAMPLE / "judge_prompts.jsonl"

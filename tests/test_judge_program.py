@@ -17,10 +17,10 @@ from endpoint import Answer, Endpoint, error, grade, serving
 from families import plain_logits
 
 from eval.__main__ import main
-from eval.json_lines import read_lines
-from eval.judge_client import local_judge
-from eval.mtbench import question_file, read_questions
-from quantization.loading import load_tokenizer
+from eval.mtbench.answers import question_file, read_questions
+from eval.mtbench.json_lines import read_lines
+from eval.mtbench.judge_client import local_judge
+from quantization.runs.plan import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line(case, program, answers, endpoint, monkeypatch, tm
     arguments, named = BAD_CALLS[case]
     given = answers()
     if case == "other questions":
-        monkeypatch.setattr("eval.mtbench.data_folder", lambda name: tmp_path / name)
+        monkeypatch.setattr("eval.mtbench.answers.data_folder", lambda name: tmp_path / name)
     code, out, err = program("--answers", given, *arguments)
     assert (code, out) == (2, "")
     assert named in error_line(err)

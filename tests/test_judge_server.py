@@ -9,7 +9,7 @@ import pytest
 from endpoint import Answer, Endpoint, error, grade, serving
 
 from corpora.errors import UserError
-from eval.judge_client import ChatClient
+from eval.mtbench.judge_client import ChatClient
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from chats import CONTEXT, TEMPLATE, write_questions
 from endpoint import Endpoint, serving
 
 from eval.__main__ import main
-from eval.paper_tables import paper_tables
-from eval.render import Table
+from eval.tables.paper_tables import paper_tables
+from eval.tables.render import Table
 from intactkv.prefix import Prefix
 from quantization.named import named_recipe
-from quantization.recipe import describe
+from quantization.recipes.recipe import describe
 
 MODEL, JUDGE = "vicuna-v1.5-7b", "gpt-4-0125-preview"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantization.grids import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
-from quantization.linear import QuantLinear
+from quantization.grids.uniform import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
+from quantization.kernels.linear import QuantLinear
 
 GRIDS = [UniformGrid(bits, 12, convention) for convention in CONVENTIONS for bits in (2, 3, 4, 8)]
 

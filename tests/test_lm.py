@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from corpora.errors import UserError
-from eval.lm import IntactLM
+from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.kv_cache.per_head import PerHead
@@ -271,12 +271,12 @@ def test_the_lead_must_be_the_prefix(wrapper, tiny_model, tokenizer):
 def test_logits_in_small_pieces_are_the_same(wrapper, monkeypatch):
     lm = wrapper(lead=LEAD, intact=True)
     expected = lm.loglikelihood(likelihood_requests(PAIRS))
-    monkeypatch.setattr("eval.scoring.LOGITS_AT_ONCE", 3 * 101)
+    monkeypatch.setattr("eval.tasks.scoring.LOGITS_AT_ONCE", 3 * 101)
     assert_same(lm.loglikelihood(likelihood_requests(PAIRS)), expected, 1e-5)
 
 
 def test_a_model_type_outside_the_table_is_scored_by_its_own_logits(wrapper, monkeypatch):
     lm = wrapper("qwen3", LEAD, intact=True)
     expected = lm.loglikelihood(likelihood_requests(PAIRS))
-    monkeypatch.setattr("eval.scoring.ARCHITECTURES", {})
+    monkeypatch.setattr("eval.tasks.scoring.ARCHITECTURES", {})
     assert_same(lm.loglikelihood(likelihood_requests(PAIRS)), expected, 1e-5)

@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 
 from corpora.errors import UserError
 from corpora.mmlu import LETTERS, SUBCATEGORIES, Question, Subject, mmlu_directory, read_mmlu
-from eval.lm import IntactLM
-from eval.mmlu import LONGEST_PROMPT, answers, figures, fitting_prompt, letter_ids, prompt
+from eval.tasks.lm import IntactLM
+from eval.tasks.mmlu import LONGEST_PROMPT, answers, figures, fitting_prompt, letter_ids, prompt
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 

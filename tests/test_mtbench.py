@@ -8,9 +8,7 @@ from chats import CONTEXT, QUESTIONS, SAMPLED, TEMPLATE, turns_of
 from families import plain_logits
 
 from corpora.errors import UserError
-from eval.chat_templates import chat_template
-from eval.json_lines import LineFile, part_of, parts_of, read_lines
-from eval.mtbench import (
+from eval.mtbench.answers import (
     CATEGORIES,
     Answerer,
     Question,
@@ -20,6 +18,8 @@ from eval.mtbench import (
     row_generator,
     temperature_of,
 )
+from eval.mtbench.chat_templates import chat_template
+from eval.mtbench.json_lines import LineFile, part_of, parts_of, read_lines
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import build_prefix
 

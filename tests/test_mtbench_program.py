@@ -14,8 +14,8 @@ import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, turns_of, write_questions
 
 from eval.__main__ import main
-from eval.json_lines import part_of, parts_of, read_lines
-from eval.mtbench import question_file
+from eval.mtbench.answers import question_file
+from eval.mtbench.json_lines import part_of, parts_of, read_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,7 +145,7 @@ def test_a_mistake_is_one_line(case, program, model, questions, monkeypatch, tmp
     arguments, named = BAD_INPUT[case]
     if "--questions" not in arguments:
         arguments = [*arguments, "--questions", questions]
-    monkeypatch.setattr("eval.mtbench.data_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr("eval.mtbench.answers.data_folder", lambda name: tmp_path / name)
     code, out, err = program("--model", model, *arguments)
     assert (code, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]

@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import read_json
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.checkpoint import MANIFEST, block_file, load_quantized, read_block
-from quantization.grids import QuantizedTensor, UniformGrid, encode, split_groups
-from quantization.loading import plan_run
+from quantization.grids.stored import restore
+from quantization.grids.uniform import QuantizedTensor, UniformGrid, encode, split_groups
+from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.rescale import Rescaling
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Calibration, Recipe, with_settings
-from quantization.rescale import Rescaling
-from quantization.stored import restore
+from quantization.recipes.recipe import Calibration, Recipe, with_settings
+from quantization.runs.checkpoint import MANIFEST, block_file, load_quantized, read_block
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.weights.omniquant import Learned, OmniQuant, clipped_fit, fake_quantize, start, student
 from quantization.weights.omniquant_let import Pair, initial_pairs, prefix_in_basis, transformed
 from quantization.weights.rtn import RTN

@@ -13,7 +13,7 @@ from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.cache import IntactCache
 from intactkv.prefix import build_prefix
-from quantization.grids import UniformGrid, fake_quantize
+from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import KV_POLICIES, PerHead
 
 IDS = torch.cat([torch.tensor([1]), random_ids(33)])

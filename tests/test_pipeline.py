@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import quantization.pipeline
+import quantization.runs.pipeline
 from corpora.errors import UserError
 from corpora.storage import read_json
+from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import COST, MANIFEST, block_file, load_quantized
-from quantization.grids import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
-from quantization.linear import QuantLinear
-from quantization.loading import plan_run
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
+from quantization.grids.uniform import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
+from quantization.kernels.linear import QuantLinear
+from quantization.model.blocks import DecoderBlock
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import COST, MANIFEST, block_file, load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
@@ -300,7 +300,7 @@ def test_only_one_block_is_off_the_meta_device_at_a_time(
 ) -> None:
     models: list[PreTrainedModel] = []
     real: list[set[str]] = []
-    make_empty = quantization.pipeline.empty_model
+    make_empty = quantization.runs.pipeline.empty_model
 
     def empty_model(directory: Path) -> PreTrainedModel:
         models.append(make_empty(directory))
@@ -312,7 +312,7 @@ def test_only_one_block_is_off_the_meta_device_at_a_time(
             real.append({name for name, p in models[0].named_parameters() if not p.is_meta})
             return super().quantize_block(block)
 
-    monkeypatch.setattr(quantization.pipeline, "empty_model", empty_model)
+    monkeypatch.setattr(quantization.runs.pipeline, "empty_model", empty_model)
     quantize_checkpoint(checkpoint(), Recipe(weights=Watching(W4)), tmp_path / "out")
     blocks = [{name for name, _ in models[0].named_parameters() if f"layers.{i}." in name} for i in range(3)]
     assert real == blocks
@@ -460,9 +460,9 @@ CHILDREN = """
     import os, random, signal, sys, time
     from dataclasses import dataclass
     from pathlib import Path
-    from quantization.grids import UniformGrid
-    from quantization.pipeline import quantize_checkpoint
-    from quantization.recipe import Recipe
+    from quantization.grids.uniform import UniformGrid
+    from quantization.runs.pipeline import quantize_checkpoint
+    from quantization.recipes.recipe import Recipe
     from quantization.weights import rtn
 
     @dataclass(frozen=True)

@@ -5,14 +5,14 @@ import torch
 from families import random_ids
 
 from corpora.errors import UserError
-from eval.lm import IntactLM
-from eval.scoring import score_continuations
+from eval.tasks.lm import IntactLM
+from eval.tasks.scoring import score_continuations
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
 from quantization.kv_cache.per_head import PerHead
-from quantization.options import chosen_device
-from quantization.placement import spread
+from quantization.model.placement import spread
+from quantization.programs.options import chosen_device
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])

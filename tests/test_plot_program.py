@@ -15,12 +15,12 @@ import torch
 from corpora.errors import Parser
 from corpora.sharegpt import VICUNA_SYSTEM
 from corpora.storage import sha256_of_file
-from eval.observe import attention_mass, down_input, token_maxima
 from eval.plots.canvas import plt
 from eval.plots.linear_ranges import token_ranges
 from eval.programs import plot
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
-from quantization.architecture import architecture_of
+from intactkv.observe import attention_mass, down_input, token_maxima
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
@@ -210,7 +210,7 @@ def loaded(directory: Path):
 
 
 def ids_of(directory: Path, length: int) -> torch.Tensor:
-    from quantization.loading import load_tokenizer
+    from quantization.runs.plan import load_tokenizer
 
     ids = load_tokenizer(directory)(TEXT, add_special_tokens=False)["input_ids"]
     return torch.tensor([[1, *ids][:length]])
@@ -235,7 +235,7 @@ def test_the_csv_reproduces_the_drawn_arrays(program, model, text, intactkv_root
 
 def test_the_csv_of_ranges_holds_their_order_statistics(program, model, text, intactkv_root):
     from corpora.text import calibration_segments
-    from quantization.loading import load_tokenizer
+    from quantization.runs.plan import load_tokenizer
 
     arguments = ("--model", model, "--corpus", text, *PIECES, "--seed", 5, "--out", intactkv_root / "x.svg")
     assert program("linear-input", *arguments)[0] == 0

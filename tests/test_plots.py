@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from corpora.errors import UserError
-from eval.observe import (
+from eval.plots.canvas import Output, output_for, plt
+from eval.plots.kv_smoothness import smoothness
+from eval.plots.linear_ranges import token_ranges
+from eval.plots.outliers import Detector, shares
+from eval.plots.subject import Arm, Subject
+from eval.plots.surfaces import surface_of
+from eval.programs import plot
+from intactkv.architecture import architecture_of
+from intactkv.attach import attach
+from intactkv.observe import (
     BLOCK_OUTPUT,
     attention_mass,
     down_input,
@@ -21,17 +30,8 @@ from eval.observe import (
     output_sites,
     token_maxima,
 )
-from eval.plots.canvas import Output, output_for, plt
-from eval.plots.kv_smoothness import smoothness
-from eval.plots.linear_ranges import token_ranges
-from eval.plots.outliers import Detector, shares
-from eval.plots.subject import Arm, Subject
-from eval.plots.surfaces import surface_of
-from eval.programs import plot
-from intactkv.attach import attach
 from intactkv.pivots import outlier_ratios
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
 
 SINK, CHANNEL = 7, 11
 

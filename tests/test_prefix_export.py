@@ -20,17 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from corpora.paths import modelzoo_dir
 from eval.__main__ import main as eval_main
-from eval.lm import IntactLM
+from eval.tasks.lm import IntactLM
 from intactkv.__main__ import main
 from intactkv.attach import attach
 from intactkv.peft import CONFIG, PREFIX_FILE, read_adapter, write_adapter
 from intactkv.prefix import Prefix, build_prefix
-from quantization.checkpoint import load_quantized
 from quantization.export.writer import export_checkpoint
-from quantization.grids import UniformGrid
-from quantization.pipeline import quantize_checkpoint
-from quantization.prefixes import choose_prefix
-from quantization.recipe import Recipe
+from quantization.grids.uniform import UniformGrid
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.prefixes import choose_prefix
 from quantization.weights.rtn import RTN
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_SYSTEM
 from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
-from quantization.grids import UniformGrid, fake_quantize
+from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
-from quantization.prefixes import choose_prefix, stored_prefix
+from quantization.runs.prefixes import choose_prefix, stored_prefix
 
 BOS, EOS = 1, 2
 CHAT = (

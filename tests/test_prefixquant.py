@@ -15,19 +15,19 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.activations import Activations
-from quantization.architecture import architecture_of
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.checkpoint import block_file, load_quantized, read_block, read_cost
-from quantization.grids import Fit, UniformGrid, fit, split_groups
+from quantization.grids.uniform import Fit, UniformGrid, fit, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
-from quantization.loading import plan_run
-from quantization.methods import CalibratedKV
+from quantization.model.activations import Activations
+from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.named import RECIPES, named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
+from quantization.recipes.protocols import CalibratedKV
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_cost
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.tuning.prefixquant import LOSSES, PrefixQuantTuning
 from quantization.tuning.quantizers import Quantizers, at_work, min_max, output_error, stream_of
 from quantization.tuning.search import (

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from quantization.__main__ import main
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import load_quantized
-from quantization.grids import QuantizedTensor, UniformGrid
+from quantization.grids.uniform import QuantizedTensor, UniformGrid
+from quantization.model.blocks import DecoderBlock
 from quantization.named import RECIPES, NamedRecipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 

@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from quantization.architecture import ARCHITECTURES, architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.grids import QuantizedTensor, UniformGrid
+from intactkv.architecture import ARCHITECTURES, architecture_of
+from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead
+from quantization.model.blocks import DecoderBlock
 from quantization.named import RECIPES, kv_policy, named_recipe
-from quantization.pipeline import artefact_identity
-from quantization.recipe import Calibration, Recipe, describe, with_settings
+from quantization.recipes.recipe import Calibration, Recipe, describe, with_settings
+from quantization.runs.pipeline import artefact_identity
 from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN

@@ -14,19 +14,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.architecture import architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import COST, block_file, load_quantized
 from quantization.export.writer import export_checkpoint
-from quantization.grids import UniformGrid
+from quantization.grids.uniform import UniformGrid
+from quantization.hadamard import matrix, plan, random_rotation
 from quantization.kv_cache import Rotated
-from quantization.loading import plan_run
+from quantization.model.blocks import DecoderBlock
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
-from quantization.transforms.hadamard import matrix, plan, random_rotation
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import COST, block_file, load_quantized
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.transforms.rotate import Rotate
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
+from quantization.hadamard import matrix, plan
 from quantization.kv_cache import PerHead, Rotated
 from quantization.named import kv_policy
-from quantization.transforms.hadamard import matrix, plan
 
 BITS = range(2, 9)
 

@@ -11,20 +11,20 @@ from families import plain_cache, random_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import quantization.pipeline
+import quantization.runs.pipeline
 from corpora.errors import UserError
 from eval.__main__ import main
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.activations import Activations
-from quantization.architecture import architecture_of
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.checkpoint import block_file, load_quantized, read_block
-from quantization.grids import UniformGrid
-from quantization.loading import plan_run
+from quantization.grids.uniform import UniformGrid
+from quantization.model.activations import Activations
+from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, with_settings
+from quantization.recipes.recipe import Recipe, with_settings
+from quantization.runs.checkpoint import block_file, load_quantized, read_block
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.transforms.smooth import Smooth, input_maxima, smoothing_scale
 from quantization.weights.rtn import RTN
 
@@ -285,7 +285,7 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
 
 
 def plan_of(dense: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("quantization.loading.calibration_of", lambda *_: SEGMENTS)
+    monkeypatch.setattr("quantization.runs.plan.calibration_of", lambda *_: SEGMENTS)
     return plan_run(dense, recipe, device=torch.device("cpu"))
 
 
@@ -300,7 +300,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     def make(name: str) -> Path:
         return quantize_checkpoint(dense, recipe, tmp_path / name, segments=SEGMENTS, prefix_ids=prefix)
 
-    whole, real = make("whole"), quantization.pipeline._process_block
+    whole, real = make("whole"), quantization.runs.pipeline._process_block
 
     def killed(block: DecoderBlock, *arguments: Any) -> float:
         if block.index == 2:
@@ -308,7 +308,7 @@ def test_a_killed_run_ends_with_the_same_bits(
         return real(block, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantization.pipeline, "_process_block", killed)
+        patch.setattr(quantization.runs.pipeline, "_process_block", killed)
         with pytest.raises(KeyboardInterrupt):
             make("again")
     again = make("again")

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 import quantization.weights.gptq as driver
 import quantization.weights.spqr as module
 from corpora.errors import UserError
-from quantization.architecture import LLAMA
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import block_file, load_quantized, read_block
-from quantization.grids import Fit, UniformGrid
-from quantization.linear import QuantLinear
+from intactkv.architecture import LLAMA
+from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
+from quantization.grids.stored import restore
+from quantization.grids.uniform import Fit, UniformGrid
+from quantization.kernels.linear import QuantLinear
+from quantization.model.blocks import DecoderBlock
 from quantization.named import named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, with_settings
-from quantization.sparse import SecondLevel, SparseRows, SpQRWeight
-from quantization.stored import restore
+from quantization.recipes.recipe import Recipe, with_settings
+from quantization.runs.checkpoint import block_file, load_quantized, read_block
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.gptq import column_loop, gptq
 from quantization.weights.spqr import (
     SpQR,

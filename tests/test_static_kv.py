@@ -11,15 +11,15 @@ from torch.testing import assert_close
 from transformers import DynamicCache, PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.architecture import architecture_of
 from intactkv.cache import IntactCache
 from quantization.__main__ import main
-from quantization.architecture import architecture_of
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.grids import UniformGrid, fake_quantize
+from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import ClippedPerHead, PerHead, StaticPerHead
-from quantization.loading import plan_run
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe
+from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.recipes.recipe import Recipe
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.weights.rtn import RTN
 
 PREFIX = torch.tensor([1, 40, 7])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from eval.statistics import Loss, TokenLoss, kurtosis, mse, spread, sqnr
-from quantization.grids import UniformGrid, fake_quantize
+from eval.inside.statistics import Loss, TokenLoss, kurtosis, mse, spread, sqnr
+from quantization.grids.uniform import UniformGrid, fake_quantize
 
 
 @pytest.mark.parametrize("power", [1e-4, 1e-2, 1.0])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import main
-from eval.reports import compact, decoded, encoded, mean_sqnr
+from eval.inside.reports import compact, decoded, encoded, mean_sqnr
 
 ROOT = Path(__file__).parents[1]
 TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from corpora.errors import UserError
-from eval.paper_tables import paper_tables
-from eval.published import QUESTIONS, TABLES, paper_name
-from eval.render import Figure, Table, change_of, mean_of, render, signed
-from eval.task_tables import QA_METRICS
+from eval.tables.paper_tables import paper_tables
+from eval.tables.published import QUESTIONS, TABLES, paper_name
+from eval.tables.render import Figure, Table, change_of, mean_of, render, signed
+from eval.tables.tasks import QA_METRICS
 from quantization.named import named_recipe
-from quantization.recipe import describe
+from quantization.recipes.recipe import describe
 
 NONE = {"label": "none", "ids": [], "file": None, "intact": False}
 BOS = {"label": "[B]", "ids": [1], "file": None, "intact": True}

@@ -12,7 +12,7 @@ from corpora.errors import UserError
 from corpora.paths import datasets_dir
 from corpora.prepare import prepare_data
 from corpora.task_data import SAMPLE_TASKS, TASK_DATA, scored_files, task_directory, task_rows, unlisted_task
-from eval.lm_tasks import draw_for_share, load_tasks, task_runs
+from eval.tasks.lm_tasks import draw_for_share, load_tasks, task_runs
 
 Row = dict[str, Any]
 

@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from corpora.errors import UserError
-from eval import task_runner
-from eval.lm_tasks import _joined, _scores, load_tasks, task_runs
+from eval.tasks import task_runner
+from eval.tasks.lm_tasks import _joined, _scores, load_tasks, task_runs
 
 
 def test_a_metric_is_the_mean_over_the_questions_of_those_tasks_that_have_it():
@@ -33,7 +33,7 @@ def test_a_task_whose_package_is_missing_names_it(monkeypatch):
     def needs_it(_path):
         raise ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
 
-    monkeypatch.setattr("eval.lm_tasks.load_yaml", needs_it)
+    monkeypatch.setattr("eval.tasks.lm_tasks.load_yaml", needs_it)
     (run,) = task_runs(["piqa"])
     with pytest.raises(UserError, match="the task piqa needs the package 'langdetect'"):
         load_tasks(run, "sample", None)

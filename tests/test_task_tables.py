@@ -3,8 +3,8 @@
 import pytest
 from test_tables import BOS, CAL, PROMPT, seven, task
 
-from eval.render import Figure, signed
-from eval.task_tables import QA_METRICS, qa_averages, run_tables, task_tables
+from eval.tables.render import Figure, signed
+from eval.tables.tasks import QA_METRICS, qa_averages, run_tables, task_tables
 
 
 def test_the_average_takes_the_metric_of_each_task_and_needs_all_seven():

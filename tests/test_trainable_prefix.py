@@ -21,8 +21,8 @@ from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
 from intactkv.trainable import PrefixTraining, TrainedPrefix, starting_point, statistics, train_prefix
-from quantization.grids import UniformGrid, fake_quantize
-from quantization.training_prefix import held_out_pieces
+from quantization.grids.uniform import UniformGrid, fake_quantize
+from quantization.programs.train import held_out_pieces
 
 BOS = 1
 DISCRETE = (20, 33, BOS)

@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
-from quantization.activations import Activations
-from quantization.architecture import architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import load_quantized, read_cost
-from quantization.flat import FlatTensor, quantize_flat
-from quantization.grids import UniformGrid, quantize
-from quantization.inputs import InputQuantizer
+from intactkv.architecture import architecture_of
+from quantization.grids.flat import FlatTensor, quantize_flat
+from quantization.grids.stored import restore
+from quantization.grids.uniform import UniformGrid, quantize
+from quantization.model.activations import Activations
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import InputQuantizer
 from quantization.named import RECIPES, named_recipe
-from quantization.pipeline import quantize_checkpoint
-from quantization.recipe import Recipe, with_settings
-from quantization.stored import restore
+from quantization.recipes.recipe import Recipe, with_settings
+from quantization.runs.checkpoint import load_quantized, read_cost
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.rtn import RTN
 from quantization.weights.zeroquant import ZeroQuant
 

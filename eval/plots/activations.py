@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from eval.observe import BLOCK_OUTPUT, Site, observe
 from eval.plots.canvas import Output, literal
 from eval.plots.subject import Arm, Subject, token_name
 from eval.plots.surfaces import Surface, View, draw_surfaces, surface_of
+from intactkv.observe import BLOCK_OUTPUT, Site, observe
 from intactkv.pivots import hidden_magnitudes
 
 __all__ = ["draw_activations", "pivots_of"]

@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from eval.observe import attention_mass
 from eval.plots.activations import pivots_of
 from eval.plots.canvas import INTACT, VANILLA, Output, plt
 from eval.plots.subject import Arm, Subject
+from intactkv.observe import attention_mass
 
 __all__ = ["draw_attention"]
 

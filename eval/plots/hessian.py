@@ -4,10 +4,10 @@ from matplotlib.ticker import FuncFormatter
 
 from corpora.catalog import CalibrationText
 from corpora.text import calibration_segments
-from eval.analysis import first_token_share
+from eval.inside.analysis import first_token_share
 from eval.plots.canvas import SERIES, Output, plt
 from eval.plots.subject import check_size, corpus_name
-from quantization.loading import Plan
+from quantization.runs.plan import Plan
 
 __all__ = ["PUBLISHED", "draw_hessian"]
 

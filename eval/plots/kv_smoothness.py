@@ -15,11 +15,11 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from corpora.storage import write_json
-from eval.observe import Site, observe
 from eval.plots.activations import pivots_of
 from eval.plots.canvas import INTACT, VANILLA, Output, literal, plt
 from eval.plots.subject import Subject, token_name
-from eval.render import Figure, Table
+from eval.tables.render import Figure, Table
+from intactkv.observe import Site, observe
 from intactkv.pivots import EPS
 
 __all__ = ["STATISTICS", "Smoothness", "draw_kv_smoothness", "smoothness"]

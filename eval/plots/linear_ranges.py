@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from eval.observe import Site, input_sites, output_sites, token_maxima
 from eval.plots.canvas import BEHIND, GREY, INTACT, ORANGE, VANILLA, Output, plt
 from eval.plots.subject import Arm, Subject
+from intactkv.observe import Site, input_sites, output_sites, token_maxima
 from intactkv.pivots import EPS
 
 __all__ = ["INPUT_LINES", "OUTPUT_LINES", "draw_linear_inputs", "draw_linear_outputs", "token_ranges"]

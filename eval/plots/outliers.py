@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from corpora.errors import UserError
-from eval.observe import BLOCK_OUTPUT, down_input, token_maxima
 from eval.plots.canvas import GREY, INTACT, VANILLA, Output, literal, plt
 from eval.plots.subject import Arm, Subject, token_name
+from intactkv.observe import BLOCK_OUTPUT, down_input, token_maxima
 from intactkv.pivots import OutlierTokens, outlier_ratios, outlier_tokens
 
 __all__ = ["OBJECTS", "Detector", "draw_outlier_content", "draw_outlier_count", "draw_outlier_layers",

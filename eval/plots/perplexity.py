@@ -4,7 +4,7 @@ from matplotlib.ticker import FuncFormatter
 
 from corpora.errors import UserError
 from eval.plots.canvas import BEHIND, INTACT, VANILLA, Output, plt
-from eval.tables import ARMS, BEHIND_COLUMNS, HEAD, Row, behind_of, figures_of
+from eval.tables.perplexities import ARMS, BEHIND_COLUMNS, HEAD, Row, behind_of, figures_of
 
 __all__ = ["draw"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
+from eval.inside.reports import by, mean_sqnr
 from eval.plots.canvas import BEHIND, GREY, INTACT, SERIES, VANILLA, Output, plt
-from eval.reports import by, mean_sqnr
 
 __all__ = ["draw"]
 

@@ -19,11 +19,11 @@ from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
 from corpora.storage import identity, sha256_of_file
 from corpora.text import calibration_segments, encode, evaluation_stream, protocol, start_token_id
 from eval.plots.canvas import file_name
+from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
-from quantization.architecture import Architecture, architecture_of
-from quantization.checkpoint import read_config
-from quantization.loading import Plan, quantized_directory
-from quantization.prefixes import PrefixChoice
+from quantization.runs.checkpoint import read_config
+from quantization.runs.plan import Plan, quantized_directory
+from quantization.runs.prefixes import PrefixChoice
 
 __all__ = [
     "Arm",

@@ -14,9 +14,9 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
-from eval.observe import BLOCK_OUTPUT, Site, down_input, head_input, input_sites, observe
 from eval.plots.canvas import Output, plt
 from eval.plots.subject import Arm, Subject
+from intactkv.observe import BLOCK_OUTPUT, Site, down_input, head_input, input_sites, observe
 
 __all__ = ["Surface", "View", "draw_block_outputs", "draw_layer_inputs", "draw_surfaces", "surface_of"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from corpora.errors import UserError
 
 if TYPE_CHECKING:
-    from eval.judge import Job, Materials
-    from eval.judge_client import Judge
+    from eval.mtbench.judge import Job, Materials
+    from eval.mtbench.judge_client import Judge
 
 __all__ = ["add", "run"]
 
@@ -80,13 +80,13 @@ def run(options: argparse.Namespace) -> None:
     """Make the judgements that are missing, print the scores, and write the record if all were made."""
     from corpora.paths import outputs_dir
     from corpora.storage import sha256_of_file
-    from eval.json_lines import LineFile, only_writer
-    from eval.judge import pair_key, read_answers, read_materials, single_key
-    from eval.judge_tables import judge_table, pair_report, single_report
-    from eval.mtbench import QUESTION_SETS, question_file, read_questions
-    from eval.render import render
+    from eval.mtbench.answers import QUESTION_SETS, question_file, read_questions
+    from eval.mtbench.json_lines import LineFile, only_writer
+    from eval.mtbench.judge import pair_key, read_answers, read_materials, single_key
+    from eval.mtbench.judge_tables import judge_table, pair_report, single_report
     from eval.runs import record_of
-    from quantization.options import show_log
+    from eval.tables.render import render
+    from quantization.programs.options import show_log
 
     show_log()
     _check(options)
@@ -169,7 +169,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _question_set(answers: list[dict[int, list[str]]]) -> str:
     """The named set that all answered ids are of. Raises UserError if there is none."""
-    from eval.mtbench import QUESTION_SETS, data_folder, read_questions
+    from eval.mtbench.answers import QUESTION_SETS, data_folder, read_questions
 
     answered = set().union(*answers)
     for word in QUESTION_SETS:
@@ -207,7 +207,7 @@ def _jobs(
     baseline: dict[int, list[str]] | None,
 ) -> "list[Job]":
     """All judgements of the call. Raises UserError for answers to other questions, or nothing to compare."""
-    from eval.judge import pair_jobs, single_jobs
+    from eval.mtbench.judge import pair_jobs, single_jobs
 
     for model, given in [*answers.items(), ("the baseline", baseline or {})]:
         if other := sorted(given.keys() - materials.questions.keys()):
@@ -233,9 +233,9 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
     """
     import os
 
-    from eval.judge import ENDINGS, is_decided
-    from eval.judge_client import ChatClient, local_judge
-    from quantization.loading import find_checkpoint
+    from eval.mtbench.judge import ENDINGS, is_decided
+    from eval.mtbench.judge_client import ChatClient, local_judge
+    from quantization.runs.plan import find_checkpoint
 
     protocol: dict[str, Any] = {"max_tokens": options.max_tokens}
     if options.judge_model.startswith(LOCAL):
@@ -263,7 +263,7 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
 def _with_bar(jobs: "list[Job]", judge: "Judge", file: Any, protocol: dict[str, Any], concurrency: int) -> str | None:
     from tqdm import tqdm
 
-    from eval.judge import judge_all
+    from eval.mtbench.judge import judge_all
 
     with tqdm(total=len(jobs), desc="judgements", unit="call") as bar:
         return judge_all(jobs, judge, file, protocol, concurrency=concurrency, report=bar.update)
@@ -280,7 +280,7 @@ def _cost(options: argparse.Namespace, usage: dict[str, int]) -> str:
 
 def _plot(path: Path, record: dict[str, Any]) -> None:
     """The radar chart of mean grades per category."""
-    from eval.judge_tables import mean_grades
+    from eval.mtbench.judge_tables import mean_grades
     from eval.plots.canvas import output_for
     from eval.plots.radar import draw
 

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
+from quantization.programs.options import (
+    add_calibration_options,
+    add_model_options,
+    add_recipe_options,
+    add_run_options,
+)
 
 if TYPE_CHECKING:
-    from eval.chat_templates import ChatTemplate
-    from eval.mtbench import Question
+    from eval.mtbench.answers import Question
+    from eval.mtbench.chat_templates import ChatTemplate
     from eval.processes import Processes
-    from quantization.loading import Plan
+    from quantization.runs.plan import Plan
 
 __all__ = ["add", "run"]
 
@@ -80,9 +85,9 @@ def run(options: argparse.Namespace) -> None:
 
     from corpora.catalog import model_defaults
     from corpora.storage import sha256_of_file
-    from eval.chat_templates import chat_template
-    from eval.json_lines import only_writer
-    from eval.mtbench import QUESTION_SETS, TEMPERATURES, behind_prefix, question_file, read_questions
+    from eval.mtbench.answers import QUESTION_SETS, TEMPERATURES, behind_prefix, question_file, read_questions
+    from eval.mtbench.chat_templates import chat_template
+    from eval.mtbench.json_lines import only_writer
     from eval.runs import record_of
 
     for option, value in (("--limit", options.limit), ("--max-new-tokens", options.max_new_tokens),
@@ -177,8 +182,8 @@ def _side_file(path: Path) -> Path:
 
 def _holds(path: Path, questions: "list[Question]") -> bool:
     """Whether a file holds the answers to all these questions."""
-    from eval.json_lines import LineFile
-    from eval.mtbench import answer_key
+    from eval.mtbench.answers import answer_key
+    from eval.mtbench.json_lines import LineFile
 
     return path.is_file() and {question.id for question in questions} <= LineFile(path, answer_key).rows.keys()
 
@@ -186,7 +191,7 @@ def _holds(path: Path, questions: "list[Question]") -> bool:
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if a file holds answers of another run: they are never mixed."""
     from corpora.storage import read_json
-    from eval.json_lines import parts_of
+    from eval.mtbench.json_lines import parts_of
 
     if not path.is_file() and not parts_of(path):
         return
@@ -219,8 +224,8 @@ def _answer(
 
     from corpora.machine import peak_memory_mb
     from corpora.storage import sha256_of_file, write_json
-    from eval.json_lines import LineFile, part_of, parts_of
-    from eval.mtbench import Answerer, answer_key
+    from eval.mtbench.answers import Answerer, answer_key
+    from eval.mtbench.json_lines import LineFile, part_of, parts_of
 
     if processes.is_first:
         if force:
@@ -281,7 +286,7 @@ def _arm(plan: "Plan") -> str:
     from contextlib import suppress
 
     from intactkv.prefix import Prefix
-    from quantization.prefixes import choose_prefix
+    from quantization.runs.prefixes import choose_prefix
 
     choice = plan.choice
     if not choice.ids or plan.vanilla:
@@ -303,7 +308,7 @@ def _all_here(processes: "Processes") -> None:
 
 def _print_table(record: dict[str, Any]) -> None:
     """One row: how many answers, how long they are and what ended them."""
-    from eval.render import Figure, Table, render
+    from eval.tables.render import Figure, Table, render
 
     settings, stopped = record["settings"], record["stopped"]
     first, second = record["turn_tokens"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from corpora.catalog import CalibrationText
     from eval.plots.canvas import Output
     from eval.plots.subject import Subject
-    from quantization.loading import Plan
+    from quantization.runs.plan import Plan
 
 __all__ = ["add", "run"]
 
@@ -115,11 +115,11 @@ def _plan(
     default: the text of this kind for a model, of which the options may name another, or more or less.
     """
     from eval.plots.subject import figure_name, with_given
-    from quantization.architecture import architecture_of
-    from quantization.checkpoint import read_config
-    from quantization.loading import find_checkpoint, plan_run
+    from intactkv.architecture import architecture_of
     from quantization.named import named_recipe
-    from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.programs.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.runs.checkpoint import read_config
+    from quantization.runs.plan import find_checkpoint, plan_run
 
     show_log()
     checkpoint = find_checkpoint(options.model)
@@ -196,7 +196,7 @@ def _attn(options: argparse.Namespace) -> "Output":
 
 def _kv_smooth(options: argparse.Namespace) -> "Output":
     from eval.plots.kv_smoothness import draw_kv_smoothness
-    from eval.render import render
+    from eval.tables.render import render
 
     subject, _, output = _opening(options)
     print(render([draw_kv_smoothness(subject, output)], "markdown"))
@@ -257,11 +257,11 @@ def _motivation(options: argparse.Namespace) -> "Output":
     from corpora.catalog import CalibrationText, model_defaults
     from corpora.conversations import conversations
     from corpora.errors import UserError
-    from eval.motivation import losses_by_size
+    from eval.inside.motivation import losses_by_size
     from eval.plots.motivation import draw_motivation
     from eval.plots.subject import token_name
     from intactkv.pivots import hidden_magnitudes
-    from quantization.loading import find_checkpoint
+    from quantization.runs.plan import find_checkpoint
 
     if options.recipe is None and find_checkpoint(options.model).manifest is None:
         options.recipe, options.bits = "rtn", options.bits or 3

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from quantization.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
+from quantization.programs.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
 
 __all__ = ["Declare", "calibration_options", "hessian_options", "layer_options", "linear_options",
            "linear_output_options", "log_option", "motivation_options", "only_down_option", "opening_options",

@@ -7,7 +7,12 @@ from typing import Any
 
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
+from quantization.programs.options import (
+    add_calibration_options,
+    add_model_options,
+    add_recipe_options,
+    add_run_options,
+)
 
 __all__ = ["add", "run"]
 
@@ -63,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     from corpora.text import evaluation_stream, protocol
     from eval.perplexity import cut_windows, default_batch_size
     from eval.runs import record_of
-    from eval.tables import perplexity_rows, print_table
+    from eval.tables.perplexities import perplexity_rows, print_table
 
     plan, processes = start(options)
     device = plan.device

@@ -8,7 +8,7 @@ from corpora.errors import UserError
 
 if TYPE_CHECKING:
     from eval.processes import Processes
-    from quantization.loading import Plan
+    from quantization.runs.plan import Plan
 
 __all__ = ["start"]
 
@@ -19,8 +19,8 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
     Raises UserError for options that cannot be.
     """
     from eval.processes import Processes
-    from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.programs.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.runs.plan import find_checkpoint, plan_run
 
     show_log()
     processes = Processes()

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
-from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
+from quantization.programs.options import (
+    add_calibration_options,
+    add_model_options,
+    add_recipe_options,
+    add_run_options,
+)
 
 if TYPE_CHECKING:
     from corpora.text import TokenStream
     from eval.perplexity import Windows
-    from quantization.loading import Plan
+    from quantization.runs.plan import Plan
 
 __all__ = ["add", "run"]
 
@@ -116,12 +121,12 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, unless there is a record; write CSV and figure, print the tables."""
     from corpora.storage import sha256_of_tensor
+    from eval.inside.reports import TABLES, decoded, encoded, write_csv
     from eval.plots.statistics import draw
-    from eval.render import render
-    from eval.reports import TABLES, decoded, encoded, write_csv
     from eval.runs import record_of
-    from quantization.loading import find_checkpoint, plan_run
-    from quantization.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from eval.tables.render import render
+    from quantization.programs.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.runs.plan import find_checkpoint, plan_run
 
     show_log()
     kind = options.kind
@@ -226,11 +231,11 @@ def _measure(kind: str, plan: "Plan", windows: "Windows") -> dict[str, Any]:
     from tqdm import tqdm
 
     from corpora.machine import peak_memory_mb
-    from eval.distances import layerwise_distance, linear_statistics
-    from eval.kv_report import kv_report
-    from eval.pairs import pairs_of
-    from eval.pivot_report import pivot_report
-    from eval.reports import means_of
+    from eval.inside.distances import layerwise_distance, linear_statistics
+    from eval.inside.kv_report import kv_report
+    from eval.inside.pairs import pairs_of
+    from eval.inside.pivot_report import pivot_report
+    from eval.inside.reports import means_of
     from intactkv.attach import attach
 
     def bar(passes: int) -> tqdm:
@@ -270,7 +275,7 @@ def _measure(kind: str, plan: "Plan", windows: "Windows") -> dict[str, Any]:
 
 def _conditions(settings: dict[str, Any], windows: "Windows") -> str:
     """Everything that a figure depends on and the table does not say."""
-    from eval.tables import kv_label
+    from eval.tables.perplexities import kv_label
 
     return (
         f"KV {kv_label(settings['kv'])}, prefix {settings['prefix']['label']}, {settings['corpus']}: "

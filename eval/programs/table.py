@@ -89,8 +89,8 @@ def _words(filters: dict[str, Any]) -> str:
 
 def _chosen(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of a kind (ppl, tasks) that the filters leave. Raises UserError for a filter of another kind of run."""
-    from eval.published import paper_name
     from eval.runs import all_records
+    from eval.tables.published import paper_name
 
     filters = _filters(options)
     foreign = [key for other, keys in ONLY_FOR.items() if other != kind for key in keys if key in filters]
@@ -123,7 +123,7 @@ def _some(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def chosen_rows(options: argparse.Namespace, over_seeds: bool = False) -> list[Any]:
     """The finished perplexities that the filters leave. Raises UserError if there are none."""
-    from eval.tables import perplexity_rows
+    from eval.tables.perplexities import perplexity_rows
 
     return perplexity_rows(_some("ppl", options), over_seeds)
 
@@ -153,16 +153,16 @@ def run(options: argparse.Namespace) -> None:
 
 def _table(options: argparse.Namespace) -> str:
     """The table as text."""
-    from eval import render, tables, task_tables
+    from eval.tables import perplexities, render, tasks
 
     if options.which is None:
-        return tables.render(chosen_rows(options, options.over_seeds), options.format, options.costs)
+        return perplexities.render(chosen_rows(options, options.over_seeds), options.format, options.costs)
     if options.which == "tasks":
-        found = task_tables.task_tables(_some("tasks", options), options.over_seeds)
+        found = tasks.task_tables(_some("tasks", options), options.over_seeds)
         return render.render(found, options.format)
-    from eval.paper_runs import RECORDS
-    from eval.paper_tables import paper_tables
     from eval.runs import all_records
+    from eval.tables.paper_runs import RECORDS
+    from eval.tables.paper_tables import paper_tables
 
     number = int(options.which)
     filters = _words(_filters(options))

@@ -6,7 +6,12 @@ from typing import Any
 
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.options import add_calibration_options, add_model_options, add_recipe_options, add_run_options
+from quantization.programs.options import (
+    add_calibration_options,
+    add_model_options,
+    add_recipe_options,
+    add_run_options,
+)
 
 __all__ = ["add", "run"]
 
@@ -84,8 +89,8 @@ def run(options: argparse.Namespace) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     source = options.data or model_defaults(plan.checkpoint.family_name).default_task_data
 
-    from eval.lm_tasks import task_runs
-    from eval.task_runner import TaskRunner
+    from eval.tasks.lm_tasks import task_runs
+    from eval.tasks.task_runner import TaskRunner
 
     runner = TaskRunner(
         plan,
@@ -104,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     else:
-        from eval.render import render
-        from eval.task_tables import run_tables
+        from eval.tables.render import render
+        from eval.tables.tasks import run_tables
 
         print(render(run_tables(records), "markdown"), end="")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from corpora.errors import Parser, run_program
-from quantization.options import chosen_device, chosen_dtype, show_log
+from quantization.programs.options import chosen_device, chosen_dtype, show_log
 
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "dense")
 

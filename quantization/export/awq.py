@@ -24,7 +24,7 @@ from quantization.export.layout import (
     refuse,
     uniform,
 )
-from quantization.stored import StoredWeight
+from quantization.grids.stored import StoredWeight
 
 __all__ = ["config", "pack"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantization.export.layout import Contents, Packed, common_scheme, integers, pack_words, refuse, uniform
-from quantization.stored import StoredWeight
+from quantization.grids.stored import StoredWeight
 
 __all__ = ["config", "pack"]
 

@@ -26,8 +26,8 @@ from quantization.export.layout import (
     refuse,
     uniform,
 )
-from quantization.grids import QuantizedTensor
-from quantization.stored import StoredWeight
+from quantization.grids.stored import StoredWeight
+from quantization.grids.uniform import QuantizedTensor
 
 __all__ = ["config", "config_v2", "pack", "pack_v2"]
 

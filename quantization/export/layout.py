@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.grids import QuantizedTensor
-from quantization.packing import pack_codes
-from quantization.stored import StoredWeight
+from quantization.grids.packing import pack_codes
+from quantization.grids.stored import StoredWeight
+from quantization.grids.uniform import QuantizedTensor
 
 __all__ = ["Contents", "Packed", "Scheme", "common_scheme", "half_scale", "integers", "pack_words", "refuse", "uniform"]
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.checkpoint import load_quantized
 from quantization.export.writer import Export, Format
+from quantization.runs.checkpoint import load_quantized
 
 __all__ = ["Comparison", "VerificationFailed", "check_reader", "verify"]
 

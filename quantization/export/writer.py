@@ -19,9 +19,14 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import read_json, write_json, write_tensors
+from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
-from quantization.architecture import architecture_of
-from quantization.checkpoint import (
+from quantization.export import awq, compressed_tensors, gptq
+from quantization.export.layout import Contents, Packed, Scheme
+from quantization.export.readme import how_to
+from quantization.grids.stored import StoredWeight, restore
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import (
     COST,
     ENDS,
     MANIFEST,
@@ -32,12 +37,7 @@ from quantization.checkpoint import (
     read_block,
     read_manifest,
 )
-from quantization.export import awq, compressed_tensors, gptq
-from quantization.export.layout import Contents, Packed, Scheme
-from quantization.export.readme import how_to
-from quantization.loading import plan_run
-from quantization.recipe import Recipe
-from quantization.stored import StoredWeight, restore
+from quantization.runs.plan import plan_run
 
 __all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint"]
 

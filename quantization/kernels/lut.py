@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.binary_coding import WORD, BinaryCoded, pad_groups
+from quantization.grids.binary_coding import WORD, BinaryCoded, pad_groups
 
 __all__ = ["INPUTS", "lut_matmul", "tables"]
 

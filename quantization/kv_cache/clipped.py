@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.blocks import DecoderBlock
-from quantization.grids import UniformGrid, fit
-from quantization.inputs import fit_shares
+from quantization.grids.straight_through import on_grid
+from quantization.grids.uniform import UniformGrid, fit
 from quantization.kv_cache.static import Layers, kv_grid, turned
-from quantization.straight_through import on_grid
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import fit_shares
 
 __all__ = ["ClippedHeads", "ClippedPerHead"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.grids import UniformGrid, fake_quantize
+from quantization.grids.uniform import UniformGrid, fake_quantize
 
 __all__ = ["PerHead"]
 

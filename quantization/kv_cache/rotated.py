@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.grids import TINY, Fit, UniformGrid, encode
-from quantization.transforms.hadamard import apply, plan
+from quantization.grids.uniform import TINY, Fit, UniformGrid, encode
+from quantization.hadamard import apply, plan
 
 __all__ = ["Rotated"]
 

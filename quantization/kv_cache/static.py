@@ -14,10 +14,10 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from intactkv.cache import LayerPolicy
-from quantization.blocks import DecoderBlock
-from quantization.grids import Fit, UniformGrid
-from quantization.straight_through import on_grid, straight
-from quantization.transforms.hadamard import apply, plan
+from quantization.grids.straight_through import on_grid, straight
+from quantization.grids.uniform import Fit, UniformGrid
+from quantization.hadamard import apply, plan
+from quantization.model.blocks import DecoderBlock
 
 __all__ = ["Layers", "StaticHeads", "StaticPerHead", "kv_grid", "turned"]
 

@@ -5,13 +5,13 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantization.blocks import DecoderBlock
+from quantization.model.blocks import DecoderBlock
 
 __all__ = ["BlockTransform"]
 
 
 class BlockTransform:
-    """Defaults of `quantization.methods.Transform`."""
+    """Defaults of `quantization.recipes.protocols.Transform`."""
 
     calibrates: ClassVar[bool] = False
     rescales: ClassVar[bool] = False

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from quantization.architecture import Architecture, architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.inputs import put_in_front
+from intactkv.architecture import Architecture, architecture_of
+from quantization.hadamard import KINDS, MODES, apply, plan, random_rotation, random_signs
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import put_in_front
+from quantization.model.online import OnlineRotation
 from quantization.transforms.base import BlockTransform
-from quantization.transforms.hadamard import KINDS, MODES, apply, plan, random_rotation, random_signs
-from quantization.transforms.online import OnlineRotation
 
 __all__ = ["Rotate"]
 

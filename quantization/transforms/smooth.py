@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.activations import input_ranges
-from quantization.architecture import Feed
-from quantization.blocks import DecoderBlock
-from quantization.rescale import Rescaling
+from intactkv.architecture import Feed
+from quantization.model.activations import input_ranges
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import Rescaling
 from quantization.transforms.base import BlockTransform
 
 __all__ = ["Smooth", "input_maxima", "of_producer", "smoothing_scale"]

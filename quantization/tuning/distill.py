@@ -24,12 +24,12 @@ from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.grids import TINY
-from quantization.inputs import InputQuantizer
-from quantization.methods import CalibratedKV, WeightQuantizer
-from quantization.stored import StoredWeight
-from quantization.straight_through import straight
+from quantization.grids.stored import StoredWeight
+from quantization.grids.straight_through import straight
+from quantization.grids.uniform import TINY
+from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.inputs import InputQuantizer
+from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
 from quantization.tuning.training import Schedule, repeatable, split_samples, train
 
 __all__ = ["Distill", "Student"]

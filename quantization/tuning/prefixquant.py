@@ -22,10 +22,10 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
-from quantization.blocks import DecoderBlock
-from quantization.grids import QuantizedTensor, UniformGrid
-from quantization.inputs import InputQuantizer
-from quantization.methods import CalibratedKV, WeightQuantizer
+from quantization.grids.uniform import QuantizedTensor, UniformGrid
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import InputQuantizer
+from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
 from quantization.tuning.quantizers import Quantizers, at_work, first_samples, joint_error, min_max, stream_of
 from quantization.tuning.search import initialize
 from quantization.tuning.training import Schedule, repeatable, split_samples, train

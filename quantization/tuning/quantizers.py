@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from intactkv.cache import KVPolicy
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.grids import Fit, QuantizedTensor, UniformGrid, encode, finite, fit_finite, merge_groups, split_groups
-from quantization.inputs import InputQuantizer, put_in_front
+from quantization.grids.straight_through import on_grid, straight
+from quantization.grids.uniform import (
+    Fit,
+    QuantizedTensor,
+    UniformGrid,
+    encode,
+    finite,
+    fit_finite,
+    merge_groups,
+    split_groups,
+)
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
-from quantization.methods import CalibratedKV
-from quantization.straight_through import on_grid, straight
+from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.inputs import InputQuantizer, put_in_front
+from quantization.recipes.protocols import CalibratedKV
 
 __all__ = ["Quantizers", "at_work", "first_samples", "joint_error", "min_max", "output_error", "stream_of"]
 

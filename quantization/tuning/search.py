@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from intactkv.cache import LayerPolicy
-from quantization.blocks import DecoderBlock
-from quantization.grids import Fit, UniformGrid, encode, split_groups
+from quantization.grids.uniform import Fit, UniformGrid, encode, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
+from quantization.model.blocks import DecoderBlock
 from quantization.tuning.quantizers import Quantizers, at_work, output_error, stream_of
 
 __all__ = [

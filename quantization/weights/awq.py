@@ -23,11 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from corpora.errors import UserError
+from intactkv.architecture import Feed
 from intactkv.cache import IntactCache
-from quantization.architecture import Feed
-from quantization.blocks import DecoderBlock
-from quantization.grids import QuantizedTensor, UniformGrid, fake_quantize, finite, merge_groups, quantize, split_groups
-from quantization.rescale import Rescaling, per_column
+from quantization.grids.uniform import (
+    QuantizedTensor,
+    UniformGrid,
+    fake_quantize,
+    finite,
+    merge_groups,
+    quantize,
+    split_groups,
+)
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import Rescaling, per_column
 from quantization.weights.awq_zoo import ZooBlock, read_zoo
 from quantization.weights.base import GridQuantizer
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint
-from quantization.architecture import architecture_of
-from quantization.blocks import DecoderBlock
-from quantization.checkpoint import DenseCheckpoint, block_file, empty_model, read_block, read_manifest
-from quantization.grids import QuantizedTensor, merge_groups, quantize, split_groups
-from quantization.rescale import rescale_all
-from quantization.stored import restore
+from intactkv.architecture import architecture_of
+from quantization.grids.stored import restore
+from quantization.grids.uniform import QuantizedTensor, merge_groups, quantize, split_groups
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import rescale_all
+from quantization.runs.checkpoint import DenseCheckpoint, block_file, empty_model, read_block, read_manifest
 from quantization.weights.awq import clip_candidates, is_clipped
 from quantization.weights.awq_zoo import ZooBlock, save_zoo
 

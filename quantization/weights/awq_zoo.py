@@ -18,9 +18,9 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from corpora.storage import write_beside
-from quantization.blocks import DecoderBlock
-from quantization.grids import UniformGrid
-from quantization.rescale import Rescaling
+from quantization.grids.uniform import UniformGrid
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import Rescaling
 
 __all__ = ["ZooBlock", "read_zoo", "save_zoo"]
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from quantization.blocks import DecoderBlock
-from quantization.grids import split_groups
-from quantization.stored import Grid
+from quantization.grids.stored import Grid
+from quantization.grids.uniform import split_groups
+from quantization.model.blocks import DecoderBlock
 
 __all__ = ["GridQuantizer", "cut_label"]
 
@@ -16,7 +16,7 @@ def cut_label(grid: Grid) -> str:
 
 
 class GridQuantizer:
-    """Defaults of `quantization.methods.WeightQuantizer` for a method with a `grid`."""
+    """Defaults of `quantization.recipes.protocols.WeightQuantizer` for a method with a `grid`."""
 
     name: ClassVar[str]
     grid: Grid

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.binary_coding import BinaryCoded, BinaryGrid, from_uniform, pack_planes, signs
-from quantization.blocks import DecoderBlock
-from quantization.grids import SCALE_DTYPES, UniformGrid, finite, split_groups
-from quantization.grids import fit as fit_uniform
+from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, from_uniform, pack_planes, signs
+from quantization.grids.uniform import SCALE_DTYPES, UniformGrid, finite, split_groups
+from quantization.grids.uniform import fit as fit_uniform
+from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import GPTQ
 

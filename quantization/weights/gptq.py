@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from corpora.errors import UserError
-from quantization.blocks import DecoderBlock
-from quantization.grids import (
+from quantization.grids.stored import StoredWeight
+from quantization.grids.uniform import (
     SCALE_DTYPES,
     Fit,
     QuantizedTensor,
@@ -31,7 +31,7 @@ from quantization.grids import (
     fit_finite,
     split_groups,
 )
-from quantization.stored import StoredWeight
+from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer
 
 __all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
-from quantization.blocks import CalibrationStream, DecoderBlock
-from quantization.grids import (
+from quantization.grids.straight_through import fit_through, on_grid, straight
+from quantization.grids.uniform import (
     SCALE_DTYPES,
     Fit,
     QuantizedTensor,
@@ -36,7 +36,7 @@ from quantization.grids import (
     merge_groups,
     split_groups,
 )
-from quantization.straight_through import fit_through, on_grid, straight
+from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.tuning.training import repeatable
 from quantization.weights.base import GridQuantizer
 from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed

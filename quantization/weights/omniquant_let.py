@@ -4,9 +4,9 @@
         norm → q, k, v;  norm → gate, up (fc1);  v → o
     q · k = (q/s) · (s k)                                                                        Eq. 5
 
-A `Pair` holds what is learned, its `step` is the rescaling that it stands for; `quantization.rescale` applies it, while
-training and when the result is merged. No pair in front of down_proj (fc2). While activations are not quantized,
-q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by rounding noise only.
+A `Pair` holds what is learned, its `step` is the rescaling that it stands for; `quantization.model.rescale` applies
+it, while training and when the result is merged. No pair in front of down_proj (fc2). While activations are not
+quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by rounding noise only.
 
 Departs from the reference: log s is learned, so s stays positive without truncation; both members of a rotary pair
 share one s (otherwise q·k changes with the distance), query heads that share a KV head share theirs, norms of q and k
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.architecture import Feed
-from quantization.blocks import DecoderBlock
-from quantization.rescale import Rescaling, rescaled
+from intactkv.architecture import Feed
+from quantization.model.blocks import DecoderBlock
+from quantization.model.rescale import Rescaling, rescaled
 from quantization.transforms.smooth import input_maxima, of_producer, smoothing_scale
 
 __all__ = ["Pair", "check_pairs", "initial_pairs", "prefix_in_basis", "transformed"]

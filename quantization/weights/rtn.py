@@ -2,14 +2,14 @@
 
     W ≈ s · (clamp(round(W / s) + z, 0, 2^b − 1) − z)      one s and z per group; affine grid: Jacob et al. 2018, Eq. 1
 
-The grid's convention does all the work (`quantization.grids`). No data is needed, so nothing calibrates.
+The grid's convention does all the work (`quantization.grids.uniform`). No data is needed, so nothing calibrates.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from quantization.blocks import DecoderBlock
-from quantization.grids import QuantizedTensor, UniformGrid, quantize
+from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
+from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer
 
 __all__ = ["RTN"]

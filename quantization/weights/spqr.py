@@ -6,7 +6,7 @@
     b̄ = b_w + (b_s + b_z)/β₁ + 64/(β₁β₂) + 32·r                                    Eq. 9 (r: share of outliers)
 
 `fit_groups` makes the grids of the next β₁ channels, without what `leave_one_out_gain` finds likely to be an outlier;
-`spqr` is one matrix, and its stored form is `quantization.sparse.SpQRWeight`.
+`spqr` is one matrix, and its stored form is `quantization.grids.sparse.SpQRWeight`.
 
 Departs from the reference: an outlier is its rounded value plus a half-precision correction, so that its error is that
 correction's rounding error instead of 0 and the stored matrix is the simulated one bit for bit; codes of scales and
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.blocks import DecoderBlock
-from quantization.grids import TINY, Fit, UniformGrid, encode, finite, split_groups
-from quantization.sparse import SMALLEST_SCALE, SecondLevel, SparseRows, SpQRWeight, first_level
+from quantization.grids.sparse import SMALLEST_SCALE, SecondLevel, SparseRows, SpQRWeight, first_level
+from quantization.grids.uniform import TINY, Fit, UniformGrid, encode, finite, split_groups
+from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import COLUMNS, column_loop, inverse_factor, quantize_sets
 

@@ -3,7 +3,7 @@
     s = max|w| / 2^(b−1),   q = clamp(round(w / s), −2^(b−1), 2^(b−1) − 1),   ŵ = s · q     one s per group; section 4.1
 
 "W4/8" is 4 bits in the MLP and 8 in attention. Activations are rounded by the same rule, one group per token
-(`quantization.activations`); the paper's layer-by-layer distillation is `quantization.tuning.distill`.
+(`quantization.model.activations`); the paper's layer-by-layer distillation is `quantization.tuning.distill`.
 
 Departs from the published code (DeepSpeed): groups are runs of a row; its own, G equal runs of the flattened matrix
 that may cross rows, are `groups`. Arithmetic is float32 (there: the weights' bfloat16, which moves 7 % of the 8-bit
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from corpora.errors import UserError
-from quantization.blocks import DecoderBlock
-from quantization.flat import quantize_flat, split_runs
-from quantization.grids import UniformGrid, quantize
-from quantization.stored import StoredWeight
+from quantization.grids.flat import quantize_flat, split_runs
+from quantization.grids.stored import StoredWeight
+from quantization.grids.uniform import UniformGrid, quantize
+from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer, cut_label
 
 __all__ = ["ZeroQuant"]

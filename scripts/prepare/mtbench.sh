@@ -20,8 +20,8 @@ done
 python -c '
 from pathlib import Path
 from corpora.errors import run_program
-from eval.judge import read_materials
-from eval.mtbench import question_file, read_questions
+from eval.mtbench.judge import read_materials
+from eval.mtbench.answers import question_file, read_questions
 
 def check():
     folder = Path("fastchat/data/mt_bench")

@@ -1,0 +1,1 @@
+"""What quantization does inside a model: errors, keys and values, pivot tokens."""

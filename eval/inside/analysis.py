@@ -1,0 +1,55 @@
+"""What calibration sees: how much of every Hessian belongs to a few tokens, such as the first one or the pivots."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eval.hooks import hooked
+from intactkv.architecture import architecture_of
+
+__all__ = ["first_token_share", "position_share"]
+
+
+def first_token_share(model: PreTrainedModel, segments: Tensor) -> dict[str, Tensor]:
+    """Share of tr H that position 0 owns, per block, for every set of linears that read one input.
+
+    segments: (N, T) ids. Returns shares in 0…1, (blocks,), by the name of the set's first linear; an even share is 1/T.
+    """
+    return position_share(model, segments, [[0]] * len(segments))
+
+
+@torch.no_grad()
+def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Share of tr H that some positions own together, per block, for every set of linears that read one input.
+
+    H = Σ x xᵀ over all tokens, so tr H = Σ ‖x‖² and the share of a token is its ‖x‖². An even share is 1/T a token.
+    segments: (N, T) ids; positions: those of each segment. Returns shares in 0…1, (blocks,), by the name of the set's
+    first linear.
+    """
+    architecture = architecture_of(model.config)
+    blocks = architecture.blocks_of(model)
+    names = [linears[0] for linears in architecture.linears]
+    energy = {name: torch.zeros(len(blocks), segments.shape[1], dtype=torch.float64) for name in names}
+    owned = {name: torch.zeros(len(blocks), dtype=torch.float64) for name in names}
+    chosen: list[int] = []  # of the segment that is running
+
+    def look(name: str, index: int, x: Tensor) -> None:
+        per_token = x.reshape(-1, x.shape[-1]).double().square().sum(-1).cpu()
+        energy[name][index] += per_token
+        owned[name][index] += per_token[chosen].sum()
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name, index=index: look(name, index, args[0])
+        )
+        for index, block in enumerate(blocks)
+        for name in names
+    ]
+    decoder: nn.Module = model.get_submodule(architecture.decoder)
+    with hooked(handles):
+        for segment, of_segment in zip(segments, positions, strict=True):
+            chosen[:] = of_segment
+            decoder(input_ids=segment[None].to(model.device), use_cache=False)
+    return {name: (owned[name] / per_token.sum(-1)).float() for name, per_token in energy.items()}

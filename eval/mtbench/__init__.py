@@ -1,0 +1,1 @@
+"""MT-bench: answers, judgements and their tables."""

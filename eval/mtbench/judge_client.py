@@ -1,0 +1,224 @@
+"""Who judges: an OpenAI-compatible endpoint, or a local model. Both take a system and a user text and give a `Reply`.
+
+The endpoint's client is the standard library's. Rate limits, server errors, time-outs and broken answers are tried
+again, with a pause that doubles and is never shorter than the server's Retry-After; what cannot get better is not.
+"""
+
+import email.utils
+import http.client
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from corpora.errors import UserError
+
+__all__ = ["ChatClient", "Judge", "Reply", "local_judge"]
+
+PAUSE = 1.0  # seconds before the first repetition; doubles
+LONGEST_PAUSE = 60.0
+LONGEST_RETRY_AFTER = 600.0  # a server that asks for more has failed
+RETRIED = (408, 409, 425, 429)  # and every 5xx
+HOPELESS = (401, 403, 404, 405)  # the key, the model's name or the address is wrong: no call will succeed
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge said. outcome: "answered", "refused" (by the judge itself) or "failed" (nothing usable came)."""
+
+    text: str
+    outcome: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+Judge = Callable[[str, str], Reply]  # (system, user) -> reply
+
+
+class _Again(Exception):
+    """An attempt that may succeed later. after: seconds the server asks for."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class ChatClient:
+    """A judge behind an endpoint. Calls may come from several threads."""
+
+    def __init__(
+        self, base_url: str, model: str, key: str, *, timeout: float = 120, retries: int = 5, max_tokens: int = 2048
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise UserError(f"--base-url {base_url} is no address; give one such as http://localhost:8000/v1")
+        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        self.model, self.key = model, key
+        self.timeout, self.retries, self.max_tokens = timeout, retries, max_tokens
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let calls that wait for their next attempt give up at once."""
+        self._stopped.set()
+
+    def __call__(self, system: str, user: str) -> Reply:
+        """Ask once, and again where that may help. Raises UserError where no call can succeed (key, model, address)."""
+        reason = "it was stopped"
+        for attempt in range(self.retries + 1):
+            if self._stopped.is_set():
+                break
+            try:
+                return self._ask(system, user)
+            except _Again as error:
+                reason = str(error)
+                if error.after > LONGEST_RETRY_AFTER:
+                    reason = f"{reason}; it asks to wait {error.after:.0f} s"
+                    break
+                if attempt < self.retries:
+                    pause = min(PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1)  # callers spread out
+                    self._stopped.wait(max(pause, error.after))
+        return Reply(reason, "failed")
+
+    def _ask(self, system: str, user: str) -> Reply:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        request = urllib.request.Request(
+            self.url,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            return self._refused(error)
+        except TimeoutError:
+            raise _Again(f"no answer within {self.timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            reason = getattr(error, "reason", error)
+            raise _Again(f"the connection failed ({reason or type(error).__name__})") from None
+        try:
+            return _reply(json.loads(content))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise _Again(f"the answer is not a chat completion ({content[:80]!r})") from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> Reply:
+        """An HTTP error: raised to try again, raised as hopeless, or the reply for this prompt alone (too long, …)."""
+        try:
+            message = json.loads(error.read()[:10_000])["error"]["message"]
+        except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+            message = error.reason
+        text = f"HTTP {error.code}: {' '.join(str(message).split())[:300]}".replace(self.key, "…")
+        if error.code in RETRIED or error.code >= 500:
+            raise _Again(text, _seconds(error.headers.get("Retry-After")))
+        if error.code in HOPELESS or error.code < 400:
+            raise UserError(
+                f"the judge {self.model} at {self.url} refuses every call ({text}); check the key, the name of the "
+                "model and --base-url"
+            )
+        return Reply(text, "failed")
+
+
+def _reply(answer: Any) -> Reply:
+    """A chat completion. Raises one of the usual errors of access if it is not of that form."""
+    choice = answer["choices"][0]
+    message, usage = choice["message"], answer.get("usage") or {}
+    counts = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+    if message.get("refusal"):
+        return Reply(str(message["refusal"]), "refused", *counts)
+    text = message.get("content")
+    if text is None and choice.get("finish_reason") == "content_filter":
+        return Reply("the content filter withheld the answer", "refused", *counts)
+    if not isinstance(text, str):
+        raise TypeError("no text")
+    return Reply(text, "answered", *counts)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A Retry-After header, in seconds or as a date; 0 where there is none or it cannot be read."""
+    if not retry_after:
+        return 0.0
+    try:
+        return max(float(retry_after), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError):
+        return 0.0
+
+
+class _OneOf(LogitsProcessor):
+    """Leaves, behind the first `start` columns, only tokens that go on with one of some endings; then only `end`."""
+
+    def __init__(self, endings: Sequence[Sequence[int]], start: int, end: int) -> None:
+        self.endings, self.start, self.end = [list(ending) for ending in endings], start, end
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """input_ids: (1, L); scores: (1, vocabulary). Returns scores of the same shape."""
+        said = input_ids[0, self.start :].tolist()
+        fitting = [ending for ending in self.endings if ending[: len(said)] == said]
+        allowed = {ending[len(said)] for ending in fitting if len(ending) > len(said)} or {self.end}
+        left = scores.new_full(scores.shape, float("-inf"))
+        left[:, list(allowed)] = scores[:, list(allowed)]
+        return left
+
+
+def local_judge(
+    directory: Path, device: str, max_tokens: int, endings: Sequence[str], is_decided: Callable[[str], bool]
+) -> Judge:
+    """A local model as a judge: greedy, in its own chat template, system and user text in one turn.
+
+    endings: the last lines that decide, all beginning alike ("Rating: [[1]]", …). is_decided: whether a text holds a
+    decision; where it holds none, the model's own text is followed by the ending that it finds most likely, token by
+    token, so that also a small model decides.
+    """
+    from corpora.tokens import encode
+    from eval.mtbench.answers import Answerer
+    from eval.mtbench.chat_templates import chat_template
+    from quantization.named import named_recipe
+    from quantization.programs.options import chosen_device
+    from quantization.runs.plan import plan_run
+
+    plan = plan_run(directory, named_recipe("fp16"), device=chosen_device(device))
+    template = chat_template("auto", plan.tokenizer, plan.checkpoint.family_name)
+    answerer = Answerer(plan.load(), template, seed=0, max_new_tokens=max_tokens, context=plan.context)
+    tokens = [encode(plan.tokenizer, f"\n\n{ending}") for ending in endings]
+    alike = next(i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1)
+    lead, tails = tokens[0][:alike], [ending[alike:] for ending in tokens]
+    longest = max(map(len, tokens))
+
+    def generate(ids: list[int], room: int, cache: Any = None, **options: Any) -> tuple[list[int], Any]:
+        output = answerer.model.generate(
+            torch.tensor([ids]), past_key_values=cache, do_sample=False, max_new_tokens=room,
+            eos_token_id=answerer.stops or None, pad_token_id=answerer.pad, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return output.sequences[0, len(ids) :].tolist(), output.past_key_values
+
+    @torch.inference_mode()
+    def judge(system: str, user: str) -> Reply:
+        ids = template.ids([f"{system}\n\n{user}"])
+        room = max_tokens if plan.context is None else min(max_tokens, plan.context - len(ids) - longest)
+        if room < 1:
+            return Reply(f"the prompt of {len(ids)} tokens leaves no room in a context of {plan.context}", "failed")
+        new, cache = generate(ids, room)
+        said = answerer.cut(new, room)
+        if is_decided(said.text):
+            return Reply(said.text, "answered", len(ids), said.tokens)
+        own = new[: said.tokens - 1] if said.stopped == "end" else new
+        before = [*ids, *own, *lead]
+        chosen, _ = generate(before, longest, cache, logits_processor=LogitsProcessorList([
+            _OneOf(tails, len(before), answerer.pad)
+        ]))  # fmt: skip
+        (index,) = (i for i, tail in enumerate(tails) if chosen[: len(tail)] == tail)
+        return Reply(f"{said.text}\n\n{endings[index]}", "answered", len(ids), said.tokens + len(tokens[index]))
+
+    return judge

@@ -1,0 +1,1 @@
+"""Tables of finished runs, alone or beside the published ones."""

@@ -1,0 +1,186 @@
+"""Tables of finished tasks (MMLU, question answering): every setting's vanilla arm above its IntactKV arm.
+
+Accuracies are percent, changes are points. Figures of different protocols, shots, data or limits never share a table.
+The question answering average is IntactKV's: acc_norm where the task defines it, else acc, plain mean of all seven
+tasks. Which metric the paper averages is inferred, so the mean of plain acc stands beside it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from eval.tables.perplexities import BEHIND, INTACT, VANILLA, kv_label, prefix_label, settings_of
+from eval.tables.render import Cell, Figure, Table, change_of, mean_of
+
+__all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "run_tables", "task_caption",
+           "task_tables"]  # fmt: skip
+
+# The seven tasks of the average and the metric that counts.
+QA_METRICS: Mapping[str, str] = {
+    "openbookqa": "acc_norm",
+    "winogrande": "acc",
+    "arc_challenge": "acc_norm",
+    "arc_easy": "acc_norm",
+    "boolq": "acc",
+    "hellaswag": "acc_norm",
+    "lambada_openai": "acc",
+}
+QA_AVERAGE, MEAN_ACC = "QA average", "mean of plain acc"
+HEAD = ("model", "weights", "KV bits", "prefix", "arm")
+
+Scores = Mapping[int | None, Mapping[str, float]]  # of one arm: by calibration seed, then by head of the table
+
+
+def in_percent(metric: str, value: float) -> float:
+    """A metric as it is printed: fractions of the questions in percent, others (perplexity, BLEU) as they are."""
+    name = metric.partition(",")[0]  # lm-eval's filter may stand behind
+    return 100 * value if name in ("acc", "acc_norm", "exact_match") or name.endswith("_acc") else value
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """A record's metrics, and of MMLU the four categories, as they are printed."""
+    categories = {name: 100 * value for name, value in record.get("groups", {}).items() if ":" not in name}
+    return {metric: in_percent(metric, value) for metric, value in record["metrics"].items()} | categories
+
+
+def qa_averages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The two averages of seven tasks in percent, from records by task name; empty unless all seven are there."""
+    if not QA_METRICS.keys() <= records.keys():
+        return {}
+    metrics = {task: records[task]["metrics"] for task in QA_METRICS}
+    return {
+        QA_AVERAGE: 100 * fmean(metrics[task][metric] for task, metric in QA_METRICS.items()),
+        MEAN_ACC: 100 * fmean(metrics[task]["acc"] for task in QA_METRICS),
+    }
+
+
+def task_caption(settings: Mapping[str, Any]) -> str:
+    """What figures of one table share."""
+    data = "a small sample, not the benchmark" if settings["data"] == "sample" else f"data {settings['data']}"
+    limit = "all questions" if settings["limit"] is None else f"at most {settings['limit']} questions a task or subject"
+    shots = "1 shot" if settings["fewshot"] == 1 else f"{settings['fewshot'] or 'no'} shots"
+    return f"protocol {settings['protocol']}, {shots}, {data}, {limit}, {settings['dtype']} on {settings['device']}"
+
+
+def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
+    """What one run of the program measured: a line for every metric of every task, and how long it took."""
+    tables = []
+    for caption in dict.fromkeys(task_caption(record["settings"]) for record in records):
+        lines: list[tuple[Cell, ...]] = []
+        mine = [record for record in records if task_caption(record["settings"]) == caption]
+        for record in mine:
+            metrics, errors = record["metrics"], record["stderr"]
+            for metric, value in metrics.items():
+                error = Figure(in_percent(metric, errors[metric])) if metric in errors else None
+                first = metric == next(iter(metrics))
+                lines.append(
+                    (
+                        record["settings"]["task_name"] if first else "",
+                        metric,
+                        Figure(in_percent(metric, value)),
+                        error,
+                        str(record["samples"]) if first else "",
+                        f"{record['seconds']:.0f}" if first else "",
+                    )
+                )
+        averages = qa_averages({record["settings"]["task_name"]: record for record in mine})
+        lines += [(name, "", Figure(value), None, "", "") for name, value in averages.items()]
+        s = mine[0]["settings"]
+        prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or not s["prefix"]["ids"] else ", vanilla")
+        who = f"{s['model']}, weights {s['weights']}, KV bits {kv_label(s['kv'])}, prefix {prefix}"
+        head = ("task", "metric", "value", "standard error", "questions", "seconds")
+        tables.append(Table(f"{who}; accuracy in % ({caption})", head, tuple(lines), words=2))
+    return tables
+
+
+def task_tables(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Table]:
+    """The tables of task records, oldest first; of several runs of one place the newest counts."""
+    records = list(records)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(task_caption(record["settings"]), []).append(record)
+    return [_table(caption, groups[caption], over_seeds) for caption in sorted(groups)]
+
+
+def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) -> Table:
+    columns = _task_columns(records)
+    metrics = _metrics(records, columns)
+    questions = any(task in QA_METRICS for task, _ in columns)
+    averages = (QA_AVERAGE, MEAN_ACC) if questions else ()
+    newest = {record["settings"]["task_name"]: columns[_data(record)] for record in records}
+
+    def scores(mine: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """All columns of the runs of one seed, oldest first, one for every task that was run."""
+        runs = {columns[_data(record)]: record for record in mine}
+        found = {
+            f"{column} {metric}": value for column, record in runs.items() for metric, value in _figures(record).items()
+        }
+        return found | qa_averages({task: runs[column] for task, column in newest.items() if column in runs})
+
+    heads = (*metrics, *averages)
+    named = [(setting, _words(setting.settings)) for setting in settings_of(records, task_caption, over_seeds)]
+    seen = Counter(words for _, words in named)
+    lines: list[tuple[Cell, ...]] = []
+    for setting, words in named:
+        if seen[words] > 1:  # they differ where no column shows it, as two files of one name do
+            model, weights, *others = words
+            words = (model, f"{weights}-{setting.identity}", *others)
+        by_arm = {arm: {seed: scores(runs) for seed, runs in found.items()} for arm, found in setting.arms.items()}
+        lines += [(*words, label, *figures) for label, figures in _lines(by_arm, heads)]
+    notes = [_sizes(records, columns)]
+    errors = [100 * error for record in records for name, error in record["stderr"].items() if name.startswith("acc")]
+    if errors:
+        span = " to ".join(dict.fromkeys((f"{min(errors):.1f}", f"{max(errors):.1f}")))
+        notes.append(f"standard error of a single accuracy over its questions: {span} points")
+    if questions:
+        chosen = ", ".join(f"{task} {metric}" for task, metric in QA_METRICS.items())
+        notes.append(f"{QA_AVERAGE}: plain mean of {chosen}; n/a unless all seven are there")
+    return Table(f"Tasks, accuracy in %, change in points ({caption})", (*HEAD, *heads), tuple(lines), len(HEAD),
+                 tuple(notes))  # fmt: skip
+
+
+def _data(record: dict[str, Any]) -> tuple[str, str]:
+    return record["settings"]["task_name"], record["settings"]["data_sha256"]
+
+
+def _task_columns(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """A column's name for every task and its data: the task's name, with the data's hash where there are several."""
+    both = sorted({_data(record) for record in records})
+    several = Counter(task for task, _ in both)
+    return {(task, data): f"{task} {data[:8]}" if several[task] > 1 else task for task, data in both}
+
+
+def _metrics(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str]) -> tuple[str, ...]:
+    """Every column of the table before the averages: task by task, its metrics in the record's order."""
+    found: dict[str, dict[str, None]] = {column: {} for column in columns.values()}
+    for record in records:
+        found[columns[_data(record)]] |= dict.fromkeys(_figures(record))
+    return tuple(f"{column} {metric}" for column, metrics in found.items() for metric in metrics)
+
+
+def _words(s: dict[str, Any]) -> tuple[str, ...]:
+    """What stands in the first columns of a setting's lines."""
+    return s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), prefix_label(s)
+
+
+def _lines(by_arm: Mapping[str, Scores], heads: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
+    """Vanilla, then every other arm with its change against vanilla over the seeds that both have."""
+
+    def column(arm: str, head: str) -> dict[int | None, float]:
+        return {seed: run[head] for seed, run in by_arm.get(arm, {}).items() if head in run}
+
+    lines: list[tuple[str, tuple[Cell, ...]]] = []
+    for arm in (VANILLA, INTACT, BEHIND):
+        if arm not in by_arm and arm != VANILLA:
+            continue
+        lines.append((arm, tuple(mean_of(list(column(arm, head).values())) for head in heads)))
+        if arm != VANILLA:
+            changes = tuple(change_of(column(VANILLA, head), column(arm, head)) for head in heads)
+            lines.append((f"{arm} − {VANILLA}", changes))
+    return lines
+
+
+def _sizes(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str]) -> str:
+    sizes = {columns[_data(record)]: record["samples"] for record in records}
+    return "questions: " + ", ".join(f"{task} {sizes[task]}" for task in columns.values())

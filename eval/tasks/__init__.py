@@ -1,0 +1,1 @@
+"""MMLU, question answering and every other task of lm-eval."""

@@ -1,0 +1,102 @@
+"""What enters attention's two products, quantized: queries and softmax rows (RTN and SmoothQuant of qllm, W8A8).
+
+    S = softmax(Q(q) k̂ᵀ / √D),   out = Q(S) v̂      one grid per (head, token) of q, one per row of S
+
+Keys and values are the KV policy's: they are rounded on their way into the cache. The columns of S that belong to the
+intact prefix keep full precision: they multiply full-precision values, and a sink's share would set the step of the
+row (0.8 % of it rounds to 0 with 6 bits). How many columns those are, only the cache knows: a sliding window leaves the
+prefix behind. One function, registered with transformers under `NAME`; no model code is touched.
+
+Departs from qllm: values are rounded per token (there: per channel over the whole text, which reads the future).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from corpora.errors import UserError
+from intactkv.architecture import architecture_of
+from quantization.grids.straight_through import straight
+from quantization.grids.uniform import UniformGrid, fake_quantize
+
+__all__ = ["NAME", "AttentionProducts"]
+
+NAME = "quantized_products"
+# Attributes of an attention module: its `AttentionProducts`; how many tokens of the prefix, and in all, its layer of
+# the cache has seen when a pass arrives.
+PRODUCTS, SEEN = "intactkv_products", "intactkv_seen"
+
+
+@dataclass(frozen=True)
+class AttentionProducts:
+    """The grid of queries and softmax rows."""
+
+    grid: UniformGrid
+
+    def __post_init__(self) -> None:
+        if self.grid.group_size != -1:
+            raise UserError(
+                f"attention.grid.group_size={self.grid.group_size} is not allowed; a query and a softmax row have one "
+                "grid each: -1"
+            )
+
+    @property
+    def label(self) -> str:
+        """`qs8`: queries and softmax."""
+        return f"qs{self.grid.bits}"
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Let a model's attention run through these grids."""
+        architecture = architecture_of(model.config)
+        for block in architecture.blocks_of(model):
+            module = block.get_submodule(architecture.attention)
+            if PRODUCTS not in module.__dict__:
+                module.register_forward_pre_hook(_look_at_cache, with_kwargs=True)
+            module.__dict__[PRODUCTS] = self
+        model.set_attn_implementation(NAME)
+
+
+def _look_at_cache(module: Any, _args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Before a pass: its new keys are not in the cache yet."""
+    cache = keywords.get("past_key_values")
+    seen = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
+    module.__dict__[SEEN] = getattr(cache, "prefix_length", 0), seen
+
+
+def _rounded(x: Tensor, grid: UniformGrid) -> Tensor:
+    """On the grid; where a prefix is trained, its gradient passes as if nothing were rounded."""
+    seen = fake_quantize(x, grid)
+    return straight(seen, x) if x.requires_grad else seen
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """query (B, heads, T, D), key and value (B, KV heads, S, D) to (B, T, heads, D) and the softmax rows."""
+    grid: UniformGrid = getattr(module, PRODUCTS).grid
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = _rounded(query, grid) @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    rows = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    prefix, before = module.__dict__[SEEN]
+    left = before + query.shape[-2] - rows.shape[-1]  # tokens that a sliding window has left behind, the prefix first
+    kept = max(0, prefix - left)
+    rows = torch.cat([rows[..., :kept], _rounded(rows[..., kept:], grid)], dim=-1)
+    return (rows.to(value.dtype) @ value).transpose(1, 2).contiguous(), rows
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)

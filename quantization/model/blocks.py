@@ -1,0 +1,300 @@
+"""One decoder block and the calibration text that flows through it.
+
+A block-wise quantizer sees a block, its linears, and what calibration feeds them. The text may flow *behind* a prefix:
+then every block's cache starts with the keys and values that the full-precision block wrote for the prefix tokens, the
+text takes positions P, P + 1, …, and no statistic ever contains a pivot token.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from corpora.errors import UserError
+from intactkv.architecture import Architecture, Feed
+from intactkv.cache import IntactCache, KVPolicy
+from intactkv.prefix import Prefix, input_embeddings
+from quantization.model.inputs import path_of
+from quantization.model.rescale import Rescaling, rescale
+
+__all__ = ["CalibrationStream", "DecoderBlock"]
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """A block in full precision, with the calibration stream in front of it (None if nothing calibrates).
+
+    rescalings: what `rescale` applied so far; the checkpoint keeps them. kv: tensors of a KV policy with ranges of its
+    own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
+    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks.
+    """
+
+    index: int
+    module: nn.Module
+    architecture: Architecture
+    config: PreTrainedConfig
+    stream: "CalibrationStream | None" = None
+    rescalings: list[Rescaling] = field(default_factory=list)
+    kv: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Dotted name in the checkpoint."""
+        return self.architecture.block_name(self.index)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return int(getattr(self.module.get_submodule(self.architecture.attention), "head_dim"))  # noqa: B009 (mypy)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The block's linears, in the order of computation."""
+        return self.architecture.linears_of(self.module, self.name)
+
+    def feeds(self) -> tuple[Feed, ...]:
+        """What scales can be moved through, in the order of computation."""
+        return self.architecture.feeds_of(self.config)
+
+    def rescale(self, step: Rescaling) -> None:
+        """Apply an equivalent rescaling to the weights and remember it.
+
+        Raises UserError if an online rotation stands between the two: their scales cannot move through it.
+        """
+        for name in step.consumers:
+            path = path_of(self.module.get_submodule(name))
+            if path is not None and path.rotation is not None:
+                raise UserError(
+                    f"{self.name}: scales of {step.producer} cannot move to {name}, because a rotation stands between "
+                    "them; rescale without that pair, or rotate with head_mix=none and online_down=false"
+                )
+        rescale(self.module, step, self.head_size)
+        self.rescalings.append(step)
+
+    def report(self, **figures: float) -> None:
+        """Add to the figures of this block."""
+        for name, value in figures.items():
+            self.figures[name] = self.figures.get(name, 0.0) + float(value)
+
+    def observe(self, look: Callable[[str, Tensor], None]) -> None:
+        """Run the calibration text through the block once; `look(linear name, input)` sees every linear's input.
+
+        Inputs are (1, tokens, channels), one call per sample and linear, never containing a prefix token.
+        Raises UserError, with the linear's name, if an input is not finite.
+        """
+        handles = [
+            linear.register_forward_pre_hook(lambda _module, args, name=name: look(name, self._flat(name, args[0])))
+            for name, linear in self.linears().items()
+        ]
+        try:
+            for _ in self._stream.outputs(self):
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def inputs(self, linear: str) -> Iterator[Tensor]:
+        """The input of one linear for every sample, (tokens, channels); the block is left as soon as it is known."""
+        seen: list[Tensor] = []
+
+        def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(self._flat(linear, args[0])[0])
+            raise _Reached
+
+        for hidden in self._stream.hidden:
+            handle = self.module.get_submodule(linear).register_forward_pre_hook(catch)
+            try:
+                with torch.no_grad():
+                    self._stream.forward(self, hidden)
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+            yield seen.pop()
+
+    def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys (after RoPE) and values of every sample, each (1, KV heads, tokens, D), without the prefix's."""
+        stream, length = self._stream, self._stream.prefix_length
+        for hidden in stream.hidden:
+            cache = stream.new_cache(self)
+            with torch.no_grad():
+                stream.forward(self, hidden, cache=cache)
+            keys, values = cache.intact_layers[self.index].held
+            if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
+                raise UserError(
+                    f"the calibration text gives keys or values that are not finite in {self.name}; the checkpoint is "
+                    "damaged, or its dtype too narrow: convert it to bfloat16 or float32"
+                )
+            yield keys[:, :, length:], values[:, :, length:]
+
+    @property
+    def _stream(self) -> "CalibrationStream":
+        assert self.stream is not None, "this quantizer calibrates, but no calibration text was given"
+        return self.stream
+
+    def _flat(self, linear: str, x: Tensor) -> Tensor:
+        """(1, tokens, channels): OPT flattens the tokens in front of its feed-forward linears."""
+        if not torch.isfinite(x).all():
+            raise UserError(
+                f"the calibration text gives values that are not finite in front of {self.name}.{linear}; the "
+                "checkpoint is damaged, or its dtype too narrow: convert it to bfloat16 or float32"
+            )
+        return x.flatten(0, -2)[None]
+
+
+class _Reached(Exception):
+    """Raised by the capturing hook to leave the model's forward early."""
+
+
+class CalibrationStream:
+    """Hidden states of the calibration samples in front of the current block.
+
+    segments: (N, T) token ids. prefix_ids: (P,), or None, or a trained prefix, whose keys and values nobody computes
+    from its tokens. `model` needs its embeddings loaded, its blocks may be empty
+    (on the meta device). Memory: N·T·hidden values, plus one block's cache of one sample.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        segments: Tensor,
+        prefix_ids: Tensor | Prefix | None = None,
+    ):
+        self._config = model.config
+        self._blocks = architecture.blocks_of(model)
+        self._prefix: Tensor | None = None  # hidden states of the prefix tokens, always in full precision
+        self._prefix_output: Tensor | None = None
+        self._arguments: list[dict[str, Any]] = []
+        self._prefix_arguments: list[dict[str, Any]] = []
+        # K and V of the prefix in each block, (1, KV heads, P, D): known from the time the stream reaches the block.
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        if isinstance(prefix_ids, Prefix):
+            like = input_embeddings(model)
+            self._keys = [x.to(like) for x in prefix_ids.keys]
+            self._values = [x.to(like) for x in prefix_ids.values]
+        elif prefix_ids is not None:
+            self._prefix, self._prefix_arguments = self._enter(model, prefix_ids[None], IntactCache(model.config))
+            text = model.config.get_text_config(decoder=True)
+            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            # Masks and positions need only the prefix's length; its values come when a block is seeded.
+            blank = self._prefix.new_zeros(1, heads, prefix_ids.numel(), size)
+            self._keys = self._values = [blank] * len(self._blocks)
+        entered = [
+            self._enter(model, segment[None], IntactCache(model.config, self._keys, self._values))
+            for segment in segments
+        ]
+        self.hidden: list[Tensor] = [hidden for hidden, _ in entered]  # N × (1, T, hidden size)
+        # What full-precision blocks would have passed on, and what the current one makes of it: kept only for methods
+        # that ask (`WeightQuantizer.reads`).
+        self.full: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self._arguments = entered[0][1]
+
+    @torch.no_grad()
+    def seed(self, block: DecoderBlock) -> None:
+        """Let the full-precision block write its keys and values of the prefix; call it again after a transform."""
+        if self._prefix is not None:
+            cache = IntactCache(self._config)
+            self._prefix_output = self._call(block, self._prefix, self._prefix_arguments, cache)
+            keys, values = cache.intact_layers[block.index].held
+            self._keys = [*self._keys[: block.index], keys, *self._keys[block.index + 1 :]]
+            self._values = [*self._values[: block.index], values, *self._values[block.index + 1 :]]
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the prefix that the text runs behind."""
+        return self._keys[0].shape[2] if self._keys else 0
+
+    def seeded(self, block: DecoderBlock) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefix in a block that was seeded, each (1, KV heads, P, D)."""
+        return self._keys[block.index], self._values[block.index]
+
+    def new_cache(
+        self, block: DecoderBlock, kv: KVPolicy | None = None, seeded: tuple[Tensor, Tensor] | None = None
+    ) -> IntactCache:
+        """The cache that one sample meets in a block: the prefix's keys and values, then what a policy leaves of the
+        new ones. seeded: other keys and values of the prefix than the block was seeded with."""
+        keys, values = self._keys, self._values
+        if seeded is not None:
+            keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
+            values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
+        return IntactCache(self._config, keys, values, kv)
+
+    def forward(
+        self,
+        block: DecoderBlock,
+        hidden: Tensor,
+        weights: dict[str, Tensor] | None = None,
+        cache: IntactCache | None = None,
+    ) -> Tensor:
+        """The block's output for one sample's hidden states (1, T, hidden size), with gradients where they are on.
+
+        weights: stand in for the block's own parameters of the same names. cache: one of `new_cache`; by default one
+        without a policy.
+        """
+        cache = self.new_cache(block) if cache is None else cache
+        return self._call(block, hidden, self._arguments, cache, weights)
+
+    @torch.no_grad()
+    def outputs(
+        self, block: DecoderBlock, hidden: list[Tensor] | None = None, kv: KVPolicy | None = None
+    ) -> Iterator[Tensor]:
+        """The block's output for every sample, (1, T, hidden size), with the weights that it has now.
+
+        hidden: other inputs than the stream's own, such as `full`. kv: policy of the new keys and values.
+        """
+        for sample in self.hidden if hidden is None else hidden:
+            yield self.forward(block, sample, cache=self.new_cache(block, kv))
+
+    def advance(self, block: DecoderBlock, following: list[Tensor] | None = None, kv: KVPolicy | None = None) -> None:
+        """Pass the text on, through the block as it is now, or as the given outputs; the prefix went through the
+        full-precision block in `seed`."""
+        self.hidden = list(self.outputs(block, kv=kv)) if following is None else following
+        if self._prefix is not None:
+            self._prefix = self._prefix_output
+
+    def _call(
+        self,
+        block: DecoderBlock,
+        hidden: Tensor,
+        arguments: list[dict[str, Any]],
+        cache: IntactCache,
+        weights: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        keywords = {**arguments[block.index], "past_key_values": cache}
+        if weights is None:
+            return block.module(hidden, **keywords)
+        return torch.func.functional_call(block.module, weights, (hidden,), keywords)
+
+    @torch.no_grad()
+    def _enter(self, model: PreTrainedModel, ids: Tensor, cache: IntactCache) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Embed (1, T) ids; return the first block's input and every block's keyword arguments (mask, positions, …).
+
+        The model's own forward computes them, with each block replaced by the identity.
+        """
+        first: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+
+        def skip(hidden: Tensor, **keywords: Any) -> Tensor:
+            first.append(hidden)
+            arguments.append({k: v for k, v in keywords.items() if k != "past_key_values"})
+            if len(arguments) == len(self._blocks):
+                raise _Reached
+            return hidden
+
+        for module in self._blocks:
+            module.forward = skip
+        try:
+            model(input_ids=ids.to(input_embeddings(model).device), past_key_values=cache, use_cache=True)
+        except _Reached:
+            pass
+        finally:
+            for module in self._blocks:
+                del module.forward  # the class's own forward shows again
+        return first[0], arguments

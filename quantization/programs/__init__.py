@@ -1,0 +1,1 @@
+"""What the command line reaches: options that programs share, and one file per program."""

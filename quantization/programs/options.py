@@ -1,0 +1,245 @@
+"""Command-line options that several programs share, each with one name and one meaning everywhere.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantization.recipes.recipe import Recipe
+    from quantization.runs.plan import Checkpoint
+
+__all__ = [
+    "ALL_GPUS",
+    "add_calibration_options",
+    "add_dtype_option",
+    "add_model_options",
+    "add_prefix_option",
+    "add_recipe_options",
+    "add_run_options",
+    "chosen_device",
+    "chosen_dtype",
+    "chosen_recipe",
+    "show_log",
+]
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--model and where it computes. several: the program can spread one model over all GPUs."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of a dense Hugging Face checkpoint, or of a quantized one",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]" + ("|cuda:all" if several else ""),
+        help="where to compute (default: auto, a GPU if there is one)"
+        + ("; cuda:all spreads a model that is larger than one GPU over all of them" if several else ""),
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--recipe and the fields of its weights."""
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe",
+        default=None,
+        metavar="NAME",
+        help="a named recipe; python -m quantization --list explains them (default: fp16, nothing quantized)",
+    )
+    group.add_argument("--bits", type=int, metavar="B", help="bits of the weights, short for --set weights.grid.bits=B")
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="input channels per scale, -1 for one scale per row (default: the recipe's, or the model's "
+        "own where that has one)",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="FIELD=VALUE",
+        help="any other field by its dotted name, for example weights.grid.convention=gptq-sym",
+    )
+
+
+def add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    """The text that methods calibrate on, and whether it runs behind the prefix."""
+    group = parser.add_argument_group("calibration (methods that need none refuse these)")
+    group.add_argument(
+        "--calibration",
+        metavar="NAME|FILE",
+        help="a corpus by name or a text file (default: the paper's, or the model's own where that has one)",
+    )
+    group.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: the same)")
+    group.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: the same)")
+    group.add_argument("--seed", type=int, metavar="S", help="of the draw (default: the recipe's)")
+    group.add_argument(
+        "--calibrate-behind-prefix",
+        action="store_true",
+        help="let the text run behind the intact --prefix, as it will when the model is used; the result is refused "
+        "without that prefix",
+    )
+
+
+def add_prefix_option(parser: argparse._ActionsContainer) -> None:
+    """--prefix."""
+    parser.add_argument(
+        "--prefix",
+        default=None,
+        metavar='none|bos|prompt|auto|FILE|"text"',
+        help="tokens whose keys and values stay as the full-precision model wrote them; auto: those that PrefixQuant "
+        "discovers, on random pieces of the model's calibration text (auto:NAME for another corpus), once for a model "
+        "(default: the recipe's)",
+    )
+
+
+def add_dtype_option(parser: argparse._ActionsContainer) -> None:
+    """--dtype."""
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        choices=["float32", "float16", "bfloat16"],
+        help="of the computation (default: float32 on a CPU, the checkpoint's on a GPU)",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What is chosen when a model runs: prefix, KV policy, dtype."""
+    group = parser.add_argument_group("at run time")
+    add_prefix_option(group)
+    group.add_argument(
+        "--vanilla",
+        action="store_true",
+        help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
+    )
+    group.add_argument(
+        "--kv",
+        default=None,
+        metavar="NAME",
+        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
+        "(default: the recipe's, or the checkpoint's)",
+    )
+    group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
+    add_dtype_option(group)
+    group.add_argument(
+        "--packed",
+        action="store_true",
+        help="keep quantized weights packed in memory: a quarter of it, but slower",
+    )
+
+
+def _setting(field: str, value: object) -> list[str]:
+    return [] if value is None else [f"{field}={value}"]
+
+
+def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
+    """The recipe that the options spell, with the model's own group size. Raises UserError for what cannot be."""
+    from dataclasses import replace
+
+    from corpora.errors import UserError
+    from quantization.named import kv_policy, named_recipe
+    from quantization.recipes.recipe import with_settings
+    from quantization.runs.plan import stored_kv, with_model_defaults
+
+    recipe = named_recipe(options.recipe or "fp16")
+    if recipe.weights is None and (options.bits is not None or options.group_size is not None):
+        raise UserError(
+            f"--bits and --group-size set the grid of the weights, but the recipe "
+            f"{options.recipe or 'fp16'} quantizes none; name one that does, for example --recipe rtn"
+        )
+    # Prefix and KV policy first: a setting may need the one or reach into the other.
+    if getattr(options, "prefix", None) is not None:
+        behind = recipe.calibrate_behind_prefix and options.prefix != "none"  # of a recipe that does so by itself
+        recipe = replace(recipe, prefix=options.prefix, calibrate_behind_prefix=behind)
+    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
+    if name is not None or bits is not None:
+        recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
+    elif recipe.kv_cache is None:
+        recipe = replace(recipe, kv_cache=stored_kv(checkpoint))
+    settings = [
+        *_setting("weights.grid.bits", options.bits),
+        *_setting("weights.grid.group_size", options.group_size),
+    ]
+    calibration = [
+        *_setting("calibration.corpus", getattr(options, "calibration", None)),
+        *_setting("calibration.samples", getattr(options, "calibration_samples", None)),
+        *_setting("calibration.length", getattr(options, "calibration_length", None)),
+        *_setting("calibration.seed", getattr(options, "seed", None)),
+    ]
+    # Whether a method calibrates may depend on its fields.
+    chosen = with_settings(recipe, [s for s in options.settings if s.startswith(("weights.", "activations."))])
+    if calibration and not chosen.calibrates:
+        raise UserError(
+            f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ')} has "
+            "nothing to act on; leave it out"
+        )
+    recipe = with_settings(
+        recipe, with_model_defaults(chosen, checkpoint, [*settings, *calibration, *options.settings])
+    )
+    if getattr(options, "calibrate_behind_prefix", False):
+        recipe = replace(recipe, calibrate_behind_prefix=True)
+    return recipe
+
+
+ALL_GPUS = "cuda:all"
+
+
+def chosen_device(name: str, *, several: bool = False) -> "torch.device":
+    """auto, cpu, cuda or cuda:N as a device; cuda:all, where a program knows to spread a model, as the first GPU.
+
+    Raises UserError for a GPU that is not there.
+    """
+    import torch
+
+    from corpora.errors import UserError
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == ALL_GPUS and several:
+        if not count:
+            raise UserError(f"--device {name}: this machine shows no CUDA GPUs; choose cpu")
+        return torch.device("cuda:0")
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        known = "auto, cpu, cuda, cuda:N" + (f" or {ALL_GPUS}" if several else "")
+        raise UserError(f"--device {name} is not known; choose one of {known}")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"--device {name}: this machine shows {count} CUDA GPUs; choose cpu"
+            + (f" or cuda:0 to cuda:{count - 1}" if count else "")
+        )
+    return device
+
+
+def chosen_dtype(name: str | None) -> "torch.dtype | None":
+    """A dtype by its name; None stays None (the device's default)."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def show_log(verbose: bool = True) -> None:
+    """Let the library's log lines (one per block, prefix, cache) appear on stderr, and nobody else's."""
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    disable_progress_bar()  # one bar a program: ours

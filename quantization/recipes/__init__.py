@@ -1,0 +1,1 @@
+"""What is done to a model: recipes, and the protocols of their parts."""

@@ -1,0 +1,361 @@
+"""Checkpoints on disk: dense ones read lazily, quantized ones written block by block and loaded whole.
+
+A quantized checkpoint is a directory: the dense one's configuration and tokenizer files, `quantization.json` (what made
+it), `block-000.safetensors`, … (one per decoder block; its header names the kind and grid of every linear, and what
+stands in front of it) and `ends.safetensors` (embeddings, final norm, head). Packed codes, scales and zero points, the
+rescalings that the weights went through before they were rounded, ranges of inputs and KV cache; no pickle.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from corpora.errors import UserError
+from corpora.storage import read_json, sha256_of_file, weight_files, write_tensors
+from intactkv.architecture import architecture_of
+from quantization.grids.stored import StoredWeight, restore
+from quantization.kernels.linear import QuantLinear
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import PATH, restore_paths, stored_paths
+from quantization.model.rescale import Rescaling
+from quantization.recipes.protocols import restored
+from quantization.runs.parts import PARTS
+
+__all__ = [
+    "COST",
+    "MANIFEST",
+    "DenseCheckpoint",
+    "StoredBlock",
+    "copy_companions",
+    "empty_model",
+    "is_quantized",
+    "load_quantized",
+    "read_block",
+    "read_config",
+    "read_cost",
+    "read_manifest",
+    "write_block",
+    "write_ends",
+]
+
+FORMAT = 2
+MANIFEST = "quantization.json"
+COST = "cost.json"  # sums of the files, and what the run took that finished them
+MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
+ENDS = "ends.safetensors"
+RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
+KV = "kv."  # in front of a calibrated KV policy's tensors
+
+
+class DenseCheckpoint:
+    """Lazy reader of a dense Hugging Face checkpoint: a tensor is read when asked for, never the whole file.
+
+    Raises UserError if the directory, its configuration or its safetensors files are missing or truncated.
+    """
+
+    def __init__(self, directory: Path):
+        if not directory.is_dir():
+            raise UserError(
+                f"model directory {directory} is missing; `python -m corpora` lists the models and how to get them"
+            )
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
+        self.directory = directory
+        self._file_of: dict[str, Path] = {}
+        for file in weight_files(directory):
+            with _open(file) as tensors:
+                self._file_of.update(dict.fromkeys(tensors.keys(), file))
+
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a parameter is stored, None if it is not; old files lack the leading `model.`."""
+        for candidate in (name, name.removeprefix("model.")):
+            if candidate in self._file_of:
+                return candidate
+        return None
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter, in its stored dtype, on the CPU. Raises UserError if the checkpoint lacks it."""
+        stored, file = self._located(name)
+        with _open(file) as tensors:
+            return tensors.get_tensor(stored)
+
+    def _located(self, name: str) -> tuple[str, Path]:
+        stored = self.stored_name(name)
+        if stored is None:
+            raise UserError(f"{self.directory} lacks the tensor {name!r}; the checkpoint is incomplete, fetch it again")
+        return stored, self._file_of[stored]
+
+    def check(self, model: nn.Module) -> None:
+        """Compare names and shapes with an empty model's, from the files' headers. Raises UserError for the first that
+        does not fit; only a tied head may be missing."""
+        for name, parameter in model.state_dict().items():
+            if name in tied_names(model) and self.stored_name(name) is None:
+                continue
+            stored, file = self._located(name)
+            with _open(file) as tensors:
+                shape = tuple(tensors.get_slice(stored).get_shape())
+            if shape != tuple(parameter.shape):
+                raise UserError(
+                    f"{self.directory}: the tensor {name!r} has shape {shape}, config.json asks for "
+                    f"{tuple(parameter.shape)}; the checkpoint and its configuration belong to different models"
+                )
+
+    def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
+        """Give an empty module its parameters, named `prefix.…` in the checkpoint."""
+        state = {name: self.tensor(f"{prefix}.{name}").to(device) for name in module.state_dict()}
+        module.load_state_dict(state, strict=True, assign=True)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """A checkpoint's configuration. Raises UserError if transformers does not know it."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{directory / 'config.json'} is not a configuration that transformers knows ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def empty_model(directory: Path) -> PreTrainedModel:
+    """The model of a directory's configuration without weights (meta device); its buffers are real."""
+    config = read_config(directory)
+    architecture_of(config)  # refuses what is no supported causal language model
+    with init_empty_weights(include_buffers=False):
+        return (
+            AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval().requires_grad_(False)
+        )
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Parameters that a checkpoint need not hold, because they are the input embeddings."""
+    config = model.config
+    assert isinstance(config, PreTrainedConfig)
+    return {"lm_head.weight"} if config.get_text_config(decoder=True).tie_word_embeddings else set()
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a directory is a quantized checkpoint of this project."""
+    return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What made a quantized checkpoint. Raises UserError if its manifest is missing, damaged or of another version."""
+    manifest = read_json(directory / MANIFEST, "quantization manifest")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT or not manifest.keys() >= MANIFEST_KEYS:
+        raise UserError(
+            f"{directory / MANIFEST} is not a whole manifest of format {FORMAT} (its format: {version}); delete the "
+            "directory and quantize again"
+        )
+    return manifest
+
+
+def read_cost(directory: Path) -> dict[str, Any]:
+    """What it took to make a quantized checkpoint. Raises UserError if the file is missing or damaged."""
+    return read_json(directory / COST, "the cost of the quantization,")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights: configuration, tokenizer, chat template."""
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and file.suffix in (".json", ".txt", ".model", ".jinja")
+            and "index" not in file.name
+            and file.name != "prepared.json"
+        ):
+            shutil.copyfile(file, target / file.name)
+
+
+def block_file(directory: Path, index: int) -> Path:
+    """Where a block's tensors lie."""
+    return directory / f"block-{index:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A finished block as its file holds it.
+
+    parameters: what is not quantized, by name. linears: (kind, packed parts, header) by name; names are the model's.
+    rescalings: applied before rounding, named within the block; the first `by_transforms` by transforms. paths: what
+    stands in front of linears, as `inputs.stored_paths` gives it. kv: a calibrated KV policy's tensors. figures: what
+    the quantizer reported.
+    """
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    linears: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
+    rescalings: list[Rescaling] = field(default_factory=list)
+    by_transforms: int = 0
+    paths: list[dict[str, Any]] = field(default_factory=list)
+    kv: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def within(self, name: str) -> dict[str, Tensor]:
+        """The parameters by their names within the block of that name."""
+        return {key.removeprefix(f"{name}."): tensor for key, tensor in self.parameters.items()}
+
+
+def write_block(
+    directory: Path, block: DecoderBlock, quantized: Mapping[str, StoredWeight], by_transforms: int = 0
+) -> None:
+    """Write a finished block, atomically: quantized linears packed, everything else as it is.
+
+    by_transforms: how many of its rescalings are those of transforms.
+    """
+    tensors: dict[str, Tensor] = {}
+    name = block.name
+    for key, tensor in block.module.state_dict().items():
+        if key.removesuffix(".weight") not in quantized:
+            tensors[f"{name}.{key}"] = tensor
+    linears = {}
+    for linear, weight in quantized.items():
+        tensors |= {f"{name}.{linear}.{part}": value for part, value in weight.tensors().items()}
+        linears[f"{name}.{linear}"] = {"kind": weight.kind, **weight.header()}
+    for i, step in enumerate(block.rescalings):
+        tensors |= {f"{RESCALING}{i}.{part}": value for part, value in step.tensors().items()}
+    tensors |= {f"{KV}{part}": value for part, value in block.kv.items()}
+    header = {
+        "linears": linears,
+        "rescalings": [step.header() for step in block.rescalings],
+        "by_transforms": by_transforms,
+        "paths": stored_paths(block.module, block.architecture.linears),
+        "figures": block.figures,
+    }
+    # One metadata key only: safetensors writes several in an order that changes from run to run.
+    write_tensors(block_file(directory, block.index), tensors, {"block": json.dumps(header, sort_keys=True)})
+
+
+def write_ends(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Write embeddings, final norm and head (a tied head is not among them)."""
+    write_tensors(directory / ENDS, tensors)
+
+
+def read_block(file: Path) -> StoredBlock:
+    """Everything in a block's file, or in that of the ends. Raises UserError if it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize again"
+        )
+    with _open(file) as tensors:
+        header = json.loads((tensors.metadata() or {}).get("block", "{}"))
+        kinds: dict[str, dict[str, Any]] = header.get("linears", {})
+        parts: dict[str, dict[str, Tensor]] = {linear: {} for linear in kinds}
+        steps: list[dict[str, Tensor]] = [{} for _ in header.get("rescalings", [])]
+        block = StoredBlock(
+            by_transforms=header.get("by_transforms", 0),
+            paths=header.get("paths", []),
+            figures=header.get("figures", {}),
+        )
+        for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+            owner, _, part = key.rpartition(".")
+            if owner.startswith(RESCALING):
+                steps[int(owner.removeprefix(RESCALING))][part] = tensors.get_tensor(key)
+            elif key.startswith(KV):
+                block.kv[part] = tensors.get_tensor(key)
+            elif owner in kinds and part != "bias":
+                parts[owner][part] = tensors.get_tensor(key)
+            else:
+                block.parameters[key] = tensors.get_tensor(key)
+    for linear, fields in kinds.items():
+        block.linears[linear] = (fields.pop("kind"), parts[linear], fields)
+    block.rescalings.extend(Rescaling.restore(t, h) for t, h in zip(steps, header.get("rescalings", []), strict=True))
+    return block
+
+
+def load_quantized(
+    directory: Path, *, packed: bool = False, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a quantized checkpoint as an ordinary model.
+
+    packed: keep the weights packed in `QuantLinear` modules; otherwise they are dequantized into plain linears. Both
+    compute the same bits. dtype: of the computation; the checkpoint's by default.
+    """
+    manifest = read_manifest(directory)
+    model = empty_model(directory)
+    recipe = manifest["recipe"]
+    for transform in recipe["transforms"]:
+        if transform["kind"] in PARTS:  # those that only rewrite numbers are not
+            restored(transform, PARTS).restructure(model)
+    dtype = dtype or model.dtype
+    state: dict[str, Tensor] = {}
+    kv: list[dict[str, Tensor]] = []
+    architecture = architecture_of(model.config)
+    for index, module in enumerate(architecture.blocks_of(model)):
+        block = read_block(block_file(directory, index))
+        for name, (kind, parts, header) in block.linears.items():
+            parts = {part: tensor.to(device) for part, tensor in parts.items()}
+            if packed:
+                old = model.get_submodule(name)
+                shape = model.get_parameter(f"{name}.weight").shape
+                model.set_submodule(name, QuantLinear(kind, parts, header, shape, getattr(old, "bias", None)))
+                state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            else:
+                state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
+        restore_paths(module, block.paths, block.within(architecture.block_name(index)))
+        state |= _cast(block.parameters, dtype, device)
+        kv.append({part: tensor.to(device) for part, tensor in block.kv.items()})
+    state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
+    if "lm_head.weight" in _fill(model, state, directory):
+        model.tie_weights()
+    _check_sums(directory)  # behind the reader's own messages, which say more
+    nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if recipe.get("attention") is not None:
+        restored(recipe["attention"], PARTS).install(model)
+    model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]
+    model.__dict__["intactkv_needs_kv"] = manifest.get("needs_kv")
+    model.__dict__["intactkv_kv"] = kv
+    model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
+    return model
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    """On the device and in the dtype of the computation, but for ranges of inputs, which stay in float32."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() and f".{PATH}." not in name else None)
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_sums(directory: Path) -> None:
+    """Compare the files with the sums that the run which finished them left. Raises UserError for a changed byte."""
+    if not (directory / COST).is_file():
+        return
+    for name, expected in read_cost(directory).get("sha256", {}).items():
+        if sha256_of_file(directory / name) != expected:
+            raise UserError(
+                f"{directory / name} has changed since it was written; copy it again, or delete the directory and "
+                "quantize again"
+            )
+
+
+def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> list[str]:
+    """Assign a state to an empty model; only a tied head may be missing. Returns what is missing."""
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{directory} does not fit its config.json ({error})") from None
+    lost = sorted(set(missing) - tied_names(model))
+    if unexpected or lost:
+        raise UserError(
+            f"{directory} is damaged: missing {lost[:3]}, unexpected {sorted(unexpected)[:3]}; delete the "
+            "directory and quantize again"
+        )
+    return missing

@@ -1,0 +1,149 @@
+"""Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
+
+    none | bos | prompt | auto | auto:CORPUS | FILE.safetensors | ADAPTER_DIR | "any text"
+
+The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model
+(`quantization.runs.auto_prefix`). A prefix is written by the recipe's full-precision twin, kept under
+modelzoo/prefixes/ by the identity of all that made it, and read back from there by every later run.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from corpora.errors import UserError
+from corpora.paths import modelzoo_dir
+from corpora.sharegpt import VICUNA_PROMPT
+from corpora.storage import identity
+from corpora.text import encode, start_token_id
+from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
+from intactkv.prefix import Prefix, build_prefix
+from quantization.runs.checkpoint import empty_model
+
+__all__ = ["PrefixChoice", "check_belongs", "choose_prefix", "stored_prefix"]
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+WORDS = (
+    "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text), a FILE.safetensors made by "
+    "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text"
+)
+
+
+@dataclass(frozen=True)
+class PrefixChoice:
+    """A prefix word made concrete. label: for tables, [B], [P], [A], …; ids: empty for none; file: if it was given."""
+
+    word: str
+    label: str
+    ids: tuple[int, ...]
+    file: Path | None = None
+
+
+def choose_prefix(
+    word: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    discover: Callable[[str | None], Sequence[int]] | None = None,
+) -> PrefixChoice:
+    """Turn a prefix word into token ids.
+
+    discover: the tokens that `auto` stands for, given the corpus that is named (None: the model's own).
+    Raises UserError if the model has no such prefix, or the file is broken.
+    """
+    if not word.strip():
+        raise UserError(f"--prefix is empty; choose {WORDS}")
+    if word == "none":
+        return PrefixChoice(word, "none", ())
+    if word == "bos":
+        return PrefixChoice(word, "[B]", (start_token_id(tokenizer),))
+    if word == "prompt":
+        return PrefixChoice(word, "[P]", tuple(_prompt_ids(tokenizer, model_name)))
+    if word == AUTO or word.startswith(f"{AUTO}:"):
+        assert discover is not None, "a caller that takes the word from a user can discover"
+        corpus = word.removeprefix(AUTO).removeprefix(":")
+        return PrefixChoice(word, "[A]", tuple(discover(corpus or None)))
+    if word.endswith(".safetensors"):
+        return PrefixChoice(word, f"[{Path(word).stem}]", tuple(Prefix.load(word).ids.tolist()), Path(word))
+    if os.path.isdir(word):  # unlike Path's, it takes texts that are too long for a name
+        if not is_adapter(word):
+            raise UserError(f"--prefix {word} is a directory without {CONFIG}, so no PEFT adapter; choose {WORDS}")
+        # The file beside the adapter's own holds the same K and V, which reading the adapter checks.
+        ids = read_adapter(word).ids.tolist()
+        return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
+    if os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep):
+        raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
+    ids = _behind_start(encode(tokenizer, word), tokenizer)
+    log.info("the prefix is the text %r: %d tokens", word, len(ids))
+    return PrefixChoice(word, "[T]", tuple(ids))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int]:
+    """[BOS] + system prompt + the opening of the user's turn: what every conversation of the model starts with."""
+    if tokenizer.chat_template:
+        # The tokens that two conversations share are the part that does not depend on what the user says.
+        first, second = (
+            encode(tokenizer, str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)))
+            for text in ("apples", "Zebras")
+        )
+        same = [a == b for a, b in zip(first, second, strict=False)]
+        shared = first[: same.index(False)] if False in same else first[: len(same)]
+        return _behind_start(shared, tokenizer)
+    if "vicuna" in model_name.lower():  # published without a chat template in the tokenizer
+        return _behind_start(encode(tokenizer, VICUNA_PROMPT), tokenizer)
+    raise UserError(
+        f"--prefix prompt: the tokenizer of {model_name} has no chat template, so there is no prompt that "
+        'every conversation starts with; give the text itself: --prefix "…"'
+    )
+
+
+def _behind_start(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Exactly one start token in front: some templates spell it out themselves."""
+    start = start_token_id(tokenizer)
+    return ids if ids[:1] == [start] else [start, *ids]
+
+
+def stored_prefix(
+    choice: PrefixChoice,
+    *,
+    model_name: str,
+    made_of: dict[str, Any],
+    dtype: torch.dtype,
+    twin: Callable[[], PreTrainedModel],
+) -> Prefix:
+    """The prefix of a choice, from its file or built now.
+
+    made_of: what identifies the twin (fingerprint of the checkpoint, basis). twin: loads the full-precision twin; only
+    called if no file with this identity exists. dtype: what the twin computes in.
+    """
+    if choice.file is not None:
+        return Prefix.load(choice.file)
+    key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
+    name = {"[B]": "bos", "[P]": "prompt", "[A]": AUTO}.get(choice.label, "text")
+    path = modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
+    try:
+        return Prefix.load(path)
+    except UserError as error:  # not there yet, or a file that an older version or a failing disk left
+        log.debug("%s", error)
+        build_prefix(twin(), choice.ids).save(path)
+        log.info("built the prefix %s of %d tokens: %s", choice.label, len(choice.ids), path)
+    return Prefix.load(path)
+
+
+def check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
+    """Raise UserError unless a prefix belongs to the checkpoint in a directory; no weights are read.
+
+    source: the checkpoint's fingerprint and basis. One that is quantized in another program's format has none; an
+    export of ours names them in its configuration.
+    """
+    model = empty_model(directory)
+    if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
+        model.__dict__["intactkv_source"] = source
+    prefix.check(model)
