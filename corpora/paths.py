@@ -6,9 +6,7 @@ from pathlib import Path
 __all__ = ["CHECKOUT", "datasets_dir", "modelzoo_dir", "outputs_dir", "root"]
 
 
-CHECKOUT = (
-    Path(__file__).resolve().parents[1]
-)  # what the project brings along lies there, whatever the environment says
+CHECKOUT = Path(__file__).resolve().parents[1]  # what the project brings along lies here
 
 
 def root() -> Path:
