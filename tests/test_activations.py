@@ -203,7 +203,7 @@ def test_static_grids_span_what_a_plain_model_sees(
     recipe = Recipe(weights=RTN(weights), activations=Activations(grid, static=True), prefix="bos",
                     calibrate_behind_prefix=behind)  # fmt: skip
     dense, prefix = tiny_checkpoint(tmp_path, model_type), PREFIX if behind else None
-    model = load_quantized(quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS, prefix_ids=prefix))
+    model = load_quantized(quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS, behind=prefix))
     full = AutoModelForCausalLM.from_pretrained(dense)
     architecture = architecture_of(full.config)
     blocks, plain = architecture.blocks_of(model), architecture.blocks_of(full)
@@ -271,7 +271,7 @@ def test_one_grid_per_tensor_is_ruined_by_the_pivots_and_rescued_by_the_prefix(t
     for behind in (False, True):
         used = replace(recipe, prefix="bos", calibrate_behind_prefix=behind)
         out = quantize_checkpoint(
-            dense, used, tmp_path / str(behind), segments=segments, prefix_ids=bos if behind else None
+            dense, used, tmp_path / str(behind), segments=segments, behind=bos if behind else None
         )
         logits = attach(load_quantized(out), prefix if behind else None).score(text)
         losses[behind] = float(nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), text[:, 2:].flatten()))

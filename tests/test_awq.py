@@ -27,7 +27,7 @@ from quantization.model.rescale import per_column, rescale_all
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import block_file, load_quantized, read_block
-from quantization.runs.pipeline import artefact_identity, quantize_checkpoint
+from quantization.runs.pipeline import by_tokens, quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales
 from quantization.weights.awq_export import export_search, recovered_limits
@@ -85,7 +85,7 @@ def searched(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def awq(source: Path, method: AWQ, out: Path, behind: bool = False) -> Path:
     recipe = Recipe(weights=method, prefix="bos", calibrate_behind_prefix=behind)
     text = SEGMENTS if method.calibrates else None
-    return quantize_checkpoint(source, recipe, out, segments=text, prefix_ids=PREFIX if behind else None)
+    return quantize_checkpoint(source, recipe, out, segments=text, behind=PREFIX if behind else None)
 
 
 def dense(directory: Path) -> PreTrainedModel:
@@ -108,7 +108,7 @@ def twin_of(source: Path, quantized: Path) -> PreTrainedModel:
 
 def hashes(directory: Path) -> dict[str, str]:
     """Of everything but the cost of the run."""
-    files = [file for file in directory.iterdir() if file.name != "cost.json"]
+    files = [file for file in directory.iterdir() if file.name != "checksums.json"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -418,7 +418,7 @@ def test_the_prefix_of_a_planned_run_is_that_of_the_rescaled_model(
     )  # fmt: skip
     plan = plan_run(source, recipe, device=CPU)
     model = plan.load()
-    prefix = plan.prefix()
+    prefix = plan.intact_prefix()
     assert prefix.model.basis == plan.basis != "plain"
     twin = twin_of(source, plan.written(recipe))
     expected, plain = build_prefix(twin, [1]), build_prefix(dense(source), [1])
@@ -712,10 +712,10 @@ def test_the_content_of_the_file_is_part_of_the_checkpoint_s_identity(zoo: Calla
     shutil.copyfile(zoo(), file)
     recipe = Recipe(weights=AWQ(W3, file=str(file)))
     assert not recipe.calibrates
-    first = artefact_identity("source", recipe)
+    first = by_tokens("source", recipe).made_of
     assert first["files"] == [hashlib.sha256(file.read_bytes()).hexdigest()]
     shutil.copyfile(zoo("llama-mha"), file)
-    assert artefact_identity("source", recipe) != first
+    assert by_tokens("source", recipe).made_of != first
     json.dumps(first)
 
 

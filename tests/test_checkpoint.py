@@ -16,7 +16,7 @@ from corpora.errors import UserError
 from quantization.grids.uniform import UniformGrid
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import (
-    COST,
+    CHECKSUMS,
     MANIFEST,
     DenseCheckpoint,
     block_file,
@@ -309,4 +309,4 @@ def test_a_disk_that_refuses_ends_in_one_line_and_the_run_can_go_on(dense: Path,
     before = {i: block_file(tmp_path / "out.partial", i).stat().st_mtime_ns for i in range(3)}
     out = quantize_checkpoint(dense, RECIPE, tmp_path / "out")
     assert {i: block_file(out, i).stat().st_mtime_ns for i in range(3)} == before
-    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in sizes if name != COST)
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in sizes if name != CHECKSUMS)

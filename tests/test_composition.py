@@ -23,6 +23,7 @@ from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.hadamard import Plan
 from quantization.kv_cache import StaticPerHead
+from quantization.model import online
 from quantization.model.activations import Activations
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import put_in_front
@@ -32,7 +33,6 @@ from quantization.recipes.recipe import Calibration, Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
-from quantization.transforms import online
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.weights.awq import AWQ
@@ -142,8 +142,8 @@ def test_calibration_behind_a_trained_prefix_reads_its_keys_and_values(source: P
         weights=RTN(ROW), activations=Activations(ROW, static=True), prefix="file", calibrate_behind_prefix=True
     )
     prefix = trained(source)
-    out = quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS, prefix_ids=prefix)
-    by_ids = quantize_checkpoint(source, recipe, tmp_path / "ids", segments=SEGMENTS, prefix_ids=PREFIX)
+    out = quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS, behind=prefix)
+    by_ids = quantize_checkpoint(source, recipe, tmp_path / "ids", segments=SEGMENTS, behind=PREFIX)
     # The first block's text meets nothing quantized in front of it: o_proj's input is full precision's.
     model, seen = dense(source), list[Tensor]()
     model.get_submodule("model.layers.0.self_attn.o_proj").register_forward_pre_hook(
@@ -176,7 +176,7 @@ def test_a_plan_hands_a_trained_prefix_to_calibration(
         calibrate_behind_prefix=True,
     )
     plan = plan_run(source, recipe, device=CPU)
-    assert isinstance(plan.calibration_prefix, Prefix)
+    assert isinstance(plan.behind, Prefix)
     assert torch.isfinite(plan.load().feed(SEGMENTS).logits).all()
     other = replace(trained(source), values=build_prefix(dense(source), PREFIX).values)
     other.save(file)
@@ -209,7 +209,7 @@ def test_a_checkpoint_keeps_its_rotations_whatever_is_planned_later(
 def test_a_checkpoint_without_its_ranges_ends_in_one_line(static: bool, source: Path, tmp_path: Path) -> None:
     recipe = Recipe(weights=RTN(ROW), activations=Activations(ROW, static=static))
     out = quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS if static else None)
-    (out / "cost.json").unlink()  # its sums would tell first
+    (out / "checksums.json").unlink()  # its sums would tell first
     file = block_file(out, 1)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

@@ -213,16 +213,17 @@ def test_auto_is_discovered_once_and_found_again_without_a_model(program, dense,
     assert code == 0, errors
     (file,) = records(intactkv_root)
     found = json.loads(file.read_text())
-    prefix = json.loads(said)["settings"]["prefix"]
-    assert prefix["label"] == "[A]"
-    assert prefix["ids"] == found["prefix"]
-    assert prefix["ids"][-1] == BOS
+    record = json.loads(said)
+    assert record["settings"]["prefix"]["label"] == "[A]"
+    assert file.stem == f"auto-{record['settings']['prefix']['auto']}"
+    assert record["prefix_ids"] == found["prefix"]
+    assert record["prefix_ids"][-1] == BOS
     assert found["made_of"]["drawn"] == {"corpus": "sample", "samples": 64, "length": 128, "seed": 2}
 
     def never(*_arguments, **_options):
         raise AssertionError("it was there")
 
-    monkeypatch.setattr("intactkv.discover.discover", never)
+    monkeypatch.setattr("quantization.runs.auto_prefix.discover", never)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
     assert program("eval", *call)[0] == 0  # a finished run, read back
     file.write_text("{}")

@@ -25,7 +25,7 @@ from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import put_in_front
 from quantization.model.online import OnlineRotation
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import COST, block_file, load_quantized, read_block, read_cost
+from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized, read_block, read_cost
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.tuning.distill import Distill, Student
 from quantization.weights.gptq import GPTQ
@@ -72,7 +72,7 @@ def state(block: DecoderBlock) -> dict[str, Tensor]:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    files = [file for file in directory.iterdir() if file.name != COST]
+    files = [file for file in directory.iterdir() if file.name != CHECKSUMS]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -332,7 +332,7 @@ RECIPES = {
 
 def made(source: Path, recipe: Recipe, out: Path) -> Path:
     ids = PREFIX if recipe.calibrate_behind_prefix else None
-    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, prefix_ids=ids)
+    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, behind=ids)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -460,9 +460,7 @@ def test_in_smollm2_the_first_token_owns_one_blocks_error_unless_the_text_runs_b
             weights=ZeroQuant(UniformGrid(4, convention="deepspeed-sym")),
             tuning=brief, prefix="bos", calibrate_behind_prefix=behind,
         )  # fmt: skip
-        out = quantize_checkpoint(
-            source, recipe, tmp_path / f"{behind}", segments=ids, prefix_ids=bos if behind else None
-        )
+        out = quantize_checkpoint(source, recipe, tmp_path / f"{behind}", segments=ids, behind=bos if behind else None)
         figures = [read_block(block_file(out, index)).figures for index in range(30)]
         shares.append([block["squared_error_first_token"] / block["squared_error"] for block in figures])
     assert shares[0].index(max(shares[0])) == 11  # which makes the massive activations

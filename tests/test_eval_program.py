@@ -252,5 +252,5 @@ def test_the_published_call_evaluates_both_arms_of_smollm2(tmp_path):
     result = run(["bash", "scripts/eval/eval.sh", "smollm2", "135m", "rtn", "4", "4", "ppl", "29500", "cpu"],
                  INTACTKV_ROOT=str(tmp_path), WINDOW="128", LIMIT="4")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "| smollm2-135m | rtn-w4g64 | 4 PerHead | sample | [B]    |" in result.stdout
+    assert "| smollm2-135m | rtn-w4g64 | 4 per_head | sample | [B]    |" in result.stdout
     assert len(list((tmp_path / "outputs" / "runs").glob("*.json"))) == 2

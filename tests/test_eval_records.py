@@ -98,7 +98,7 @@ def test_both_arms_of_a_setting_share_a_row(intactkv_root):
     assert [(r.kv, r.prefix, r.vanilla.perplexity, r.intact.perplexity, r.intact.change) for r in rows] == [
         ("16", "[B]", 20.0, 15.0, pytest.approx(-0.25)),
         ("16", "[P]", 22.0, 11.0, pytest.approx(-0.5)),
-        ("4 PerHead", "[B]", 30.0, None, None),
+        ("4 per_head", "[B]", 30.0, None, None),
     ]
 
 

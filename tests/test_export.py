@@ -540,7 +540,7 @@ def test_a_checkpoint_that_needs_a_prefix_takes_it_along_and_asks_for_it(
     dense: Callable[..., Path], tmp_path: Path, intactkv_root: Path
 ) -> None:
     recipe = Recipe(weights=Calibrating(UniformGrid(4, 32)), prefix="bos", calibrate_behind_prefix=True)
-    source = quantize_checkpoint(dense(), recipe, tmp_path / "q", segments=IDS, prefix_ids=torch.tensor([1]))
+    source = quantize_checkpoint(dense(), recipe, tmp_path / "q", segments=IDS, behind=torch.tensor([1]))
     for wrong in ("none", "hello"):
         with pytest.raises(UserError, match="calibrated behind a prefix of 1 tokens"):
             export_checkpoint(source, tmp_path / "out", prefix=wrong)

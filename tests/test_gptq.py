@@ -412,7 +412,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     model_type: str, behind: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, prefix_ids = tiny_checkpoint(tmp_path, model_type), PREFIX if behind else None
-    whole = quantize_checkpoint(source, recipe(behind=behind), tmp_path / "a", segments=SEGMENTS, prefix_ids=prefix_ids)
+    whole = quantize_checkpoint(source, recipe(behind=behind), tmp_path / "a", segments=SEGMENTS, behind=prefix_ids)
     original = GPTQ.quantize_block
 
     def dying(self: GPTQ, block: DecoderBlock) -> Any:
@@ -454,7 +454,7 @@ def test_behind_the_prefix_the_hessian_holds_no_pivot(tiny_checkpoint: Callable[
     behind = Recipe(
         weights=Watching(UniformGrid(3, 32), true_sequential=False), calibrate_behind_prefix=True, prefix="bos"
     )
-    quantize_checkpoint(source, behind, tmp_path / "q", segments=SEGMENTS, prefix_ids=PREFIX)
+    quantize_checkpoint(source, behind, tmp_path / "q", segments=SEGMENTS, behind=PREFIX)
     dense = AutoModelForCausalLM.from_pretrained(source)
     model = attach(dense, build_prefix(dense, PREFIX.tolist()))
     rows: list[Tensor] = []

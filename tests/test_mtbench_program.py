@@ -40,7 +40,7 @@ def program(run_main):
 
 
 def test_a_run_leaves_fastchats_lines_its_settings_and_a_record(program, model, questions, intactkv_root):
-    common = ("--model", model, "--questions", questions, "--max-new-tokens", 8, "--seed", 43)
+    common = ("--model", model, "--questions", questions, "--max-new-tokens", 8, "--answer-seed", 43)
     code, out, err = program(*common, "--recipe", "rtn", "--bits", 3, "--group-size", 32, "--prefix", "prompt",
                              "--kv-bits", 4)  # fmt: skip
     assert code == 0, err

@@ -507,7 +507,7 @@ LET = Recipe(weights=OmniQuant(W3, let=True, epochs=2, lwc_lr=0.1), prefix="bos"
 
 def made(source: Path, recipe: Recipe, out: Path) -> Path:
     prefix = PREFIX if recipe.calibrate_behind_prefix else None
-    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, prefix_ids=prefix)
+    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, behind=prefix)
 
 
 @pytest.mark.parametrize(("recipe", "model_type"), [(LWC, "llama"), (LET, "llama"), (LET, "qwen3"), (LET, "opt")])

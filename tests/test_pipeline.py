@@ -26,7 +26,7 @@ from quantization.grids.uniform import CONVENTIONS, QuantizedTensor, UniformGrid
 from quantization.kernels.linear import QuantLinear
 from quantization.model.blocks import DecoderBlock
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import COST, MANIFEST, block_file, load_quantized
+from quantization.runs.checkpoint import CHECKSUMS, MANIFEST, block_file, load_quantized
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.transforms.base import BlockTransform
@@ -178,7 +178,7 @@ def fake_quantized(directory: Path, grid: UniformGrid) -> PreTrainedModel:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    files = [file for file in directory.iterdir() if file.name != COST]  # holds the seconds of the run
+    files = [file for file in directory.iterdir() if file.name != CHECKSUMS]  # holds the seconds of the run
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -344,7 +344,7 @@ RECIPES = {
 
 def made(source: Path, recipe: Recipe, out: Path) -> dict[str, str]:
     prefix = PREFIX if recipe.calibrate_behind_prefix else None
-    return hashes(quantize_checkpoint(source, recipe, out, segments=SEGMENTS, prefix_ids=prefix))
+    return hashes(quantize_checkpoint(source, recipe, out, segments=SEGMENTS, behind=prefix))
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(
         Recipe(weights=recording, prefix="bos", calibrate_behind_prefix=behind),
         tmp_path / "out",
         segments=SEGMENTS,
-        prefix_ids=PREFIX if behind else None,
+        behind=PREFIX if behind else None,
     )
     # Full precision: the plain model over [prefix + text] in one go; the text starts at position P.
     lead = PREFIX if behind else PREFIX[:0]
@@ -575,7 +575,7 @@ def test_the_prefix_changes_what_calibration_sees(
     for behind, ids in ((False, None), (True, PREFIX), (True, PREFIX + 1)):
         recording = Recording(W4)
         recipe = Recipe(weights=recording, prefix="bos", calibrate_behind_prefix=behind)
-        quantize_checkpoint(source, recipe, tmp_path / f"{len(seen)}", segments=SEGMENTS, prefix_ids=ids)
+        quantize_checkpoint(source, recipe, tmp_path / f"{len(seen)}", segments=SEGMENTS, behind=ids)
         seen.append(next(reversed(recording.inputs.values()))[0])
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert float((seen[a] - seen[b]).norm() / seen[a].norm()) > 0.01
@@ -592,7 +592,7 @@ def test_behind_a_prefix_the_text_meets_quantized_blocks_and_full_precision_keys
         Recipe(weights=recording, prefix="bos", calibrate_behind_prefix=True),
         tmp_path / "out",
         segments=SEGMENTS,
-        prefix_ids=PREFIX,
+        behind=PREFIX,
     )
     # What enters block i depends on blocks before i only, so one run of the wholly quantized model serves all.
     quantized = fake_quantized(source, W3)
@@ -613,7 +613,7 @@ def test_behind_a_prefix_a_transform_changes_nothing_that_full_precision_compute
     source = checkpoint(model_type, **STREAMED[model_type])
     recording = Recording(W4)
     recipe = Recipe((ScaledValues(),), recording, prefix="bos", calibrate_behind_prefix=True)
-    quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS, prefix_ids=PREFIX)
+    quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS, behind=PREFIX)
     model = dense(source)
     inputs, entering = run_hooked(model, lambda segment: model(torch.cat([PREFIX, segment])[None]))
     for index, expected in enumerate(entering):
@@ -680,7 +680,7 @@ def test_a_checkpoint_calibrated_behind_a_prefix_is_refused_without_it(
 ) -> None:
     recipe = Recipe(weights=Shrinking(W4), prefix="bos", calibrate_behind_prefix=True)
     ids = torch.tensor([1])
-    out = quantize_checkpoint(checkpoint(), recipe, tmp_path / "out", segments=SEGMENTS, prefix_ids=ids)
+    out = quantize_checkpoint(checkpoint(), recipe, tmp_path / "out", segments=SEGMENTS, behind=ids)
     assert read_json(out / MANIFEST, "manifest")["needs_prefix"] == [1]
     device = torch.device("cpu")
     for refused in (Recipe(), Recipe(prefix="a text")):

@@ -41,8 +41,8 @@ KINDS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "linear-output": ((*PIECES, "--log", "--pre-rope"), "3x24__log__pre-rope", ("", "query", "key", "value")),
     "outlier-layers": (PIECES, "3x24", ("",)),
     "outlier-count": ((*PIECES, "--outlier-threshold", "1.5"), "3x24__eta1.5", ("",)),
-    "outlier-position": ((*PIECES, "--outlier-object", "hidden_state", "--outlier-threshold", "1.5", "--seed", "5"),
-                         "3x24__seed5__hidden_state__eta1.5", ("",)),
+    "outlier-position": ((*PIECES, "--outlier-object", "hidden_state", "--outlier-threshold", "1.5", "--text-seed",
+                          "5"), "3x24__seed5__hidden_state__eta1.5", ("",)),
     "outlier-content": ((*PIECES, "--outlier-threshold", "1.5", "--bos-first"), "3x24__bos-first__eta1.5", ("",)),
     "layer-input-3d": ((*SMALL, "--layers", "1", "--log"), "1x24__log",
                        (*(f"{name}__layer1" for name in LINEAR_INPUTS), "lm_head")),
@@ -144,8 +144,8 @@ def test_with_a_prefix_and_a_quantized_model_both_arms_stand_side_by_side(kind, 
 @pytest.mark.parametrize(
     ("kind", "variants"),
     [
-        ("outlier-count", ("", "--outlier-threshold 32", "--outlier-object hidden_state", "--bos-first", "--seed 1",
-                           "--samples 2", "--tokens 25", "--corpus OTHER", "--dtype bfloat16")),
+        ("outlier-count", ("", "--outlier-threshold 32", "--outlier-object hidden_state", "--bos-first",
+                           "--text-seed 1", "--samples 2", "--tokens 25", "--corpus OTHER", "--dtype bfloat16")),
         ("outlier-count", [f"--prefix {prefix}" for prefix in ("none", "bos", "fox", "dog", "ONE", "TWO")]),
         ("outlier-count", [f"--recipe rtn-w4 --group-size 32 --set weights.grid.convention=gptq-{convention}"
                            for convention in ("asym", "sym")]),
@@ -237,7 +237,7 @@ def test_the_csv_of_ranges_holds_their_order_statistics(program, model, text, in
     from corpora.text import calibration_segments
     from quantization.runs.plan import load_tokenizer
 
-    arguments = ("--model", model, "--corpus", text, *PIECES, "--seed", 5, "--out", intactkv_root / "x.svg")
+    arguments = ("--model", model, "--corpus", text, *PIECES, "--text-seed", 5, "--out", intactkv_root / "x.svg")
     assert program("linear-input", *arguments)[0] == 0
     pieces = calibration_segments(load_tokenizer(model), str(text), samples=3, length=24, seed=5)
     plain = loaded(model)

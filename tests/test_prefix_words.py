@@ -12,7 +12,7 @@ from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
-from quantization.runs.prefixes import choose_prefix, stored_prefix
+from quantization.runs.prefixes import auto_corpus, choose_prefix, prefix_file, stored_prefix
 
 BOS, EOS = 1, 2
 CHAT = (
@@ -90,18 +90,9 @@ def test_prompt_without_a_chat_template_is_refused_by_the_models_name(tokenizer)
 
 
 @pytest.mark.parametrize(("word", "corpus"), [("auto", None), ("auto:wikitext2", "wikitext2")])
-def test_auto_is_what_is_discovered_on_the_corpus_that_is_named(tokenizer, word, corpus):
-    asked = []
-
-    def discover(named):
-        asked.append(named)
-        return [9, 8, BOS]
-
-    choice = choose_prefix(word, tokenizer, "tiny", discover)
-    assert (choice.word, choice.label, choice.ids, choice.file) == (word, "[A]", (9, 8, BOS), None)
-    assert asked == [corpus]
-    assert choose_prefix("automatic", tokenizer, "tiny", discover).label == "[T]"
-    assert len(asked) == 1
+def test_auto_names_the_corpus_to_search(tokenizer, word, corpus):
+    assert auto_corpus(word) == corpus
+    assert choose_prefix("automatic", tokenizer, "tiny").label == "[T]"
 
 
 def test_a_file_gives_its_ids_and_its_name(tokenizer, tiny_model, tmp_path):
@@ -138,7 +129,7 @@ def test_a_prefix_is_built_once_and_again_only_if_anything_that_made_it_differs(
     def prefix(word: str = "bos", basis: str = "plain", dtype: torch.dtype = torch.float32) -> Prefix:
         choice = choose_prefix(word, tokenizer, "tiny")
         made_of = {"source": "0123", "basis": basis}
-        return stored_prefix(choice, model_name="tiny", made_of=made_of, dtype=dtype, twin=twin)
+        return stored_prefix(choice, prefix_file(choice, "tiny", made_of, dtype), twin)
 
     first = prefix()
     assert torch.equal(prefix().keys[0], first.keys[0])
@@ -161,7 +152,7 @@ def test_a_given_file_is_read_and_nothing_is_built(tokenizer, tiny_model, tmp_pa
         raise AssertionError("the file was there")
 
     choice = choose_prefix(str(path), tokenizer, "tiny")
-    prefix = stored_prefix(choice, model_name="tiny", made_of={}, dtype=torch.float32, twin=twin)
+    prefix = stored_prefix(choice, prefix_file(choice, "tiny", {}, torch.float32), twin)
     assert prefix.ids.tolist() == [BOS, 9]
 
 

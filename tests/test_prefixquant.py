@@ -105,7 +105,7 @@ def hashes(directory: Path) -> dict[str, str]:
 def quantized(source: Path, recipe: Recipe, out: Path, prefix: Tensor | None = PREFIX) -> Path:
     if prefix is None:
         recipe = replace(recipe, prefix="none", calibrate_behind_prefix=False)
-    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, prefix_ids=prefix)
+    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, behind=prefix)
 
 
 # one search at a time -------------------------------------------------------------------------------------------------
@@ -503,7 +503,7 @@ def test_static_grids_serve_behind_a_prefix_and_are_ruined_by_its_tokens_without
     errors = {}
     for arm in ("behind", "alone"):
         if arm == "behind":
-            out = quantize_checkpoint(source, recipe, tmp_path / arm, segments=SEGMENTS, prefix_ids=bos)
+            out = quantize_checkpoint(source, recipe, tmp_path / arm, segments=SEGMENTS, behind=bos)
         else:
             plain = replace(recipe, prefix="none", calibrate_behind_prefix=False)
             out = quantize_checkpoint(source, plain, tmp_path / arm, segments=texts)
@@ -558,9 +558,7 @@ def test_weights_that_it_cannot_choose_are_refused_before_anything_is_read(
 
 def test_one_sample_is_too_few_to_learn_from(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leaves nothing to learn from"):
-        quantize_checkpoint(
-            checkpoint(), tiny_recipe(epochs=1), tmp_path / "out", segments=SEGMENTS[:1], prefix_ids=PREFIX
-        )
+        quantize_checkpoint(checkpoint(), tiny_recipe(epochs=1), tmp_path / "out", segments=SEGMENTS[:1], behind=PREFIX)
 
 
 def test_the_named_recipes_are_the_papers() -> None:

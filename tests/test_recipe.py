@@ -16,7 +16,7 @@ from quantization.kv_cache import KV_POLICIES, PerHead
 from quantization.model.blocks import DecoderBlock
 from quantization.named import RECIPES, kv_policy, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, describe, with_settings
-from quantization.runs.pipeline import artefact_identity
+from quantization.runs.pipeline import by_tokens
 from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
@@ -189,7 +189,7 @@ SEGMENTS, PREFIX = torch.arange(12).view(2, 6), torch.tensor([1])
 
 
 def identity_of(recipe: Recipe, segments: Any = SEGMENTS, prefix: Any = PREFIX) -> str:
-    return json.dumps(artefact_identity("0" * 16, recipe, segments, prefix), sort_keys=True)
+    return json.dumps(by_tokens("0" * 16, recipe, segments, prefix).made_of, sort_keys=True)
 
 
 OTHER = {"bits": 3, "group_size": 16, "convention": "gptq-sym", "clip_search": True, "scale_dtype": "float16"}

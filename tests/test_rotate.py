@@ -24,7 +24,7 @@ from quantization.kv_cache import Rotated
 from quantization.model.blocks import DecoderBlock
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import COST, block_file, load_quantized
+from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.transforms.rotate import Rotate
@@ -87,7 +87,7 @@ def w4a4(**parts: Any) -> Recipe:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    files = [file for file in directory.iterdir() if file.name != COST]
+    files = [file for file in directory.iterdir() if file.name != CHECKSUMS]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -87,11 +87,11 @@ def test_the_published_gptq_call_makes_what_the_evaluation_finds(tmp_path: Path)
     made = run("quantization/auto_gptq", "smollm2", "smollm2-135m", "3", "64", "cpu", **small)
     assert made.returncode == 0, made.stderr
     (place,) = (tmp_path / "modelzoo" / "quantized" / "smollm2-135m").glob("gptq-w3g64-????????")
-    before = (place / "cost.json").read_bytes()
+    before = (place / "checksums.json").read_bytes()
     call = ("smollm2", "135m", "gptq", "3", "16", "ppl", "29500", "cpu")
     done = run("eval/eval", *call, **small, BEHIND="bos")
     assert done.returncode == 0, done.stderr
-    assert (place / "cost.json").read_bytes() == before
+    assert (place / "checksums.json").read_bytes() == before
     line = [line for line in done.stdout.splitlines() if "gptq-w3g64" in line][-1]  # every run prints its own first
     assert "n/a" not in line  # vanilla, IntactKV, and calibrated behind the prefix
     assert len(list((tmp_path / "outputs" / "runs").glob("*.json"))) == 3

@@ -262,8 +262,8 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
     monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
     dense = tiny_checkpoint(tmp_path, model_type)
     recipe = replace(W8A8, transforms=(Smooth(values=values),), prefix="bos", calibrate_behind_prefix=behind)
-    plan = replace(plan_of(dense, recipe, monkeypatch), segments=SEGMENTS)
-    prefix = plan.prefix()
+    plan = plan_of(dense, recipe, monkeypatch)
+    prefix = plan.intact_prefix()
     plain = build_prefix(AutoModelForCausalLM.from_pretrained(dense), prefix.ids)
     scales = [
         {step.producer: step.scale for step in read_block(block_file(plan.written(recipe), i)).rescalings}
@@ -285,7 +285,8 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
 
 
 def plan_of(dense: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("quantization.runs.plan.calibration_of", lambda *_: SEGMENTS)
+    monkeypatch.setattr("quantization.runs.plan.calibration_segments", lambda *_, **__: SEGMENTS)
+    monkeypatch.setattr("quantization.runs.plan.text_identity", lambda *_, **__: {"corpus": "of the test"})
     return plan_run(dense, recipe, device=torch.device("cpu"))
 
 
@@ -298,7 +299,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     prefix = PREFIX if behind else None
 
     def make(name: str) -> Path:
-        return quantize_checkpoint(dense, recipe, tmp_path / name, segments=SEGMENTS, prefix_ids=prefix)
+        return quantize_checkpoint(dense, recipe, tmp_path / name, segments=SEGMENTS, behind=prefix)
 
     whole, real = make("whole"), quantization.runs.pipeline._process_block
 
@@ -332,7 +333,7 @@ def test_every_recipe_runs_near_full_precision_at_eight_bits(
     recipe = with_settings(named_recipe(name), [f"activations.static={str(static).lower()}"])
     recipe = replace(recipe, prefix="bos" if behind else "none", calibrate_behind_prefix=behind)
     dense = tiny_checkpoint(tmp_path, "llama")
-    out = quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS, prefix_ids=PREFIX if behind else None)
+    out = quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS, behind=PREFIX if behind else None)
     full = AutoModelForCausalLM.from_pretrained(dense)
     ids = SEGMENTS[:1]
     prefix = build_prefix(full, PREFIX) if behind else None

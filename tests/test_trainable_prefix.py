@@ -345,7 +345,7 @@ def test_a_killed_program_goes_on_and_ends_with_the_same_bits(checkpoint, intact
     (("--prefix-lr", "-1"), "learning_rate is -1"),
     (("--samples", "0"), "0 texts to train on"),
     (("--held-out", "0"), "--held-out 0"),
-    (("--length", "300"), "--length 300: 303 tokens with the prefix do not fit"),
+    (("--length", "300"), "--length 300: 303 tokens with what stands in front do not fit"),
     (("--samples", "3000"), "give a longer text"),
     (("--corpus", "pile"), "calibration text of pile is missing"),
 ])  # fmt: skip

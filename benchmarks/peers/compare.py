@@ -123,7 +123,7 @@ def quantized(options: Namespace, method: str, arm: str, work: Path) -> tuple[Pa
         else peer_command(options, method, arm, work / "segments.safetensors", out)
     )
     run(command, work / f"{method}-{arm}.log")
-    return out, json.loads((out / ("cost.json" if arm == OURS else "peer.json")).read_text())
+    return out, json.loads((out / ("checksums.json" if arm == OURS else "peer.json")).read_text())
 
 
 @contextmanager

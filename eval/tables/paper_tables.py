@@ -183,8 +183,13 @@ def _methods(table: PublishedTable, column: Column) -> list[tuple[str, list[str]
         if not variants:
             continue
         words = departures(variants[0].settings)
-        text, named = variants[0].settings["made_of"].get("calibration"), named_recipe(recipe).calibration
-        if text and (text["corpus"], text["samples"], text["length"]) != (named.corpus, named.samples, named.length):
+        settings, named = variants[0].settings, named_recipe(recipe).calibration
+        text = settings["recipe"]["calibration"]
+        if "calibration" in settings["made_of"] and (text["corpus"], text["samples"], text["length"]) != (
+            named.corpus,
+            named.samples,
+            named.length,
+        ):
             words.append(
                 f"calibrated on {text['samples']} × {text['length']} tokens of {text['corpus']} "
                 f"(recipe: {named.samples} × {named.length} of {named.corpus})"

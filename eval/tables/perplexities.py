@@ -17,6 +17,7 @@ from corpora.storage import identity
 from corpora.text import PROTOCOLS
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of, percent
 from eval.tables.render import render as render_tables
+from quantization.kv_cache import KV_POLICIES
 
 __all__ = [
     "ARMS",
@@ -88,8 +89,11 @@ class Row:
 
 
 def kv_label(kv: dict[str, Any] | None) -> str:
-    """`16` for a full-precision cache, else the bits and the policy's class."""
-    return "16" if kv is None else f"{kv['bits']} {kv['kind']}"
+    """`16` for a full-precision cache, else the bits and the policy's word: `4 per_head`."""
+    if kv is None:
+        return "16"
+    words = {policy.__name__: word for word, policy in KV_POLICIES.items()}
+    return f"{kv['bits']} {words.get(kv['kind'], kv['kind'])}"
 
 
 def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:

@@ -87,7 +87,7 @@ def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
         averages = qa_averages({record["settings"]["task_name"]: record for record in mine})
         lines += [(name, "", Figure(value), None, "", "") for name, value in averages.items()]
         s = mine[0]["settings"]
-        prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or not s["prefix"]["ids"] else ", vanilla")
+        prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or s["prefix"]["label"] == "none" else ", vanilla")
         who = f"{s['model']}, weights {s['weights']}, KV bits {kv_label(s['kv'])}, prefix {prefix}"
         head = ("task", "metric", "value", "standard error", "questions", "seconds")
         tables.append(Table(f"{who}; accuracy in % ({caption})", head, tuple(lines), words=2))

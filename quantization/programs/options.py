@@ -299,7 +299,8 @@ def check_out(path: Path, kind: str) -> None:
         return
     suffix = PREFIX_SUFFIX if kind == "prefix" else kind
     if path.suffix != suffix:
-        raise UserError(f"--out {path}: give a file that ends in {suffix}")
+        what = "a prefix file ends" if kind == "prefix" else "give a file that ends"
+        raise UserError(f"--out {path}: {what} in {suffix}")
     if kind == "prefix" and path.exists():
         from intactkv.prefix import Prefix
 

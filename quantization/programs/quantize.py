@@ -37,14 +37,10 @@ def quantize(arguments: list[str]) -> None:
     show_log(options.verbose)
     plan = plan_of(options)
 
-    from corpora.errors import UserError
     from quantization.runs.checkpoint import read_cost
+    from quantization.runs.pipeline import check_makes_something
 
-    if plan.checkpoint.manifest is not None or not plan.recipe.makes_checkpoint:
-        raise UserError(
-            "there is nothing to write: this recipe leaves the model as it is; name one that quantizes weights or "
-            "activations, for example --recipe rtn"
-        )
+    check_makes_something(options.model, plan.recipe)
     out = plan.written(plan.recipe, options.out)
     cost = read_cost(out)
     bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "

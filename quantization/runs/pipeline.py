@@ -52,7 +52,7 @@ from quantization.runs.checkpoint import (
     write_ends,
 )
 
-__all__ = ["Artefact", "artefact_of", "by_tokens", "identity_of_prefix", "quantize_checkpoint"]
+__all__ = ["Artefact", "artefact_of", "by_tokens", "check_makes_something", "identity_of_prefix", "quantize_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,17 @@ def identity_of_prefix(prefix: Tensor | Prefix) -> dict[str, Any]:
     return {"prefix": prefix.tolist()}
 
 
+def check_makes_something(source: Path, recipe: Recipe) -> None:
+    """Raise UserError for a source that is quantized already, or a recipe that leaves it as it is."""
+    if is_quantized(source):
+        raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
+    if not recipe.makes_checkpoint:
+        raise UserError(
+            "this recipe leaves the model as it is, so there is nothing to write; name one that quantizes weights or "
+            "activations, for example --recipe rtn"
+        )
+
+
 def quantize_checkpoint(
     source: Path,
     recipe: Recipe,
@@ -135,15 +146,9 @@ def quantize_checkpoint(
     default it is identified by its tokens. Returns `out`.
     Raises UserError if `out` holds something else, or the source is incomplete.
     """
-    if is_quantized(source):
-        raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
+    check_makes_something(source, recipe)
     dense = DenseCheckpoint(source)
     fingerprint = fingerprint or checkpoint_fingerprint(source)
-    if not recipe.makes_checkpoint:
-        raise UserError(
-            "this recipe leaves the model as it is, so there is nothing to write; name one that quantizes weights or "
-            "activations, for example --recipe rtn"
-        )
     if recipe.calibrates and segments is None:
         raise UserError("this recipe calibrates; give it calibration text")
     if isinstance(behind, Prefix) and recipe.rescales and recipe.changes_kv:

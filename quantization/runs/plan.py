@@ -230,9 +230,9 @@ class Plan:
 
     def written(self, recipe: Recipe, out: Path | None = None) -> Path:
         """The directory of a recipe's checkpoint, which is made if it is not there. out: where to, if not there."""
+        if out is None and (self.checkpoint.manifest is not None or not recipe.makes_checkpoint):
+            return self.checkpoint.directory
         target = out or self.directory_of(recipe)
-        if target == self.checkpoint.directory:
-            return target
         artefact = self._artefact_of(recipe)
         if out is None and recipe.calibrates and not is_quantized(target):
             earlier = self._directory(

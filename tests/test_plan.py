@@ -1,0 +1,224 @@
+"""Plans: what they read and what they do not, what they name, and what `--plan` prints."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import corpora.text
+import quantization.runs.auto_prefix
+import quantization.runs.plan
+from corpora.errors import UserError
+from corpora.storage import identity, sha256_of_tensor
+from eval.__main__ import main as eval_main
+from quantization.grids.uniform import UniformGrid
+from quantization.named import RECIPES, named_recipe
+from quantization.recipes.recipe import Calibration, Recipe, added, describe
+from quantization.runs.auto_prefix import Search
+from quantization.runs.pipeline import artefact_of, by_tokens, quantize_checkpoint
+from quantization.runs.plan import plan_run
+from quantization.runs.preview import preview
+from quantization.weights.gptq import GPTQ
+
+CPU = torch.device("cpu")
+GRID = UniformGrid(4, 16)
+
+
+@pytest.fixture
+def text(intactkv_root):
+    file = intactkv_root / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 90)
+    return file
+
+
+@pytest.fixture
+def dense(intactkv_root, tiny_checkpoint):
+    return tiny_checkpoint(intactkv_root, "llama")
+
+
+def gptq(text, **changes) -> Recipe:
+    recipe = Recipe(weights=GPTQ(GRID), calibration=Calibration(str(text), samples=2, length=32))
+    return replace(recipe, **changes)
+
+
+def refuse(*_args, **_keywords):
+    raise AssertionError("a plan does not do this")
+
+
+def forbid(monkeypatch) -> None:
+    """Reading a text, tokenizing, opening weights and quantizing fail from now on."""
+    for name in ("encode", "read_documents", "cached_ids"):
+        monkeypatch.setattr(corpora.text, name, refuse)
+    monkeypatch.setattr(quantization.runs.plan, "calibration_segments", refuse)
+    monkeypatch.setattr(quantization.runs.plan, "quantize_checkpoint", refuse)
+    monkeypatch.setattr(quantization.runs.plan, "_load", refuse)
+    monkeypatch.setattr(quantization.runs.auto_prefix, "discover", refuse)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", refuse)
+
+
+# what a plan reads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["none", "bos", "AUTO"])
+def test_a_plan_runs_nothing_and_names_what_a_run_makes(dense, text, monkeypatch, prefix):
+    prefix = prefix.replace("AUTO", f"auto:{text}")
+    recipe = gptq(text, prefix=prefix, calibrate_behind_prefix=prefix != "none")
+    with monkeypatch.context() as patched:
+        forbid(patched)
+        plan = plan_run(dense, recipe, device=CPU)
+        described, place = plan.describe(), plan.directory_of(recipe)
+        assert not place.exists()
+    plan_run(dense, recipe, device=CPU).load()
+    assert place.is_dir()
+    assert plan_run(dense, recipe, device=CPU).describe() == described
+    manifest = json.loads((place / "quantization.json").read_text())
+    assert place.name.endswith(manifest["identity"])
+    assert manifest["identity"] == identity(described["made_of"])
+
+
+def test_the_text_is_its_bytes_and_its_draw_and_not_its_place(dense, text, intactkv_root):
+    def made_of(file: Path, **calibration) -> str:
+        recipe = gptq(file)
+        recipe = replace(recipe, calibration=replace(recipe.calibration, **calibration))
+        return identity(plan_run(dense, recipe, device=CPU).describe()["made_of"])
+
+    moved = intactkv_root / "elsewhere.txt"
+    moved.write_bytes(text.read_bytes())
+    first = made_of(text)
+    assert made_of(moved) == first
+    others = [made_of(text, **change) for change in ({"seed": 1}, {"samples": 3}, {"length": 33})]
+    as_json = intactkv_root / "text.jsonl"  # the same bytes, read in another way
+    as_json.write_bytes(text.read_bytes())
+    others.append(made_of(as_json))
+    moved.write_bytes(text.read_bytes() + b".")
+    others.append(made_of(moved))
+    assert len({first, *others}) == 6
+
+
+def test_another_tokenizer_is_another_text(dense, text, tiny_tokenizer):
+    first = plan_run(dense, gptq(text), device=CPU).describe()["made_of"]["text"]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(dense)
+    assert plan_run(dense, gptq(text), device=CPU).describe()["made_of"]["text"] != first
+
+
+def test_a_text_that_is_not_there_is_told_by_the_plan(dense, intactkv_root):
+    with pytest.raises(UserError, match="neither a file nor a known corpus"):
+        plan_run(dense, gptq(intactkv_root / "absent.txt"), device=CPU)
+    none = gptq("sample", calibration=Calibration("sample", samples=0, length=32))
+    with pytest.raises(UserError, match=r"samples is 0; give 1 or more"):
+        plan_run(dense, none, device=CPU)
+
+
+# what was made before ---------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_was_named_by_its_tokens_is_found(dense, text, intactkv_root, monkeypatch):
+    recipe = gptq(text, prefix="bos", calibrate_behind_prefix=True)
+    plan = plan_run(dense, recipe, device=CPU)
+    earlier = by_tokens(plan.checkpoint.fingerprint, recipe, plan.segments, torch.tensor([1]))
+    place = plan.directory_of(recipe).with_name(f"{recipe.label()}-{earlier.identity}")
+    quantize_checkpoint(dense, recipe, place, segments=plan.segments, behind=torch.tensor([1]))
+    (place / "checksums.json").rename(place / "cost.json")  # its name then
+    monkeypatch.setattr(quantization.runs.plan, "quantize_checkpoint", refuse)
+    model = plan_run(dense, recipe, device=CPU).load()
+    assert torch.isfinite(model.feed(torch.tensor([[5, 6, 7]])).logits).all()
+    assert plan_run(dense, recipe, device=CPU).outcome()["quantization"]["bits_per_weight"] > 4
+    assert not plan.directory_of(recipe).exists()
+    (place / "block-001.safetensors").write_bytes((place / "block-000.safetensors").read_bytes())
+    with pytest.raises(UserError):  # its sums are still looked at
+        plan_run(dense, recipe, device=CPU).load()
+
+
+def test_a_discovery_that_was_named_by_its_tokens_is_found(dense, text, monkeypatch):
+    plan = plan_run(dense, Recipe(prefix=f"auto:{text}"), device=CPU)
+    found = plan.choice.ids
+    search = plan.search
+    assert isinstance(search, Search)
+    key = {"source": plan.checkpoint.fingerprint, "text": sha256_of_tensor(search.pieces()), "start": 1,
+           "threshold": 64.0}  # fmt: skip
+    search.file.rename(search.file.with_name(f"auto-{identity(key)}.json"))
+    monkeypatch.setattr(quantization.runs.auto_prefix, "discover", refuse)
+    assert plan_run(dense, Recipe(prefix=f"auto:{text}"), device=CPU).choice.ids == found
+
+
+# identities ---------------------------------------------------------------------------------------------
+
+TEXT = {"text": {"corpus": "sample", "files": ["0" * 64], "tokenizer": "1" * 16, "start": 1}}
+PINNED = {"rtn-w4": "67f6c57d", "gptq-w3": "c4e45ca9", "quarot": "3d4632d5"}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_three_identities_are_what_stored_checkpoints_are_called(name):
+    recipe = named_recipe(name)
+    made = artefact_of("0" * 16, recipe, TEXT)
+    assert made.identity == PINNED[name]
+
+
+def test_every_named_recipe_is_described_as_its_stored_checkpoints_say():
+    """A new field of a part of a recipe is declared with `added`, or every checkpoint made before is orphaned."""
+    pinned = json.loads((Path(__file__).parent / "identities.json").read_text())
+    now = {name: identity(describe(RECIPES[name].recipe)) for name in pinned}
+    assert now == pinned
+
+
+def test_an_added_field_is_told_only_where_it_is_not_at_its_default():
+    @dataclass(frozen=True)
+    class Before:
+        bits: int = 4
+
+    @dataclass(frozen=True)
+    class After(Before):
+        clip: float = added(0.3)
+
+    assert describe(After()) == describe(Before()) | {"kind": "After"}
+    assert describe(After(clip=1.0))["clip"] == 1.0
+
+
+# --plan ---------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_what_is_missing_and_what_is_there(dense, text, intactkv_root, run_main):
+    call = ("ppl", "--model", dense, "--recipe", "gptq", "--bits", 4, "--group-size", 16, "--calibration", text,
+            "--calibration-samples", 2, "--calibration-length", 32, "--prefix", f"auto:{text}",
+            "--calibrate-behind-prefix", "--corpus", text, "--window", 32, "--limit", 2)  # fmt: skip
+    files = sorted(intactkv_root.rglob("*"))
+    code, said, _ = run_main(eval_main, *call, "--plan")
+    assert code == 0
+    assert sorted(intactkv_root.rglob("*")) == files
+    states = {line[:24].strip(): line for line in said.splitlines()}
+    assert "present" in states["model"]
+    for what in ("discovery of the prefix", "quantized checkpoint", "prefix"):
+        assert "missing" in states[what]
+    assert run_main(eval_main, *call)[0] == 0
+    said = run_main(eval_main, *call, "--plan")[1]
+    assert "missing" not in said
+    assert "memory to quantize" not in said
+    place = next((intactkv_root / "modelzoo" / "quantized").rglob("quantization.json")).parent
+    assert str(place) in said
+
+
+@pytest.mark.parametrize("name", ["rtn-w4", "rtn-w8a8", "rotate"])
+def test_the_size_of_a_missing_checkpoint_is_foreseen(dense, name):
+    recipe = RECIPES[name].recipe
+    if recipe.weights is not None and recipe.weights.grid.group_size > 0:
+        recipe = replace(recipe, weights=replace(recipe.weights, grid=replace(recipe.weights.grid, group_size=16)))
+    plan = plan_run(dense, recipe, device=CPU)
+    (line,) = (line for line in preview(plan) if line.what == "quantized checkpoint")
+    files = list(plan.written(recipe).glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in files)
+    headers = sum(int.from_bytes(file.read_bytes()[:8], "little") for file in files)  # most of a tiny file
+    assert line.size == pytest.approx(weights - headers, rel=0.1)
+
+
+def test_a_half_finished_checkpoint_is_told_by_its_blocks(dense, text):
+    recipe = gptq(text)
+    plan = plan_run(dense, recipe, device=CPU)
+    partial = plan.directory_of(recipe).with_name(f"{plan.directory_of(recipe).name}.partial")
+    partial.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, partial / "block-000.safetensors")
+    assert [line.state for line in preview(plan) if line.what == "quantized checkpoint"] == ["1 of 3 blocks"]
