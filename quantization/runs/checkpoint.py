@@ -233,8 +233,8 @@ def dense_directory(checkpoint: Checkpoint, why: str, program: str) -> Path:
         if known and (dense / "config.json").is_file() and checkpoint_fingerprint(dense) == checkpoint.fingerprint:
             return dense
     raise UserError(
-        f"the dense full-precision model of {directory} is not at hand, but {why}; do it where that model is, or give a "
-        f"prefix that was built there ({program}): --prefix FILE.safetensors"
+        f"the dense full-precision model of {directory} is not at hand, but {why}; do it where that model is, or give "
+        f"a prefix that was built there ({program}): --prefix FILE.safetensors"
     )
 
 
