@@ -5,13 +5,14 @@ The key is the configuration's `model_type`. A new family is a row; it gets no f
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 
-__all__ = ["ARCHITECTURES", "Architecture", "Feed", "architecture_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "Feed", "architecture_of", "decoder_of"]
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"{', '.join(ARCHITECTURES)}. A new type is a row in intactkv/architecture.py"
         )
     return ARCHITECTURES[config.model_type]
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The part of a causal language model that runs its blocks, `.layers`, without the head; of any model
+    type, in the table or not."""
+    return model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model

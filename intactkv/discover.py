@@ -16,14 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.attach import attach
-from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, decoder_of, outlier_ratios, outlier_tokens
-from intactkv.prefix import Prefix, input_embeddings
+from intactkv.observe import Site, token_maxima
+from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, outlier_ratios, outlier_tokens
+from intactkv.prefix import Prefix
 
 __all__ = ["DOWN", "Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
 
@@ -72,7 +72,6 @@ def chosen_tokens(found: OutlierTokens, sequences: int, start: int) -> tuple[int
     return (*(token for token in ids[:number] if token != start), start)
 
 
-@torch.inference_mode()
 def down_maxima(
     model: PreTrainedModel,
     ids: Tensor,
@@ -83,52 +82,15 @@ def down_maxima(
 ) -> Tensor:
     """M_t = max_c |X_tc| of every token behind the prefix, X the input of `linear`: (L, N, T) float32.
 
-    ids: (N, T), without the prefix. A few sequences run at once, and of their activations only the maxima are kept.
+    In front of an online rotation, where a rotated twin has one. ids: (N, T), without the prefix. A few sequences run
+    at once, and of their activations only the maxima are kept.
     Raises UserError if a block has no such linear, or a value is not finite.
     """
-    intact, decoder = attach(model, prefix), decoder_of(model)
-    device = input_embeddings(model).device
-    maxima = torch.empty(len(decoder.layers), *ids.shape)
-    rows = slice(0, 0)
-
-    def look(layer: int, x: Tensor) -> None:
-        maxima[layer, rows] = x.abs().amax(dim=-1).float().reshape(-1, ids.shape[1]).cpu()  # OPT's has no batch
-
-    handles = [
-        _submodule(block, linear).register_forward_pre_hook(
-            # in front of an online rotation, where a rotated twin has one
-            lambda _module, args, layer=layer: look(layer, args[0]),
-            prepend=True,
-        )
-        for layer, block in enumerate(decoder.layers)
-    ]
-    try:
-        at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
-        for first in range(0, len(ids), at_once):
-            rows = slice(first, min(first + at_once, len(ids)))
-            intact.feed(ids[rows].to(device), through=decoder)
-            advance(rows.stop - rows.start)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not bool(maxima.isfinite().all()):
-        raise UserError(
-            f"the inputs of {linear} hold values that are not finite; the checkpoint is damaged, or its dtype too "
-            "narrow: use bfloat16 or float32"
-        )
-    return maxima
+    site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
+    at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
+    return token_maxima(attach(model, prefix), ids, (site,), batch_size=at_once, advance=advance)[site.name]
 
 
 def largest_ratios(maxima: Tensor) -> tuple[float, ...]:
     """Per layer, the largest M_t / median_t(M) of any token of any sequence; maxima: (L, N, T)."""
     return tuple(outlier_ratios(maxima).amax(dim=(1, 2)).tolist())
-
-
-def _submodule(block: torch.nn.Module, name: str) -> torch.nn.Module:
-    try:
-        return block.get_submodule(name)
-    except AttributeError:
-        linears = [inner for inner, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
-        raise UserError(
-            f"a block of this model holds no {name!r}; name one of its linears: {', '.join(linears)}"
-        ) from None

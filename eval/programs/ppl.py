@@ -66,9 +66,10 @@ def run(options: argparse.Namespace) -> None:
     from corpora.catalog import model_defaults
     from corpora.storage import sha256_of_tensor
     from corpora.text import evaluation_stream, protocol
-    from eval.perplexity import cut_windows, default_batch_size
+    from eval.perplexity import cut_windows
     from eval.runs import record_of
     from eval.tables.perplexities import perplexity_rows, print_table
+    from intactkv.attach import default_batch_size
 
     plan, processes = start(options)
     device = plan.device
