@@ -27,8 +27,9 @@ from corpora.readers import read_documents
 from corpora.storage import sha256_of_file
 from corpora.tokens import cached_ids, encode, start_token_id, text_hash, tokenizer_fingerprint
 
-__all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_segments", "documents", "encode",
-           "evaluation_stream", "packed_documents", "protocol", "split_windows", "start_token_id"]  # fmt: skip
+__all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_segments", "corpus_label", "documents",
+           "encode", "evaluation_stream", "packed_documents", "protocol", "split_windows", "start_token_id",
+           "text_identity"]  # fmt: skip
 
 C4_OLD = "c4-old"  # GPTQ's first C4 test: 256 random segments of the validation file instead of its first documents
 CORPUS_NAMES = (*(name for name, corpus in CORPORA.items() if corpus.calibration_text), C4_OLD)
@@ -126,6 +127,26 @@ def split_windows(stream_ids: Tensor, window: int, limit: int | None, protocol: 
     return windows
 
 
+def text_identity(tokenizer: Any, corpus: str, *, samples: int, length: int) -> dict[str, Any]:
+    """What identifies a corpus' calibration text to a tokenizer, without reading or tokenizing it: the hashes of its
+    files, how they are read, the tokenizer and its start token. A draw adds its own numbers and its seed.
+
+    Raises UserError if the corpus is unknown or not there, or a number is out of range.
+    """
+    _check_pieces(corpus, samples, length)
+    return {
+        "corpus": corpus if corpus in CORPUS_NAMES else Path(corpus).suffix,
+        "files": [sha256_of_file(file) for file in _files(corpus, "calibration")],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "start": start_token_id(tokenizer),
+    }
+
+
+def corpus_label(corpus: str) -> str:
+    """A corpus' name, or a file's without its directory."""
+    return Path(corpus).name if Path(corpus).exists() else corpus
+
+
 def calibration_segments(
     tokenizer: Any, corpus: str, *, samples: int, length: int, seed: int, bos_first: bool = False
 ) -> Tensor:
@@ -136,21 +157,11 @@ def calibration_segments(
     BOS; bos_first overwrites position 0 of each with it. The draws do not depend on bos_first.
     Raises UserError if the corpus is unknown, not there or too short, or a number is out of range.
     """
-    for option, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if value < least:
-            raise UserError(f"calibration {option} is {value}; give {least} or more")
+    _check_pieces(corpus, samples, length)
     entry = _entry(corpus)
-    if corpus == C4_OLD:
-        raise UserError(f"{C4_OLD} is a way to evaluate; calibrate with c4, or one of {', '.join(CORPUS_NAMES[:-1])}")
     if entry.per_document:
-        made_of = {
-            "files": [sha256_of_file(file) for file in _files(corpus, "calibration")],
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "start": start_token_id(tokenizer),
-            "samples": samples,
-            "length": length,
-            "seed": seed,
-        }
+        made_of = text_identity(tokenizer, corpus, samples=samples, length=length)
+        made_of |= {"samples": samples, "length": length, "seed": seed}
 
         def draw() -> Tensor:
             texts, what = documents(corpus, "calibration"), f"{corpus}, calibration"
@@ -182,9 +193,7 @@ def packed_documents(tokenizer: Any, corpus: str, *, samples: int, length: int, 
     The order is that of `datasets.Dataset.shuffle` with the same seed.
     Raises UserError if the corpus is unknown, not there, or its documents do not fill one piece.
     """
-    for option, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if value < least:
-            raise UserError(f"calibration {option} is {value}; give {least} or more")
+    _check_pieces(corpus, samples, length)
     texts = list(documents(corpus, "calibration"))
     start, kept = start_token_id(tokenizer), []
     for i in np.random.default_rng(seed).permutation(len(texts)):
@@ -268,6 +277,14 @@ def _files(corpus: str, role: str) -> list[Path]:
             "datasets/README.md has all the names"
         )
     return files
+
+
+def _check_pieces(corpus: str, samples: int, length: int) -> None:
+    if corpus == C4_OLD:
+        raise UserError(f"{C4_OLD} is a way to evaluate; calibrate with c4, or one of {', '.join(CORPUS_NAMES[:-1])}")
+    for option, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if value < least:
+            raise UserError(f"calibration {option} is {value}; give {least} or more")
 
 
 def _check_window(window: int) -> None:

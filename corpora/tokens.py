@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,11 +46,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Identity of what a tokenizer does to text: 16 hexadecimal digits. Its path and its settings do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    else:
-        content = json.loads(backend.to_str())
-        content.pop("truncation", None)  # the state that the last call left
-        content.pop("padding", None)
+        return identity({"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}, 16)
+    return _fingerprint(backend.to_str())
+
+
+@lru_cache(maxsize=4)  # a fifth of a second for a usual vocabulary, asked for several times a run
+def _fingerprint(backend: str) -> str:
+    content = json.loads(backend)
+    content.pop("truncation", None)  # the state that the last call left
+    content.pop("padding", None)
     return identity(content, 16)
 
 

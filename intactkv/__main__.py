@@ -10,7 +10,7 @@ from corpora.errors import run_program
 
 def main() -> None:
     """Hand the command to the program that knows recipes."""
-    from quantization.__main__ import prefix_program
+    from quantization.programs.prefix import prefix_program
 
     prefix_program(sys.argv[1:], "python -m intactkv")
 

@@ -3,10 +3,10 @@
 from matplotlib.ticker import FuncFormatter
 
 from corpora.catalog import CalibrationText
-from corpora.text import calibration_segments
+from corpora.text import calibration_segments, corpus_label
 from eval.inside.analysis import first_token_share
 from eval.plots.canvas import SERIES, Output, plt
-from eval.plots.subject import check_size, corpus_name
+from eval.plots.subject import check_size
 from quantization.runs.plan import Plan
 
 __all__ = ["PUBLISHED", "draw_hessian"]
@@ -45,6 +45,6 @@ def draw_hessian(plan: Plan, text: CalibrationText, output: Output) -> None:
         *panels[0].get_legend_handles_labels(), ncols=len(SERIES), loc="lower center", bbox_to_anchor=(0.5, -0.07),
         frameon=False, fontsize=8,
     )  # fmt: skip
-    size = f"{samples} × {length} tokens of {corpus_name(corpus)}"
+    size = f"{samples} × {length} tokens of {corpus_label(corpus)}"
     figure.suptitle(f"{plan.checkpoint.name}: Hessians of the inputs of …, {size}", fontsize=9)
     output.save(figure, ("start", "input of", "block", "share"), rows)

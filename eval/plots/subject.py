@@ -17,12 +17,12 @@ from corpora.catalog import CORPORA, CalibrationText, model_defaults
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
 from corpora.storage import identity, sha256_of_file
-from corpora.text import calibration_segments, encode, evaluation_stream, protocol, start_token_id
+from corpora.text import calibration_segments, corpus_label, encode, evaluation_stream, protocol, start_token_id
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
 from quantization.runs.checkpoint import read_config
-from quantization.runs.plan import Plan, quantized_directory
+from quantization.runs.plan import Plan
 from quantization.runs.prefixes import PrefixChoice
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Text",
     "check_size",
     "chosen_layers",
-    "corpus_name",
     "default_opening",
     "default_pieces",
     "figure_name",
@@ -153,7 +152,7 @@ def opening(plan: Plan, text: CalibrationText, seed: int) -> Text:
             f"{corpus} has {len(stream.ids)} tokens, but --samples {samples} × --tokens {tokens} are asked for; give a "
             "longer text or ask for less"
         )
-    return Text(stream.windows(samples)[:, :tokens], _first(samples, tokens, corpus_name(corpus)))
+    return Text(stream.windows(samples)[:, :tokens], _first(samples, tokens, corpus_label(corpus)))
 
 
 def scattered(plan: Plan, text: CalibrationText, seed: int, bos_first: bool) -> Text:
@@ -166,12 +165,7 @@ def scattered(plan: Plan, text: CalibrationText, seed: int, bos_first: bool) -> 
         plan.tokenizer, text.corpus, samples=text.samples, length=text.length, seed=seed, bos_first=bos_first
     )
     start = ", [BOS] in front of each" if bos_first else ""
-    return Text(ids, f"{text.samples} × {text.length} tokens of {corpus_name(text.corpus)}{start}")
-
-
-def corpus_name(corpus: str) -> str:
-    """A corpus' name, or a file's without its directory."""
-    return Path(corpus).name if Path(corpus).exists() else corpus
+    return Text(ids, f"{text.samples} × {text.length} tokens of {corpus_label(text.corpus)}{start}")
 
 
 def _first(samples: int, tokens: int, what: str) -> str:
@@ -184,12 +178,7 @@ def check_size(plan: Plan, text: CalibrationText, options: tuple[str, str] = ("-
     for option, value, least in zip(options, (text.samples, text.length), (1, 2), strict=True):
         if value < least:
             raise UserError(f"{option} {value}: a picture needs at least {least}")
-    length = text.length + len(plan.choice.ids)
-    if plan.context is not None and length > plan.context:
-        raise UserError(
-            f"{options[1]} {text.length}: {length} tokens with the prefix do not fit the {plan.context} positions of "
-            f"{plan.checkpoint.name}; use fewer"
-        )
+    plan.check_fits(f"{options[1]} {text.length}", text.length + len(plan.choice.ids))
 
 
 def figure_name(
@@ -203,7 +192,7 @@ def figure_name(
     recipe = plan.recipe
     model = [plan.checkpoint.name]
     if recipe.makes_checkpoint:  # as the checkpoint is called that the recipe makes
-        model.append(quantized_directory(plan.checkpoint, recipe, plan.segments, plan.calibration_prefix).name)
+        model.append(plan.directory_of(recipe).name)
     corpus = "" if text.corpus == default.corpus else _corpus_part(text.corpus)
     changed = (text.samples, text.length) != (default.samples, default.length)
     size = f"{text.samples}x{text.length}" if changed else ""

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import (
-    add_calibration_options,
-    add_model_options,
-    add_recipe_options,
-    add_run_options,
-)
+from quantization.programs.options import add_plan_options, check_counts, check_out
 
 if TYPE_CHECKING:
     from eval.mtbench.answers import Question
@@ -41,12 +36,8 @@ def add(commands: Any) -> None:
         "question and the turn alone, not on the batch or the order.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # --seed is the answers' here; --set calibration.seed=S reaches the other one
     )
-    add_model_options(mtbench, several=True)
-    add_recipe_options(mtbench)
-    add_calibration_options(mtbench)
-    add_run_options(mtbench)
+    add_plan_options(mtbench, several=True)
     group = mtbench.add_argument_group("questions and protocol")
     group.add_argument(
         "--questions",
@@ -68,9 +59,7 @@ def add(commands: Any) -> None:
         help="put the prefix in front of prompts that do not start with it; without this they are refused",
     )
     group.add_argument("--max-new-tokens", type=int, default=1024, metavar="T", help="of one turn (default: 1024)")
-    group.add_argument(
-        "--seed", type=int, default=42, metavar="S", dest="answer_seed", help="of the answers (default: 42)"
-    )
+    group.add_argument("--answer-seed", type=int, default=42, metavar="S", help="of the answers (default: 42)")
     group.add_argument("--batch-size", type=int, default=4, metavar="ROWS", help="dialogues at once (default: 4)")
     group.add_argument("--out", type=Path, metavar="FILE.jsonl", help="the answers' file (default: named by the run)")
     mtbench.add_argument("--json", action="store_true", help="print the run record instead of the table")
@@ -90,14 +79,13 @@ def run(options: argparse.Namespace) -> None:
     from eval.mtbench.json_lines import only_writer
     from eval.runs import record_of
 
-    for option, value in (("--limit", options.limit), ("--max-new-tokens", options.max_new_tokens),
-                          ("--batch-size", options.batch_size)):  # fmt: skip
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value}: give 1 or more")
-    if options.out is not None and options.out.suffix != ".jsonl":
-        raise UserError(f"--out {options.out}: give a file that ends in .jsonl")
+    check_counts(
+        limit=(options.limit, 1), max_new_tokens=(options.max_new_tokens, 1), batch_size=(options.batch_size, 1)
+    )
+    if options.out is not None:
+        check_out(options.out, ".jsonl")
     plan, processes = start(options)
-    if options.prepend and not plan.choice.ids:
+    if options.prepend and not plan.has_prefix:
         raise UserError("--prepend puts a prefix in front, but none was named; add --prefix, or leave it out")
     sampled = model_defaults(plan.checkpoint.family_name).default_task_data == "sample"
     word = options.questions or ("sample" if sampled else "mt_bench")
@@ -165,7 +153,7 @@ def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
     if (policy := plan.recipe.kv_cache) is not None:
         parts.append(f"kv{getattr(policy, 'bits', type(policy).__name__.lower())}")
     prefix = settings["prefix"]
-    if prefix["ids"]:  # intact, or put in front
+    if prefix["label"] != "none":  # intact, or put in front
         parts += ["intactkv" if prefix["intact"] else "vanilla", *_kind(prefix["label"])]
     if settings["questions"] != "mt_bench":
         parts.append(Path(settings["questions"]).stem)
@@ -276,7 +264,7 @@ def _answer(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "peak_memory_mb": round(peak_memory_mb(plan.device.type), 1),
-        "quantization": plan.cost(),
+        **plan.outcome(),
     }
 
 

@@ -116,17 +116,12 @@ def _plan(
     """
     from eval.plots.subject import figure_name, with_given
     from intactkv.architecture import architecture_of
-    from quantization.named import named_recipe
-    from quantization.programs.options import chosen_device, chosen_dtype, chosen_recipe, show_log
+    from quantization.programs.options import plan_of, show_log
     from quantization.runs.checkpoint import read_config
-    from quantization.runs.plan import find_checkpoint, plan_run
 
     show_log()
-    checkpoint = find_checkpoint(options.model)
+    plan = plan_of(options)
     architecture_of(read_config(options.model))
-    recipe = chosen_recipe(options, checkpoint) if hasattr(options, "recipe") else named_recipe("fp16")
-    dtype = chosen_dtype(getattr(options, "dtype", None))
-    plan = plan_run(options.model, recipe, device=chosen_device(options.device), dtype=dtype)
     own = with_given(default(plan), None, options.default("samples"), options.default("tokens"))
     text = with_given(own, options.corpus, options.samples, options.tokens)
     return plan, text, _output(options, figure_name(plan, options.figure, text, own, _changed(options, PARTS)))
@@ -261,7 +256,7 @@ def _motivation(options: argparse.Namespace) -> "Output":
     from eval.plots.motivation import draw_motivation
     from eval.plots.subject import token_name
     from intactkv.pivots import hidden_magnitudes
-    from quantization.runs.plan import find_checkpoint
+    from quantization.runs.checkpoint import find_checkpoint
 
     if options.recipe is None and find_checkpoint(options.model).manifest is None:
         options.recipe, options.bits = "rtn", options.bits or 3
@@ -272,7 +267,7 @@ def _motivation(options: argparse.Namespace) -> "Output":
         return CalibrationText(source, *((8, 128) if source == "sample" else (128, 1024)))
 
     plan, text, output = _plan(options, size)
-    if not plan.choice.ids:
+    if not plan.has_prefix:
         raise UserError("--prefix none: the curve is the loss against the size of a prefix; name one, such as prompt")
     if text.length <= len(plan.choice.ids) + 1:
         raise UserError(f"--tokens {text.length}: the prefix alone has {len(plan.choice.ids)}; give more")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from quantization.programs.options import add_dtype_option, add_model_options, add_prefix_option, add_recipe_options
+from quantization.programs.options import add_plan_options, add_text_seed
 
 __all__ = ["Declare", "calibration_options", "hessian_options", "layer_options", "linear_options",
            "linear_output_options", "log_option", "motivation_options", "only_down_option", "opening_options",
@@ -17,11 +17,7 @@ def _text_options(
     parser: argparse.ArgumentParser, own: str, tokens: int | None, *, prefix: bool
 ) -> argparse._ArgumentGroup:
     """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
-    add_model_options(parser)
-    add_recipe_options(parser)
-    if prefix:
-        add_prefix_option(parser)
-    add_dtype_option(parser)
+    add_plan_options(parser, calibration=False, prefix=prefix, run=False)
     text = parser.add_argument_group("text")
     text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
     length = str(tokens) if tokens else "the model's own, or 1024"
@@ -39,8 +35,7 @@ def opening_options(tokens: int, *, conversation: bool = True, prefix: bool = Tr
             text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
         else:
             parser.set_defaults(samples=1)
-        text.add_argument("--seed", type=int, default=1, dest="text_seed", metavar="S",
-                          help="of the order of ShareGPT's conversations (default: 1)")  # fmt: skip
+        add_text_seed(text, 1, "of the order of ShareGPT's conversations")
 
     return declare
 
@@ -54,7 +49,7 @@ def scattered_options(tokens: int | None = None, *, many: bool = True) -> Declar
             text.add_argument("--samples", type=int, metavar="N", help="pieces (default: the model's own, or 64)")
         else:
             parser.set_defaults(samples=1)
-        text.add_argument("--seed", type=int, default=0, dest="text_seed", metavar="S", help="of the draw (default: 0)")
+        add_text_seed(text, 0, "of the pieces' draw")
         text.add_argument(
             "--bos-first",
             action="store_true",
@@ -118,7 +113,7 @@ def outlier_options(parser: argparse.ArgumentParser) -> None:
 
 def hessian_options(parser: argparse.ArgumentParser) -> None:
     """The text that calibration sees."""
-    add_model_options(parser)
+    add_plan_options(parser, recipe=False, calibration=False, prefix=False, run=False, dtype=False)
     parser.add_argument("--calibration", dest="corpus", metavar="NAME|FILE",
                         help="text to run (default: the model's own, or c4)")  # fmt: skip
     parser.add_argument("--calibration-samples", dest="samples", type=int, metavar="N",
@@ -135,10 +130,7 @@ def calibration_options(parser: argparse.ArgumentParser) -> None:
 
 def motivation_options(parser: argparse.ArgumentParser) -> None:
     """Model, prefix and conversations of the motivation curve."""
-    add_model_options(parser)
-    add_recipe_options(parser)
-    add_prefix_option(parser)
-    add_dtype_option(parser)
+    add_plan_options(parser, calibration=False, run=False)
     parser.set_defaults(corpus=None)
     text = parser.add_argument_group("conversations")
     text.add_argument("--samples", type=int, metavar="N", help="how many (default: 128; smollm2: 8)")

@@ -2,17 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import (
-    add_calibration_options,
-    add_model_options,
-    add_recipe_options,
-    add_run_options,
-)
+from quantization.programs.options import add_plan_options, check_counts
 
 __all__ = ["add", "run"]
 
@@ -27,10 +20,7 @@ def add(commands: Any) -> None:
             "read back from outputs/runs/. Under `accelerate launch` the windows are shared among the processes."
         ),
     )
-    add_model_options(ppl, several=True)
-    add_recipe_options(ppl)
-    add_calibration_options(ppl)
-    add_run_options(ppl)
+    add_plan_options(ppl, several=True)
     data = ppl.add_argument_group("data and protocol")
     data.add_argument(
         "--corpus",
@@ -65,18 +55,15 @@ def run(options: argparse.Namespace) -> None:
 
     from corpora.catalog import model_defaults
     from corpora.storage import sha256_of_tensor
-    from corpora.text import evaluation_stream, protocol
+    from corpora.text import corpus_label, evaluation_stream, protocol
     from eval.perplexity import cut_windows
     from eval.runs import record_of
     from eval.tables.perplexities import perplexity_rows, print_table
     from intactkv.attach import default_batch_size
 
+    check_counts(window=(options.window, 3), batch_size=(options.batch_size, 1))
     plan, processes = start(options)
     device = plan.device
-    if options.window < 3:
-        raise UserError(f"--window {options.window}: give at least 3 tokens")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: give at least 1 window")
     batch_size = options.batch_size or default_batch_size(options.window, device.type)
     rules = protocol(options.protocol)
     description = plan.describe()
@@ -86,14 +73,9 @@ def run(options: argparse.Namespace) -> None:
     for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).default_corpora:
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
-        longest = windows.lead.numel() + windows.fed.shape[1]
-        if plan.context is not None and longest > plan.context:
-            raise UserError(
-                f"--window {options.window}: {longest} tokens with what stands in front do not fit the "
-                f"{plan.context} positions of {plan.checkpoint.name}; use a smaller window"
-            )
+        plan.check_fits(f"--window {options.window}", windows.lead.numel() + windows.fed.shape[1])
         settings = description | {
-            "corpus": stream.corpus if not Path(stream.corpus).exists() else Path(stream.corpus).name,
+            "corpus": corpus_label(stream.corpus),
             "text_sha256": stream.text_sha256,
             "tokens_sha256": sha256_of_tensor(torch.cat([windows.lead, windows.fed.flatten()])),
             "protocol": rules.name,
@@ -106,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
             if not model:
                 model.append(plan.load())
             measured = _measure(model[0], windows, stream, batch_size, device, processes)
-            return measured | {"quantization": plan.cost()}
+            return measured | plan.outcome()
 
         name = f"{description['model']}-{description['weights']}-{settings['corpus']}"
         records.append(record_of("ppl", name, settings, figures, force=options.force, write=processes.is_first))

@@ -19,8 +19,7 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
     Raises UserError for options that cannot be.
     """
     from eval.processes import Processes
-    from quantization.programs.options import ALL_GPUS, chosen_device, chosen_dtype, chosen_recipe, show_log
-    from quantization.runs.plan import find_checkpoint, plan_run
+    from quantization.programs.options import ALL_GPUS, plan_of, show_log
 
     show_log()
     processes = Processes()
@@ -31,14 +30,5 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
         )
     if not processes.is_first:
         logging.getLogger().setLevel(logging.WARNING)
-    device = (processes.device if options.device == "auto" else None) or chosen_device(options.device, several=True)
-    plan = plan_run(
-        options.model,
-        chosen_recipe(options, find_checkpoint(options.model)),
-        device=device,
-        vanilla=options.vanilla,
-        dtype=chosen_dtype(options.dtype),
-        packed=options.packed,
-        spread=options.device == ALL_GPUS,
-    )
-    return plan, processes
+    given = processes.device if options.device == "auto" else None
+    return plan_of(options, several=True, device=given), processes

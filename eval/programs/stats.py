@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
-from quantization.programs.options import (
-    add_calibration_options,
-    add_model_options,
-    add_recipe_options,
-    add_run_options,
-)
+from quantization.programs.options import add_plan_options, add_text_seed, check_out, plan_of, show_log
 
 if TYPE_CHECKING:
     from corpora.text import TokenStream
@@ -73,10 +68,7 @@ def add(commands: Any) -> None:
     kinds = stats.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
     for name, kind in KINDS.items():
         report = kinds.add_parser(name, help=kind.help, description=kind.description)
-        add_model_options(report)
-        add_recipe_options(report)
-        add_calibration_options(report)
-        add_run_options(report)
+        add_plan_options(report)
         text = report.add_argument_group("text")
         text.add_argument(
             "--corpus",
@@ -97,14 +89,7 @@ def add(commands: Any) -> None:
             "--limit", type=int, default=kind.windows, metavar="WINDOWS", help=f"windows (default: {kind.windows})"
         )
         if kind.drawn:
-            text.add_argument(
-                "--text-seed",
-                type=int,
-                default=PUBLISHED_SEED,
-                metavar="S",
-                help=f"of the windows' draw from the corpus' calibration text (default: {PUBLISHED_SEED}); --seed is "
-                "the calibration's",
-            )
+            add_text_seed(text, PUBLISHED_SEED, "of the windows' draw from the corpus' calibration text")
         report.add_argument(
             "--out",
             type=Path,
@@ -121,31 +106,23 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, unless there is a record; write CSV and figure, print the tables."""
     from corpora.storage import sha256_of_tensor
+    from corpora.text import corpus_label
     from eval.inside.reports import TABLES, decoded, encoded, write_csv
     from eval.plots.statistics import draw
     from eval.runs import record_of
     from eval.tables.render import render
-    from quantization.programs.options import chosen_device, chosen_dtype, chosen_recipe, show_log
-    from quantization.runs.plan import find_checkpoint, plan_run
 
     show_log()
     kind = options.kind
-    if options.out is not None and options.out.suffix != ".csv":
-        raise UserError(f"--out {options.out}: the table is written as .csv, the figure beside it")
-    plan = plan_run(
-        options.model,
-        chosen_recipe(options, find_checkpoint(options.model)),
-        device=chosen_device(options.device),
-        vanilla=options.vanilla,
-        dtype=chosen_dtype(options.dtype),
-        packed=options.packed,
-    )
+    if options.out is not None:
+        check_out(options.out, ".csv")
+    plan = plan_of(options)
     _refuse(kind, plan)
     stream, windows = _text(options, plan)
     description = plan.describe()
     settings = description | {
         "kind": kind,
-        "corpus": stream.corpus if not Path(stream.corpus).exists() else Path(stream.corpus).name,
+        "corpus": corpus_label(stream.corpus),
         "text_sha256": stream.text_sha256,
         "tokens_sha256": sha256_of_tensor(windows.fed),
         "lead": windows.lead.tolist(),
@@ -213,12 +190,7 @@ def _text(options: argparse.Namespace, plan: "Plan") -> "tuple[TokenStream, Wind
     else:
         stream = evaluation_stream(plan.tokenizer, corpus, window=window, protocol=rules)
     windows = cut_windows(stream, rules, plan.choice.ids, False, options.limit)
-    longest = windows.lead.numel() + windows.fed.shape[1]
-    if plan.context is not None and longest > plan.context:
-        raise UserError(
-            f"--window {window}: {longest} tokens with what stands in front do not fit the {plan.context} positions of "
-            f"{plan.checkpoint.name}; use a smaller window"
-        )
+    plan.check_fits(f"--window {window}", windows.lead.numel() + windows.fed.shape[1])
     return stream, windows
 
 
@@ -293,6 +265,6 @@ def _default_out(kind: str, plan: "Plan", identity: str) -> Path:
     if kv is not None:
         weights += f"-kv{getattr(kv, 'bits', '')}"
     parts = [plan.checkpoint.family_name, kind, weights]
-    if plan.choice.ids:
+    if plan.has_prefix:
         parts.append((word if word in ("bos", "prompt") else "text") + ("-vanilla" if plan.vanilla else ""))
     return outputs_dir() / "stats" / f"{'__'.join([*parts, identity])}.csv"

@@ -6,12 +6,7 @@ from typing import Any
 
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import (
-    add_calibration_options,
-    add_model_options,
-    add_recipe_options,
-    add_run_options,
-)
+from quantization.programs.options import add_plan_options, check_counts
 
 __all__ = ["add", "run"]
 
@@ -38,10 +33,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(tasks, several=True)
-    add_recipe_options(tasks)
-    add_calibration_options(tasks)
-    add_run_options(tasks)
+    add_plan_options(tasks, several=True)
     group = tasks.add_argument_group("tasks and protocol")
     group.add_argument("--tasks", required=True, metavar="NAME,…", help="names, joined by commas")
     group.add_argument(
@@ -78,10 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
     from corpora.catalog import model_defaults
 
-    for option, value, least in (("--limit", options.limit, 1), ("--batch-size", options.batch_size, 1),
-                                 ("--fewshot", options.fewshot, 0)):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"{option} {value}: give {least} or more")
+    check_counts(limit=(options.limit, 1), batch_size=(options.batch_size, 1), fewshot=(options.fewshot, 0))
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name one, for example --tasks qa")

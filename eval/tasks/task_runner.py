@@ -142,7 +142,7 @@ class TaskRunner:
                 "rows": dict(zip(COUNTS, counts.tolist(), strict=True)),
                 "seconds": round(seconds, 3),
                 "peak_memory_mb": round(peak_memory_mb(self.plan.device.type), 1),
-                "quantization": self.plan.cost(),
+                **self.plan.outcome(),
             }
 
         record = record_of("tasks", task.name, task.settings, figures, force=force, write=self.processes.is_first)

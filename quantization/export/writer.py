@@ -27,7 +27,8 @@ from quantization.export.readme import how_to
 from quantization.grids.stored import StoredWeight, restore
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import (
-    COST,
+    CHECKSUMS,
+    EARLIER_CHECKSUMS,
     ENDS,
     MANIFEST,
     block_file,
@@ -157,11 +158,11 @@ def export_checkpoint(
     manifest, model = read_manifest(source), empty_model(source)
     export = Export(out, FORMATS[format_name], dtype or model.dtype)
     if plan.choice.ids:
-        export.prefix = plan.prefix()
+        export.prefix = plan.intact_prefix()
         _check_prefix(export.prefix, source, manifest)
     with _directory(out) as partial:
         copy_companions(source, partial)
-        for ours in (MANIFEST, COST):  # the result is no checkpoint of ours
+        for ours in (MANIFEST, CHECKSUMS, EARLIER_CHECKSUMS):  # the result is no checkpoint of ours
             (partial / ours).unlink(missing_ok=True)
         shards = _Shards(partial, shard_bytes)
         for tensors in _packed_blocks(source, model, export, dtype):

@@ -146,7 +146,7 @@ class _Reached(Exception):
 class CalibrationStream:
     """Hidden states of the calibration samples in front of the current block.
 
-    segments: (N, T) token ids. prefix_ids: (P,), or None, or a trained prefix, whose keys and values nobody computes
+    segments: (N, T) token ids. behind: (P,), or None, or a trained prefix, whose keys and values nobody computes
     from its tokens. `model` needs its embeddings loaded, its blocks may be empty
     (on the meta device). Memory: N·T·hidden values, plus one block's cache of one sample.
     """
@@ -156,7 +156,7 @@ class CalibrationStream:
         model: PreTrainedModel,
         architecture: Architecture,
         segments: Tensor,
-        prefix_ids: Tensor | Prefix | None = None,
+        behind: Tensor | Prefix | None = None,
     ):
         self._config = model.config
         self._blocks = architecture.blocks_of(model)
@@ -167,17 +167,17 @@ class CalibrationStream:
         # K and V of the prefix in each block, (1, KV heads, P, D): known from the time the stream reaches the block.
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        if isinstance(prefix_ids, Prefix):
+        if isinstance(behind, Prefix):
             like = input_embeddings(model)
-            self._keys = [x.to(like) for x in prefix_ids.keys]
-            self._values = [x.to(like) for x in prefix_ids.values]
-        elif prefix_ids is not None:
-            self._prefix, self._prefix_arguments = self._enter(model, prefix_ids[None], IntactCache(model.config))
+            self._keys = [x.to(like) for x in behind.keys]
+            self._values = [x.to(like) for x in behind.values]
+        elif behind is not None:
+            self._prefix, self._prefix_arguments = self._enter(model, behind[None], IntactCache(model.config))
             text = model.config.get_text_config(decoder=True)
             heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
             size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
             # Masks and positions need only the prefix's length; its values come when a block is seeded.
-            blank = self._prefix.new_zeros(1, heads, prefix_ids.numel(), size)
+            blank = self._prefix.new_zeros(1, heads, behind.numel(), size)
             self._keys = self._values = [blank] * len(self._blocks)
         entered = [
             self._enter(model, segment[None], IntactCache(model.config, self._keys, self._values))

@@ -11,21 +11,57 @@ if TYPE_CHECKING:
     import torch
 
     from quantization.recipes.recipe import Recipe
-    from quantization.runs.plan import Checkpoint
+    from quantization.runs.checkpoint import Checkpoint
+    from quantization.runs.plan import Plan
 
 __all__ = [
     "ALL_GPUS",
-    "add_calibration_options",
-    "add_dtype_option",
-    "add_model_options",
-    "add_prefix_option",
-    "add_recipe_options",
-    "add_run_options",
+    "add_plan_options",
+    "add_text_seed",
+    "check_counts",
+    "check_out",
     "chosen_device",
     "chosen_dtype",
     "chosen_recipe",
+    "plan_of",
     "show_log",
 ]
+
+PREFIX_SUFFIX = ".safetensors"
+
+
+def add_plan_options(
+    parser: argparse.ArgumentParser,
+    *,
+    several: bool = False,
+    recipe: bool = True,
+    calibration: bool = True,
+    prefix: bool = True,
+    run: bool = True,
+    dtype: bool = True,
+) -> None:
+    """The options that make a plan, and --plan.
+
+    several: the program can spread one model over all GPUs. recipe, calibration, prefix, dtype: with these options.
+    run: with those of a model that runs: the arm, the KV policy, packed weights.
+    """
+    add_model_options(parser, several=several)
+    if recipe:
+        add_recipe_options(parser)
+    if calibration:
+        add_calibration_options(parser)
+    group = parser.add_argument_group("at run time") if run else parser
+    if prefix:
+        add_prefix_option(group)
+    if run:
+        add_run_options(group)
+    if dtype:
+        add_dtype_option(group)
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what would be read and made (what is there, what is missing, sizes, about what memory) and stop",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -114,10 +150,8 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What is chosen when a model runs: prefix, KV policy, dtype."""
-    group = parser.add_argument_group("at run time")
-    add_prefix_option(group)
+def add_run_options(group: argparse._ActionsContainer) -> None:
+    """What is chosen when a model runs: its arm, its KV policy, how its weights are kept."""
     group.add_argument(
         "--vanilla",
         action="store_true",
@@ -131,12 +165,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "(default: the recipe's, or the checkpoint's)",
     )
     group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
-    add_dtype_option(group)
     group.add_argument(
         "--packed",
         action="store_true",
         help="keep quantized weights packed in memory: a quarter of it, but slower",
     )
+
+
+def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -> None:
+    """--text-seed, of a text that a program draws by itself; --seed is the calibration's everywhere."""
+    parser.add_argument("--text-seed", type=int, default=default, metavar="S", help=f"{what} (default: {default})")
 
 
 def _setting(field: str, value: object) -> list[str]:
@@ -150,8 +188,10 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from corpora.errors import UserError
     from quantization.named import kv_policy, named_recipe
     from quantization.recipes.recipe import with_settings
-    from quantization.runs.plan import stored_kv, with_model_defaults
+    from quantization.runs.plan import stored_kv
 
+    if not hasattr(options, "recipe"):
+        return named_recipe("fp16")
     recipe = named_recipe(options.recipe or "fp16")
     if recipe.weights is None and (options.bits is not None or options.group_size is not None):
         raise UserError(
@@ -185,11 +225,95 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
             "nothing to act on; leave it out"
         )
     recipe = with_settings(
-        recipe, with_model_defaults(chosen, checkpoint, [*settings, *calibration, *options.settings])
+        recipe, _with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *options.settings])
     )
     if getattr(options, "calibrate_behind_prefix", False):
         recipe = replace(recipe, calibrate_behind_prefix=True)
     return recipe
+
+
+def _with_model_defaults(recipe: "Recipe", model: str, settings: list[str]) -> list[str]:
+    """Settings with the model's own group size and calibration text in front, where it has other than the published."""
+    from corpora.catalog import model_defaults
+    from quantization.named import PUBLISHED_GROUP
+
+    own, front = model_defaults(model), []
+    if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own.default_group_size:
+        front.append(f"weights.grid.group_size={own.default_group_size}")
+    if recipe.calibrates and own.default_calibration is not None:
+        text = own.default_calibration
+        front += [
+            f"calibration.corpus={text.corpus}",
+            f"calibration.samples={text.samples}",
+            f"calibration.length={text.length}",
+            "calibration.draw=segments",
+        ]
+    return [*front, *settings]
+
+
+def plan_of(
+    options: argparse.Namespace,
+    *,
+    several: bool = False,
+    device: "torch.device | None" = None,
+    needs_prefix: str = "",
+) -> "Plan":
+    """The plan that the options of `add_plan_options` spell. With --plan it is printed, and the program ends.
+
+    device: in place of --device. needs_prefix: why the program cannot do without a prefix.
+    Raises UserError for options that cannot be.
+    """
+    from corpora.errors import UserError
+    from quantization.runs.checkpoint import find_checkpoint
+    from quantization.runs.plan import plan_run
+    from quantization.runs.preview import preview, table
+
+    checkpoint = find_checkpoint(options.model)
+    plan = plan_run(
+        checkpoint,
+        chosen_recipe(options, checkpoint),
+        device=device or chosen_device(options.device, several=several),
+        dtype=chosen_dtype(getattr(options, "dtype", None)),
+        vanilla=getattr(options, "vanilla", False),
+        packed=getattr(options, "packed", False),
+        spread=several and options.device == ALL_GPUS,
+    )
+    if needs_prefix and (not plan.has_prefix or plan.vanilla):
+        raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
+    if options.plan:
+        print(table(preview(plan)))
+        raise SystemExit(0)
+    return plan
+
+
+def check_out(path: Path, kind: str) -> None:
+    """Refuse a file or directory that must not be written, before the work. Raises UserError.
+
+    kind: "directory" (a new one), "prefix" (replaces an older prefix and nothing else), or the ending of a file.
+    """
+    from corpora.errors import UserError
+
+    if kind == "directory":
+        if path.exists():
+            raise UserError(f"--out {path} exists already; choose another directory or remove it")
+        return
+    suffix = PREFIX_SUFFIX if kind == "prefix" else kind
+    if path.suffix != suffix:
+        raise UserError(f"--out {path}: give a file that ends in {suffix}")
+    if kind == "prefix" and path.exists():
+        from intactkv.prefix import Prefix
+
+        Prefix.load(path)
+
+
+def check_counts(**least: tuple[int | None, int]) -> None:
+    """Refuse numbers that are too small: each by its option's name, with its value (None: not given) and the least one
+    that is allowed. Raises UserError."""
+    from corpora.errors import UserError
+
+    for name, (value, allowed) in least.items():
+        if value is not None and value < allowed:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {allowed} or more")
 
 
 ALL_GPUS = "cuda:all"

@@ -1,28 +1,35 @@
-"""The program that trains a prefix's embeddings in full precision: text in, a prefix file and its curve out."""
+"""The programs that train a prefix: `calibrate` its keys and values, `train-prefix` its embeddings.
+
+Both read text, train what stands in front of a frozen model, and leave three things: the prefix with the lowest
+held-out loss, its curve (FILE's stem + .curve.jsonl), and, until they end, the state that a killed run goes on from.
+"""
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
-from quantization.programs.options import (
-    add_calibration_options,
-    add_dtype_option,
-    add_model_options,
-    add_prefix_option,
-    add_recipe_options,
-)
+from quantization.programs.options import add_plan_options, check_counts, check_out, plan_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from intactkv.prefix import Prefix
     from intactkv.trainable import TrainedPrefix
     from quantization.runs.plan import Plan
 
-__all__ = ["DESCRIPTION", "add_options", "held_out_pieces", "train_prefix_file"]
+__all__ = ["CALIBRATE", "TRAIN_PREFIX", "add_calibrate_options", "add_train_options", "calibrate_prefix",
+           "held_out_pieces", "train_prefix_file"]  # fmt: skip
 
-DESCRIPTION = """\
+CALIBRATE = """\
+Train the keys and values of a prefix for a quantized model: the outputs of its decoder blocks on the assistant's tokens
+come closer to those of the full-precision twin. Nothing else is trained. A killed run goes on where it stopped; the
+state with the lowest loss on held-out conversations is kept.
+"""
+TRAIN_PREFIX = """\
 Train the embeddings of a prefix on the full-precision model (on a recipe's transformed twin with --recipe), so that
 attention behind it gives small, even outputs and the logits stay those behind [BOS]. Nothing else is trained. It starts
 from the discrete prefix and is returned only if it is better on held-out text. The file is an ordinary prefix: every
@@ -31,13 +38,168 @@ program takes it as --prefix FILE. A killed run goes on where it stopped.
 RUN_OF_TOKENS = 32  # that two pieces share if they overlap in the text
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+@contextmanager
+def _training(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A progress bar that shows every row of a history: the newest training and held-out loss."""
+    from tqdm import tqdm
+
+    shown: dict[str, Any] = {}
+    with tqdm(total=steps, desc=what, unit="step") as bar:
+
+        def report(row: dict[str, float]) -> None:
+            bar.update(int(row["step"]) - bar.n)
+            shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
+            bar.set_postfix(shown)
+
+        yield report
+
+
+def _state(out: Path) -> Path:
+    return out.with_suffix(".state.safetensors")
+
+
+def _keep(out: Path, prefix: "Prefix", history: list[dict[str, float]], made_of: dict[str, Any]) -> Path:
+    """Write what a training leaves, and drop its state. Returns the curve's file."""
+    from dataclasses import replace
+
+    from corpora.storage import write_beside
+
+    replace(prefix, calibrated=made_of).save(out)
+    curve = out.with_suffix(".curve.jsonl")
+    with write_beside(curve) as beside:
+        beside.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+    _state(out).unlink(missing_ok=True)
+    return curve
+
+
+# Keys and values ------------------------------------------------------------------------------------------------------
+
+
+def add_calibrate_options(command: argparse.ArgumentParser) -> None:
+    """The options of `calibrate`."""
+    add_plan_options(command)
+    text = command.add_argument_group("conversations")
+    text.add_argument(
+        "--conversations",
+        choices=["sharegpt", "sample"],
+        help="sharegpt: the published data; sample: made from the sample text by a rule (default: sharegpt, but sample "
+        "for the embedded model)",
+    )
+    text.add_argument("--samples", type=int, default=128, metavar="N", help="to train on (default: 128)")
+    text.add_argument("--held-out", type=int, default=16, metavar="N", help="to choose the best state by (default: 16)")
+    text.add_argument("--max-length", type=int, default=1024, metavar="T", help="tokens of one (default: 1024)")
+    text.add_argument("--min-assistant", type=int, default=50, metavar="T",
+                      help="assistant's tokens that one must have more than (default: 50)")  # fmt: skip
+    training = command.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=160, metavar="N", help="optimizer steps (default: 160)")
+    training.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="conversations of a step (default: 16)"
+    )
+    training.add_argument("--learning-rate", type=float, default=2e-4, metavar="R", help="constant (default: 2e-4)")
+    training.add_argument("--evaluate-every", type=int, default=8, metavar="N",
+                          help="steps between held-out losses (default: 8)")  # fmt: skip
+    training.add_argument("--training-seed", type=int, default=42, metavar="S", help="of data and order (default: 42)")
+    training.add_argument("--checkpointing", action="store_true",
+                          help="compute blocks again for their gradients instead of keeping activations")  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="prefix file to write, *.safetensors")
+
+
+def calibrate_prefix(options: argparse.Namespace) -> None:
+    """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
+    training changed on held-out conversations, and what it took."""
+    check_out(options.out, "prefix")
+    plan = plan_of(options, needs_prefix="calibrate trains an intact prefix")
+
+    from dataclasses import asdict
+
+    from corpora.catalog import model_defaults
+    from corpora.conversations import conversations
+    from corpora.machine import peak_memory_mb
+    from corpora.tokens import start_token_id
+    from intactkv.calibrate import Sample, Training, calibrate, mean_losses
+
+    if options.max_length <= len(plan.choice.ids):
+        raise UserError(
+            f"--max-length {options.max_length} leaves no token behind the prefix of {len(plan.choice.ids)}"
+        )
+    plan.check_fits(f"--max-length {options.max_length}", options.max_length)
+    training = Training(
+        steps=options.steps,
+        batch=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.training_seed,
+        evaluate_every=options.evaluate_every,
+        checkpointing=options.checkpointing,
+    )
+    source = options.conversations or model_defaults(plan.checkpoint.family_name).default_conversations
+    chats, others = conversations(
+        plan.tokenizer,
+        source,
+        samples=options.samples,
+        held_out=options.held_out,
+        max_length=options.max_length,
+        min_assistant=options.min_assistant,
+        seed=options.training_seed,
+    )
+    model = plan.load()
+    if model.prefix is None:
+        raise AssertionError("a plan with a prefix that is not vanilla attaches it")
+    twin, untrained = plan.twin(), model.prefix
+    train, unseen = ([Sample(chat.ids, chat.assistant) for chat in part] for part in (chats, others))
+    with _training("calibrating", training.steps) as report:
+        outcome = calibrate(
+            model.model, twin, untrained, train, unseen, training, kv=model.kv, state=_state(options.out),
+            models=plan.describe(), report=report,
+        )  # fmt: skip
+    memory = round(peak_memory_mb(plan.device.type), 1)
+    held_out = [row["held_out"] for row in outcome.history if "held_out" in row]
+    # On the same tokens: the prefix before it was trained, its [BOS] alone, and no prefix at all.
+    arms: dict[str, Prefix | None] = {"vanilla": None}
+    if len(untrained) > 1 and int(untrained.ids[0]) == start_token_id(plan.tokenizer):
+        arms["bos"] = untrained.first(1)
+    losses = dict(zip(arms, mean_losses(model.model, twin, list(arms.values()), unseen, model.kv), strict=True))
+    losses |= {"before": held_out[0], "best": min(held_out), "last": held_out[-1]}
+    made_of = {
+        "for": plan.describe(),
+        "training": asdict(training),
+        "conversations": {"source": source, "samples": len(train), "held_out": len(unseen),
+                          "max_length": options.max_length},
+        "best_step": outcome.best_step,
+        "held_out": losses,
+    }  # fmt: skip
+    outcome.history[-1]["peak_memory_mb"] = memory
+    curve = _keep(options.out, outcome.best, outcome.history, made_of)
+    label = plan.choice.label
+    names = {
+        "vanilla": "vanilla",
+        "bos": "[B] intact",
+        "before": f"{label} before training",
+        "best": f"{label} trained, step {outcome.best_step} (kept)",
+        "last": f"{label} trained, step {training.steps}",
+    }
+    print(f"held-out loss, sum over {len(untrained.keys)} blocks of ½ · mean square, {len(unseen)} conversations")
+    for arm, loss in losses.items():
+        print(f"  {names[arm]:<32} {loss:10.5g}")
+    print(f"{_cost(outcome.history, training.batch, memory)}\n{options.out}  {curve}")
+
+
+def _cost(history: list[dict[str, float]], batch: int, memory: float) -> str:
+    """Seconds of the steps, also of those before a kill, and the peak memory of this process in MB."""
+    from statistics import median
+
+    seconds = [row["seconds"] for row in history if "seconds" in row]
+    return (
+        f"{median(seconds):.3g} s a step of {batch} conversations (median of {len(seconds)}), {sum(seconds):.4g} s in "
+        f"all, peak memory {memory:.0f} MB"
+    )
+
+
+# Embeddings -----------------------------------------------------------------------------------------------------------
+
+
+def add_train_options(command: argparse.ArgumentParser) -> None:
     """The options of `train-prefix`."""
-    add_model_options(command)
-    add_recipe_options(command)
-    add_calibration_options(command)
-    add_prefix_option(command)
-    add_dtype_option(command)
+    add_plan_options(command, run=False)
     text = command.add_argument_group("text")
     text.add_argument(
         "--corpus", metavar="NAME|FILE", help="random pieces of which text (default: the model's own, or pile)"
@@ -68,25 +230,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def train_prefix_file(options: argparse.Namespace) -> None:
     """Train, then write FILE, FILE's stem + .curve.jsonl and .embeddings.safetensors, and drop the state of the run."""
-    if options.out.suffix != ".safetensors":
-        raise UserError(f"--out {options.out}: a prefix file ends in .safetensors")
-    from dataclasses import asdict, replace
+    check_out(options.out, "prefix")
 
-    from tqdm import tqdm
+    from dataclasses import asdict
 
     from corpora.machine import peak_memory_mb
-    from corpora.storage import write_beside, write_tensors
+    from corpora.storage import write_tensors
     from corpora.text import start_token_id
     from intactkv.architecture import architecture_of
     from intactkv.discover import down_maxima, largest_ratios
-    from intactkv.prefix import Prefix, build_prefix
+    from intactkv.prefix import build_prefix
     from intactkv.trainable import PrefixTraining, train_prefix
-    from quantization.programs.options import chosen_device, chosen_dtype, chosen_recipe, show_log
-    from quantization.runs.plan import find_checkpoint, plan_run
 
-    show_log()
-    if options.out.exists():
-        Prefix.load(options.out)  # replaces an older prefix, and refuses to replace anything else
     training = PrefixTraining(
         length=options.prefix_len,
         learning_rate=options.prefix_lr,
@@ -99,27 +254,12 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         seed=options.training_seed,
     )
     options.prefix = options.prefix or "auto"
-    plan = plan_run(
-        options.model,
-        chosen_recipe(options, find_checkpoint(options.model)),
-        device=chosen_device(options.device),
-        dtype=chosen_dtype(options.dtype),
-    )
-    if not plan.choice.ids:
-        raise UserError("--prefix none: a trained prefix starts from a discrete one; leave it out (auto), or name bos")
+    plan = plan_of(options, needs_prefix="a trained prefix starts from a discrete one")
     texts, held_out, drawn = _texts(options, plan)
     model = plan.twin()
     architecture = architecture_of(model.config)
-    state = options.out.with_suffix(".state.safetensors")
-    rows = -(-training.epochs * len(texts) // training.batch)
-    with tqdm(total=rows, desc="training the prefix", unit="step") as bar:
-
-        def report(row: dict[str, float]) -> None:
-            bar.update(int(row["step"]) - bar.n)
-            shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
-            bar.set_postfix(shown)
-
-        shown: dict[str, Any] = {}
+    steps = -(-training.epochs * len(texts) // training.batch)
+    with _training("training the prefix", steps) as report:
         outcome = train_prefix(
             model,
             plan.choice.ids,
@@ -128,7 +268,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
             held_out,
             training,
             attention=architecture.attention,
-            state=state,
+            state=_state(options.out),
             report=report,
         )
     down = architecture.linears[-1][-1]
@@ -144,12 +284,8 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         "held_out": {"discrete": asdict(outcome.discrete), "kept": asdict(outcome.kept)},
         "largest_ratio": dict(zip(("none", "discrete", "kept"), ratios, strict=True)),
     }
-    replace(outcome.prefix, calibrated=made_of).save(options.out)
     write_tensors(options.out.with_suffix(".embeddings.safetensors"), {"embeddings": outcome.embeddings})
-    curve = options.out.with_suffix(".curve.jsonl")
-    with write_beside(curve) as beside:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in outcome.history), encoding="utf-8")
-    state.unlink(missing_ok=True)
+    curve = _keep(options.out, outcome.prefix, outcome.history, made_of)
     print(_table(plan, outcome, ratios))
     print(f"peak memory {peak_memory_mb(plan.device.type):.0f} MB\n{options.out}  {curve}")
 
@@ -158,7 +294,7 @@ def _texts(options: argparse.Namespace, plan: "Plan") -> tuple["Tensor", "Tensor
     """Pieces to train on and held-out ones, and where they come from. Raises UserError for what does not fit."""
     from corpora.catalog import CalibrationText, model_defaults
     from corpora.storage import sha256_of_tensor
-    from corpora.text import calibration_segments
+    from corpora.text import calibration_segments, corpus_label
 
     # PrefixQuant fine-tunes on 512 × 1024 tokens of the Pile, with an eighth of that to validate.
     own = model_defaults(plan.checkpoint.family_name).default_calibration or CalibrationText("pile", 512, 1024)
@@ -166,20 +302,14 @@ def _texts(options: argparse.Namespace, plan: "Plan") -> tuple["Tensor", "Tensor
     samples = own.samples if options.samples is None else options.samples
     length = own.length if options.length is None else options.length
     others = max(4, samples // 8) if options.held_out is None else options.held_out
-    if others < 1:
-        raise UserError(f"--held-out {others}: the best state needs 1 piece or more")
-    if plan.context is not None and options.prefix_len + length > plan.context:
-        raise UserError(
-            f"--length {length}: {options.prefix_len + length} tokens with the prefix do not fit the {plan.context} "
-            f"positions of {plan.checkpoint.name}; use fewer"
-        )
-
+    check_counts(held_out=(others, 1))
+    plan.check_fits(f"--length {length}", options.prefix_len + length)
     draws = calibration_segments(
         plan.tokenizer, corpus, samples=max(samples, 0) + 8 * others, length=length, seed=options.training_seed
     )
     texts = draws[: max(samples, 0)]
     held_out = held_out_pieces(texts, draws[len(texts) :], others)
-    drawn = {"corpus": Path(corpus).name if Path(corpus).exists() else corpus, "samples": samples, "held_out": others,
+    drawn = {"corpus": corpus_label(corpus), "samples": samples, "held_out": others,
              "length": length, "seed": options.training_seed, "sha256": sha256_of_tensor(texts)}  # fmt: skip
     return texts, held_out, drawn
 

@@ -6,7 +6,7 @@ that calibrates belongs to the checkpoint, too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from corpora.errors import UserError
@@ -16,7 +16,7 @@ from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
 from quantization.recipes.protocols import BlockTuning, CalibratedKV, Transform, WeightQuantizer
 
-__all__ = ["Calibration", "Recipe", "describe", "with_settings"]
+__all__ = ["Calibration", "Recipe", "added", "describe", "with_settings"]
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,24 @@ class Recipe:
         return "-".join([*words, *(["behind"] if self.calibrate_behind_prefix else [])])
 
 
+def added(default: Any) -> Any:
+    """A field that a published dataclass gets later: at its default it stays out of descriptions, and so of every
+    identity, so that the artefacts which were made before it existed are still found."""
+    return field(default=default, metadata={"added": True})
+
+
+def _is_told(f: Field[Any], value: Any) -> bool:
+    return f.init and not (f.metadata.get("added") and value == f.default)
+
+
 def describe(value: Any) -> Any:
-    """Plain JSON of a recipe or a part of it: dataclasses become {"kind": class name, field: value, …}."""
+    """Plain JSON of a recipe or a part of it: dataclasses become {"kind": class name, field: value, …}.
+
+    Identities are hashes of it. A field that was `added` is left out while it stands at its default.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {
-            f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init
+            f.name: describe(getattr(value, f.name)) for f in fields(value) if _is_told(f, getattr(value, f.name))
         }
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]

@@ -2,11 +2,13 @@
 
 A quantized checkpoint is a directory: the dense one's configuration and tokenizer files, `quantization.json` (what made
 it), `block-000.safetensors`, … (one per decoder block; its header names the kind and grid of every linear, and what
-stands in front of it) and `ends.safetensors` (embeddings, final norm, head). Packed codes, scales and zero points, the
-rescalings that the weights went through before they were rounded, ranges of inputs and KV cache; no pickle.
+stands in front of it), `ends.safetensors` (embeddings, final norm, head) and `checksums.json` (the files' sums, and
+what the run took). Packed codes, scales and zero points, the rescalings that the weights went through before they were
+rounded, ranges of inputs and KV cache; no pickle.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,23 +22,31 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json, sha256_of_file, weight_files, write_tensors
+from corpora.storage import checkpoint_fingerprint, read_json, sha256_of_file, weight_files, write_tensors
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import StoredWeight, restore
+from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
+from quantization.kv_cache import KV_POLICIES
+from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
-from quantization.runs.parts import PARTS
+from quantization.transforms.rotate import Rotate
+from quantization.transforms.smooth import Smooth
 
 __all__ = [
-    "COST",
+    "CHECKSUMS",
     "MANIFEST",
+    "PARTS",
+    "Checkpoint",
     "DenseCheckpoint",
     "StoredBlock",
     "copy_companions",
+    "dense_directory",
     "empty_model",
+    "find_checkpoint",
     "is_quantized",
     "load_quantized",
     "read_block",
@@ -49,11 +59,18 @@ __all__ = [
 
 FORMAT = 2
 MANIFEST = "quantization.json"
-COST = "cost.json"  # sums of the files, and what the run took that finished them
+CHECKSUMS = "checksums.json"  # of the files, and what the run took that finished them
+EARLIER_CHECKSUMS = "cost.json"  # the same, of checkpoints that were written before it had this name
 MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
 KV = "kv."  # in front of a calibrated KV policy's tensors
+
+# The classes that a loaded checkpoint needs of its recipe, by the names under which manifests keep them: transforms,
+# quantizers of attention's inputs, KV policies. A new one adds a row.
+PARTS: Mapping[str, type] = {
+    kind.__name__: kind for kind in (UniformGrid, AttentionProducts, Rotate, Smooth, *KV_POLICIES.values())
+}
 
 
 class DenseCheckpoint:
@@ -167,8 +184,58 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_cost(directory: Path) -> dict[str, Any]:
-    """What it took to make a quantized checkpoint. Raises UserError if the file is missing or damaged."""
-    return read_json(directory / COST, "the cost of the quantization,")
+    """What it took to make a quantized checkpoint, and its files' sums. Raises UserError if the file is missing or
+    damaged."""
+    file = directory / CHECKSUMS
+    earlier = directory / EARLIER_CHECKSUMS
+    return read_json(file if file.is_file() or not earlier.is_file() else earlier, "the cost of the quantization,")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory and what it is. manifest: of a quantized checkpoint, None for a dense one."""
+
+    directory: Path
+    name: str
+    fingerprint: str  # of the dense checkpoint, also for a quantized one
+    manifest: dict[str, Any] | None
+
+    @property
+    def family_name(self) -> str:
+        """The dense model's name, whose defaults apply: `smollm2-135m`."""
+        return self.manifest["source"]["name"] if self.manifest else self.name
+
+
+def find_checkpoint(directory: Path) -> Checkpoint:
+    """Look at a model directory. Raises UserError if it is missing, truncated or no checkpoint."""
+    if directory.is_dir() and is_quantized(directory):
+        manifest = read_manifest(directory)
+        name = f"{manifest['source']['name']}/{directory.name}"
+        return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
+    DenseCheckpoint(directory)
+    return Checkpoint(directory, Path(os.path.abspath(directory)).name, checkpoint_fingerprint(directory), None)
+
+
+def dense_directory(checkpoint: Checkpoint, why: str, program: str) -> Path:
+    """The dense checkpoint itself, or the one that a quantized checkpoint was made from.
+
+    why, program: for the error: what it is needed for, and what to run where it is. Raises UserError if it is not at
+    hand.
+    """
+    directory, manifest = checkpoint.directory, checkpoint.manifest
+    if manifest is None:
+        config = read_config(directory)
+        if not any(hasattr(config, name) for name in ("quantization_config", "intactkv")):
+            return directory
+    else:
+        dense = directory.parent / manifest["source"]["directory"]
+        known = all(transform["kind"] in PARTS for transform in manifest["recipe"]["transforms"])
+        if known and (dense / "config.json").is_file() and checkpoint_fingerprint(dense) == checkpoint.fingerprint:
+            return dense
+    raise UserError(
+        f"the full-precision model of {directory} is not at hand, but {why}; do it where that model is, or give a "
+        f"prefix that was built there ({program}): --prefix FILE.safetensors"
+    )
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -336,7 +403,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.devic
 
 def _check_sums(directory: Path) -> None:
     """Compare the files with the sums that the run which finished them left. Raises UserError for a changed byte."""
-    if not (directory / COST).is_file():
+    if not any((directory / name).is_file() for name in (CHECKSUMS, EARLIER_CHECKSUMS)):
         return
     for name, expected in read_cost(directory).get("sha256", {}).items():
         if sha256_of_file(directory / name) != expected:

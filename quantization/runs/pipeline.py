@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from quantization.model.rescale import Rescaling, rescale_all
 from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
-    COST,
+    CHECKSUMS,
     FORMAT,
     MANIFEST,
     DenseCheckpoint,
@@ -51,35 +52,69 @@ from quantization.runs.checkpoint import (
     write_ends,
 )
 
-__all__ = ["artefact_identity", "quantize_checkpoint"]
+__all__ = ["Artefact", "artefact_of", "by_tokens", "identity_of_prefix", "quantize_checkpoint"]
 
 log = logging.getLogger(__name__)
 
 
-def artefact_identity(
-    fingerprint: str, recipe: Recipe, segments: Tensor | None = None, prefix_ids: Tensor | Prefix | None = None
-) -> dict[str, Any]:
-    """Everything that decides the bits of a quantized checkpoint (and nothing else: no KV policy, no prefix that only
-    the run time uses)."""
-    made_of: dict[str, Any] = {"format": FORMAT, "source": fingerprint, **recipe.weights_identity()}
-    if recipe.calibrates:
-        assert segments is not None
-        made_of["segments"] = sha256_of_tensor(segments)
-        if recipe.calibrate_behind_prefix:
-            assert prefix_ids is not None
-            made_of["prefix"] = (prefix_ids.ids if isinstance(prefix_ids, Prefix) else prefix_ids).tolist()
-            if isinstance(prefix_ids, Prefix):
-                made_of["prefix_kv"] = prefix_ids.digest()
-    return made_of
+@dataclass(frozen=True)
+class Artefact:
+    """What a quantized checkpoint is: made_of decides its bits, and names it; basis is that of its keys and values."""
+
+    made_of: dict[str, Any]
+    basis: str
+
+    @property
+    def identity(self) -> str:
+        """Eight hexadecimal digits."""
+        return identity(self.made_of)
 
 
-def basis_of(fingerprint: str, recipe: Recipe, segments: Tensor | None, prefix_ids: Tensor | Prefix | None) -> str:
-    """Name of the basis that a recipe puts K and V in: `plain` if nothing rewrites what they are computed with."""
+def artefact_of(
+    fingerprint: str,
+    recipe: Recipe,
+    text: Mapping[str, Any] | None = None,
+    behind: Mapping[str, Any] | None = None,
+) -> Artefact:
+    """Identity of the checkpoint that a recipe makes of the dense one with that fingerprint.
+
+    text, behind: what identifies the calibration text and the prefix that it runs behind, for recipes that have them: a
+    plan names files and draws, which it need not read; `by_tokens` names the ids themselves.
+    """
+
+    def made_of(recipe: Recipe) -> dict[str, Any]:
+        parts: dict[str, Any] = {"format": FORMAT, "source": fingerprint, **recipe.weights_identity()}
+        if recipe.calibrates:
+            assert text is not None
+            parts |= text
+            if recipe.calibrate_behind_prefix:
+                assert behind is not None
+                parts |= behind
+        return parts
+
     if not recipe.changes_kv:
-        return PLAIN_BASIS
-    if recipe.rescales:  # by what was found on the way
-        return identity(artefact_identity(fingerprint, recipe, segments, prefix_ids))
-    return identity(artefact_identity(fingerprint, recipe.twin, segments, prefix_ids))
+        basis = PLAIN_BASIS
+    elif recipe.rescales:  # by what was found on the way
+        basis = identity(made_of(recipe))
+    else:
+        basis = identity(made_of(recipe.twin))
+    return Artefact(made_of(recipe), basis)
+
+
+def by_tokens(
+    fingerprint: str, recipe: Recipe, segments: Tensor | None = None, behind: Tensor | Prefix | None = None
+) -> Artefact:
+    """The same by the tokens of the text and the prefix, for calls without a plan, and for checkpoints that were made
+    when plans still read the text."""
+    text = None if segments is None else {"segments": sha256_of_tensor(segments)}
+    return artefact_of(fingerprint, recipe, text, None if behind is None else identity_of_prefix(behind))
+
+
+def identity_of_prefix(prefix: Tensor | Prefix) -> dict[str, Any]:
+    """Of a prefix by its ids (P,), or of a trained one by its keys and values, too."""
+    if isinstance(prefix, Prefix):
+        return {"prefix": prefix.ids.tolist(), "prefix_kv": prefix.digest()}
+    return {"prefix": prefix.tolist()}
 
 
 def quantize_checkpoint(
@@ -88,14 +123,16 @@ def quantize_checkpoint(
     out: Path,
     *,
     segments: Tensor | None = None,
-    prefix_ids: Tensor | Prefix | None = None,
+    behind: Tensor | Prefix | None = None,
+    artefact: Artefact | None = None,
     device: str | torch.device = "cpu",
     fingerprint: str | None = None,
 ) -> Path:
     """Write the quantized form of a dense checkpoint to `out`; a finished or half-finished one is taken up.
 
-    segments: (N, T) calibration ids, needed if the recipe calibrates. prefix_ids: (P,), needed if it calibrates behind
-    the prefix; or a trained prefix, in the basis that the recipe makes. Returns `out`.
+    segments: (N, T) calibration ids, needed if the recipe calibrates. behind: (P,) ids, needed if it calibrates behind
+    the prefix; or a trained prefix, in the basis that the recipe makes. artefact: what a plan calls the result; by
+    default it is identified by its tokens. Returns `out`.
     Raises UserError if `out` holds something else, or the source is incomplete.
     """
     if is_quantized(source):
@@ -109,26 +146,28 @@ def quantize_checkpoint(
         )
     if recipe.calibrates and segments is None:
         raise UserError("this recipe calibrates; give it calibration text")
-    if isinstance(prefix_ids, Prefix) and recipe.rescales and recipe.changes_kv:
+    if isinstance(behind, Prefix) and recipe.rescales and recipe.changes_kv:
         raise UserError(
             f"{recipe.label()} rescales keys and values while it calibrates, which a trained prefix cannot follow; "
             "calibrate behind tokens (--prefix bos or auto), and train it afterwards (python -m intactkv calibrate)"
         )
-    made_of = artefact_identity(fingerprint, recipe, segments, prefix_ids)
+    behind = behind if recipe.calibrate_behind_prefix else None
+    artefact = artefact or by_tokens(fingerprint, recipe, segments, behind)
+    needed = {} if behind is None else identity_of_prefix(behind)
     manifest = {
         "format": FORMAT,
-        "identity": identity(made_of),
+        "identity": artefact.identity,
         "label": recipe.label(),
-        "made_of": made_of,
+        "made_of": artefact.made_of,
         "recipe": describe(recipe),
-        "basis": basis_of(fingerprint, recipe, segments, prefix_ids),
+        "basis": artefact.basis,
         "source": {
             "name": Path(os.path.abspath(source)).name,
             "directory": os.path.relpath(source, out.parent),
             "fingerprint": fingerprint,
         },
-        "needs_prefix": made_of.get("prefix"),
-        "needs_kv": made_of.get("prefix_kv"),
+        "needs_prefix": needed.get("prefix"),
+        "needs_kv": needed.get("prefix_kv"),
     }
     with _locked(out):
         if out.exists():
@@ -153,11 +192,11 @@ def quantize_checkpoint(
             write_json(partial / "config.json", config | {"tie_word_embeddings": False})
         done = sum(block_file(partial, index).is_file() for index in range(model.config.num_hidden_layers))
         started = time.perf_counter()
-        _work_off(dense, model, recipe, partial, segments, prefix_ids, torch.device(device))
+        _work_off(dense, model, recipe, partial, segments, behind, torch.device(device))
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
         sums = {file.name: sha256_of_file(file) for file in sorted(partial.glob("*.safetensors"))}
-        write_json(partial / COST, cost | _sizes(partial, model) | {"sha256": sums})
+        write_json(partial / CHECKSUMS, cost | _sizes(partial, model) | {"sha256": sums})
         partial.rename(out)
     return out
 
@@ -183,7 +222,7 @@ def _work_off(
     recipe: Recipe,
     partial: Path,
     segments: Tensor | None,
-    prefix_ids: Tensor | Prefix | None,
+    behind: Tensor | Prefix | None,
     device: torch.device,
 ) -> None:
     """Process every block that has no file yet, then the ends. model: without weights."""
@@ -197,7 +236,6 @@ def _work_off(
         for name, tensor in _ends(dense, ends, recipe, model).items():
             owner, _, parameter = name.rpartition(".")
             setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
-        behind = prefix_ids if recipe.calibrate_behind_prefix else None
         stream = CalibrationStream(model, architecture, segments, behind)
     method = recipe.label()
     for index in tqdm(range(count), desc=f"quantize {method}", unit="block"):

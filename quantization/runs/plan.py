@@ -1,12 +1,13 @@
 """From a directory and a recipe to a model that runs: quantize on the way, reuse what exists, bring the prefix.
 
-`plan_run` settles what a run is without loading weights (its description is the identity of the run's record);
-`Plan.load` does the work: quantized checkpoint (made if it is not there), prefix (written by the full-precision twin,
-which is then dropped), and only then the quantized model, so that two models are never held at once.
+`plan_run` settles what a run is from configurations and file headers: no weights are loaded, no text is tokenized (its
+description is the identity of the run's record). `Plan.load` does the work: the discovery behind `--prefix auto`, the
+quantized checkpoint, the prefix (written by the full-precision twin, which is then dropped), each made if it is not
+there; and only then the quantized model, so that two models are never held at once.
 """
 
 import logging
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from corpora.catalog import model_defaults
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
-from corpora.storage import checkpoint_fingerprint, identity, sha256_of_file
-from corpora.text import calibration_segments, packed_documents
+from corpora.storage import identity, sha256_of_file
+from corpora.text import calibration_segments, packed_documents, text_identity
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
@@ -27,13 +27,15 @@ from intactkv.prefix import Prefix
 from quantization.model.blocks import DecoderBlock
 from quantization.model.placement import spread
 from quantization.model.rescale import rescale_all
-from quantization.named import PUBLISHED_GROUP
 from quantization.recipes.protocols import CalibratedKV, restored
-from quantization.recipes.recipe import Recipe, describe
-from quantization.runs.auto_prefix import default_search, find
+from quantization.recipes.recipe import Calibration, Recipe, describe
+from quantization.runs.auto_prefix import Search, default_search, find
 from quantization.runs.checkpoint import (
-    DenseCheckpoint,
+    PARTS,
+    Checkpoint,
     block_file,
+    dense_directory,
+    find_checkpoint,
     is_quantized,
     load_quantized,
     read_block,
@@ -41,49 +43,20 @@ from quantization.runs.checkpoint import (
     read_cost,
     read_manifest,
 )
-from quantization.runs.parts import PARTS
-from quantization.runs.pipeline import artefact_identity, basis_of, quantize_checkpoint
-from quantization.runs.prefixes import PrefixChoice, check_belongs, choose_prefix, stored_prefix
+from quantization.runs.pipeline import Artefact, artefact_of, by_tokens, identity_of_prefix, quantize_checkpoint
+from quantization.runs.prefixes import (
+    AUTO,
+    PrefixChoice,
+    auto_corpus,
+    check_belongs,
+    choose_prefix,
+    prefix_file,
+    stored_prefix,
+)
 
-__all__ = [
-    "Checkpoint",
-    "Plan",
-    "calibration_of",
-    "find_checkpoint",
-    "load_tokenizer",
-    "plan_run",
-    "quantized_directory",
-    "stored_kv",
-    "with_model_defaults",
-]
-
+__all__ = ["Plan", "load_tokenizer", "plan_run", "stored_kv"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model directory and what it is. manifest: of a quantized checkpoint, None for a dense one."""
-
-    directory: Path
-    name: str
-    fingerprint: str  # of the dense checkpoint, also for a quantized one
-    manifest: dict[str, Any] | None
-
-    @property
-    def family_name(self) -> str:
-        """The dense model's name, whose defaults apply: `smollm2-135m`."""
-        return self.manifest["source"]["name"] if self.manifest else self.name
-
-
-def find_checkpoint(directory: Path) -> Checkpoint:
-    """Look at a model directory. Raises UserError if it is missing, truncated or no checkpoint."""
-    if directory.is_dir() and is_quantized(directory):
-        manifest = read_manifest(directory)
-        name = f"{manifest['source']['name']}/{directory.name}"
-        return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
-    DenseCheckpoint(directory)
-    return Checkpoint(directory, Path(os.path.abspath(directory)).name, checkpoint_fingerprint(directory), None)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -97,52 +70,28 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def with_model_defaults(recipe: Recipe, checkpoint: Checkpoint, settings: list[str]) -> list[str]:
-    """Settings with the model's own group size and calibration text in front, where it has other than the published."""
-    own, front = model_defaults(checkpoint.family_name), []
-    if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own.default_group_size:
-        front.append(f"weights.grid.group_size={own.default_group_size}")
-    if recipe.calibrates and own.default_calibration is not None:
-        text = own.default_calibration
-        front += [
-            f"calibration.corpus={text.corpus}",
-            f"calibration.samples={text.samples}",
-            f"calibration.length={text.length}",
-            "calibration.draw=segments",
-        ]
-    return [*front, *settings]
-
-
-def quantized_directory(
-    checkpoint: Checkpoint, recipe: Recipe, segments: torch.Tensor | None, prefix_ids: torch.Tensor | Prefix | None
-) -> Path:
-    """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}."""
-    made_of = artefact_identity(checkpoint.fingerprint, recipe, segments, prefix_ids)
-    return modelzoo_dir() / "quantized" / checkpoint.name / f"{recipe.label()}-{identity(made_of)}"
-
-
-def calibration_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
-    """The calibration segments that a recipe asks for, (N, T); None if nothing calibrates."""
-    if not recipe.calibrates:
-        return None
-    c = recipe.calibration
-    draw = packed_documents if c.draw == "documents" else calibration_segments
-    return draw(tokenizer, c.corpus, samples=c.samples, length=c.length, seed=c.seed)
+def _text_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What identifies a calibration text in a checkpoint: its files, not where they lie, and how it is drawn."""
+    c = calibration
+    text = text_identity(tokenizer, c.corpus, samples=c.samples, length=c.length)
+    return {"text": text, "calibration": {**describe(c), "corpus": text["corpus"]}}
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything about a run that is known before a model is loaded. Made by `plan_run`.
 
-    vanilla: the prefix's tokens stand in front, but the quantized model computes them itself (the arm to compare with).
-    segments: (N, T) calibration ids, None if nothing calibrates. packed: keep quantized weights packed in memory.
+    named: the prefix, unless it is `auto`; search: what `auto` looks at. vanilla: the prefix's tokens stand in front,
+    but the quantized model computes them itself (the arm to compare with). text: what identifies the calibration text,
+    None if nothing calibrates. packed: keep quantized weights packed in memory.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
-    choice: PrefixChoice
+    named: PrefixChoice | None
+    search: Search | None
     tokenizer: PreTrainedTokenizerBase
-    segments: torch.Tensor | None
+    text: Mapping[str, Any] | None
     dtype: torch.dtype
     device: torch.device
     vanilla: bool
@@ -150,20 +99,30 @@ class Plan:
     context: int | None  # positions the model has, None if its configuration does not say
     spread: bool = False  # over all GPUs, for a model larger than one
 
+    # What is known without running anything ---------------------------------------------------------------------------
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether tokens stand in front."""
+        return self.named is None or bool(self.named.ids)
+
     @cached_property
-    def calibration_prefix(self) -> torch.Tensor | Prefix | None:
-        """Ids of the prefix that calibration runs behind, (P,), or a trained prefix; None if it runs without."""
-        if not self.recipe.calibrate_behind_prefix:
-            return None
-        prefix = Prefix.load(self.choice.file) if self.choice.file is not None else None
-        return torch.tensor(self.choice.ids) if prefix is None or prefix.calibrated is None else prefix
+    def artefact(self) -> Artefact:
+        """The checkpoint that the recipe makes, by its identity."""
+        return self._artefact_of(self.recipe)
 
     @property
     def basis(self) -> str:
         """The basis of K and V in the model that will run."""
-        if self.checkpoint.manifest is not None:
-            return self.checkpoint.manifest["basis"]
-        return basis_of(self.checkpoint.fingerprint, self.recipe, self.segments, self.calibration_prefix)
+        manifest = self.checkpoint.manifest
+        return manifest["basis"] if manifest is not None else self.artefact.basis
+
+    def directory_of(self, recipe: Recipe) -> Path:
+        """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}; its own directory if it
+        makes none."""
+        if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
+            return self.checkpoint.directory
+        return self._directory(recipe, self._artefact_of(recipe))
 
     def describe(self) -> dict[str, Any]:
         """What will run, for records and their identity: nothing that changes a figure is left out."""
@@ -171,30 +130,94 @@ class Plan:
         if manifest is not None:
             made_of = manifest["made_of"]
         elif recipe.makes_checkpoint:
-            made_of = artefact_identity(self.checkpoint.fingerprint, recipe, self.segments, self.calibration_prefix)
+            made_of = self.artefact.made_of
         else:
             made_of = {"source": self.checkpoint.fingerprint}
+        prefix: dict[str, Any] = {"label": "[A]", "ids": None, "file": None}
+        if self.search is not None:
+            prefix["auto"] = self._auto
+        else:
+            assert self.named is not None
+            file = self.named.file
+            prefix = {"label": self.named.label, "ids": list(self.named.ids), "file": file and sha256_of_file(file)}
         return {
             "model": self.checkpoint.family_name,
             "weights": manifest["label"] if manifest is not None else recipe.label(),
             "made_of": made_of,
             "recipe": manifest["recipe"] if manifest is not None else describe(recipe),
             "kv": describe(recipe.kv_cache),
-            "prefix": {
-                "label": self.choice.label,
-                "ids": list(self.choice.ids),
-                "file": sha256_of_file(self.choice.file) if self.choice.file else None,
-                "intact": bool(self.choice.ids) and not self.vanilla,
-            },
+            "prefix": prefix | {"intact": self.has_prefix and not self.vanilla},
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "packed": self.packed,
         } | ({"spread": True} if self.spread else {})
 
+    def check_fits(self, option: str, tokens: int) -> None:
+        """Raise UserError if so many tokens, with what stands in front of them, are more than the model's positions.
+
+        option: which one to change, with its value.
+        """
+        if self.context is not None and tokens > self.context:
+            raise UserError(
+                f"{option}: {tokens} tokens with what stands in front do not fit the {self.context} positions of "
+                f"{self.checkpoint.name}; use fewer"
+            )
+
+    @cached_property
+    def _auto(self) -> str:
+        assert self.search is not None
+        return identity(self.search.made_of())
+
+    @cached_property
+    def _behind(self) -> Mapping[str, Any] | None:
+        """What identifies the prefix that calibration runs behind; None if it runs without."""
+        if not self.recipe.calibrate_behind_prefix:
+            return None
+        if self.search is not None:
+            return {"prefix": {"auto": self._auto}}
+        behind = self.behind
+        assert behind is not None
+        return identity_of_prefix(behind)
+
+    def _artefact_of(self, recipe: Recipe) -> Artefact:
+        return artefact_of(self.checkpoint.fingerprint, recipe, self.text, self._behind)
+
+    def _directory(self, recipe: Recipe, artefact: Artefact) -> Path:
+        return modelzoo_dir() / "quantized" / self.checkpoint.name / f"{recipe.label()}-{artefact.identity}"
+
+    # What is read or made when it is asked for ------------------------------------------------------------------------
+
+    @cached_property
+    def choice(self) -> PrefixChoice:
+        """The prefix with its tokens; `auto` is discovered now, if it never was."""
+        if self.named is not None:
+            return self.named
+        assert self.search is not None
+        choice = PrefixChoice(self.recipe.prefix, "[A]", find(self.search, self._open_dense).prefix)
+        self._check_needed(choice)
+        return choice
+
+    @cached_property
+    def segments(self) -> torch.Tensor | None:
+        """The calibration segments that the recipe asks for, (N, T); None if nothing calibrates."""
+        if not self.recipe.calibrates or self.checkpoint.manifest is not None:
+            return None
+        c = self.recipe.calibration
+        draw = packed_documents if c.draw == "documents" else calibration_segments
+        return draw(self.tokenizer, c.corpus, samples=c.samples, length=c.length, seed=c.seed)
+
+    @cached_property
+    def behind(self) -> torch.Tensor | Prefix | None:
+        """Ids of the prefix that calibration runs behind, (P,), or a trained prefix; None if it runs without."""
+        if not self.recipe.calibrate_behind_prefix:
+            return None
+        prefix = Prefix.load(self.choice.file) if self.choice.file is not None else None
+        return torch.tensor(self.choice.ids) if prefix is None or prefix.calibrated is None else prefix
+
     def load(self) -> IntactModel:
         """Make what is missing (quantized checkpoint, prefix) and load the model behind its prefix."""
         source = self.written(self.recipe)
-        prefix = self.prefix() if self.choice.ids and not self.vanilla else None
+        prefix = self.intact_prefix() if self.choice.ids and not self.vanilla else None
         model = self._open(source, self.packed)
         return attach(model, prefix, _bound(self.recipe, model))
 
@@ -202,36 +225,51 @@ class Plan:
         """A dense or quantized checkpoint as a model, where this plan computes."""
         return _load(directory, self.dtype, self.device, packed, self.spread)
 
-    def written(self, recipe: Recipe) -> Path:
-        """The directory of a recipe's checkpoint, which is made if it is not there."""
-        if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
-            return self.checkpoint.directory
-        target = quantized_directory(self.checkpoint, recipe, self.segments, self.calibration_prefix)
+    def _open_dense(self, directory: Path) -> PreTrainedModel:
+        return self._open(directory)
+
+    def written(self, recipe: Recipe, out: Path | None = None) -> Path:
+        """The directory of a recipe's checkpoint, which is made if it is not there. out: where to, if not there."""
+        target = out or self.directory_of(recipe)
+        if target == self.checkpoint.directory:
+            return target
+        artefact = self._artefact_of(recipe)
+        if out is None and recipe.calibrates and not is_quantized(target):
+            earlier = self._directory(
+                recipe, by_tokens(self.checkpoint.fingerprint, recipe, self.segments, self.behind)
+            )
+            if is_quantized(earlier):  # checkpoints were once named by the tokens of their text
+                return earlier
+        elif is_quantized(target) and read_manifest(target)["identity"] == artefact.identity:
+            return target
         return quantize_checkpoint(
             self.checkpoint.directory,
             recipe,
             target,
             segments=self.segments,
-            prefix_ids=self.calibration_prefix,
+            behind=self.behind,
+            artefact=artefact,
             device=self.device,
             fingerprint=self.checkpoint.fingerprint,
         )
 
-    def cost(self) -> dict[str, Any] | None:
-        """What it took to make the quantized checkpoint; None for a dense one. Call it after `load`."""
-        if self.checkpoint.manifest is None and not self.recipe.makes_checkpoint:
-            return None
-        return read_cost(self.written(self.recipe))
+    def outcome(self) -> dict[str, Any]:
+        """What a run's record says of what it found or made: what the quantized checkpoint took (None for a dense
+        one), and the tokens that `auto` stands for. Call it after `load`."""
+        made = self.checkpoint.manifest is not None or self.recipe.makes_checkpoint
+        cost = read_cost(self.written(self.recipe)) if made else None
+        told = {"quantization": cost and {name: value for name, value in cost.items() if name != "sha256"}}
+        return told if self.search is None else {**told, "prefix_ids": list(self.choice.ids)}
 
-    def prefix(self) -> Prefix:
+    def intact_prefix(self) -> Prefix:
         """The intact prefix: from its file, or written now by the full-precision twin."""
-        return stored_prefix(
-            self.choice,
-            model_name=self.checkpoint.family_name,
-            dtype=self.dtype,
-            made_of={"source": self.checkpoint.fingerprint, "basis": self.basis},
-            twin=self.twin,
-        )
+        path = self.prefix_file()
+        return stored_prefix(self.choice, path, self.twin)
+
+    def prefix_file(self) -> Path:
+        """Where the intact prefix lies, or will. Its name holds its tokens: what `auto` stands for must be known."""
+        made_of = {"source": self.checkpoint.fingerprint, "basis": self.basis}
+        return prefix_file(self.choice, self.checkpoint.family_name, made_of, self.dtype)
 
     def twin(self) -> PreTrainedModel:
         """The full-precision twin, which writes the prefix and which errors are measured against: the dense checkpoint,
@@ -239,7 +277,11 @@ class Plan:
         checkpoint behind a quantized one is not at hand."""
         manifest, directory, recipe = self.checkpoint.manifest, self.checkpoint.directory, self.recipe
         if manifest is not None:
-            dense = self._dense_of(manifest)
+            dense = dense_directory(
+                self.checkpoint,
+                "it is what writes a prefix, and what errors are measured against",
+                "python -m intactkv build",
+            )
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
             return _rescaled(self._open(there), directory) if _is_rescaled(directory) else self._open(there)
@@ -254,26 +296,23 @@ class Plan:
         twin = self._open(self.written(recipe.twin))
         return _rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
-    def _dense_of(self, manifest: dict[str, Any]) -> Path:
-        """The dense checkpoint that a quantized one was made from. Raises UserError if it is not at hand."""
-        directory = self.checkpoint.directory
-        dense = directory.parent / manifest["source"]["directory"]
-        known = all(transform["kind"] in PARTS for transform in manifest["recipe"]["transforms"])
-        if (
-            not known
-            or not (dense / "config.json").is_file()
-            or checkpoint_fingerprint(dense) != self.checkpoint.fingerprint
-        ):
+    def _check_needed(self, choice: PrefixChoice) -> None:
+        """Raise UserError if the weights were calibrated behind another prefix, or behind one that will not be
+        there."""
+        manifest = self.checkpoint.manifest
+        if manifest is not None:
+            needed, word = manifest["needs_prefix"], manifest["recipe"]["prefix"]
+        else:
+            needed, word = list(choice.ids) if self.recipe.calibrate_behind_prefix else None, self.recipe.prefix
+        if needed is not None and (self.vanilla or list(choice.ids) != [int(i) for i in needed]):
             raise UserError(
-                f"the full-precision twin of {directory} is not at hand, so its prefix cannot be built, nor its error "
-                "measured; do it where the dense checkpoint is, or give a prefix that was built there "
-                "(python -m intactkv build): --prefix FILE.safetensors"
+                f"{self.checkpoint.name} is calibrated behind a prefix of {len(needed)} tokens and refused without it, "
+                f"because the pivots' own error grew; run it with --prefix {word} and without --vanilla"
             )
-        return dense
 
 
 def plan_run(
-    directory: Path,
+    source: Path | Checkpoint,
     recipe: Recipe,
     *,
     device: torch.device,
@@ -282,14 +321,15 @@ def plan_run(
     packed: bool = False,
     spread: bool = False,
 ) -> Plan:
-    """Look at a dense or quantized checkpoint and settle what a recipe means for it.
+    """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
-    No weights are loaded, unless the prefix is `auto` and has never been discovered.
-    spread: put one model on all GPUs. dtype: None takes float32 on a CPU and the checkpoint's own elsewhere.
-    Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
+    Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
+    discovered. spread: put one model on all GPUs. dtype: None takes float32 on a CPU and the checkpoint's own
+    elsewhere. Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized
+    already.
     """
-    checkpoint = find_checkpoint(directory)
-    manifest = checkpoint.manifest
+    checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
+    directory, manifest = checkpoint.directory, checkpoint.manifest
     if manifest is not None and replace(recipe, kv_cache=None).makes_checkpoint:
         raise UserError(
             f"{directory} is quantized already ({manifest['label']}); give its dense checkpoint to --recipe "
@@ -306,28 +346,32 @@ def plan_run(
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-    def discovered(corpus: str | None) -> tuple[int, ...]:
-        def dense(there: Path) -> PreTrainedModel:
-            return plan_run(there, Recipe(), device=device, dtype=dtype, spread=spread).load().model
-
-        return find(checkpoint, tokenizer, default_search(checkpoint.family_name, corpus, context), dense).prefix
-
-    choice = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name, discovered)
-    segments = calibration_of(recipe, tokenizer) if manifest is None else None
-    plan = Plan(checkpoint, recipe, choice, tokenizer, segments, dtype, device, vanilla, packed, context, spread)
-    if manifest is not None:
-        needed, word = manifest["needs_prefix"], manifest["recipe"]["prefix"]
+    named, search = None, None
+    if recipe.prefix.split(":")[0] == AUTO:
+        search = default_search(checkpoint, tokenizer, auto_corpus(recipe.prefix), context)
     else:
-        needed, word = list(choice.ids) if recipe.calibrate_behind_prefix else None, recipe.prefix
-    if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
-        raise UserError(
-            f"{checkpoint.name} is calibrated behind a prefix of {len(needed)} tokens and refused without it, because "
-            f"the pivots' own error grew; run it with --prefix {word} and without --vanilla"
-        )
-    if choice.file is not None:  # now, and not after hours of quantizing
-        check_belongs(Prefix.load(choice.file), directory, (checkpoint.fingerprint, plan.basis))
+        named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
+    text = _text_of(recipe.calibration, tokenizer) if manifest is None and recipe.calibrates else None
+    plan = Plan(checkpoint, recipe, named, search, tokenizer, text, dtype, device, vanilla, packed, context, spread)
+    if named is not None or vanilla:
+        plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
+    if named is not None and named.file is not None:  # now, and not after hours of quantizing
+        _check_file(plan, Prefix.load(named.file))
     return plan
+
+
+def _check_file(plan: Plan, prefix: Prefix) -> None:
+    """Raise UserError unless a prefix from a file belongs to the model that will run."""
+    fingerprint, directory = plan.checkpoint.fingerprint, plan.checkpoint.directory
+    try:
+        check_belongs(prefix, directory, (fingerprint, plan.basis))
+    except UserError:
+        if plan.text is None or not plan.recipe.changes_kv:
+            raise
+        # A prefix of a checkpoint that was named by the tokens of its text.
+        check_belongs(
+            prefix, directory, (fingerprint, by_tokens(fingerprint, plan.recipe, plan.segments, plan.behind).basis)
+        )
 
 
 def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:

@@ -9,7 +9,7 @@ modelzoo/prefixes/ by the identity of all that made it, and read back from there
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.checkpoint import empty_model
 
-__all__ = ["PrefixChoice", "check_belongs", "choose_prefix", "stored_prefix"]
+__all__ = ["AUTO", "PrefixChoice", "auto_corpus", "check_belongs", "choose_prefix", "prefix_file", "stored_prefix"]
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +47,14 @@ class PrefixChoice:
     file: Path | None = None
 
 
-def choose_prefix(
-    word: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model_name: str,
-    discover: Callable[[str | None], Sequence[int]] | None = None,
-) -> PrefixChoice:
-    """Turn a prefix word into token ids.
+def auto_corpus(word: str) -> str | None:
+    """The corpus that `auto:CORPUS` names, None if it is the model's own."""
+    return word.removeprefix(AUTO).removeprefix(":") or None
 
-    discover: the tokens that `auto` stands for, given the corpus that is named (None: the model's own).
+
+def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str) -> PrefixChoice:
+    """Turn a prefix word into token ids; what `auto` stands for must be searched (`quantization.runs.auto_prefix`).
+
     Raises UserError if the model has no such prefix, or the file is broken.
     """
     if not word.strip():
@@ -66,10 +65,6 @@ def choose_prefix(
         return PrefixChoice(word, "[B]", (start_token_id(tokenizer),))
     if word == "prompt":
         return PrefixChoice(word, "[P]", tuple(_prompt_ids(tokenizer, model_name)))
-    if word == AUTO or word.startswith(f"{AUTO}:"):
-        assert discover is not None, "a caller that takes the word from a user can discover"
-        corpus = word.removeprefix(AUTO).removeprefix(":")
-        return PrefixChoice(word, "[A]", tuple(discover(corpus or None)))
     if word.endswith(".safetensors"):
         return PrefixChoice(word, f"[{Path(word).stem}]", tuple(Prefix.load(word).ids.tolist()), Path(word))
     if os.path.isdir(word):  # unlike Path's, it takes texts that are too long for a name
@@ -110,24 +105,25 @@ def _behind_start(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids if ids[:1] == [start] else [start, *ids]
 
 
-def stored_prefix(
-    choice: PrefixChoice,
-    *,
-    model_name: str,
-    made_of: dict[str, Any],
-    dtype: torch.dtype,
-    twin: Callable[[], PreTrainedModel],
-) -> Prefix:
-    """The prefix of a choice, from its file or built now.
+def prefix_file(choice: PrefixChoice, model_name: str, made_of: Mapping[str, Any], dtype: torch.dtype) -> Path:
+    """Where a choice's prefix lies: its own file, or modelzoo/prefixes/{model}/{word}-{identity}.safetensors.
 
-    made_of: what identifies the twin (fingerprint of the checkpoint, basis). twin: loads the full-precision twin; only
-    called if no file with this identity exists. dtype: what the twin computes in.
+    made_of: what identifies the twin (fingerprint of the checkpoint, basis). dtype: what it computes in.
+    """
+    if choice.file is not None:
+        return choice.file
+    key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
+    name = {"[B]": "bos", "[P]": "prompt", "[A]": AUTO}.get(choice.label, "text")
+    return modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
+
+
+def stored_prefix(choice: PrefixChoice, path: Path, twin: Callable[[], PreTrainedModel]) -> Prefix:
+    """The prefix of a choice, read from its file (`prefix_file`) or built now and kept there.
+
+    twin: loads the full-precision twin; only called if there is no such file.
     """
     if choice.file is not None:
         return Prefix.load(choice.file)
-    key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
-    name = {"[B]": "bos", "[P]": "prompt", "[A]": AUTO}.get(choice.label, "text")
-    path = modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
     try:
         return Prefix.load(path)
     except UserError as error:  # not there yet, or a file that an older version or a failing disk left

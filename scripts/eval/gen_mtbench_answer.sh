@@ -18,7 +18,7 @@ recipe=(--recipe "$method" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
 for seed in ${SEEDS:-42 43 44}; do
     for prefix in ${PREFIXES:-none prompt}; do
         run_eval "$5" 29500 mtbench --model "$model" "${recipe[@]}" "${calibration[@]}" \
-            --prefix "$prefix" --seed "$seed" ${MTBENCH_QUESTIONS:+--questions "$MTBENCH_QUESTIONS"} \
+            --prefix "$prefix" --answer-seed "$seed" ${MTBENCH_QUESTIONS:+--questions "$MTBENCH_QUESTIONS"} \
             ${MAX_NEW_TOKENS:+--max-new-tokens "$MAX_NEW_TOKENS"} ${LIMIT:+--limit "$LIMIT"} \
             ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
     done

@@ -1,0 +1,66 @@
+"""python -m quantization: write a quantized checkpoint, or list the recipes."""
+
+import argparse
+from pathlib import Path
+
+from corpora.errors import Parser
+from quantization.programs.options import add_plan_options, plan_of, show_log
+
+__all__ = ["quantize"]
+
+
+def quantize_parser(listing: bool) -> argparse.ArgumentParser:
+    """The options of the program."""
+    parser = Parser(
+        prog="python -m quantization",
+        description="Quantize a dense checkpoint, one decoder block at a time. A killed run goes on where it stopped.",
+        epilog="example: python -m quantization --model modelzoo/smollm2/smollm2-135m --recipe rtn --bits 4 "
+        "--out modelzoo/my-w4.   `python -m quantization prefix --help` is about prefixes, "
+        "`python -m quantization export --help` about the layouts of other runtimes.",
+    )
+    if not listing:
+        add_plan_options(parser, run=False, dtype=False)
+        parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)"
+        )
+        parser.add_argument("--verbose", action="store_true", help="one log line per block on stderr")
+    parser.add_argument("--list", action="store_true", help="print the named recipes, one a line, and stop")
+    return parser
+
+
+def quantize(arguments: list[str]) -> None:
+    """The program."""
+    options = quantize_parser("--list" in arguments and "--help" not in arguments).parse_args(arguments)
+    if options.list:
+        list_recipes()
+        return
+    show_log(options.verbose)
+    plan = plan_of(options)
+
+    from corpora.errors import UserError
+    from quantization.runs.checkpoint import read_cost
+
+    if plan.checkpoint.manifest is not None or not plan.recipe.makes_checkpoint:
+        raise UserError(
+            "there is nothing to write: this recipe leaves the model as it is; name one that quantizes weights or "
+            "activations, for example --recipe rtn"
+        )
+    out = plan.written(plan.recipe, options.out)
+    cost = read_cost(out)
+    bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "
+    repaired = int(cost["figures"].get("repaired_hessians", 0))
+    print(
+        f"{plan.recipe.label()}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
+        + (f"{repaired} Hessians needed more damping  " if repaired else "")
+        + str(out)
+    )
+
+
+def list_recipes() -> None:
+    """One recipe a line: name, paper, note."""
+    from quantization.named import RECIPES
+
+    width = max(map(len, RECIPES))
+    papers = max(len(row.paper) for row in RECIPES.values())
+    for name, row in RECIPES.items():
+        print(f"{name:<{width}}  {row.paper:<{papers}}  {row.note}")

@@ -1,0 +1,162 @@
+"""What a plan would read and make, and about how much memory that takes: what `--plan` prints.
+
+Nothing is run: sizes of what is there come from the disk, of what is missing from the shapes of the empty model.
+    to run       the model's weights in the computation's dtype (packed ones at their bits)
+    to quantize  the ends, two copies of one block in float32, two of its largest Hessian, and the calibration text's
+                 hidden states in float32, as often as the method reads them
+Activations of a pass are not in it: they grow with the batch. The libraries take LIBRARIES besides.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corpora.storage import weight_files
+from intactkv.architecture import architecture_of
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import block_file, empty_model, is_quantized, tied_names
+from quantization.runs.plan import Plan
+
+__all__ = ["Line", "preview", "table"]
+
+LIBRARIES = 500e6  # bytes of a process that has imported torch and transformers and read nothing
+
+
+@dataclass(frozen=True)
+class Line:
+    """what: an artefact. state: whether it is there. size: in bytes, None if unknown. path: where it lies or will."""
+
+    what: str
+    state: str
+    size: float | None
+    path: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model. ends: outside the blocks. block: of the largest one. linears: of all blocks, quantized.
+    inputs: of the widest linear. width: of the residual stream. blocks: how many."""
+
+    all: int
+    ends: int
+    block: int
+    linears: int
+    inputs: int
+    width: int
+    blocks: int
+
+
+def sizes_of(directory: Path, unties: bool) -> Sizes:
+    """Counted on the model without weights. unties: a tied head becomes a matrix of its own."""
+    model = empty_model(directory)
+    architecture = architecture_of(model.config)
+    blocks = architecture.blocks_of(model)
+    counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    linears = [architecture.linears_of(block, architecture.block_name(i)) for i, block in enumerate(blocks)]
+    tied = set() if unties else tied_names(model)
+    total = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+    return Sizes(
+        all=total,
+        ends=total - sum(counts),
+        block=max(counts),
+        linears=sum(linear.weight.numel() for mine in linears for linear in mine.values()),
+        inputs=max(linear.in_features for mine in linears for linear in mine.values()),
+        width=int(model.config.get_text_config(decoder=True).hidden_size),
+        blocks=len(blocks),
+    )
+
+
+def preview(plan: Plan) -> list[Line]:
+    """Every artefact of a run in the order in which it is needed, then the memory that the run takes, about."""
+    recipe = plan.recipe
+    sizes = sizes_of(plan.checkpoint.directory, any(step.unties for step in recipe.transforms))
+    lines = [Line("model", "present", _bytes(_weights(plan.checkpoint.directory)), str(plan.checkpoint.directory))]
+    if plan.text is not None:
+        c = recipe.calibration
+        state = f"present, {c.samples} × {c.length} tokens by {c.draw}, seed {c.seed}"
+        lines.append(Line("calibration text", state, None, c.corpus))
+    if plan.search is not None:
+        found = plan.search.file
+        lines.append(Line("discovery of the prefix", _state(found.is_file()), None, str(found)))
+    recipes = [("quantized checkpoint", recipe)]
+    if plan.has_prefix and not plan.vanilla and recipe.changes_kv:
+        recipes.insert(0, ("full-precision twin", recipe.twin))
+    for what, made in recipes:
+        if plan.checkpoint.manifest is None and made.makes_checkpoint:
+            lines.append(_checkpoint(what, plan, made, sizes))
+    if plan.has_prefix and not plan.vanilla:
+        known = plan.search is None or plan.search.file.is_file()
+        file = plan.prefix_file() if known else None
+        lines.append(
+            Line("prefix", _state(file is not None and file.is_file()), None, str(file or "known once discovered"))
+        )
+    lines.append(Line("memory to run", "about", LIBRARIES + _running(plan, sizes), str(plan.device)))
+    if any(line.what == "quantized checkpoint" and line.state != "present" for line in lines):
+        lines.append(Line("memory to quantize", "about", LIBRARIES + _quantizing(plan, sizes), str(plan.device)))
+    return lines
+
+
+def table(lines: Iterable[Line]) -> str:
+    """The lines as text: what, state, size, where."""
+    lines = list(lines)
+    what, state = (max(len(getattr(line, name)) for line in lines) for name in ("what", "state"))
+    return "\n".join(
+        f"{line.what:<{what}}  {line.state:<{state}}  {_megabytes(line.size):>10}  {line.path}" for line in lines
+    )
+
+
+def _checkpoint(what: str, plan: Plan, recipe: Recipe, sizes: Sizes) -> Line:
+    directory = plan.directory_of(recipe)
+    if is_quantized(directory):
+        return Line(what, "present", _bytes(directory.glob("*.safetensors")), str(directory))
+    partial = directory.with_name(f"{directory.name}.partial")
+    done = sum(block_file(partial, index).is_file() for index in range(sizes.blocks))
+    state = f"{done} of {sizes.blocks} blocks" if done else "missing"
+    item = torch.finfo(plan.dtype).bits / 8
+    size = (sizes.all - sizes.linears) * item + sizes.linears * (_bits(recipe) or 8 * item) / 8
+    return Line(what, state, size, str(directory))
+
+
+def _bits(recipe: Recipe) -> float | None:
+    """Of a quantized weight with its scale and zero point, about; None if weights stay as they are."""
+    if recipe.weights is None:
+        return None
+    grid = recipe.weights.grid
+    per_group = 0.0 if grid.group_size <= 0 else (32 + grid.bits) / grid.group_size
+    return getattr(recipe.weights, "average_bits", None) or grid.bits + per_group
+
+
+def _running(plan: Plan, sizes: Sizes) -> float:
+    """Bytes of the model that runs."""
+    item = torch.finfo(plan.dtype).bits / 8
+    bits = _bits(plan.recipe) if plan.packed else None
+    return (sizes.all - sizes.linears) * item + sizes.linears * (bits / 8 if bits else item)
+
+
+def _quantizing(plan: Plan, sizes: Sizes) -> float:
+    """Bytes that quantizing takes: one block at a time, and the text in front of it."""
+    item = torch.finfo(plan.dtype).bits / 8
+    size = sizes.ends * item + 2 * sizes.block * 4
+    if plan.text is not None:
+        c, method = plan.recipe.calibration, plan.recipe.tuning or plan.recipe.weights
+        copies = 1 if method is None or method.reads == "quantized" else 3
+        size += copies * c.samples * c.length * sizes.width * 4 + 2 * sizes.inputs**2 * 4
+    return size
+
+
+def _weights(directory: Path) -> Iterable[Path]:
+    return directory.glob("*.safetensors") if is_quantized(directory) else weight_files(directory)
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _state(there: bool) -> str:
+    return "present" if there else "missing"
+
+
+def _megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.0f} MB"
