@@ -7,7 +7,7 @@
 
 The text runs behind nothing: random pieces, whose first token is whatever stands there, so what is an outlier is one
 for what it says, not for where it stands. Runs on the full-precision model; an exact transform of the residual stream
-does not change the input of down_proj, so one discovery serves every recipe.
+does not change the input of the feed-forward part's last linear, where it looks, so one discovery serves every recipe.
 Departs from the published code: a model without outlier tokens gets [BOS] alone (theirs stops); a [BOS] among the ids
 found is not put there twice.
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.observe import Site, token_maxima
 from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, outlier_ratios, outlier_tokens
 from intactkv.prefix import Prefix
 
-__all__ = ["DOWN", "Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
+__all__ = ["Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
 
-DOWN = "mlp.down_proj"  # LLaMA's name, within a block, of the linear whose input is looked at
 CHANCE = 0.1  # of the sequences; a single id that is rarer is dropped (step 3)
 TOKENS_AT_ONCE = 2048  # of one pass
 
@@ -48,14 +48,15 @@ def discover(
     start: int,
     *,
     threshold: float = OUTLIER_RATIO,
-    linear: str = DOWN,
+    linear: str | None = None,
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Discovery:
     """Find the prefix of a full-precision model.
 
     ids: (N, T) pieces of text as they stand, without [BOS]. start: [BOS], or the token that a text starts with where a
-    tokenizer has none. threshold: η. linear: dotted name within a block (`fc2` for OPT). advance: told how many
-    sequences are done. Raises UserError for a threshold that no ratio to a median means, or an unknown linear.
+    tokenizer has none. threshold: η. linear: dotted name within a block; by default the feed-forward part's last.
+    advance: told how many sequences are done.
+    Raises UserError for a threshold that no ratio to a median means, or an unknown linear.
     """
     if not threshold > 1:
         raise UserError(f"outlier threshold {threshold:g}: a ratio to the median has to exceed 1; PrefixQuant's is 64")
@@ -77,7 +78,7 @@ def down_maxima(
     ids: Tensor,
     prefix: Prefix | None = None,
     *,
-    linear: str = DOWN,
+    linear: str | None = None,
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
     """M_t = max_c |X_tc| of every token behind the prefix, X the input of `linear`: (L, N, T) float32.
@@ -86,6 +87,7 @@ def down_maxima(
     at once, and of their activations only the maxima are kept.
     Raises UserError if a block has no such linear, or a value is not finite.
     """
+    linear = linear or architecture_of(model.config).down
     site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
     at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
     return token_maxima(attach(model, prefix), ids, (site,), batch_size=at_once, advance=advance)[site.name]

@@ -180,8 +180,8 @@ def output_sites(architecture: Architecture, pre_rope: bool) -> tuple[Site, ...]
     when = "" if not architecture.rotary else " after RoPE" if rotated else " before RoPE"
     value = architecture.linears[0][-1]
     return (
-        Site("query", f"Q{when}", architecture.query, rotated=rotated),
-        Site("key", f"K{when}", architecture.key, rotated=rotated),
+        Site("query", f"Q{when}", architecture.rope_query, rotated=rotated),
+        Site("key", f"K{when}", architecture.rope_key, rotated=rotated),
         Site("value", "V", value),
     )
 

@@ -2,9 +2,10 @@
 
 Massive activations (Sun et al. 2024, 2402.17762): a value counts as massive if it exceeds 100 in magnitude and 1000
 times the median magnitude of its layer's hidden state.
-Outlier tokens (PrefixQuant, 2410.05265, section 4): M_t = max_c |X_tc| is a token's largest input of down_proj, and the
-token an outlier of that layer if M_t / median_t(M) > η. Position 0 is reported apart: any first token attracts
-attention, so its identity says nothing. Computed in float32, where half precision would overflow.
+Outlier tokens (PrefixQuant, 2410.05265, section 4): M_t = max_c |X_tc| is a token's largest input of the
+feed-forward part's last linear, and the token an outlier of that layer if M_t / median_t(M) > η. Position 0 is
+reported apart: any first token attracts attention, so its identity says nothing. Computed in float32, where half
+precision would overflow.
 """
 
 from collections import Counter

@@ -4,7 +4,7 @@
 
         mean over layers of  s(A_l | P) / s(A_l | no prefix)   +   w · KL(model behind [BOS] ‖ model behind P)
 
-A_l is what layer l's attention returns (after o_proj) on the real tokens; s is the mean of A² (`l2`) or its variance
+A_l is what layer l's attention returns on the real tokens; s is the mean of A² (`l2`) or its variance
 over tokens and channels (`var`). The published idea is s alone (`normalization="none"`, `kd_weight=0`), which rewards
 shrinking; the ratio and the distillation of the logits are ours. At the end one pass over P writes keys, values and
 logits: an ordinary `Prefix`, in the basis of the model that it was trained on.
@@ -125,7 +125,7 @@ def train_prefix(
     discrete_figures = objective.figures(own, held_out)
     made_of = {
         "texts": sha256_of_tensor(texts), "held_out": sha256_of_tensor(held_out), "ids": list(ids), "start": start,
-        "first": sha256_of_tensor(first), "model": asdict(identity_of(model)), "training": asdict(training),
+        "first": sha256_of_tensor(first), "model": identity_of(model).stored(), "training": asdict(training),
     }  # fmt: skip
     learned = masters([first])
     embeddings = learned[0]
