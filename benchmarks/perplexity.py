@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.measure import alternating, peak_unshared_mb, ratio, report
 from corpora.text import evaluation_stream, protocol
-from eval.perplexity import Windows, cut_windows, default_batch_size, window_losses
-from intactkv.attach import IntactModel
+from eval.perplexity import Windows, cut_windows, window_losses
+from intactkv.attach import IntactModel, default_batch_size
 from quantization.named import named_recipe
 from quantization.programs.options import chosen_device
 from quantization.runs.plan import plan_run

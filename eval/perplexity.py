@@ -26,11 +26,7 @@ from eval.tasks.scoring import LOGITS_AT_ONCE, decoder_and_head
 from intactkv.attach import IntactModel
 from intactkv.prefix import input_embeddings
 
-__all__ = ["Windows", "cut_windows", "default_batch_size", "token_losses", "window_losses"]
-
-# Tokens in a batch of windows: 2048 fill a GPU (a published window is a batch of one); on a CPU 512 are as fast as any,
-# and more only leave its caches.
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
+__all__ = ["Windows", "cut_windows", "token_losses", "window_losses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +56,6 @@ def cut_windows(
     if len(lead) and int(ids[0]) == stream.start_id:
         ids = ids[1:]
     return Windows(lead, split_windows(ids, stream.window, limit, protocol, stream.start_id), intact)
-
-
-def default_batch_size(window: int, device_type: str) -> int:
-    """Windows per forward pass: as many as make about `TOKENS_AT_ONCE` tokens, at least one."""
-    return max(1, TOKENS_AT_ONCE[device_type] // window)
 
 
 @torch.inference_mode()

@@ -1,17 +1,23 @@
 """Where each model family keeps its parts: the only file that knows.
 
-The key is the configuration's `model_type`. A new family is a row; it gets no fork of its modeling code.
+The key is the configuration's `model_type`. A new family is a row; it gets no fork of its modeling code. torch is
+imported late: command lines take words from here.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from torch import nn
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
 
-__all__ = ["ARCHITECTURES", "Architecture", "Feed", "architecture_of"]
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["ARCHITECTURES", "DOWN_PROJ", "Architecture", "Feed", "architecture_of", "decoder_of"]
+
+# The published programs' word for the last linear of the feed-forward part, whatever a family calls it.
+DOWN_PROJ = "down_proj"
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class Architecture:
     blocks: the list of decoder blocks. head: the vocabulary projection.
     linears: within a block, in the order of computation; linears of one inner tuple read the same input.
     feeds: within a block, in the order of computation: what scales can be moved through.
-    attention: within a block. query, key: what a query ↔ key pair scales, the last maps in front of RoPE (the norms of
-    models that have them). rotary: whether positions rotate pairs (i, i + D/2) of a head's channels.
+    attention: within a block. rope_query, rope_key: the last modules in front of RoPE (the norms of models that have
+    them, else the linears), which a query ↔ key pair scales. rotary: whether positions rotate pairs (i, i + D/2) of a
+    head's channels.
     embeddings: the tables whose rows are added up to what enters the first block. final_norm: in front of the head.
     value, output, down: linears within a block; the last two write to the residual stream.
     centred: whether norms take the mean off (LayerNorm) or not (RMSNorm).
@@ -47,8 +54,8 @@ class Architecture:
     linears: tuple[tuple[str, ...], ...]
     feeds: tuple[Feed, ...]
     attention: str = "self_attn"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
+    rope_query: str = "self_attn.q_proj"
+    rope_key: str = "self_attn.k_proj"
     rotary: bool = True
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     final_norm: str = "model.norm"
@@ -61,11 +68,11 @@ class Architecture:
         """Dotted name of a block, as in the checkpoint: `model.layers.3`."""
         return f"{self.blocks}.{index}"
 
-    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+    def blocks_of(self, model: "nn.Module") -> "list[nn.Module]":
         """The decoder blocks, first to last."""
         return list(model.get_submodule(self.blocks).children())
 
-    def feeds_of(self, config: PreTrainedConfig) -> tuple[Feed, ...]:
+    def feeds_of(self, config: "PreTrainedConfig") -> tuple[Feed, ...]:
         """The block's feeds. Raises UserError for a variant whose norms stand behind what they should feed."""
         if getattr(config, "do_layer_norm_before", True) is False:
             raise UserError(
@@ -75,11 +82,13 @@ class Architecture:
             )
         return self.feeds
 
-    def linears_of(self, block: nn.Module, name: str) -> dict[str, nn.Linear]:
+    def linears_of(self, block: "nn.Module", name: str) -> "dict[str, nn.Linear]":
         """The block's linears in the order of computation, by their name within the block.
 
         Raises UserError if the block holds other linears than this table says: then the row is wrong for this model.
         """
+        from torch import nn
+
         known = [linear for group in self.linears for linear in group]
         found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         if set(found) != set(known):
@@ -107,7 +116,7 @@ LLAMA = Architecture(
         Feed("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
     ),
 )
-QWEN3 = replace(LLAMA, query="self_attn.q_norm", key="self_attn.k_norm")
+QWEN3 = replace(LLAMA, rope_query="self_attn.q_norm", rope_key="self_attn.k_norm")
 OPT = Architecture(
     decoder="model.decoder",
     blocks="model.decoder.layers",
@@ -140,7 +149,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture:
+def architecture_of(config: "PreTrainedConfig") -> Architecture:
     """The row of a model's type. Raises UserError, with the types there are, for an unknown one."""
     if config.model_type not in ARCHITECTURES:
         raise UserError(
@@ -148,3 +157,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"{', '.join(ARCHITECTURES)}. A new type is a row in intactkv/architecture.py"
         )
     return ARCHITECTURES[config.model_type]
+
+
+def decoder_of(model: "PreTrainedModel") -> Any:
+    """The part of a causal language model that runs its blocks, `.layers`, without the head; of any model
+    type, in the table or not."""
+    return model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model

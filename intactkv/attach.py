@@ -19,9 +19,12 @@ from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
 
-__all__ = ["IntactModel", "attach"]
+__all__ = ["IntactModel", "attach", "default_batch_size"]
 
 DEFAULT_NEW_TOKENS = 20  # what transformers appends when nobody says how many
+# Tokens of a batch of sequences: 2048 fill a GPU (a published window is a batch of one); on a CPU 512 are as fast as
+# any, and more only leave its caches.
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
 ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 
 
@@ -46,6 +49,11 @@ def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = 
     if prefix is not None:
         prefix.check(model)
     return IntactModel(model, prefix, kv)
+
+
+def default_batch_size(window: int, device_type: str) -> int:
+    """Sequences per forward pass: as many as make about `TOKENS_AT_ONCE` tokens, at least one."""
+    return max(1, TOKENS_AT_ONCE[device_type] // window)
 
 
 @dataclass(frozen=True, eq=False)

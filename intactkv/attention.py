@@ -18,9 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["NAME", "prefix_attention"]
+__all__ = ["EXPLICIT", "NAME", "prefix_attention"]
 
 NAME = "sdpa_behind_prefix"
+# Attention functions that compute their weights explicitly and return them; another one may enter itself.
+EXPLICIT = {"eager"}
 
 # Dummy queries cost as much as real ones: worth it while the cached part is small against the new tokens.
 LARGEST_CACHED_SHARE = 0.25

@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import identity
+from intactkv.architecture import decoder_of
 from intactkv.attach import IntactModel
 from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
-from intactkv.pivots import decoder_of
+from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, input_embeddings
-from intactkv.training import Report, Run, Steps, shuffled
+from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
 
 __all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "mean_losses", "sample_loss"]
 
@@ -110,24 +111,26 @@ def calibrate(
         raise UserError(
             f"{len(samples)} samples to train on and {len(held_out)} held out; at least one of each is needed"
         )
-    start = [x.to(input_embeddings(model).device) for x in (*prefix.keys, *prefix.values)]
-    run = Run(start, _identity(prefix, samples, held_out, training, models), training.betas, training.eps)
+    learned = masters(x.to(input_embeddings(model).device) for x in (*prefix.keys, *prefix.values))
+    due = every(training.evaluate_every, training.steps)
+    schedule = Schedule(training.steps, due, clip=training.clip, betas=training.betas, eps=training.eps)
+    made_of = _identity(prefix, samples, held_out, training, models)
+    descent = Descent([Group(learned, training.learning_rate)], schedule, "the prefix", made_of=made_of)
 
     def losses(step: int) -> Iterator[Tensor]:
         for index in shuffled(len(samples), training.batch, training.seed, step):
-            behind = _with(prefix, run.parameters)
+            behind = _with(prefix, learned)
             yield sample_loss(model, twin, behind, samples[index], kv, training.checkpointing) / training.batch
 
     def evaluate() -> float:
-        return mean_losses(model, twin, [_with(prefix, run.parameters)], held_out, kv)[0]
+        return mean_losses(model, twin, [_with(prefix, learned)], held_out, kv)[0]
 
-    steps = Steps(training.steps, training.evaluate_every, training.clip, lambda _step: training.learning_rate)
-    run.descend(steps, losses, evaluate, state=state, report=report)
+    descent.run(losses, evaluate, state=state, report=report)
     best, last = (
         _with(prefix, [x.detach().to("cpu", prefix.dtype, copy=True) for x in tensors])
-        for tensors in (run.best, run.parameters)
+        for tensors in (descent.best, learned)
     )
-    return Outcome(best, last, run.best_step, run.history)
+    return Outcome(best, last, descent.best_step, descent.history)
 
 
 def sample_loss(
@@ -167,7 +170,7 @@ def mean_losses(
 def block_targets(twin: PreTrainedModel, sample: Sample) -> list[Tensor]:
     """What the full-precision twin's decoder blocks return at the loss positions: (positions, d) each."""
     device = input_embeddings(twin).device
-    with _block_outputs(twin) as outputs:
+    with outputs_of(decoder_of(twin).layers) as outputs:
         decoder_of(twin)(input_ids=sample.ids[None].to(device), use_cache=False)
     return [output[0, sample.counted.to(output.device)] for output in outputs]
 
@@ -188,7 +191,7 @@ def block_losses(
     skipped = intact.prefix_length
     ids = sample.ids[None, skipped:].to(input_embeddings(model).device)
     cache = intact.new_cache(single_pass=True)
-    with _block_outputs(model) as outputs, _recomputed(model, cache) if checkpointing else nullcontext():
+    with outputs_of(decoder_of(model).layers) as outputs, _recomputed(model, cache) if checkpointing else nullcontext():
         intact.feed(ids, through=decoder_of(model), cache=cache)
     behind = sample.counted[skipped:]
     return [
@@ -222,21 +225,6 @@ def _with(prefix: Prefix, tensors: Sequence[Tensor]) -> Prefix:
     """The prefix with these keys, then values, of all layers in the place of its own."""
     half = len(tensors) // 2
     return replace(prefix, keys=tuple(tensors[:half]), values=tuple(tensors[half:]))
-
-
-@contextmanager
-def _block_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The output of every decoder block of the pass made inside, each (1, T, d), in order."""
-    outputs: list[Tensor] = []
-    handles = [
-        block.register_forward_hook(lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-        for block in decoder_of(model).layers
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

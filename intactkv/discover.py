@@ -7,7 +7,7 @@
 
 The text runs behind nothing: random pieces, whose first token is whatever stands there, so what is an outlier is one
 for what it says, not for where it stands. Runs on the full-precision model; an exact transform of the residual stream
-does not change the input of down_proj, so one discovery serves every recipe.
+does not change the input of the feed-forward part's last linear, where it looks, so one discovery serves every recipe.
 Departs from the published code: a model without outlier tokens gets [BOS] alone (theirs stops); a [BOS] among the ids
 found is not put there twice.
 """
@@ -16,18 +16,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
-from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, decoder_of, outlier_ratios, outlier_tokens
-from intactkv.prefix import Prefix, input_embeddings
+from intactkv.observe import Site, token_maxima
+from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, outlier_ratios, outlier_tokens
+from intactkv.prefix import Prefix
 
-__all__ = ["DOWN", "Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
+__all__ = ["Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
 
-DOWN = "mlp.down_proj"  # LLaMA's name, within a block, of the linear whose input is looked at
 CHANCE = 0.1  # of the sequences; a single id that is rarer is dropped (step 3)
 TOKENS_AT_ONCE = 2048  # of one pass
 
@@ -48,14 +48,15 @@ def discover(
     start: int,
     *,
     threshold: float = OUTLIER_RATIO,
-    linear: str = DOWN,
+    linear: str | None = None,
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Discovery:
     """Find the prefix of a full-precision model.
 
     ids: (N, T) pieces of text as they stand, without [BOS]. start: [BOS], or the token that a text starts with where a
-    tokenizer has none. threshold: η. linear: dotted name within a block (`fc2` for OPT). advance: told how many
-    sequences are done. Raises UserError for a threshold that no ratio to a median means, or an unknown linear.
+    tokenizer has none. threshold: η. linear: dotted name within a block; by default the feed-forward part's last.
+    advance: told how many sequences are done.
+    Raises UserError for a threshold that no ratio to a median means, or an unknown linear.
     """
     if not threshold > 1:
         raise UserError(f"outlier threshold {threshold:g}: a ratio to the median has to exceed 1; PrefixQuant's is 64")
@@ -72,63 +73,26 @@ def chosen_tokens(found: OutlierTokens, sequences: int, start: int) -> tuple[int
     return (*(token for token in ids[:number] if token != start), start)
 
 
-@torch.inference_mode()
 def down_maxima(
     model: PreTrainedModel,
     ids: Tensor,
     prefix: Prefix | None = None,
     *,
-    linear: str = DOWN,
+    linear: str | None = None,
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
     """M_t = max_c |X_tc| of every token behind the prefix, X the input of `linear`: (L, N, T) float32.
 
-    ids: (N, T), without the prefix. A few sequences run at once, and of their activations only the maxima are kept.
+    In front of an online rotation, where a rotated twin has one. ids: (N, T), without the prefix. A few sequences run
+    at once, and of their activations only the maxima are kept.
     Raises UserError if a block has no such linear, or a value is not finite.
     """
-    intact, decoder = attach(model, prefix), decoder_of(model)
-    device = input_embeddings(model).device
-    maxima = torch.empty(len(decoder.layers), *ids.shape)
-    rows = slice(0, 0)
-
-    def look(layer: int, x: Tensor) -> None:
-        maxima[layer, rows] = x.abs().amax(dim=-1).float().reshape(-1, ids.shape[1]).cpu()  # OPT's has no batch
-
-    handles = [
-        _submodule(block, linear).register_forward_pre_hook(
-            # in front of an online rotation, where a rotated twin has one
-            lambda _module, args, layer=layer: look(layer, args[0]),
-            prepend=True,
-        )
-        for layer, block in enumerate(decoder.layers)
-    ]
-    try:
-        at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
-        for first in range(0, len(ids), at_once):
-            rows = slice(first, min(first + at_once, len(ids)))
-            intact.feed(ids[rows].to(device), through=decoder)
-            advance(rows.stop - rows.start)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not bool(maxima.isfinite().all()):
-        raise UserError(
-            f"the inputs of {linear} hold values that are not finite; the checkpoint is damaged, or its dtype too "
-            "narrow: use bfloat16 or float32"
-        )
-    return maxima
+    linear = linear or architecture_of(model.config).down
+    site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
+    at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
+    return token_maxima(attach(model, prefix), ids, (site,), batch_size=at_once, advance=advance)[site.name]
 
 
 def largest_ratios(maxima: Tensor) -> tuple[float, ...]:
     """Per layer, the largest M_t / median_t(M) of any token of any sequence; maxima: (L, N, T)."""
     return tuple(outlier_ratios(maxima).amax(dim=(1, 2)).tolist())
-
-
-def _submodule(block: torch.nn.Module, name: str) -> torch.nn.Module:
-    try:
-        return block.get_submodule(name)
-    except AttributeError:
-        linears = [inner for inner, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
-        raise UserError(
-            f"a block of this model holds no {name!r}; name one of its linears: {', '.join(linears)}"
-        ) from None

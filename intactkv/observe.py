@@ -1,39 +1,160 @@
-"""Look into a running model: what figures need of the tensors of its blocks, reduced while it runs.
+"""Look into a running model: the hooks of the whole project, and what figures need of the tensors of its blocks.
+
+`hooked` takes hooks off again at its end: `before` and `after` see a call as it is, `on_input` and `on_output` its
+hidden states; `inputs_of` and `outputs_of` collect them. (What is a part of the model, such as the quantizer in front
+of a linear, hangs its own.)
 
 A `Site` names one tensor of every block: the input or the output of a module, or a query or key after RoPE. `observe`
 runs texts behind their prefix and hands each site's tensor to a function that keeps what it needs of it; nothing else
 stays in memory. The prefix's own tokens are in the cache and never seen here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from eval.hooks import eager_attention, hooked, run_decoder, tensor_of
-from eval.perplexity import default_batch_size
-from intactkv.architecture import Architecture, architecture_of
-from intactkv.attach import IntactModel
+from corpora.errors import UserError
+from intactkv.architecture import Architecture, architecture_of, decoder_of
+from intactkv.attach import IntactModel, default_batch_size
+from intactkv.attention import EXPLICIT
+from intactkv.cache import IntactCache
 from intactkv.prefix import input_embeddings
 
-__all__ = ["BLOCK_OUTPUT", "Site", "attention_mass", "down_input", "head_input", "input_sites", "observe",
-           "output_sites", "token_maxima"]  # fmt: skip
+__all__ = [
+    "BLOCK_OUTPUT",
+    "Site",
+    "after",
+    "attention_mass",
+    "before",
+    "change_input",
+    "down_input",
+    "eager_attention",
+    "head_input",
+    "hooked",
+    "input_sites",
+    "inputs_of",
+    "observe",
+    "on_input",
+    "on_output",
+    "output_sites",
+    "outputs_of",
+    "run_decoder",
+    "token_maxima",
+]
 
 Look = Callable[["Site", int, int, Tensor], None]  # site, layer, row of the first sequence, (B, T, C)
+
+
+# Hooks ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hang these hooks, and remove them at the end, also after an error, also of one of them."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+def before(
+    module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], Any], *, first: bool = False
+) -> RemovableHandle:
+    """Show `look` the arguments of every call, by position and by name. first: in front of all hooks that are there,
+    such as an online rotation; else behind them."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        look(args, keywords)
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+
+
+def after(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> RemovableHandle:
+    """Show `look` the arguments of every call and what it returned."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        look(args, keywords, output)
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def on_input(module: nn.Module, look: Callable[[Tensor], Any], *, first: bool = False) -> RemovableHandle:
+    """Show `look` the hidden states that a module reads. first: as `before` has it."""
+    return before(module, lambda args, _keywords: look(args[0]), first=first)
+
+
+def on_output(module: nn.Module, look: Callable[[Tensor], Any]) -> RemovableHandle:
+    """Show `look` the hidden states among what a module returns: a tensor, or a tuple that starts with it."""
+    return after(module, lambda _a, _k, output: look(output[0] if isinstance(output, tuple) else output))
+
+
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let a module read `change` of what it is given."""
+    return module.register_forward_pre_hook(lambda _module, args: (change(args[0]), *args[1:]))
+
+
+def inputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[Tensor]]:
+    """What these modules read in the passes made inside, in the order of their calls."""
+    return _collected(modules, on_input)
+
+
+def outputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[Tensor]]:
+    """What these modules return in the passes made inside, in the order of their calls."""
+    return _collected(modules, on_output)
+
+
+@contextmanager
+def _collected(modules: Iterable[nn.Module], hang: Callable[..., RemovableHandle]) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    with hooked(hang(module, seen.append) for module in modules):
+        yield seen
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute its attention weights explicitly for the time of the block; one that does so stays."""
+    earlier = model.config._attn_implementation
+    model.set_attn_implementation(earlier if earlier in EXPLICIT else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(earlier)
+
+
+def run_decoder(model: IntactModel, ids: Tensor, cache: IntactCache | None = None) -> Tensor:
+    """One pass over (B, T) ids behind the model's prefix: what the head would read, (B, T, hidden size).
+
+    cache: one made by `new_cache`, to look at afterwards; by default nothing is kept.
+    """
+    device = input_embeddings(model.model).device
+    return model.feed(ids.to(device), through=decoder_of(model.model), cache=cache).last_hidden_state
+
+
+# Sites ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Site:
     """One tensor of every block. name: in file names and CSV. label: on figures. module: dotted, within the block, ""
-    for the block itself. output: the module's output, else its input. rotated: after RoPE."""
+    for the block itself. output: the module's output, else its input. rotated: after RoPE. first: in front of an online
+    rotation of the input, where there is one, and of its quantizer; else behind both."""
 
     name: str
     label: str
     module: str
     output: bool = True
     rotated: bool = False
+    first: bool = False
 
 
 BLOCK_OUTPUT = Site("block", "output of the block", "")
@@ -49,7 +170,7 @@ def input_sites(architecture: Architecture) -> tuple[Site, ...]:
 
 
 def down_input(architecture: Architecture) -> Site:
-    """The input of the last linear of the feed-forward part (`down_proj`): what PrefixQuant's detector looks at."""
+    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at."""
     return input_sites(architecture)[-1]
 
 
@@ -59,8 +180,8 @@ def output_sites(architecture: Architecture, pre_rope: bool) -> tuple[Site, ...]
     when = "" if not architecture.rotary else " after RoPE" if rotated else " before RoPE"
     value = architecture.linears[0][-1]
     return (
-        Site("query", f"Q{when}", architecture.query, rotated=rotated),
-        Site("key", f"K{when}", architecture.key, rotated=rotated),
+        Site("query", f"Q{when}", architecture.rope_query, rotated=rotated),
+        Site("key", f"K{when}", architecture.rope_key, rotated=rotated),
         Site("value", "V", value),
     )
 
@@ -79,20 +200,21 @@ def observe(
     """Run (N, T) ids behind the model's prefix and show `look` every site of the layers (None: all).
 
     batch_size: sequences of one pass; None takes what perplexity takes. advance: told how many sequences are done.
+    Raises UserError, with the linears there are, if a block has no module of that name.
     """
-    architecture = architecture_of(model.model.config)
-    blocks = architecture.blocks_of(model.model)
-    device = input_embeddings(model.model).device
-    batch_size = batch_size or default_batch_size(ids.shape[1], device.type)
+    blocks = decoder_of(model.model).layers
+    batch_size = batch_size or default_batch_size(ids.shape[1], input_embeddings(model.model).device.type)
     row, shape = 0, torch.Size()
 
     def report(site: Site, layer: int, x: Tensor) -> None:
         look(site, layer, row, x.reshape(*shape, -1))
 
-    with hooked([]) as hooks:
+    def hooks() -> Iterator[RemovableHandle]:
         for layer in range(len(blocks)) if layers is None else layers:
             for site in sites:
-                _hang(hooks, blocks[layer], architecture, site, layer, report)
+                yield from _hang(model, blocks[layer], site, partial(report, site, layer))
+
+    with hooked(hooks()):
         for rows in ids.split(batch_size):
             shape = rows.shape
             run_decoder(model, rows)
@@ -101,14 +223,23 @@ def observe(
 
 
 def token_maxima(model: IntactModel, ids: Tensor, sites: Sequence[Site], **options: Any) -> dict[str, Tensor]:
-    """M_t = max_c |X_tc| of every site by its name: (L, N, T) float32, for (N, T) ids. options: of `observe`."""
-    blocks = len(architecture_of(model.model.config).blocks_of(model.model))
+    """M_t = max_c |X_tc| of every site by its name: (L, N, T) float32, for (N, T) ids. options: of `observe`.
+
+    Raises UserError if a value is not finite.
+    """
+    blocks = len(decoder_of(model.model).layers)
     maxima = {site.name: torch.zeros(blocks, *ids.shape) for site in sites}
 
     def look(site: Site, layer: int, row: int, x: Tensor) -> None:
-        maxima[site.name][layer, row : row + len(x)] = x.float().abs().amax(dim=-1).cpu()
+        maxima[site.name][layer, row : row + len(x)] = x.abs().amax(dim=-1).float().cpu()
 
     observe(model, ids, sites, look, **options)
+    for site in sites:
+        if not bool(maxima[site.name].isfinite().all()):
+            raise UserError(
+                f"{site.label}: some values are not finite; the checkpoint is damaged, or its dtype too narrow: use "
+                "bfloat16 or float32"
+            )
     return maxima
 
 
@@ -137,13 +268,14 @@ def attention_mass(
     columns = model.prefix_length + ids.shape[1]
     mass = {layer: torch.zeros(ids.shape[1], columns, dtype=torch.float64) for layer in layers}
 
-    def keep(layer: int, output: tuple[Tensor, Tensor]) -> None:
+    def keep(layer: int, _args: Any, _keywords: Any, output: tuple[Tensor, Tensor]) -> None:
         mass[layer] += output[1].double().sum(dim=(0, 1)).cpu()
 
-    with eager_attention(model.model), hooked([]) as hooks:
-        for layer in layers:
-            attention = blocks[layer].get_submodule(architecture.attention)
-            hooks.append(attention.register_forward_hook(lambda _m, _a, output, layer=layer: keep(layer, output)))
+    attentions = {layer: blocks[layer].get_submodule(architecture.attention) for layer in layers}
+    with (
+        eager_attention(model.model),
+        hooked(after(attention, partial(keep, layer)) for layer, attention in attentions.items()),
+    ):
         for rows in ids.split(batch_size or default_batch_size(ids.shape[1], device.type)):
             run_decoder(model, rows)
             advance(len(rows))
@@ -151,33 +283,28 @@ def attention_mass(
 
 
 def _hang(
-    hooks: list[Any],
-    block: nn.Module,
-    architecture: Architecture,
-    site: Site,
-    layer: int,
-    report: Callable[[Site, int, Tensor], None],
-) -> None:
-    """Add the hooks that report a site of one block."""
-    module = block.get_submodule(site.module)
+    model: IntactModel, block: nn.Module, site: Site, look: Callable[[Tensor], None]
+) -> Iterator[RemovableHandle]:
+    """The hooks that show a site of one block."""
+    try:
+        module = block.get_submodule(site.module)
+    except AttributeError:
+        linears = [name for name, inner in block.named_modules() if isinstance(inner, nn.Linear)]
+        raise UserError(
+            f"a block of this model holds no {site.module!r}; name one of its linears: {', '.join(linears)}"
+        ) from None
     if not site.output:
-        hooks.append(module.register_forward_pre_hook(lambda _module, args: report(site, layer, args[0])))
-        return
-    if not site.rotated:
-        hooks.append(module.register_forward_hook(lambda _m, _a, output: report(site, layer, tensor_of(output))))
-        return
-    # The block hands cosines and sines of its tokens' positions to attention just before it computes Q and K.
-    angles: list[tuple[Tensor, Tensor]] = []
+        yield on_input(module, look, first=site.first)
+    elif not site.rotated:
+        yield on_output(module, look)
+    else:  # the block hands cosines and sines of its tokens' positions to attention just before it computes Q and K
+        angles: list[tuple[Tensor, Tensor]] = []
 
-    def remember(_module: nn.Module, _args: Any, keywords: dict[str, Any]) -> None:
-        angles[:] = [keywords["position_embeddings"]]
+        def remember(_args: Any, keywords: dict[str, Any]) -> None:
+            angles[:] = [keywords["position_embeddings"]]
 
-    def rotated(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        report(site, layer, _rotated(output, *angles[0]))
-
-    attention = block.get_submodule(architecture.attention)
-    hooks.append(attention.register_forward_pre_hook(remember, with_kwargs=True))
-    hooks.append(module.register_forward_hook(rotated))
+        yield before(block.get_submodule(architecture_of(model.model.config).attention), remember)
+        yield on_output(module, lambda output: look(_rotated(output, *angles[0])))
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

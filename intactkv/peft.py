@@ -13,7 +13,7 @@ the token ids, the full-precision logits at them and whose they are.
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def write_adapter(prefix: Prefix, directory: str | Path, base_model: str | Path 
         "base_model_name_or_path": None if base_model is None else str(base_model),
         "inference_mode": True,
         "num_virtual_tokens": len(prefix),
-        "num_layers": owner.layers,
+        "num_layers": owner.n_layers,
         "num_attention_heads": owner.kv_heads,  # PEFT's name for the heads that K and V have
         "token_dim": width,
         "encoder_hidden_size": width,
@@ -105,7 +105,7 @@ def write_adapter(prefix: Prefix, directory: str | Path, base_model: str | Path 
     }
     text = README.format(
         ids=prefix.ids.tolist(),
-        model=", ".join(f"{name} {value}" for name, value in asdict(owner).items() if name != "rope"),
+        model=", ".join(f"{name} {value}" for name, value in owner.stored().items() if name != "rope"),
         name=directory.name,
         file=PREFIX_FILE,
     )
@@ -183,7 +183,7 @@ class _Adapter:
     def check_fits(self, prefix: Prefix, whose: str) -> None:
         """Raise UserError unless it has the shape of a prefix."""
         ours = (len(self.keys), *self.keys[0].shape[1:])
-        theirs = (prefix.model.layers, prefix.model.kv_heads, len(prefix), prefix.model.head_dim)
+        theirs = (prefix.model.n_layers, prefix.model.kv_heads, len(prefix), prefix.model.head_dim)
         if ours != theirs:
             names = "layers, KV heads, tokens, head dimension"
             raise UserError(f"{self.directory} does not fit {whose}: its {names} are {ours}, there {theirs}")

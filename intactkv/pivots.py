@@ -2,23 +2,25 @@
 
 Massive activations (Sun et al. 2024, 2402.17762): a value counts as massive if it exceeds 100 in magnitude and 1000
 times the median magnitude of its layer's hidden state.
-Outlier tokens (PrefixQuant, 2410.05265, section 4): M_t = max_c |X_tc| is a token's largest input of down_proj, and the
-token an outlier of that layer if M_t / median_t(M) > η. Position 0 is reported apart: any first token attracts
-attention, so its identity says nothing. Computed in float32, where half precision would overflow.
+Outlier tokens (PrefixQuant, 2410.05265, section 4): M_t = max_c |X_tc| is a token's largest input of the
+feed-forward part's last linear, and the token an outlier of that layer if M_t / median_t(M) > η. Position 0 is
+reported apart: any first token attracts attention, so its identity says nothing. Computed in float32, where half
+precision would overflow.
 """
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.architecture import decoder_of
 from intactkv.cache import IntactCache
+from intactkv.observe import inputs_of
 
-__all__ = ["EPS", "MASSIVE", "MASSIVE_RATIO", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "decoder_of",
-           "hidden_magnitudes", "outlier_ratios", "outlier_tokens"]  # fmt: skip
+__all__ = ["EPS", "MASSIVE", "MASSIVE_RATIO", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "hidden_magnitudes",
+           "outlier_ratios", "outlier_tokens"]  # fmt: skip
 
 MASSIVE = 100.0  # smallest magnitude that counts (2402.17762, section 2)
 MASSIVE_RATIO = 1000.0  # times the median magnitude of the layer
@@ -40,11 +42,6 @@ class Magnitudes:
         return massive.any(dim=0).nonzero().flatten().tolist()
 
 
-def decoder_of(model: PreTrainedModel) -> Any:
-    """The part of a causal language model that runs its blocks, `.layers`, without the head."""
-    return model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model
-
-
 @torch.inference_mode()
 def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | None = None) -> Magnitudes:
     """Run a model over (T,) ids and measure its residual stream.
@@ -55,18 +52,13 @@ def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | 
     """
     decoder = decoder_of(model)
     norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
-    seen: list[Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) if norm is not None else None
-    try:
+    with inputs_of([] if norm is None else [norm]) as seen:
         output = model.base_model(
             input_ids=ids[None].to(model.device),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=True,
         )
-    finally:
-        if handle is not None:
-            handle.remove()
     states = [*output.hidden_states[:-1], seen[-1] if seen else output.hidden_states[-1]]
     magnitudes = [state[0].float().abs().cpu() for state in states]
     return Magnitudes(

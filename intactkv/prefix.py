@@ -44,13 +44,22 @@ class ModelIdentity:
     """
 
     model_type: str
-    layers: int
+    n_layers: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     rope: str
     fingerprint: str | None
     basis: str
+
+    def stored(self) -> dict[str, Any]:
+        """As files keep it: the number of layers is called `layers` there."""
+        return {"layers" if name == "n_layers" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def restore(cls, stored: dict[str, Any]) -> "ModelIdentity":
+        """Undo `stored`."""
+        return cls(**{"n_layers" if name == "layers" else name: value for name, value in stored.items()})
 
 
 def input_embeddings(model: PreTrainedModel) -> Tensor:
@@ -79,7 +88,7 @@ def identity_of(model: PreTrainedModel) -> ModelIdentity:
     heads = config.num_attention_heads
     return ModelIdentity(
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
+        n_layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
@@ -139,9 +148,9 @@ class Prefix:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""
-        reader = identity_of(model)
-        for field, ours in asdict(self.model).items():
-            theirs = getattr(reader, field)
+        reader = identity_of(model).stored()
+        for field, ours in self.model.stored().items():
+            theirs = reader[field]
             if ours != theirs and None not in (ours, theirs):
                 raise UserError(
                     f"this prefix belongs to another model or basis: {field} is {ours!r} in the prefix and "
@@ -162,7 +171,7 @@ class Prefix:
         tensors = {"ids": self.ids, "logits": self.logits, "embeddings": self.embeddings}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key, value
-        header = {"format": FORMAT, "model": asdict(self.model), "calibrated": self.calibrated}
+        header = {"format": FORMAT, "model": self.model.stored(), "calibrated": self.calibrated}
         write_tensors(Path(path), tensors, {"intactkv": json.dumps(header)})
 
     @classmethod
@@ -181,11 +190,11 @@ class Prefix:
                     raise UserError(
                         f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; build it again"
                     )
-                model = ModelIdentity(**header["model"])
+                model = ModelIdentity.restore(header["model"])
                 return cls(
                     ids=file.get_tensor("ids"),
-                    keys=tuple(file.get_tensor(f"layers.{i}.key") for i in range(model.layers)),
-                    values=tuple(file.get_tensor(f"layers.{i}.value") for i in range(model.layers)),
+                    keys=tuple(file.get_tensor(f"layers.{i}.key") for i in range(model.n_layers)),
+                    values=tuple(file.get_tensor(f"layers.{i}.value") for i in range(model.n_layers)),
                     logits=file.get_tensor("logits"),
                     embeddings=file.get_tensor("embeddings"),
                     model=model,

@@ -4,7 +4,7 @@
 
         mean over layers of  s(A_l | P) / s(A_l | no prefix)   +   w · KL(model behind [BOS] ‖ model behind P)
 
-A_l is what layer l's attention returns (after o_proj) on the real tokens; s is the mean of A² (`l2`) or its variance
+A_l is what layer l's attention returns on the real tokens; s is the mean of A² (`l2`) or its variance
 over tokens and channels (`var`). The published idea is s alone (`normalization="none"`, `kd_weight=0`), which rewards
 shrinking; the ratio and the distillation of the logits are ours. At the end one pass over P writes keys, values and
 logits: an ordinary `Prefix`, in the basis of the model that it was trained on.
@@ -16,7 +16,6 @@ logits: an ordinary `Prefix`, in the basis of the model that it was trained on.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import identity, sha256_of_tensor
-from intactkv.pivots import EPS, decoder_of
+from intactkv.architecture import decoder_of
+from intactkv.observe import hooked, on_output
+from intactkv.pivots import EPS
 from intactkv.prefix import Prefix, build_prefix, identity_of, input_embeddings
-from intactkv.training import Report, Run, Steps, shuffled
+from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
 
 __all__ = ["Figures", "PrefixTraining", "TrainedPrefix", "starting_point", "statistics", "train_prefix"]
 
@@ -67,11 +68,6 @@ class PrefixTraining:
             if getattr(self, name) not in choices:
                 raise UserError(f"prefix training {name} {getattr(self, name)!r} is not known; choose "
                                 f"{' or '.join(choices)}")  # fmt: skip
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0: a cosine from the first to a tenth of it."""
-        share = (1 + math.cos(math.pi * step / steps)) / 2
-        return self.learning_rate * (LAST_RATE + (1 - LAST_RATE) * share)
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ def train_prefix(
 
     ids: the discrete prefix that it starts from and is compared with, its sink ([BOS]) last. start: [BOS], which the
     model that is imitated has in front. texts, held_out: (N, T) each, without [BOS]. attention: dotted name within a
-    block. state, report: as `Run.descend` has them. With epochs=0 the result is the discrete prefix.
+    block. state, report: as `Descent.run` has them. With epochs=0 the result is the discrete prefix.
     Raises UserError for a prefix that the model cannot hold, no text, or a loss that is no number: nothing is lost.
     """
     if not len(texts) or not len(held_out):
@@ -129,25 +125,27 @@ def train_prefix(
     discrete_figures = objective.figures(own, held_out)
     made_of = {
         "texts": sha256_of_tensor(texts), "held_out": sha256_of_tensor(held_out), "ids": list(ids), "start": start,
-        "first": sha256_of_tensor(first), "model": asdict(identity_of(model)), "training": asdict(training),
+        "first": sha256_of_tensor(first), "model": identity_of(model).stored(), "training": asdict(training),
     }  # fmt: skip
-    run = Run([first], identity(made_of, 16))
-    embeddings = run.parameters[0]
+    learned = masters([first])
+    embeddings = learned[0]
+    number = math.ceil(training.epochs * len(texts) / training.batch)
+    due = every(math.ceil(len(texts) / training.batch), number)
+    schedule = Schedule(number, due, last_rate=LAST_RATE, clip=training.clip)
+    descent = Descent([Group(learned, training.learning_rate)], schedule, "the prefix", made_of=identity(made_of, 16))
 
     def losses(step: int) -> Iterator[Tensor]:
         for index in shuffled(len(texts), training.batch, training.seed, step):
             yield objective.loss(embeddings, texts[index]) / training.batch
 
-    number = math.ceil(training.epochs * len(texts) / training.batch)
-    steps = Steps(number, math.ceil(len(texts) / training.batch), training.clip, lambda i: training.rate(i, number))
     if number:
-        run.descend(steps, losses, lambda: objective.figures(embeddings, held_out).loss, state=state, report=report)
-        best = run.best[0]
+        descent.run(losses, lambda: objective.figures(embeddings, held_out).loss, state=state, report=report)
+        best = descent.best[0]
         figures = objective.figures(best, held_out)
         if figures.loss < discrete_figures.loss:
             trained = build_prefix(model, named, embeddings=best)
-            return TrainedPrefix(trained, best.cpu(), run.best_step, discrete_figures, figures, run.history)
-    return TrainedPrefix(discrete, own.cpu(), None, discrete_figures, discrete_figures, run.history)
+            return TrainedPrefix(trained, best.cpu(), descent.best_step, discrete_figures, figures, descent.history)
+    return TrainedPrefix(discrete, own.cpu(), None, discrete_figures, discrete_figures, descent.history)
 
 
 def starting_point(table: Tensor, ids: Sequence[int], training: PrefixTraining) -> tuple[list[int], Tensor]:
@@ -222,24 +220,13 @@ class _Objective:
         table = input_embeddings(self.model)
         front = embeddings.to(table.device, table.dtype)
         whole = torch.cat([front, read(ids.to(table.device))])[None]
-        with self._outputs(len(embeddings)) as outputs:
-            logits = self.model(inputs_embeds=whole, use_cache=False).logits[0, len(embeddings) :]
-        return outputs, logits
-
-    @contextmanager
-    def _outputs(self, skipped: int) -> Iterator[list[Tensor]]:
-        """What the attentions (or blocks) of the pass made inside return, without the first tokens, in order."""
         blocks = list(decoder_of(self.model).layers)
         watched = [b.get_submodule(self.attention) for b in blocks] if self.training.output == "attention" else blocks
         outputs: list[Tensor] = []
-        handles = [
-            module.register_forward_hook(
-                lambda _m, _a, out: outputs.append((out[0] if isinstance(out, tuple) else out)[0, skipped:])
-            )
-            for module in watched
-        ]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def keep(output: Tensor) -> None:  # of the real tokens
+            outputs.append(output[0, len(embeddings) :])
+
+        with hooked(on_output(module, keep) for module in watched):
+            logits = self.model(inputs_embeds=whole, use_cache=False).logits[0, len(embeddings) :]
+        return outputs, logits

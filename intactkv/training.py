@@ -1,111 +1,215 @@
-"""Training a few tensors in front of a frozen model: a run that can be killed and then ends with the same bits.
+"""The one training loop: of a prefix, of a block's weights, of the ranges of grids.
 
-AdamW without weight decay on float32 masters, gradients clipped together, a held-out loss every few steps. The state
-with the lowest one is kept beside the last; parameters, moments, best state and history lie in one file. What is
-trained, and on what loss, is `intactkv.calibrate`'s (keys and values) and `intactkv.trainable`'s (embeddings).
+    AdamW on float32 tensors; the gradients of a step's terms are added up one graph at a time and clipped together;
+    learning rates stay constant or fall as a cosine
+
+The state with the lowest held-out loss is kept, the start included. Nothing here is random. A long run keeps a state
+file (parameters, moments, best state, history): killed, it goes on from there and ends with the same bits. A block-wise
+method needs none: its block begins anew, from the same numbers. What is trained, and on what loss, is told by
+`intactkv.calibrate` (keys and values), `intactkv.trainable` (embeddings), `quantization.tuning` (weights and grids) and
+`quantization.weights.omniquant` (clipping).
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from corpora.errors import UserError
 from corpora.storage import write_tensors
 
-__all__ = ["Report", "Run", "Steps", "shuffled"]
+__all__ = [
+    "Descent",
+    "Group",
+    "Report",
+    "Schedule",
+    "every",
+    "in_order",
+    "masters",
+    "matrices_decay",
+    "mean_loss",
+    "repeatable",
+    "shuffled",
+    "split_samples",
+    "spread",
+    "train",
+]
 
 Report = Callable[[dict[str, float]], None]  # is shown every row of a history
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Tensors with a learning rate and a weight decay of their own: float32 leaves, moved in place."""
+
+    tensors: Sequence[Tensor]
+    rate: float
+    weight_decay: float = 0.0
+
+
 @dataclass(frozen=True)
-class Steps:
-    """number: of optimizer steps. evaluate_every: steps between held-out losses. clip: norm of all gradients together.
-    rate: the learning rate of a step, counted from 0."""
+class Schedule:
+    """How long and how fast.
 
-    number: int
-    evaluate_every: int
-    clip: float
-    rate: Callable[[int], float]
+    steps: of the optimizer. due: the steps, counted from 1, behind which the held-out loss is taken (`every`,
+    `spread`). last_rate: the share of the learning rates that a cosine over all steps ends at; 1 keeps them constant.
+    clip: norm of all gradients together, infinite for none.
+    """
+
+    steps: int
+    due: frozenset[int]
+    last_rate: float = 1.0
+    clip: float = math.inf
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def share(self, step: int) -> float:
+        """Of the learning rates, at a step counted from 0."""
+        return self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
-class Run:
-    """Everything that changes while tensors are trained, and the file that holds it.
+def every(count: int, steps: int) -> frozenset[int]:
+    """Every so many steps, and behind the last one."""
+    return frozenset({*range(count, steps, count), steps})
 
-    start: the tensors to begin with; the parameters are float32 copies. made_of: identity of all that a state must have
-    been made with to be gone on from.
+
+def spread(count: int, steps: int) -> frozenset[int]:
+    """So many times, spread over the steps, the last time behind the last one."""
+    return frozenset(round((i + 1) * steps / count) for i in range(count))
+
+
+def matrices_decay(tensors: Sequence[Tensor], rate: float, weight_decay: float) -> list[Group]:
+    """One learning rate; matrices decay, norms and biases do not."""
+    matrices, others = ([x for x in tensors if (x.ndim > 1) == wanted] for wanted in (True, False))
+    return [Group(matrices, rate, weight_decay), Group(others, rate)]
+
+
+def masters(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Float32 copies, to be trained in the place of tensors that stay as they are."""
+    return [x.detach().to(torch.float32, copy=True) for x in tensors]
+
+
+class Descent:
+    """Everything that changes while tensors are trained, and the file that may hold it.
+
+    name: of what is trained, for messages; way_out: what its user can do if a loss is no number. made_of: identity of
+    all that a state must have been made with to be gone on from.
     """
 
     def __init__(
-        self, start: Sequence[Tensor], made_of: str, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ):
-        self.parameters = [nn.Parameter(x.detach().to(torch.float32, copy=True)) for x in start]
-        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, eps=eps, weight_decay=0.0)
-        self.made_of = made_of
-        self.step = self.saved = self.best_step = 0
-        self.best = [p.detach().clone() for p in self.parameters]
-        self.history: list[dict[str, float]] = []
-
-    def descend(
         self,
-        steps: Steps,
+        groups: Sequence[Group],
+        schedule: Schedule,
+        name: str,
+        *,
+        way_out: str = "use a smaller learning rate, other text or another dtype",
+        made_of: str = "",
+    ):
+        groups = [group for group in groups if group.tensors]
+        self.parameters = [x for group in groups for x in group.tensors]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(g.tensors), "lr": g.rate, "weight_decay": g.weight_decay} for g in groups],
+            betas=schedule.betas,
+            eps=schedule.eps,
+        )
+        self.schedule, self.made_of = schedule, made_of
+        self.step = self.saved = self.best_step = 0
+        self.best = [x.detach().clone() for x in self.parameters]
+        self.history: list[dict[str, float]] = []
+        self._rates = [group.rate for group in groups]
+        self._name, self._way_out = name, way_out
+
+    @property
+    def held_out(self) -> list[float]:
+        """Every held-out loss so far, that of the start first."""
+        return [row["held_out"] for row in self.history if "held_out" in row]
+
+    def run(
+        self,
         losses: Callable[[int], Iterable[Tensor]],
         evaluate: Callable[[], float],
         *,
         state: Path | None = None,
         report: Report | None = None,
     ) -> None:
-        """Take the steps that are left.
+        """Take the steps that are left; the tensors then hold the last state.
 
-        losses: the terms whose sum is a step's loss, one graph at a time. evaluate: the held-out loss of the parameters
-        as they are. state: file that a killed run goes on from, written with every held-out loss. report: called with
-        every row of the history: `step`, `loss`, `gradient` (norm before clipping), `seconds` (of the step alone) and
-        `held_out` where it was taken.
+        losses: the terms whose sum is a step's loss (steps count from 0), one graph at a time. evaluate: the held-out
+        loss of the tensors as they are. state: file that a killed run goes on from, written with every held-out loss.
+        report: called with every row of the history: `step`, `loss`, `gradient` (norm before clipping), `seconds` (of
+        the step alone) and `held_out` where it was taken.
         Raises UserError for a loss that is no number; nothing is lost then.
         """
         if state is not None:
             self.resume(state)
-        if not self.history:
-            self.keep({"step": 0, "held_out": evaluate()}, report)
-        while self.step < steps.number:
-            started = time.perf_counter()
-            self.optimizer.zero_grad(set_to_none=True)
-            total = 0.0
+        try:
+            if not self.history:
+                self._keep({"step": 0}, evaluate, report)
+            while self.step < self.schedule.steps:
+                row = self._descend(losses, state)
+                due = self.step in self.schedule.due
+                self._keep(row, evaluate if due else None, report)
+                if due and state is not None:
+                    self.save(state)
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(False).grad = None
+
+    def restore(self) -> None:
+        """Let the tensors hold the best state."""
+        for parameter, best in zip(self.parameters, self.best, strict=True):
+            parameter.data.copy_(best)
+
+    def _descend(self, losses: Callable[[int], Iterable[Tensor]], state: Path | None) -> dict[str, float]:
+        """One step and its row of the history."""
+        started = time.perf_counter()
+        for parameter in self.parameters:
+            parameter.requires_grad_(True).grad = None
+        terms = []
+        with torch.enable_grad():
             for loss in losses(self.step):
                 torch.autograd.backward(loss, inputs=self.parameters)  # and nothing else gets a gradient
-                total += float(loss.detach())
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, steps.clip))
-            if not (math.isfinite(total) and math.isfinite(norm)):
-                raise UserError(
-                    f"step {self.step + 1}: the loss is {total} and the gradient's norm {norm}; use a smaller learning "
-                    "rate or another dtype"
-                    + (f" (the state of step {self.saved} is kept in {state})" if state and self.saved else "")
-                )
-            for group in self.optimizer.param_groups:
-                group["lr"] = steps.rate(self.step)
-            self.optimizer.step()
-            self.step += 1
-            row = {"step": self.step, "loss": total, "gradient": norm, "seconds": time.perf_counter() - started}
-            due = self.step % steps.evaluate_every == 0 or self.step == steps.number
-            self.keep(row | ({"held_out": evaluate()} if due else {}), report)
-            if due and state is not None:
-                self.save(state)
+                terms.append(loss.detach())
+        total = sum(torch.stack(terms).tolist())
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise UserError(
+                f"{self._name}, step {self.step + 1}: the loss is {total:g} and the gradient's norm {norm:g}; "
+                f"{self._way_out}"
+                + (f" (the state of step {self.saved} is kept in {state})" if state and self.saved else "")
+            )
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.schedule.share(self.step)
+        self.optimizer.step()
+        self.step += 1
+        return {"step": self.step, "loss": total, "gradient": norm, "seconds": time.perf_counter() - started}
 
-    def keep(self, row: dict[str, float], report: Report | None) -> None:
-        """Add a row to the history; remember the parameters if nothing was better on the held-out samples."""
-        earlier = [r["held_out"] for r in self.history if "held_out" in r]
+    def _keep(self, row: dict[str, float], evaluate: Callable[[], float] | None, report: Report | None) -> None:
+        """Add a row to the history, with a held-out loss if it is time; remember the tensors if nothing was better."""
+        if evaluate is not None:
+            with torch.no_grad():
+                loss = evaluate()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of {self._name} is {loss:g} on the samples that choose its state, behind step "
+                    f"{self.step}; {self._way_out}"
+                )
+            if not self.held_out or loss < min(self.held_out):
+                self.best, self.best_step = [x.detach().clone() for x in self.parameters], self.step
+            row = row | {"held_out": loss}
+            log.debug("%s  step %d/%d  held-out loss %.4e", self._name, self.step, self.schedule.steps, loss)
         self.history.append(row)
-        if "held_out" in row and (not earlier or row["held_out"] < min(earlier)):
-            self.best, self.best_step = [p.detach().clone() for p in self.parameters], int(row["step"])
         if report is not None:
             report(row)
 
@@ -146,6 +250,54 @@ class Run:
                 "exp_avg_sq": tensors[f"{i}.second"].to(parameter),
             }
         log.info("going on from step %d of %s", self.step, path)
+
+
+def train(
+    groups: Sequence[Group],
+    schedule: Schedule,
+    losses: Callable[[int], Iterable[Tensor]],
+    evaluate: Callable[[], float],
+    name: str,
+    **options: str,
+) -> Descent:
+    """A whole descent without a state file; the tensors then hold the best state, also after an error. options: of
+    `Descent`."""
+    descent = Descent(groups, schedule, name, **options)
+    try:
+        descent.run(losses, evaluate)
+    finally:
+        descent.restore()
+    return descent
+
+
+def in_order(loss: Callable[[int], Tensor], samples: Sequence[int], batch: int) -> Callable[[int], Iterator[Tensor]]:
+    """A step's terms: `batch` samples, run one by one; an epoch takes them in their order."""
+
+    def terms(step: int) -> Iterator[Tensor]:
+        for place in range(step * batch, (step + 1) * batch):
+            yield loss(samples[place % len(samples)]) / batch
+
+    return terms
+
+
+def mean_loss(loss: Callable[[int], Tensor], samples: Sequence[int]) -> float:
+    """Over the samples."""
+    return float(torch.stack([loss(i) for i in samples]).mean())
+
+
+def repeatable(device: torch.device) -> AbstractContextManager[object]:
+    """Attention whose gradients are the same bits in every run: the fused kernels of GPUs add them up as they come."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+
+
+def split_samples(count: int, held_out: int, name: str) -> tuple[range, range]:
+    """Indices to train on and held-out ones, the last of the text. Raises UserError if nothing is left to train on."""
+    if not 0 < held_out < count:
+        raise UserError(
+            f"{name}: {held_out} of {count} samples held out leaves nothing to learn from; give more samples "
+            "(--calibration-samples) or hold out fewer"
+        )
+    return range(count - held_out), range(count - held_out, count)
 
 
 def shuffled(count: int, batch: int, seed: int, step: int) -> list[int]:

@@ -10,7 +10,6 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from eval.hooks import eager_attention
 from eval.inside.analysis import first_token_share, position_share
 from eval.inside.distances import COLUMNS, layerwise_distance, linear_statistics
 from eval.inside.kv_report import kv_report
@@ -20,6 +19,7 @@ from eval.inside.statistics import sqnr
 from eval.perplexity import Windows
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
+from intactkv.observe import eager_attention
 from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead

@@ -327,7 +327,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_bits_outside_one_to_eight_are_refused(bits: int) -> None:
-    with pytest.raises(UserError, match=f"bits={bits} is not supported; binary coding takes 1 to 8"):
+    with pytest.raises(UserError, match=f"bits={bits} is not supported; use 1 to 8"):
         BinaryGrid(bits)
 
 

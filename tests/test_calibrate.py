@@ -8,9 +8,9 @@ from families import FAMILIES, random_ids
 from torch import nn
 
 from corpora.errors import UserError
+from intactkv.architecture import decoder_of
 from intactkv.attach import IntactModel
 from intactkv.calibrate import Sample, Training, calibrate, mean_losses, sample_loss
-from intactkv.pivots import decoder_of
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, quantize
 from quantization.kv_cache.per_head import PerHead

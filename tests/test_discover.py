@@ -16,9 +16,10 @@ from torch.testing import assert_close
 from corpora.errors import UserError
 from eval.mtbench.chat_templates import ChatTemplate
 from eval.tasks.lm import IntactLM
+from intactkv.architecture import decoder_of
 from intactkv.attach import attach
 from intactkv.discover import chosen_tokens, discover, down_maxima, largest_ratios
-from intactkv.pivots import OutlierTokens, decoder_of, outlier_tokens
+from intactkv.pivots import OutlierTokens, outlier_tokens
 from intactkv.prefix import Prefix, build_prefix
 
 BOS, SINK, RARE = 1, 7, 11

@@ -146,7 +146,7 @@ def test_what_peft_gets_wrong_is_what_the_readme_says(pair: Callable[..., Any], 
 def test_a_row_holds_k_then_v_of_every_layer_head_by_head(prefix: Prefix, adapter: Path) -> None:
     matrix = load_file(adapter / WEIGHTS)["prompt_embeddings"]
     heads, dim = prefix.model.kv_heads, prefix.model.head_dim
-    assert (heads, prefix.model.layers) == (2, 3)  # grouped queries: 4 heads read them
+    assert (heads, prefix.model.n_layers) == (2, 3)  # grouped queries: 4 heads read them
     assert matrix.shape == (5, 2 * 3 * heads * dim)
     for layer in range(3):
         for part, states in enumerate((prefix.keys, prefix.values)):

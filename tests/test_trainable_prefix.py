@@ -20,7 +20,8 @@ from torch.testing import assert_close
 from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
-from intactkv.trainable import PrefixTraining, TrainedPrefix, starting_point, statistics, train_prefix
+from intactkv.trainable import LAST_RATE, PrefixTraining, TrainedPrefix, starting_point, statistics, train_prefix
+from intactkv.training import Schedule, every
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.programs.train import held_out_pieces
 
@@ -192,8 +193,8 @@ def test_it_is_never_worse_than_the_discrete_prefix(tiny_model):
 
 
 def test_the_rate_falls_as_a_cosine_to_a_tenth():
-    training = PrefixTraining(learning_rate=2.0)
-    rates = [training.rate(step, 10) for step in range(11)]
+    schedule = Schedule(10, every(10, 10), last_rate=LAST_RATE)
+    rates = [2.0 * schedule.share(step) for step in range(11)]
     assert rates[0] == 2.0
     assert rates[5] == pytest.approx(1.1)
     assert rates[10] == pytest.approx(0.2)

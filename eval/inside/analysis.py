@@ -1,13 +1,14 @@
 """What calibration sees: how much of every Hessian belongs to a few tokens, such as the first one or the pivots."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.hooks import hooked
 from intactkv.architecture import architecture_of
+from intactkv.observe import hooked, on_input
 
 __all__ = ["first_token_share", "position_share"]
 
@@ -40,15 +41,9 @@ def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence
         energy[name][index] += per_token
         owned[name][index] += per_token[chosen].sum()
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name, index=index: look(name, index, args[0])
-        )
-        for index, block in enumerate(blocks)
-        for name in names
-    ]
+    watched = [(name, index, block.get_submodule(name)) for index, block in enumerate(blocks) for name in names]
     decoder: nn.Module = model.get_submodule(architecture.decoder)
-    with hooked(handles):
+    with hooked(on_input(linear, partial(look, name, index)) for name, index, linear in watched):
         for segment, of_segment in zip(segments, positions, strict=True):
             chosen[:] = of_segment
             decoder(input_ids=segment[None].to(model.device), use_cache=False)

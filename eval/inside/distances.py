@@ -14,18 +14,20 @@ window from the first 1 % of the text's rows, where `python -m eval stats distan
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
+from torch.utils.hooks import RemovableHandle
 
-from eval.hooks import hooked, tensor_of
 from eval.inside.pairs import Pair, weight_of
 from eval.inside.statistics import Loss, TokenLoss, spread
 from eval.perplexity import Windows
 from eval.tasks.scoring import LOGITS_AT_ONCE
+from intactkv.observe import after, hooked, on_input, on_output
 from quantization.model.inputs import path_in_front
 
 __all__ = ["COLUMNS", "LogitLoss", "layerwise_distance", "linear_statistics"]
@@ -50,10 +52,10 @@ def linear_statistics(
     Memory: one linear's input and output at a time, in float64. report: called after each window.
     """
     rows: list[dict[str, str | int | float]] = []
-    handles = []
+    watched: list[tuple[dict[str, Any], nn.Module, nn.Linear]] = []
     last: list[tuple[Tensor, dict[str, float]]] = []
 
-    def watch(row: dict[str, Any], module: nn.Module, twin: nn.Linear) -> Any:
+    def watch(row: dict[str, Any], module: nn.Module, twin: nn.Linear) -> Iterator[RemovableHandle]:
         def look(x: Tensor, rounded: Tensor, output: Tensor) -> None:
             loss, of_input = Loss(), Loss()
             loss.add(linear_function(x, twin.weight, twin.bias), output)
@@ -74,8 +76,8 @@ def linear_statistics(
         row |= {"sqnr_w": loss.sqnr, "mse_w": loss.mse}
         row |= {f"{figure}_w": value for figure, value in spread(twin.weight).items()}
         rows.append(row)
-        handles += watch(row, module, twin)
-    with hooked(handles):
+        watched.append((row, module, twin))
+    with hooked(handle for row, module, twin in watched for handle in watch(row, module, twin)):
         for i in range(len(windows.fed)):
             pair.run(pair.quantized, pair.fed(windows, i))
             report()
@@ -121,29 +123,26 @@ def layerwise_distance(
     return rows, logits.figures()
 
 
-def _keep(pair: Pair, kept: dict[tuple[int, str], Tensor]) -> list[Any]:
+def _keep(pair: Pair, kept: dict[tuple[int, str], Tensor]) -> Iterator[RemovableHandle]:
     """Hooks that keep the reference's inputs, by block and first linear of a set, and block outputs, by block and `-`;
     each (tokens, channels), on the CPU."""
 
     def keep(key: tuple[int, str], tensor: Tensor) -> None:
         kept[key] = tensor.flatten(0, -2).cpu()
 
-    handles = []
     for block, module in enumerate(pair.blocks(pair.reference)):
-        handles.append(module.register_forward_hook(lambda _m, _a, out, key=(block, "-"): keep(key, tensor_of(out))))
+        yield on_output(module, partial(keep, (block, "-")))
         for names in pair.architecture.linears:
-            first = module.get_submodule(names[0])
-            handles.append(first.register_forward_pre_hook(lambda _m, args, key=(block, names[0]): keep(key, args[0])))
-    return handles
+            yield on_input(module.get_submodule(names[0]), partial(keep, (block, names[0])))
 
 
 def _compare(
     pair: Pair, kept: dict[tuple[int, str], Tensor], losses: dict[tuple[str, int, str], TokenLoss], lead: int
-) -> list[Any]:
+) -> Iterator[RemovableHandle]:
     """Hooks on the quantized model that count every error behind the leading tokens."""
     first_of = {name: names[0] for names in pair.architecture.linears for name in names}
 
-    def linear(key: tuple[int, str], twin: nn.Linear, x: Tensor, output: Tensor) -> None:
+    def linear(key: tuple[int, str], twin: nn.Linear, x: Tensor, _rounded: Tensor, output: Tensor) -> None:
         block, name = key
         x, output = x.flatten(0, -2)[lead:], output.flatten(0, -2)[lead:]
         losses["own", block, name].add(linear_function(x, twin.weight, twin.bias), output)
@@ -152,28 +151,22 @@ def _compare(
     def block_output(block: int, output: Tensor) -> None:
         losses["output", block, "-"].add(kept[block, "-"][lead:].to(output.device), output.flatten(0, -2)[lead:])
 
-    def watch(key: tuple[int, str], module: nn.Module, twin: nn.Linear) -> list[Any]:
-        return _watch(module, lambda x, _rounded, output: linear(key, twin, x, output))
-
-    handles = [handle for i, name, module, twin in pair.linears() for handle in watch((i, name), module, twin)]
-    return handles + [
-        module.register_forward_hook(lambda _m, _a, out, i=i: block_output(i, tensor_of(out)))
-        for i, module in enumerate(pair.blocks(pair.quantized))
-    ]
+    for i, name, module, twin in pair.linears():
+        yield from _watch(module, partial(linear, (i, name), twin))
+    for i, module in enumerate(pair.blocks(pair.quantized)):
+        yield on_output(module, partial(block_output, i))
 
 
-def _watch(module: nn.Module, look: Callable[[Tensor, Tensor, Tensor], None]) -> list[Any]:
+def _watch(module: nn.Module, look: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[RemovableHandle]:
     """Hooks on a linear: look(input behind its online rotation, what the product takes of it, output)."""
     path, kept = path_in_front(module), list[Tensor]()
 
-    def behind(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def behind(args: tuple[Tensor, ...], _keywords: Any, output: Tensor) -> None:
         x = kept.pop()
         look(args[0] if path is None else x if path.rotation is None else path.rotation(x), args[0], output)
 
-    return [
-        module.register_forward_pre_hook(lambda _module, args: kept.append(args[0]), prepend=True),
-        module.register_forward_hook(behind),
-    ]
+    yield on_input(module, kept.append, first=True)
+    yield after(module, behind)
 
 
 class LogitLoss:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.hooks import hooked
 from eval.inside.distances import LogitLoss
 from eval.inside.pairs import Pair
 from eval.inside.statistics import Loss
 from eval.perplexity import Windows
 from intactkv.cache import IntactCache, KVPolicy
+from intactkv.observe import inputs_of
 from intactkv.pivots import hidden_magnitudes
 from quantization.kv_cache import PerHead
 
@@ -101,15 +101,7 @@ def _groups(pair: Pair, windows: Windows, row: int) -> dict[str, Tensor]:
 
 def _run(pair: Pair, model: Any, ids: Tensor) -> tuple[list[Tensor], IntactCache, Tensor]:
     """One pass: attention outputs per layer (T, heads · D), the filled cache, final hidden states (T, hidden size)."""
-    outputs: list[Tensor] = []
     cache = model.new_cache()
-    projection = pair.architecture.linears[1][0]
-    handles = [
-        block.get_submodule(projection).register_forward_pre_hook(
-            lambda _module, args: outputs.append(args[0].flatten(0, -2))
-        )
-        for block in pair.blocks(model)
-    ]
-    with hooked(handles):
+    with inputs_of(block.get_submodule(pair.architecture.output) for block in pair.blocks(model)) as outputs:
         hidden = pair.run(model, ids, cache)
-    return outputs, cache, hidden
+    return [output.flatten(0, -2) for output in outputs], cache, hidden

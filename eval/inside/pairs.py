@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eval.hooks import run_decoder
 from eval.perplexity import Windows
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
+from intactkv.observe import run_decoder
 from quantization.kernels.linear import QuantLinear
 from quantization.runs.plan import Plan
 

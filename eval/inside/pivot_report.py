@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from eval.hooks import eager_attention, hooked, tensor_of
 from eval.inside.analysis import position_share
 from intactkv.architecture import architecture_of
 from intactkv.cache import IntactCache
+from intactkv.observe import after, eager_attention, hooked, on_input, on_output
 from intactkv.pivots import MASSIVE, MASSIVE_RATIO, Magnitudes, hidden_magnitudes
 
 __all__ = ["pivot_report"]
@@ -71,15 +72,19 @@ class _Pass:
         self.mass: list[float] = []
         self.own_mass: list[Tensor] = []
         states: list[Tensor] = []
-        handles = [blocks[0].register_forward_pre_hook(lambda _module, args: states.append(args[0][0, positions]))]
-        for block in blocks:
-            handles.append(
-                block.register_forward_hook(lambda _module, _args, out: states.append(tensor_of(out)[0, positions]))
-            )
-            attention = block.get_submodule(architecture.attention)
-            handles.append(attention.register_forward_hook(lambda _module, _args, out: self._attention(out[1][0])))
+
+        def keep(x: Tensor) -> None:
+            states.append(x[0, positions])
+
+        def hooks() -> Iterator[RemovableHandle]:
+            yield on_input(blocks[0], keep)
+            for block in blocks:
+                yield on_output(block, keep)
+                attention = block.get_submodule(architecture.attention)
+                yield after(attention, lambda _args, _keywords, out: self._attention(out[1][0]))
+
         cache = IntactCache(model.config)
-        with hooked(handles):
+        with hooked(hooks()):
             decoder = model.get_submodule(architecture.decoder)
             decoder(input_ids=text[None].to(model.device), past_key_values=cache, use_cache=True)
         self.states = torch.stack(states).float().cpu()

@@ -1,4 +1,4 @@
-"""IntactKV's comparison of pivot and other tokens: how large and how spread the outputs of k_proj and v_proj are.
+"""IntactKV's comparison of pivot and other tokens: how large and how spread keys (before RoPE) and values are.
 
     max |x|  and  the standard deviation of x  over the channels of a token, mean over tokens, then over layers
 

@@ -4,7 +4,7 @@
 
 Inputs show tokens far above the median (upper outliers); queries, keys and values show tokens far below it (lower
 outliers). Departs from the published code: the outputs are outputs, Q and K after RoPE unless `pre_rope` (there the
-inputs of k_proj and v_proj were drawn), and a division by zero is guarded.
+inputs of their linears were drawn), and a division by zero is guarded.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 A token is an outlier of a layer if its token-wise maximum is more than η times the median over the tokens of its
 sequence (intactkv/pivots.py). Departs from the published code: all four figures look at the detector's own tensor, the
-input of down_proj, and its own η, and behind a prefix they leave out the prefix's tokens and no others.
+input of the feed-forward part's last linear, and its own η, and behind a prefix they leave out the prefix's tokens and
+no others.
 """
 
 from collections import Counter
@@ -16,13 +17,14 @@ from torch import Tensor
 from corpora.errors import UserError
 from eval.plots.canvas import GREY, INTACT, VANILLA, Output, literal, plt
 from eval.plots.subject import Arm, Subject, token_name
+from intactkv.architecture import DOWN_PROJ
 from intactkv.observe import BLOCK_OUTPUT, down_input, token_maxima
 from intactkv.pivots import OutlierTokens, outlier_ratios, outlier_tokens
 
 __all__ = ["OBJECTS", "Detector", "draw_outlier_content", "draw_outlier_count", "draw_outlier_layers",
            "draw_outlier_position", "shares"]  # fmt: skip
 
-OBJECTS = ("down_proj", "hidden_state")
+OBJECTS = (DOWN_PROJ, "hidden_state")
 OTHERS = "others"
 
 
@@ -42,12 +44,12 @@ class Detector:
     @property
     def rule(self) -> str:
         """In words, for the figure."""
-        tensor = "input of down_proj" if self.tensor == "down_proj" else "output of the block"
+        tensor = f"input of {DOWN_PROJ}" if self.tensor == DOWN_PROJ else "output of the block"
         return f"outlier: max |{tensor}| of a token above {self.threshold:g} × the median over tokens"
 
     def maxima(self, subject: Subject, arm: Arm, advance: Callable[[int], Any]) -> Tensor:
         """Token-wise maxima of an arm: (L, N, T)."""
-        site = down_input(subject.architecture) if self.tensor == "down_proj" else BLOCK_OUTPUT
+        site = down_input(subject.architecture) if self.tensor == DOWN_PROJ else BLOCK_OUTPUT
         return token_maxima(arm.model, arm.ids, (site,), advance=advance)[site.name]
 
 

@@ -233,7 +233,7 @@ def _layer_input(options: argparse.Namespace) -> "Output":
     from eval.plots.surfaces import draw_layer_inputs
 
     subject, layers, output = _scattered(options)
-    draw_layer_inputs(subject, layers, options.only_down_proj, options.log, output)
+    draw_layer_inputs(subject, layers, options.only_down, options.log, output)
     return output
 
 

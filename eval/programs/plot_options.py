@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from intactkv.architecture import DOWN_PROJ
 from quantization.programs.options import add_plan_options, add_text_seed
 
 __all__ = ["Declare", "calibration_options", "hessian_options", "layer_options", "linear_options",
@@ -93,15 +94,15 @@ def linear_output_options(parser: argparse.ArgumentParser) -> None:
 
 def only_down_option(parser: argparse.ArgumentParser) -> None:
     """--only-down-proj."""
-    parser.add_argument("--only-down-proj", action="store_true", help="inputs of down_proj alone")
+    parser.add_argument("--only-down-proj", dest="only_down", action="store_true", help=f"inputs of {DOWN_PROJ} alone")
 
 
 def outlier_options(parser: argparse.ArgumentParser) -> None:
     """Options of outlier tokens, and their detector."""
     scattered_options()(parser)
     detector = parser.add_argument_group("detector")
-    detector.add_argument("--outlier-object", default="down_proj", metavar="down_proj|hidden_state",
-                          help="inputs of down_proj, or outputs of blocks (default: down_proj)")  # fmt: skip
+    detector.add_argument("--outlier-object", default=DOWN_PROJ, metavar=f"{DOWN_PROJ}|hidden_state",
+                          help=f"inputs of {DOWN_PROJ}, or outputs of blocks (default: %(default)s)")  # fmt: skip
     detector.add_argument(
         "--outlier-threshold",
         type=float,

@@ -56,9 +56,10 @@ def run(options: argparse.Namespace) -> None:
     from corpora.catalog import model_defaults
     from corpora.storage import sha256_of_tensor
     from corpora.text import corpus_label, evaluation_stream, protocol
-    from eval.perplexity import cut_windows, default_batch_size
+    from eval.perplexity import cut_windows
     from eval.runs import record_of
     from eval.tables.perplexities import perplexity_rows, print_table
+    from intactkv.attach import default_batch_size
 
     check_counts(window=(options.window, 3), batch_size=(options.batch_size, 1))
     plan, processes = start(options)

@@ -121,7 +121,7 @@ def _config(version: str, contents: Contents) -> dict[str, Any]:
         "sym": scheme.symmetric,
         "desc_act": scheme.act_order,
         "block_name_to_quantize": contents.blocks,
-        "lm_head": False,
+        contents.head: False,
     }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from quantization.grids.uniform import SCALE_DTYPES, QuantizedTensor, split_groups
+from quantization.grids.uniform import SCALE_DTYPES, QuantizedTensor, check_bits, split_groups
 
 __all__ = ["WORD", "BinaryCoded", "BinaryGrid", "from_uniform", "pack_planes", "pad_groups", "signs", "unpack_planes"]
 
@@ -42,8 +42,7 @@ class BinaryGrid:
     scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.bits, int) and 1 <= self.bits <= 8):
-            raise UserError(f"bits={self.bits} is not supported; binary coding takes 1 to 8")
+        check_bits("bits", self.bits, "leave the recipe out for full precision", lowest=1)
         if self.group_size != -1 and self.group_size < 1:
             raise UserError(
                 f"group_size={self.group_size} is not allowed; use a positive divisor of the input "

@@ -160,6 +160,12 @@ CONVENTIONS: Mapping[str, Convention] = {
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
+def check_bits(field: str, bits: object, way_out: str, lowest: int = 2, highest: int = 8) -> None:
+    """Raise UserError for a number of bits that a field cannot have. way_out: what else can be done."""
+    if not (isinstance(bits, int) and lowest <= bits <= highest):
+        raise UserError(f"{field}={bits} is not supported; use {lowest} to {highest}, or {way_out}")
+
+
 @dataclass(frozen=True)
 class UniformGrid:
     """Evenly spaced levels per group of consecutive channels.
@@ -176,8 +182,7 @@ class UniformGrid:
     scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
-            raise UserError(f"bits={self.bits} is not supported; use 2 to 8 (leave the recipe out for full precision)")
+        check_bits("bits", self.bits, "leave the recipe out for full precision")
         if self.group_size != -1 and self.group_size < 1:
             raise UserError(
                 f"group_size={self.group_size} is not allowed; use a positive divisor of the input "

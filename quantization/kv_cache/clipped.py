@@ -5,39 +5,50 @@
 Keys keep their whole range, values the shares of it that training or a search found for the layer.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from corpora.errors import UserError
 from quantization.grids.straight_through import on_grid
-from quantization.grids.uniform import UniformGrid, fit
-from quantization.kv_cache.static import Layers, kv_grid, turned
+from quantization.grids.uniform import fit
+from quantization.kv_cache.base import CalibratedPerHead, Heads, check_keep
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import fit_shares
 
 __all__ = ["ClippedHeads", "ClippedPerHead"]
 
 
+@dataclass(frozen=True, eq=False)
+class ClippedHeads(Heads):
+    """A layer's policy. tensors: `values_low` and `values_high`, scalars."""
+
+    def rounded_keys(self, keys: Tensor) -> Tensor:
+        """Over their whole range."""
+        return on_grid(keys, fit(keys, self.grid), self.grid)
+
+    def rounded_values(self, values: Tensor) -> Tensor:
+        """Over the shares of their range."""
+        low, high = (self.tensors[f"values_{end}"].to(values.device) for end in ("low", "high"))
+        return on_grid(values, fit_shares(values, low, high, self.grid), self.grid)
+
+
 @dataclass(frozen=True)
-class ClippedPerHead:
+class ClippedPerHead(CalibratedPerHead):
     """A grid per token and head, 2 to 8 bits; a share of the values' range, found for every layer.
 
-    keep: the share that a search or training starts from. Otherwise as `StaticPerHead`.
+    keep: the share that a search or training starts from.
     """
 
-    bits: int
     convention: str = "gptq-sym"
-    rotate_keys: bool = False
     keep: float = 0.95
-    grid: UniformGrid = field(init=False, repr=False)
+    heads: ClassVar[type[Heads]] = ClippedHeads
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise UserError(f"kv_cache.keep={self.keep:g} is not allowed; give a share in (0, 1], 1 cuts nothing")
-        object.__setattr__(self, "grid", kv_grid(self.bits, self.convention))
+        check_keep(self.keep)
+        super().__post_init__()
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         """The shares of the values' range, both `keep`, scalars."""
@@ -48,33 +59,3 @@ class ClippedPerHead:
         """Those tensors of a block that training may move: both shares, or one of a symmetric grid."""
         one = self.grid.rule.zero_point == "constant"
         return {name: x for name, x in tensors.items() if not (one and name.endswith("low"))}
-
-    def of_block(self, tensors: Mapping[str, Tensor]) -> "ClippedHeads":
-        """The policy of one layer with these shares."""
-        return ClippedHeads(self.grid, tensors, self.rotate_keys)
-
-    def bound(self, layers: Sequence[Mapping[str, Tensor]]) -> Layers:
-        """The policy of a model whose layers have these shares."""
-        return Layers(tuple(self.of_block(tensors) for tensors in layers))
-
-
-@dataclass(frozen=True, eq=False)
-class ClippedHeads:
-    """A layer's policy. tensors: `values_low` and `values_high`, scalars; gradients flow to them."""
-
-    grid: UniformGrid
-    tensors: Mapping[str, Tensor]
-    rotate_keys: bool = False
-    differentiable: bool = True
-
-    def keys(self, states: Tensor) -> Tensor:
-        """Round new keys (batch, KV heads, tokens, D), after RoPE. Same shape and dtype."""
-        exact = turned(states.float(), self.rotate_keys)
-        rounded = on_grid(exact, fit(exact, self.grid), self.grid)
-        return turned(rounded, self.rotate_keys, back=True).to(states.dtype)
-
-    def values(self, states: Tensor) -> Tensor:
-        """Round new values (batch, KV heads, tokens, D). Same shape and dtype."""
-        exact = states.float()
-        low, high = (self.tensors[f"values_{end}"].to(states.device) for end in ("low", "high"))
-        return on_grid(exact, fit_shares(exact, low, high, self.grid), self.grid).to(states.dtype)

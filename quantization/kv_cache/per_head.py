@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from corpora.errors import UserError
 from quantization.grids.uniform import UniformGrid, fake_quantize
+from quantization.kv_cache.base import kv_grid
 
 __all__ = ["PerHead"]
 
@@ -23,12 +23,7 @@ class PerHead:
     grid: UniformGrid = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UserError(
-                f"KV bits={self.bits} is not supported; use 2 to 8, or 16 in a script (--kv none) for a "
-                "full-precision cache"
-            )
-        object.__setattr__(self, "grid", UniformGrid(self.bits, -1, "intactkv-asym"))
+        object.__setattr__(self, "grid", kv_grid(self.bits, "intactkv-asym"))
 
     def keys(self, states: Tensor) -> Tensor:
         """Quantize and dequantize new keys: (batch, heads, tokens, D), after RoPE. Same shape and dtype."""

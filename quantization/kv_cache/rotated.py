@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from corpora.errors import UserError
 from quantization.grids.uniform import TINY, Fit, UniformGrid, encode
-from quantization.hadamard import apply, plan
+from quantization.kv_cache.base import check_keep, kv_grid, turned
 
 __all__ = ["Rotated"]
 
@@ -32,21 +31,15 @@ class Rotated:
     grid: UniformGrid = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UserError(
-                f"KV bits={self.bits} is not supported; use 2 to 8, or --kv none for a full-precision cache"
-            )
-        if not 0 < self.keep <= 1:
-            raise UserError(f"kv_cache.keep={self.keep:g} is not allowed; give a share in (0, 1], 1 cuts nothing")
-        object.__setattr__(self, "grid", UniformGrid(self.bits, -1, "gptq-asym"))
+        check_keep(self.keep)
+        object.__setattr__(self, "grid", kv_grid(self.bits, "gptq-asym"))
 
     def keys(self, states: Tensor) -> Tensor:
         """New keys (batch, KV heads, tokens, D), after RoPE, rounded in the rotated basis; the range contains 0."""
-        rotation = plan(states.shape[-1])
-        x = apply(states.float(), rotation)
+        x = turned(states.float())
         low, high = x.aminmax(dim=-1, keepdim=True)
         rounded = self._rounded(x, self.grid.rule.fit(low * self.keep, high * self.keep, self.bits))
-        return apply(rounded, rotation, transpose=True).to(states.dtype)
+        return turned(rounded, back=True).to(states.dtype)
 
     def values(self, states: Tensor) -> Tensor:
         """New values (batch, KV heads, tokens, D), rounded over the range as it is."""

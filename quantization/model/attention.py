@@ -20,6 +20,7 @@ from transformers.masking_utils import eager_mask
 
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
+from intactkv.attention import EXPLICIT
 from quantization.grids.straight_through import straight
 from quantization.grids.uniform import UniformGrid, fake_quantize
 
@@ -100,3 +101,4 @@ def _attention(
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+EXPLICIT.add(NAME)

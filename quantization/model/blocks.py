@@ -6,7 +6,9 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import Architecture, Feed
 from intactkv.cache import IntactCache, KVPolicy
+from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
@@ -85,34 +88,25 @@ class DecoderBlock:
         Inputs are (1, tokens, channels), one call per sample and linear, never containing a prefix token.
         Raises UserError, with the linear's name, if an input is not finite.
         """
-        handles = [
-            linear.register_forward_pre_hook(lambda _module, args, name=name: look(name, self._flat(name, args[0])))
-            for name, linear in self.linears().items()
-        ]
-        try:
+
+        def shown(name: str, x: Tensor) -> None:
+            look(name, self._flat(name, x))
+
+        with hooked(on_input(linear, partial(shown, name)) for name, linear in self.linears().items()):
             for _ in self._stream.outputs(self):
                 pass
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def inputs(self, linear: str) -> Iterator[Tensor]:
         """The input of one linear for every sample, (tokens, channels); the block is left as soon as it is known."""
         seen: list[Tensor] = []
 
-        def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(self._flat(linear, args[0])[0])
+        def catch(x: Tensor) -> None:
+            seen.append(self._flat(linear, x)[0])
             raise _Reached
 
         for hidden in self._stream.hidden:
-            handle = self.module.get_submodule(linear).register_forward_pre_hook(catch)
-            try:
-                with torch.no_grad():
-                    self._stream.forward(self, hidden)
-            except _Reached:
-                pass
-            finally:
-                handle.remove()
+            with hooked([on_input(self.module.get_submodule(linear), catch)]), suppress(_Reached), torch.no_grad():
+                self._stream.forward(self, hidden)
             yield seen.pop()
 
     def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:

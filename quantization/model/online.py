@@ -1,6 +1,7 @@
 """Rotations that a model applies while it runs, in front of a linear whose weight holds their inverse.
 
-x ← x Mᵀ over all channels (QuaRot's R4 in front of down_proj), or over the heads of (heads, D) (in front of o_proj)
+x ← x Mᵀ over all channels (QuaRot's R4, in front of the feed-forward part's last linear), or over the heads of
+(heads, D) (in front of attention's last)
 """
 
 from collections.abc import Mapping

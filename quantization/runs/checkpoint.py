@@ -163,7 +163,8 @@ def tied_names(model: nn.Module) -> set[str]:
     """Parameters that a checkpoint need not hold, because they are the input embeddings."""
     config = model.config
     assert isinstance(config, PreTrainedConfig)
-    return {"lm_head.weight"} if config.get_text_config(decoder=True).tie_word_embeddings else set()
+    head = architecture_of(config).head
+    return {f"{head}.weight"} if config.get_text_config(decoder=True).tie_word_embeddings else set()
 
 
 def is_quantized(directory: Path) -> bool:
@@ -378,7 +379,7 @@ def load_quantized(
         state |= _cast(block.parameters, dtype, device)
         kv.append({part: tensor.to(device) for part, tensor in block.kv.items()})
     state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
-    if "lm_head.weight" in _fill(model, state, directory):
+    if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
     _check_sums(directory)  # behind the reader's own messages, which say more
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies

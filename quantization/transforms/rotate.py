@@ -1,9 +1,9 @@
 """QuaRot's rotation (Ashkboos et al., NeurIPS 2024, arXiv:2404.00456): orthogonal matrices between a model's linears.
 
     x ← x Q, Q = D H_dᵀ    the residual stream: readers W Q, writers Qᵀ W, embeddings E Q                      R1
-    v ← H_D v              per KV head, in v_proj; o_proj's input then has its heads mixed online by M,
-                           and its weight holds the inverse of both: W_o (M ⊗ H_D)ᵀ                            R2
-    x ← H_f x              online, in front of down_proj: W_down H_fᵀ                                          R4
+    v ← H_D v              per KV head, in W_v; the input of W_o then has its heads mixed online by M,
+                           and W_o holds the inverse of both: W_o (M ⊗ H_D)ᵀ                            R2
+    x ← H_f x              online, in front of W_down: W_down H_fᵀ                                             R4
 
 A rotation spreads an outlier over all channels, and the next matrix undoes it: in full precision the function stays the
 same. A norm commutes with Q once its gain is in the linears behind it, and a LayerNorm once the stream has no mean,
@@ -44,8 +44,8 @@ class Rotate(BlockTransform):
     """Rotate a whole model. Arithmetic in float64; results in the checkpoint's dtype.
 
     seed: of the random signs D. mode: "hadamard", or "random" for a Q drawn from all orthogonal matrices.
-    head_mix: the M that mixes heads in front of o_proj: "hadamard", "hartley", "auto" (Hadamard where one exists), or
-    "none". online_down: rotate in front of down_proj.
+    head_mix: the M that mixes heads in front of W_o: "hadamard", "hartley", "auto" (Hadamard where one exists), or
+    "none". online_down: rotate in front of W_down.
     """
 
     seed: int = 0
@@ -87,7 +87,7 @@ class Rotate(BlockTransform):
             plan(_query_heads(block), self.head_mix)
 
     def transform_block(self, block: DecoderBlock) -> None:
-        """Rewrite the linears, make the norms plain, put the online rotations in front of o_proj and down_proj."""
+        """Rewrite the linears, make the norms plain, put the online rotations in front of W_o and W_down."""
         names, size, linears = block.architecture, block.head_size, block.linears()
         for norm, readers in _norms(names, block.config):
             module = block.module.get_submodule(norm)

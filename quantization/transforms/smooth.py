@@ -61,9 +61,9 @@ def of_producer(values: Tensor, channels: int, head_size: int) -> Tensor:
 class Smooth(BlockTransform):
     """Divide what norms put out by s, multiply the columns that read it by s.
 
-    alpha: share of the range that moves into the weights. values, down: also smooth what o_proj and down_proj (out_proj
-    and fc2) read, by the rows of v_proj and up_proj (fc1). power_of_two: round s to one, which makes the transform
-    exact in every floating-point format.
+    alpha: share of the range that moves into the weights. values, down: also smooth what the last linears
+    of attention and of the feed-forward part read, by the rows of the linears in front of them. power_of_two: round s
+    to one, which makes the transform exact in every floating-point format.
     """
 
     alpha: float = 0.5
@@ -91,7 +91,7 @@ class Smooth(BlockTransform):
         block.feeds()
 
     def transform_block(self, block: DecoderBlock) -> None:
-        """Smooth every feed, the last first: those of v_proj's and up_proj's rows change the columns' maxima that the
+        """Smooth every feed, the last first: those of linears' rows change the columns' maxima that the
         norms in front of them are weighed against."""
         inputs = input_maxima(block)
         for feed in reversed(self._feeds(block)):

@@ -16,7 +16,8 @@ import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,29 @@ from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
+from intactkv.observe import change_input
+from intactkv.training import (
+    Schedule,
+    in_order,
+    matrices_decay,
+    mean_loss,
+    repeatable,
+    split_samples,
+    spread,
+    train,
+)
 from quantization.grids.stored import StoredWeight
 from quantization.grids.straight_through import straight
 from quantization.grids.uniform import TINY
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer
 from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
-from quantization.tuning.training import Schedule, repeatable, split_samples, train
 
 __all__ = ["Distill", "Student"]
 
 log = logging.getLogger(__name__)
+
+EVALUATIONS = 10  # of the held-out loss
 
 
 @dataclass(frozen=True)
@@ -95,20 +108,24 @@ class Distill:
         training, held_out = split_samples(len(stream.full), self.held_out, block.name)
         student = Student(block, weights, inputs, kv)
         error, first = student.squared_error()
-        schedule = Schedule(self.steps, self.batch, clip=None, eps=self.eps, weight_decay=self.weight_decay)
-        outcome = train([(list(student.masters), self.lr)], student.loss, training, held_out, schedule, block.name)
+        descent = train(
+            matrices_decay(student.masters, self.lr, self.weight_decay),
+            Schedule(self.steps, spread(EVALUATIONS, self.steps), eps=self.eps),
+            in_order(student.loss, training, self.batch),
+            lambda: mean_loss(student.loss, held_out),
+            block.name,
+        )
+        before, after = descent.held_out[0], min(descent.held_out)
         log.info(
             "%s  held-out loss %.3e, before %.3e (best of %d steps: %d); the first token had %.1f %% of the error",
             block.name,
-            outcome.after,
-            outcome.before,
+            after,
+            before,
             self.steps,
-            outcome.best_step,
+            descent.best_step,
             100 * first / max(error, TINY),
         )
-        block.report(
-            loss_before=outcome.before, loss_after=outcome.after, squared_error=error, squared_error_first_token=first
-        )
+        block.report(loss_before=before, loss_after=after, squared_error=error, squared_error_first_token=first)
         return student.finish()
 
 
@@ -186,11 +203,7 @@ def round_inputs(module: nn.Module, inputs: Mapping[tuple[str, ...], InputQuanti
 
     for names, quantizer in inputs.items():
         for name in names:
-
-            def hook(_module: nn.Module, args: tuple[Any, ...], quantizer: InputQuantizer = quantizer) -> Any:
-                return in_front(quantizer, args[0]), *args[1:]
-
-            module.get_submodule(name).register_forward_pre_hook(hook)
+            change_input(module.get_submodule(name), partial(in_front, quantizer))
 
 
 def _stream(block: DecoderBlock) -> CalibrationStream:

@@ -4,7 +4,7 @@
 
 F is one decoder block behind the full-precision prefix, X_fp and X_q what full-precision and quantized blocks before it
 pass on. `search.initialize` finds every grid alone, `_fine_tune` trains all weights (`weight_lr`), scales, zero
-points and shares of ranges (`quant_lr`) with the one loop of `training`; `Quantizers.stored` puts the weights on their
+points and shares of ranges (`quant_lr`); `Quantizers.stored` puts the weights on their
 grids.
 
 Departs from the reference: float32 instead of fp16 autocast; gradients are clipped, as its option says; the best
@@ -22,13 +22,13 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
+from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, split_samples, train
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
 from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
 from quantization.tuning.quantizers import Quantizers, at_work, first_samples, joint_error, min_max, stream_of
 from quantization.tuning.search import initialize
-from quantization.tuning.training import Schedule, repeatable, split_samples, train
 
 __all__ = ["LOSSES", "PrefixQuantTuning"]
 
@@ -38,7 +38,7 @@ SKIPPED = 3  # tokens of a sequence that skip_mse leaves out
 CLAMP = 10.0  # of clamp_mse
 FLOOR = 0.01  # of its first value: no scale or share of a range falls below that
 CLIP_NORM = 0.3
-FINAL = 10  # the learning rates end at a tenth
+LAST_RATE = 0.1  # of the first
 
 
 def _skip_mse(output: Tensor, target: Tensor) -> Tensor:
@@ -163,6 +163,7 @@ class PrefixQuantTuning:
         training, held_out = split_samples(count, max(1, round(self.held_out * count)), block.name)
         batches = [part[i : i + self.batch] for part in (training, held_out) for i in range(0, len(part), self.batch)]
         steps_per_epoch = -(-len(training) // self.batch)
+        steps = self.epochs * steps_per_epoch
         positive, others = quantizers.learned(block)
         floors = [FLOOR * tensor for tensor in positive]
         policy, distance = quantizers.policy(block), LOSSES[self.loss]
@@ -185,15 +186,14 @@ class PrefixQuantTuning:
         if not (moved or positive):
             return parameters  # nothing is quantized
         with at_work(block, quantizers.inputs):
-            outcome = train(
-                [(moved, self.weight_lr), ([*positive, *others], self.quant_lr)],
-                loss,
-                range(steps_per_epoch),
-                range(steps_per_epoch, len(batches)),
-                Schedule(self.epochs * steps_per_epoch, batch=1, evaluations=self.epochs, final=FINAL, clip=CLIP_NORM),
+            descent = train(
+                [Group(moved, self.weight_lr), Group([*positive, *others], self.quant_lr)],
+                Schedule(steps, every(steps_per_epoch, steps), last_rate=LAST_RATE, clip=CLIP_NORM),
+                in_order(loss, range(steps_per_epoch), 1),
+                lambda: mean_loss(loss, range(steps_per_epoch, len(batches))),
                 block.name,
             )
-        block.report(loss_before=outcome.before, loss_after=outcome.after)
+        block.report(loss_before=descent.held_out[0], loss_after=min(descent.held_out))
         for name, parameter in block.module.named_parameters():
             parameter.data = parameters[name].to(parameter.dtype)
         return parameters

@@ -181,8 +181,8 @@ def initialize(block: DecoderBlock, quantizers: Quantizers, targets: list[Tensor
     """Search every grid alone, the others off; targets: the full-precision block's outputs."""
     if quantizers.grid is not None:
         names = block.architecture
-        projections = {f"{names.attention}.q_proj", f"{names.attention}.k_proj"} if skip_qk_weights else set()
-        _search_weights(block, quantizers.grid, quantizers.fits, projections)
+        skipped = set(names.linears[0]) - {names.value} if skip_qk_weights else set()
+        _search_weights(block, quantizers.grid, quantizers.fits, skipped)
     for linears, quantizer in quantizers.inputs.items():
         with at_work(block, {linears: quantizer}):
             if quantizer.static:

@@ -16,6 +16,7 @@ another pass over them; `grouped_values` is an addition.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from corpora.errors import UserError
 from intactkv.architecture import Feed
 from intactkv.cache import IntactCache
+from intactkv.observe import after, hooked
 from quantization.grids.uniform import (
     QuantizedTensor,
     UniformGrid,
@@ -276,23 +278,13 @@ class AWQ(GridQuantizer):
         inputs = {names[0]: Inputs(stride, names[0] in alone) for names in block.architecture.linears}
         calls: dict[str, list[Call]] = {feed.inside: [] for feed in feeds if feed.inside not in alone}
 
-        def note(into: list[Call]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-                # Not the cache: it holds this call's keys and values.
-                keywords = keywords | ({CACHE: None} if CACHE in keywords else {})
-                into.append(Call(args, keywords, _output(output)))
+        def note(inside: str, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            # Not the cache: it holds this call's keys and values.
+            keywords = keywords | ({CACHE: None} if CACHE in keywords else {})
+            calls[inside].append(Call(args, keywords, _output(output)))
 
-            return hook
-
-        handles = [
-            block.module.get_submodule(inside).register_forward_hook(note(into), with_kwargs=True)
-            for inside, into in calls.items()
-        ]
-        try:
+        with hooked(after(block.module.get_submodule(inside), partial(note, inside)) for inside in calls):
             block.observe(lambda name, x: inputs[name].add(x[0]) if name in inputs else None)
-        finally:
-            for handle in handles:
-                handle.remove()
         return {name: inputs[names[0]] for names in block.architecture.linears for name in names}, calls
 
     def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: list[Call]) -> Callable[[Tensor], float]:

@@ -5,7 +5,7 @@
     Ŵ = h · (clamp(round(W / h) + z, 0, 2^b − 1) − z)
 
 F is one decoder block, X_fp and X_q are what full-precision and quantized blocks before it pass on. `clipped_fit` is
-LWC, `fake_quantize` the straight-through Ŵ, `train` the optimization of γ and of LET's scales (`omniquant_let`), one
+LWC, `fake_quantize` the straight-through Ŵ, `learn` the optimization of γ and of LET's scales (`omniquant_let`), one
 sample a step. The prefix of calibration behind one is converted to LET's basis; the loss sees text tokens only.
 
 Departs from the reference: float32 instead of fp16 autocast; the lowest-loss epoch is kept, the start included; the
@@ -13,8 +13,6 @@ range always contains 0, so that z is a code (no change for groups of both signs
 too. Weights only: activations are not quantized here.
 """
 
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
+from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, train
 from quantization.grids.straight_through import fit_through, on_grid, straight
 from quantization.grids.uniform import (
     SCALE_DTYPES,
@@ -37,13 +36,10 @@ from quantization.grids.uniform import (
     split_groups,
 )
 from quantization.model.blocks import CalibrationStream, DecoderBlock
-from quantization.tuning.training import repeatable
 from quantization.weights.base import GridQuantizer
 from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed
 
-__all__ = ["Learned", "OmniQuant", "clipped_fit", "fake_quantize", "start", "student", "train"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Learned", "OmniQuant", "clipped_fit", "fake_quantize", "learn", "start", "student"]
 
 START = 4.0  # of γ⁺ and γ⁻: σ(4) = 0.982 of the range
 CONVENTIONS = ("gptq-asym", "intactkv-asym", "quarot-sym")  # those that clipping keeps in their own form
@@ -206,7 +202,7 @@ class OmniQuant(GridQuantizer):
             initial_pairs(block, self.alpha, self.shift) if self.let else (),
         )
         if self.epochs:
-            before, after = train(block, learned, self)
+            before, after = learn(block, learned, self)
             block.report(loss_before=before, loss_after=after)
         quantized = learned.quantize(block, self.grid)
         for pair in learned.pairs:
@@ -214,37 +210,33 @@ class OmniQuant(GridQuantizer):
         return quantized
 
 
-def train(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[float, float]:
+def learn(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[float, float]:
     """Move what is learned to the lowest loss that an epoch ended with, and return the loss before and after.
 
     Raises UserError, with the block's name, if the loss is not finite.
     """
-    stream, moved = _stream(block), [*learned.clipping, *learned.equivalence]
+    stream = _stream(block)
     targets = [stream.targets]
     if method.aug_loss:
         targets.append(list(stream.outputs(block)))
-    groups = [
-        {"params": learned.equivalence, "lr": method.let_lr},
-        {"params": learned.clipping, "lr": method.lwc_lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=method.weight_decay)
-    first = lowest = _mean_loss(block, learned, method, targets)
-    best = [tensor.clone() for tensor in moved]
-    for tensor in moved:
-        tensor.requires_grad_(True)
-    for epoch in range(1, method.epochs + 1):
-        for i in range(len(stream.hidden)):
-            optimizer.zero_grad()
-            with torch.enable_grad(), repeatable(stream.hidden[i].device):
-                _sample_loss(block, student(block, learned, method.grid), targets, i).backward()
-            optimizer.step()
-        loss = _mean_loss(block, learned, method, targets)
-        log.debug("%s  epoch %d/%d  loss %.4e (at the start %.4e)", block.name, epoch, method.epochs, loss, first)
-        if loss < lowest:
-            lowest, best = loss, [tensor.detach().clone() for tensor in moved]
-    for tensor, value in zip(moved, best, strict=True):
-        tensor.requires_grad_(False).copy_(value)
-    return first, lowest
+    count = len(stream.hidden)
+
+    def loss(i: int) -> Tensor:
+        with repeatable(stream.hidden[i].device):
+            return _sample_loss(block, student(block, learned, method.grid), targets, i)
+
+    descent = train(
+        [
+            Group(learned.equivalence, method.let_lr, method.weight_decay),
+            Group(learned.clipping, method.lwc_lr, method.weight_decay),
+        ],
+        Schedule(method.epochs * count, every(count, method.epochs * count)),
+        in_order(loss, range(count), 1),
+        lambda: _mean_loss(block, student(block, learned, method.grid), targets),
+        block.name,
+        way_out="lower weights.lwc_lr or weights.let_lr, or give other text",
+    )
+    return descent.held_out[0], min(descent.held_out)
 
 
 def _sample_loss(
@@ -261,13 +253,8 @@ def _sample_loss(
     return torch.stack([mse_loss(output, of_sample[i].float()) for of_sample in targets]).sum()
 
 
-@torch.no_grad()
-def _mean_loss(block: DecoderBlock, learned: Learned, method: OmniQuant, targets: list[list[Tensor]]) -> float:
-    """Eq. 1, the mean over samples, with everything learned so far. Raises UserError if it is not finite."""
-    now, count = student(block, learned, method.grid), len(targets[0])
-    loss = float(torch.stack([_sample_loss(block, now, targets, i) for i in range(count)]).mean())
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss of {block.name} is {loss}; lower weights.lwc_lr or weights.let_lr, or give other text"
-        )
-    return loss
+def _mean_loss(
+    block: DecoderBlock, student: tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None], targets: list[list[Tensor]]
+) -> float:
+    """Eq. 1, the mean over samples."""
+    return mean_loss(lambda i: _sample_loss(block, student, targets, i), range(len(targets[0])))

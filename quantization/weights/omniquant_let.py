@@ -5,12 +5,13 @@
     q · k = (q/s) · (s k)                                                                        Eq. 5
 
 A `Pair` holds what is learned, its `step` is the rescaling that it stands for; `quantization.model.rescale` applies
-it, while training and when the result is merged. No pair in front of down_proj (fc2). While activations are not
-quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by rounding noise only.
+it, while training and when the result is merged. No pair in front of the feed-forward part's last linear. While
+activations are not quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by rounding
+noise only.
 
 Departs from the reference: log s is learned, so s stays positive without truncation; both members of a rotary pair
 share one s (otherwise q·k changes with the distance), query heads that share a KV head share theirs, norms of q and k
-take one s for all heads; s starts from all linears that share an input (reference: q_proj, up_proj), and from the text
+take one s for all heads; s starts from all linears that share an input (reference: from one of them), and from the text
 as the quantized blocks before pass it on; v → o is the same routine as the others.
 """
 
@@ -108,11 +109,11 @@ def _centres(block: DecoderBlock) -> dict[str, Tensor]:
 def _query_and_key(block: DecoderBlock) -> Pair:
     """q ↔ k with s = 1: one per channel that the key map puts out, or per rotary pair of them."""
     architecture = block.architecture
-    key = block.module.get_parameter(f"{architecture.key}.weight")
+    key = block.module.get_parameter(f"{architecture.rope_key}.weight")
     channels, size = key.shape[0], block.head_size
     shape = (channels // size, size // 2) if architecture.rotary else (channels,)
     zeros = torch.zeros(shape, device=key.device)
-    return Pair(architecture.query, (architecture.key,), zeros, rows=True, tied=architecture.rotary)
+    return Pair(architecture.rope_query, (architecture.rope_key,), zeros, rows=True, tied=architecture.rotary)
 
 
 def transformed(block: DecoderBlock, steps: Sequence[Rescaling]) -> dict[str, Tensor]:

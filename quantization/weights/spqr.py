@@ -27,7 +27,7 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from quantization.grids.sparse import SMALLEST_SCALE, SecondLevel, SparseRows, SpQRWeight, first_level
-from quantization.grids.uniform import TINY, Fit, UniformGrid, encode, finite, split_groups
+from quantization.grids.uniform import TINY, Fit, UniformGrid, check_bits, encode, finite, split_groups
 from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import COLUMNS, column_loop, inverse_factor, quantize_sets
@@ -73,8 +73,7 @@ class SpQR(GridQuantizer):
         if self.grid.group_size == 1:
             raise UserError("weights.grid.group_size=1 is not allowed: SpQR fits grids to a group without one weight")
         for field, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
-            if not 2 <= bits <= 8:
-                raise UserError(f"weights.{field}={bits} is not supported; use 2 to 8")
+            check_bits(f"weights.{field}", bits, "leave it out for 3, as published")
         if self.scale_group < 1:
             raise UserError(f"weights.scale_group={self.scale_group} is not allowed; give a number of rows, such as 16")
         if not self.threshold >= 0:

@@ -16,7 +16,7 @@ from typing import ClassVar
 from corpora.errors import UserError
 from quantization.grids.flat import quantize_flat, split_runs
 from quantization.grids.stored import StoredWeight
-from quantization.grids.uniform import UniformGrid, quantize
+from quantization.grids.uniform import UniformGrid, check_bits, quantize
 from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer, cut_label
 
@@ -39,8 +39,7 @@ class ZeroQuant(GridQuantizer):
 
     def __post_init__(self) -> None:
         for field, bits in (("grid.bits", self.grid.bits), ("attention_bits", self.attention_bits)):
-            if not 3 <= bits <= 8:
-                raise UserError(f"weights.{field}={bits} is not ZeroQuant's; give 3 to 8, or quantize with rtn")
+            check_bits(f"weights.{field}", bits, "quantize with rtn: ZeroQuant has no other widths", lowest=3)
         if self.groups < 0:
             raise UserError(f"weights.groups={self.groups} is not allowed; give a number of runs, or 0 for none")
         if self.groups and self.grid.group_size != -1:
