@@ -23,6 +23,7 @@ from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.hadamard import Plan
 from quantization.kv_cache import StaticPerHead
+from quantization.model import online
 from quantization.model.activations import Activations
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import put_in_front
@@ -32,7 +33,6 @@ from quantization.recipes.recipe import Calibration, Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
-from quantization.transforms import online
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.weights.awq import AWQ
