@@ -20,6 +20,7 @@ from corpora.text import packed_documents
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
+from quantization.export.awq_search import export_search, recovered_limits
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid, fake_quantize, quantize
 from quantization.model.blocks import DecoderBlock
@@ -30,7 +31,6 @@ from quantization.runs.checkpoint import block_file, load_quantized, read_block
 from quantization.runs.pipeline import artefact_identity, quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales
-from quantization.weights.awq_export import export_search, recovered_limits
 from quantization.weights.rtn import RTN
 
 MHA = {"num_key_value_heads": 4}

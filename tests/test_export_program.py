@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantization.export.__main__ import FORMATS, main
 from quantization.export.verify import VerificationFailed, verify
 from quantization.export.writer import FORMATS as TABLE
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
+from quantization.programs.export import FORMATS, main
 from quantization.recipes.recipe import Recipe
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.gptq import GPTQ
