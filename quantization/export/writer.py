@@ -39,7 +39,7 @@ from quantization.runs.checkpoint import (
 )
 from quantization.runs.plan import plan_run
 
-__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint"]
+__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]
 
 PREFIX_FILE = "intactkv-prefix.safetensors"
 SHARD_BYTES = 1 << 28  # of a file, and so of what waits in memory; one block or embedding more goes in
@@ -128,6 +128,18 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def read_source(source: Path, out: Path) -> dict[str, Any]:
+    """The manifest of what is exported. Raises UserError if it is no quantized checkpoint of ours, or `out` exists."""
+    if not is_quantized(source):
+        raise UserError(
+            f"{source} is no quantized checkpoint of this project; make one with python -m quantization --model DIR "
+            "--recipe rtn-w4 --out OUT"
+        )
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it")
+    return read_manifest(source)
+
+
 def export_checkpoint(
     source: Path,
     out: Path,
@@ -146,15 +158,9 @@ def export_checkpoint(
     Raises UserError for a format that cannot hold the checkpoint, a prefix of another model, none for a checkpoint that
     needs one, or an `out` that exists.
     """
-    if not is_quantized(source):
-        raise UserError(
-            f"{source} is no quantized checkpoint of this project; make one with python -m quantization --model DIR "
-            "--recipe rtn-w4 --out OUT"
-        )
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out or remove it")
+    manifest = read_source(source, out)
     plan = plan_run(source, Recipe(prefix=prefix), device=torch.device(device))
-    manifest, model = read_manifest(source), empty_model(source)
+    model = empty_model(source)
     export = Export(out, FORMATS[format_name], dtype or model.dtype)
     if plan.choice.ids:
         export.prefix = plan.prefix()

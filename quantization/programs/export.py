@@ -1,13 +1,14 @@
-"""python -m quantization.export: a quantized checkpoint as a directory that other runtimes load."""
+"""python -m quantization.export: a quantized checkpoint in the files of other runtimes and programs."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from corpora.errors import Parser
+from corpora.errors import Parser, UserError
 from quantization.programs.options import chosen_device, chosen_dtype, show_log
 
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "dense")
+SEARCH = "awq-search"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,14 +23,28 @@ def parser() -> argparse.ArgumentParser:
   gptq-v2             the same with zero points as they are; read by GPTQModel
   awq                 4 bits, GEMM layout; read by GPTQModel (also through transformers) and vLLM
   dense               plain weights on the quantizer's levels, of any method; read by everything
+  awq-search          not the weights, but the scales and clip limits of an AWQ search, as one file in the layout of the
+                      AWQ model zoo: --recipe awq --set weights.file=FILE gives the same checkpoint again, and other
+                      programs read it; needs the dense checkpoint at its place
 GPTQ's and AWQ's formats keep scales in float16; quantize with --set weights.grid.scale_dtype=float16 to lose nothing.
 
-example: python -m quantization.export --model modelzoo/my-w4 --out modelzoo/my-w4-ct --prefix bos --verify""",
+examples:
+  python -m quantization.export --model modelzoo/my-w4 --out modelzoo/my-w4-ct --prefix bos --verify
+  python -m quantization.export --model modelzoo/my-awq --out my-model-w3-g64.pt --format awq-search""",
     )
     made.add_argument("--model", type=Path, required=True, metavar="DIR", help="a quantized checkpoint of ours")
-    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; must not exist yet")
     made.add_argument(
-        "--format", choices=FORMATS, default=FORMATS[0], help="what to write, see below (default: %(default)s)"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory (with awq-search: *.pt) to write; must not exist yet",
+    )
+    made.add_argument(
+        "--format",
+        choices=(*FORMATS, SEARCH),
+        default=FORMATS[0],
+        help="what to write, see below (default: %(default)s)",
     )
     made.add_argument(
         "--prefix",
@@ -68,6 +83,9 @@ example: python -m quantization.export --model modelzoo/my-w4 --out modelzoo/my-
 def export(arguments: list[str]) -> None:
     """The program."""
     options = parser().parse_args(arguments)
+    if options.format == SEARCH:
+        export_awq_search(options)
+        return
     from quantization.export.verify import VerificationFailed, check_reader, verify
     from quantization.export.writer import FORMATS as FORMAT_TABLE
     from quantization.export.writer import export_checkpoint
@@ -97,6 +115,16 @@ def export(arguments: list[str]) -> None:
     except VerificationFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
+
+
+def export_awq_search(options: argparse.Namespace) -> None:
+    """One file in place of a directory."""
+    if options.prefix != "none" or options.dtype is not None or options.verify:
+        raise UserError(f"--format {SEARCH} writes no weights; leave out --prefix, --dtype and --verify")
+    from quantization.export.awq_search import export_search
+
+    found = export_search(options.model, options.out)
+    print(f"{SEARCH}  {options.out.stat().st_size / 1e6:.1f} MB  {options.out}\n{found}")
 
 
 def main() -> None:
