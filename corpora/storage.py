@@ -7,6 +7,7 @@ and renamed, and is found again by `identity`: a hash of everything that made it
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from corpora.errors import UserError
 
 __all__ = [
     "checkpoint_fingerprint",
+    "directory_beside",
     "disk_errors",
     "identity",
     "indexed_files",
@@ -46,6 +48,19 @@ def write_beside(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def directory_beside(directory: Path) -> Iterator[Path]:
+    """The same for a new directory: it has its name only when it is whole."""
+    beside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        beside.rename(directory)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
         raise
 
 

@@ -10,8 +10,6 @@ PEFT itself is not needed, on neither way. An adapter holds K and V alone; the p
 the token ids, the full-precision logits at them and whose they are.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json, write_json, write_tensors
+from corpora.storage import directory_beside, read_json, write_json, write_tensors
 from intactkv.prefix import Prefix, build_prefix
 
 __all__ = ["CONFIG", "PREFIX_FILE", "is_adapter", "read_adapter", "write_adapter"]
@@ -109,17 +107,11 @@ def write_adapter(prefix: Prefix, directory: str | Path, base_model: str | Path 
         name=directory.name,
         file=PREFIX_FILE,
     )
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with directory_beside(directory) as partial:
         write_tensors(partial / WEIGHTS, {MATRIX: _rows(prefix)}, {"format": "pt"})
         prefix.save(partial / PREFIX_FILE)
         write_json(partial / CONFIG, config)
         (partial / "README.md").write_text(text, encoding="utf-8")
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _rows(prefix: Prefix) -> Tensor:

@@ -18,12 +18,12 @@ from corpora.text import calibration_segments, evaluation_stream, protocol
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.export.__main__ import main as export
 from quantization.grids.uniform import CONVENTIONS, Fit, UniformGrid, fake_quantize
 from quantization.model.activations import Activations
 from quantization.model.inputs import InputQuantizer, path_of, put_in_front
 from quantization.model.online import OnlineRotation
 from quantization.named import named_recipe
+from quantization.programs.export import main as export
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.pipeline import quantize_checkpoint

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,17 +21,20 @@ from corpora.text import packed_documents
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
+from quantization.__main__ import main as quantization_main
+from quantization.export.awq_search import recovered_limits
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid, fake_quantize, quantize
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import per_column, rescale_all
 from quantization.named import named_recipe
+from quantization.programs.export import export
+from quantization.programs.export import main as export_main
 from quantization.recipes.recipe import Recipe, with_settings
-from quantization.runs.checkpoint import block_file, load_quantized, read_block
+from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_manifest
 from quantization.runs.pipeline import by_tokens, quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales
-from quantization.weights.awq_export import export_search, recovered_limits
 from quantization.weights.rtn import RTN
 
 MHA = {"num_key_value_heads": 4}
@@ -521,7 +525,7 @@ def zoo(checkpoint: Callable[..., Path], searched: Callable[..., Path], tmp_path
     def make(family: str = "llama") -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp("zoo") / f"tiny-{family}-w3-g32.pt"
-            export_search(checkpoint(family), searched(family), made[family])
+            export(["--format", "awq-search", "--model", str(searched(family)), "--out", str(made[family])])
         return made[family]
 
     return make
@@ -730,15 +734,52 @@ def test_a_file_written_anew_is_read_anew(
     awq(checkpoint(), AWQ(W3, file=str(file)), tmp_path / "out")
 
 
-def test_only_the_search_of_an_awq_checkpoint_of_the_same_model_is_exported(
-    checkpoint: Callable[..., Path], searched: Callable[..., Path], tmp_path: Path
+def test_a_program_writes_the_search_and_another_makes_the_same_checkpoint_of_it(
+    checkpoint: Callable[..., Path], searched: Callable[..., Path], run_main: Callable[..., Any], tmp_path: Path
 ) -> None:
-    rtn = quantize_checkpoint(checkpoint(), Recipe(weights=RTN(W3)), tmp_path / "rtn")
-    with pytest.raises(UserError, match="was not made by AWQ alone"):
-        export_search(checkpoint(), rtn, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="was not made from"):
-        export_search(checkpoint(seed=1), searched(), tmp_path / "a.pt")
-    assert not (tmp_path / "a.pt").exists()
+    file, again = tmp_path / "search.pt", tmp_path / "again"
+    code, printed, errors = run_main(export_main, "--format", "awq-search", "--model", searched(), "--out", file)
+    assert (code, errors) == (0, "")
+    first, facts = printed.splitlines()
+    assert first == f"awq-search  {file.stat().st_size / 1e6:.1f} MB  {file}"
+    assert facts.startswith("9 scales, clip limits of 15 linears. Apply them with --recipe awq ")
+    said = facts.partition(" with ")[2].split()
+    code, _, errors = run_main(quantization_main, "--model", checkpoint(), *said, "--out", again, "--device", "cpu")
+    assert code == 0, errors
+    assert torch.equal(load_quantized(again)(SEGMENTS).logits, load_quantized(searched())(SEGMENTS).logits)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("rtn", "was not made by AWQ alone"),
+        ("no dense", "the dense checkpoint that .* is not at hand"),
+        ("other dense", "the dense checkpoint that .* is not at hand"),
+        ("directory", "a search is a file that ends in .pt"),
+        ("prefix", "leave out --prefix, --dtype and --verify"),
+    ],
+)
+def test_only_the_search_of_an_awq_checkpoint_is_exported_where_its_dense_model_is(
+    case: str,
+    words: str,
+    checkpoint: Callable[..., Path],
+    searched: Callable[..., Path],
+    run_main: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    source = (
+        quantize_checkpoint(checkpoint(), Recipe(weights=RTN(W3)), tmp_path / "rtn") if case == "rtn" else searched()
+    )
+    if case.endswith("dense"):
+        source = Path(shutil.copytree(source, tmp_path / "moved" / source.name))
+    if case == "other dense":
+        shutil.copytree(checkpoint(seed=1), source.parent / read_manifest(source)["source"]["directory"])
+    out = tmp_path / ("out" if case == "directory" else "a.pt")
+    more = ["--prefix", "bos"] if case == "prefix" else []
+    code, printed, errors = run_main(export_main, "--format", "awq-search", "--model", source, "--out", out, *more)
+    assert (code, printed) == (2, "")
+    assert re.search(words, errors)
+    assert not out.exists()
 
 
 # recipes and text -----------------------------------------------------------------------------------------------------

@@ -243,11 +243,11 @@ class Levels:
 @pytest.mark.parametrize(
     ("pack", "weight", "words"),
     [
-        (gptq.pack, on_grid(5), "bits=5 is not in GPTQ's format, which knows 2, 3, 4, 8"),
+        (gptq.pack, on_grid(5), "bits=5 is taken by no reader of GPTQ's format; they know 2, 3, 4, 8"),
         (gptq.pack, on_grid(4, 12), "group_size=12 is taken by no reader"),
         (gptq.pack, quantize(matrix(40, 64), UniformGrid(4, 32)), "its shape 40 × 64 is no multiple of 32"),
         (gptq.pack, quantize(matrix(64, 48), UniformGrid(3, 16)), "its shape 64 × 48 is no multiple of 32"),
-        (awq.pack, on_grid(3), "bits=3 is not in AWQ's GEMM format, which knows 4"),
+        (awq.pack, on_grid(3), "bits=3 is taken by no reader of AWQ's format; they know 4"),
         (awq.pack, on_grid(4, 96), "group_size=96 is taken by no reader"),
         (awq.pack, quantize(matrix(20, 64), UniformGrid(4, 32)), "its 20 output channels are no multiple of 8"),
         (awq.pack, replace(on_grid(4), scale=torch.full((64, 3), 1e5)), "its scale 100000 is beyond float16"),
@@ -385,7 +385,7 @@ def test_files_are_closed_as_blocks_are_done_and_hold_the_same(
 def test_a_failed_export_leaves_nothing_behind(dense: Callable[..., Path], tmp_path: Path) -> None:
     source = quantized(dense(), tmp_path / "q", 3, 32)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"model\.layers\.0\.\S+: bits=3 is not in AWQ's GEMM format"):
+    with pytest.raises(UserError, match=r"model\.layers\.0\.\S+: bits=3 is taken by no reader of AWQ's format"):
         export_checkpoint(source, tmp_path / "out", "awq")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantization.export.__main__ import FORMATS, main
 from quantization.export.verify import VerificationFailed, verify
 from quantization.export.writer import FORMATS as TABLE
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
+from quantization.programs.export import FORMATS, main
 from quantization.recipes.recipe import Recipe
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.gptq import GPTQ
@@ -119,7 +119,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "awq"], "bits=3 is not in AWQ's GEMM format, which knows 4"),
+        (["--format", "awq"], "bits=3 is taken by no reader of AWQ's format; they know 4"),
         (["--prefix", "nowhere.safetensors"], "prefix file nowhere.safetensors is missing"),
         (["--verify", "--verify-python", "/nowhere/python"], "--verify-python /nowhere/python cannot be started"),
         (["--device", "tpu"], "--device tpu is not known"),

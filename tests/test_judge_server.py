@@ -107,9 +107,10 @@ def test_a_server_that_wants_an_hour_has_failed_and_pauses_grow(endpoint, monkey
     assert len(waits) == 4
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 302])
+@pytest.mark.parametrize("status", [401, 403, 404, 302, 307])
 def test_a_wrong_key_name_or_address_ends_everything_and_the_key_is_not_shown(endpoint, status):
-    endpoint.answer = lambda n, body: error(status, "no such thing for secret-key")
+    elsewhere = f"{endpoint.url}/chat/completions"  # where the key must not be sent
+    endpoint.answer = lambda n, body: error(status, "no such thing for secret-key", Location=elsewhere)
     with pytest.raises(UserError, match=f"refuses every call .HTTP {status}: .*check the key") as caught:
         client(endpoint)("s", "u")
     assert "secret-key" not in str(caught.value)
@@ -132,6 +133,13 @@ def test_a_judge_that_is_not_there_fails(endpoint):
     reply = client(endpoint, retries=1)("s", "u")
     assert reply.outcome == "failed"
     assert "connection failed" in reply.text
+
+
+@pytest.mark.parametrize("key", ["secret\nkey", "sécret-key"])
+def test_a_key_that_no_header_holds_is_refused_and_not_shown(key):
+    with pytest.raises(UserError, match="the judge's key has characters") as caught:
+        ChatClient("http://localhost:8000/v1", "m", key)
+    assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x", ""])

@@ -1,17 +1,16 @@
 """Who judges: an OpenAI-compatible endpoint, or a local model. Both take a system and a user text and give a `Reply`.
 
-The endpoint's client is the standard library's. Rate limits, server errors, time-outs and broken answers are tried
-again, with a pause that doubles and is never shorter than the server's Retry-After; what cannot get better is not.
+The endpoint is asked through the library `openai`. Its own repetitions are switched off: they know neither broken
+answers nor a program that stops. Rate limits, server errors, time-outs and broken answers are tried again here, with a
+pause that doubles and is never shorter than the server's Retry-After; what cannot get better is not. Redirects are not
+followed, so that the key reaches no other server.
 """
 
 import email.utils
-import http.client
-import json
+import logging
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +59,14 @@ class ChatClient:
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise UserError(f"--base-url {base_url} is no address; give one such as http://localhost:8000/v1")
-        self.url = f"{base_url.rstrip('/')}/chat/completions"
-        self.model, self.key = model, key
-        self.timeout, self.retries, self.max_tokens = timeout, retries, max_tokens
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("the judge's key has characters that no HTTP header holds; give the variable another value")
+        from openai import DefaultHttpxClient, OpenAI  # half a second, which a local judge need not wait
+
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it has a line for every call
+        http = DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
+        self._client = OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0, http_client=http)
+        self.model, self.timeout, self.retries, self.max_tokens = model, timeout, retries, max_tokens
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -88,54 +92,48 @@ class ChatClient:
         return Reply(reason, "failed")
 
     def _ask(self, system: str, user: str) -> Reply:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        request = urllib.request.Request(
-            self.url,
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            return self._refused(error)
-        except TimeoutError:
-            raise _Again(f"no answer within {self.timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            reason = getattr(error, "reason", error)
-            raise _Again(f"the connection failed ({reason or type(error).__name__})") from None
-        try:
-            return _reply(json.loads(content))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise _Again(f"the answer is not a chat completion ({content[:80]!r})") from None
+        """One attempt. An HTTP error is raised to try again, raised as hopeless, or fails this prompt (too long, …)."""
+        import openai
 
-    def _refused(self, error: urllib.error.HTTPError) -> Reply:
-        """An HTTP error: raised to try again, raised as hopeless, or the reply for this prompt alone (too long, …)."""
+        answer: Any = None
         try:
-            message = json.loads(error.read()[:10_000])["error"]["message"]
-        except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
-            message = error.reason
-        text = f"HTTP {error.code}: {' '.join(str(message).split())[:300]}".replace(self.key, "…")
-        if error.code in RETRIED or error.code >= 500:
-            raise _Again(text, _seconds(error.headers.get("Retry-After")))
-        if error.code in HOPELESS or error.code < 400:
+            answer = self._client.chat.completions.create(
+                model=self.model, temperature=0, max_tokens=self.max_tokens,
+                messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
+            )  # fmt: skip
+            return _reply(answer)
+        except openai.APIStatusError as error:
+            status, after = error.status_code, error.response.headers.get("Retry-After")
+            message = error.body.get("message") if isinstance(error.body, dict) else None
+            text = self._shown(f"HTTP {status}: {message or error.response.reason_phrase}")
+        except openai.APITimeoutError:
+            raise _Again(f"no answer within {self.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            raise _Again(self._shown(f"the connection failed ({error.__cause__})")) from None
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            raise _Again(self._shown(f"the answer is not a chat completion ({answer or error})")) from None
+        if status in RETRIED or status >= 500:
+            raise _Again(text, _seconds(after))
+        if status in HOPELESS or status < 400:
             raise UserError(
-                f"the judge {self.model} at {self.url} refuses every call ({text}); check the key, the name of the "
-                "model and --base-url"
+                f"the judge {self.model} at {self._client.base_url} refuses every call ({text}); check the key, the "
+                "name of the model and --base-url"
             )
         return Reply(text, "failed")
 
+    def _shown(self, text: str) -> str:
+        """A line of at most 300 characters, without the key."""
+        return " ".join(text.replace(self._client.api_key, "…").split())[:300]
+
 
 def _reply(answer: Any) -> Reply:
-    """A chat completion. Raises one of the usual errors of access if it is not of that form."""
-    choice = answer["choices"][0]
-    message, usage = choice["message"], answer.get("usage") or {}
-    counts = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-    if message.get("refusal"):
-        return Reply(str(message["refusal"]), "refused", *counts)
-    text = message.get("content")
-    if text is None and choice.get("finish_reason") == "content_filter":
+    """A chat completion, of whose form the library has checked nothing. Raises the usual errors of access."""
+    choice, usage = answer.choices[0], answer.usage
+    counts = (int(usage.prompt_tokens or 0), int(usage.completion_tokens or 0)) if usage else (0, 0)
+    if choice.message.refusal:
+        return Reply(str(choice.message.refusal), "refused", *counts)
+    text = choice.message.content
+    if text is None and choice.finish_reason == "content_filter":
         return Reply("the content filter withheld the answer", "refused", *counts)
     if not isinstance(text, str):
         raise TypeError("no text")

@@ -16,13 +16,12 @@ from torch import Tensor
 from quantization.export.layout import (
     Contents,
     Packed,
-    Scheme,
+    check_known,
     common_scheme,
     half_scale,
     integers,
     pack_words,
     refuse,
-    uniform,
 )
 from quantization.grids.stored import StoredWeight
 
@@ -35,9 +34,16 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word, lowest first, holds this
 
 def pack(weight: StoredWeight, name: str) -> Packed:
     """A linear in this format. Exact up to the rounding of its scales. Raises UserError for what it cannot hold."""
-    grid = uniform(weight, name)
-    codes, zero_point, scheme = integers(grid, name)
-    _check(codes, scheme, name)
+    grid, codes, zero_point, scheme = integers(weight, name)
+    check_known(scheme, name, "AWQ's format", (BITS,), GROUP_SIZES)
+    if scheme.act_order:
+        raise refuse(
+            name,
+            "its groups follow the activation order (static_groups=false), which AWQ's format has no place for",
+            "use --format gptq, or quantize with --set weights.static_groups=true",
+        )
+    if len(codes) % 8:
+        raise refuse(name, f"its {len(codes)} output channels are no multiple of 8, of which AWQ's format makes a word")
     scales, change = half_scale(grid.scale, name)
     tensors = {
         "qweight": _interleaved(codes.T),
@@ -51,33 +57,6 @@ def _interleaved(values: Tensor) -> Tensor:
     """Pack (rows, out) nibbles along the output channels, eight in the kernel's order: (rows, out/8) int32."""
     ordered = values.unflatten(1, (-1, 8))[..., list(ORDER)].flatten(1)
     return pack_words(ordered, BITS, axis=1)
-
-
-def _check(codes: Tensor, scheme: Scheme, name: str) -> None:
-    """Raise UserError for bits, groups and shapes that the format does not know."""
-    rows = codes.shape[0]
-    if scheme.bits != BITS:
-        raise refuse(
-            name, f"bits={scheme.bits} is not in AWQ's GEMM format, which knows 4", "use --format compressed-tensors"
-        )
-    if scheme.group_size not in GROUP_SIZES:
-        raise refuse(
-            name,
-            f"group_size={scheme.group_size} is taken by no reader of AWQ's format; they know "
-            f"{', '.join(map(str, GROUP_SIZES))}",
-            "use --format compressed-tensors",
-        )
-    if scheme.act_order:
-        raise refuse(
-            name,
-            "its groups follow the activation order (static_groups=false), which AWQ's format has no place for",
-            "use --format gptq, or quantize with --set weights.static_groups=true",
-        )
-    if rows % 8:
-        raise refuse(
-            name, f"its {rows} output channels are no multiple of 8, of which AWQ's format makes a word",
-            "use --format compressed-tensors",
-        )  # fmt: skip
 
 
 def config(contents: Contents) -> dict[str, Any]:

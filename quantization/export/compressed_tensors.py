@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantization.export.layout import Contents, Packed, common_scheme, integers, pack_words, refuse, uniform
+from quantization.export.layout import Contents, Packed, common_scheme, integers, pack_words, refuse
 from quantization.grids.stored import StoredWeight
 
 __all__ = ["config", "pack"]
@@ -24,8 +24,7 @@ __all__ = ["config", "pack"]
 
 def pack(weight: StoredWeight, name: str) -> Packed:
     """A linear in this format; exact. Raises UserError for what it cannot hold."""
-    grid = uniform(weight, name)
-    codes, zero_point, scheme = integers(grid, name)
+    grid, codes, zero_point, scheme = integers(weight, name)
     if scheme.act_order:
         raise refuse(
             name,

@@ -18,13 +18,12 @@ from torch import Tensor
 from quantization.export.layout import (
     Contents,
     Packed,
-    Scheme,
+    check_known,
     common_scheme,
     half_scale,
     integers,
     pack_words,
     refuse,
-    uniform,
 )
 from quantization.grids.stored import StoredWeight
 from quantization.grids.uniform import QuantizedTensor
@@ -47,9 +46,13 @@ def pack_v2(weight: StoredWeight, name: str) -> Packed:
 
 
 def _pack(weight: StoredWeight, name: str, offset: int) -> Packed:
-    grid = uniform(weight, name)
-    codes, zero_point, scheme = integers(grid, name)
-    _check(codes, scheme, name)
+    grid, codes, zero_point, scheme = integers(weight, name)
+    check_known(scheme, name, "GPTQ's format", BITS, GROUP_SIZES)
+    rows, columns = codes.shape
+    if rows % MULTIPLE or columns % MULTIPLE:
+        raise refuse(
+            name, f"its shape {rows} × {columns} is no multiple of {MULTIPLE} both ways, as GPTQ's format needs"
+        )
     count = int((zero_point < offset).sum())
     if count:
         raise refuse(
@@ -66,30 +69,6 @@ def _pack(weight: StoredWeight, name: str, offset: int) -> Packed:
         "g_idx": _group_index(grid),
     }
     return Packed(tensors, scheme, change)
-
-
-def _check(codes: Tensor, scheme: Scheme, name: str) -> None:
-    """Raise UserError for bits, group sizes and shapes that the format's readers do not take."""
-    rows, columns = codes.shape
-    if scheme.bits not in BITS:
-        raise refuse(
-            name,
-            f"bits={scheme.bits} is not in GPTQ's format, which knows {', '.join(map(str, BITS))}",
-            "use --format compressed-tensors",
-        )
-    if scheme.group_size not in GROUP_SIZES:
-        raise refuse(
-            name,
-            f"group_size={scheme.group_size} is taken by no reader of GPTQ's format; they know "
-            f"{', '.join(map(str, GROUP_SIZES))}",
-            "use --format compressed-tensors",
-        )
-    if rows % MULTIPLE or columns % MULTIPLE:
-        raise refuse(
-            name,
-            f"its shape {rows} × {columns} is no multiple of {MULTIPLE} both ways, as GPTQ's format needs",
-            "use --format compressed-tensors",
-        )
 
 
 def _group_index(weight: QuantizedTensor) -> Tensor:
@@ -111,7 +90,6 @@ def _config(version: str, contents: Contents) -> dict[str, Any]:
             raise refuse(
                 name,
                 "it is not quantized, and GPTQ's format expects every linear of a block to be",
-                "use --format compressed-tensors",
             )
     return {
         "quant_method": "gptq",

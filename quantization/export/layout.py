@@ -18,7 +18,9 @@ from quantization.grids.packing import pack_codes
 from quantization.grids.stored import StoredWeight
 from quantization.grids.uniform import QuantizedTensor
 
-__all__ = ["Contents", "Packed", "Scheme", "common_scheme", "half_scale", "integers", "pack_words", "refuse", "uniform"]
+__all__ = [
+    "Contents", "Packed", "Scheme", "check_known", "common_scheme", "half_scale", "integers", "pack_words", "refuse",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,16 @@ class Contents:
     dtype: torch.dtype
 
 
-def refuse(name: str, what: str, way_out: str) -> UserError:
+def refuse(name: str, what: str, way_out: str = "use --format compressed-tensors") -> UserError:
     """The error for a linear that a format cannot hold; the dense export always can."""
     return UserError(f"{name}: {what}; {way_out}, or export real values: --format dense")
 
 
-def uniform(weight: StoredWeight, name: str) -> QuantizedTensor:
-    """The weight itself. Raises UserError if it is on no uniform grid."""
+def integers(weight: StoredWeight, name: str) -> tuple[QuantizedTensor, Tensor, Tensor, Scheme]:
+    """The weight itself, its codes (out, in) and zero points (out, groups), uint8 in 0…2^b − 1, and the scheme.
+
+    Raises UserError if it is on no uniform grid, or has zero points that are no integers in that range.
+    """
     if not isinstance(weight, QuantizedTensor):
         raise refuse(
             name,
@@ -80,14 +85,6 @@ def uniform(weight: StoredWeight, name: str) -> QuantizedTensor:
             "formats hold",
             "quantize with a recipe on a uniform grid, such as gptq",
         )
-    return weight
-
-
-def integers(weight: QuantizedTensor, name: str) -> tuple[Tensor, Tensor, Scheme]:
-    """Codes (out, in) and zero points (out, groups), both uint8 in 0…2^b − 1, and the scheme.
-
-    Raises UserError for zero points that are no integers in that range.
-    """
     grid = weight.grid
     codes, zero_point, top = weight.codes, weight.zero_point, 2**grid.bits - 1
     symmetric = grid.rule.zero_point == "constant"
@@ -104,7 +101,15 @@ def integers(weight: QuantizedTensor, name: str) -> tuple[Tensor, Tensor, Scheme
             "quantize with an integer zero point, for example --set weights.grid.convention=gptq-asym",
         )
     scheme = Scheme(grid.bits, grid.group_size, symmetric, weight.group_index is not None, weight.scale.dtype)
-    return codes, zero_point.to(torch.uint8), scheme
+    return weight, codes, zero_point.to(torch.uint8), scheme
+
+
+def check_known(scheme: Scheme, name: str, what: str, bits: Sequence[int], group_sizes: Sequence[int]) -> None:
+    """Raise UserError for bits or a group size that the readers of a format do not take. what: the format."""
+    for field_name, value, known in (("bits", scheme.bits, bits), ("group_size", scheme.group_size, group_sizes)):
+        if value not in known:
+            taken = ", ".join(map(str, known))
+            raise refuse(name, f"{field_name}={value} is taken by no reader of {what}; they know {taken}")
 
 
 def pack_words(values: Tensor, bits: int, axis: int) -> Tensor:
@@ -130,7 +135,6 @@ def half_scale(scale: Tensor, name: str) -> tuple[Tensor, float]:
             name,
             f"its scale {float(scale.max()):g} is beyond float16 ({torch.finfo(torch.float16).max:g}), in which the "
             "format keeps scales",
-            "use --format compressed-tensors",
         )
     return half, float(((half.float() - scale.float()) / scale.float()).abs().max())
 

@@ -5,10 +5,7 @@ and the file that is being filled. The directory gets its name when it is whole,
 (`intactkv`) which full-precision model and basis it comes from, so that a prefix of another one is refused.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json, write_json, write_tensors
+from corpora.storage import directory_beside, read_json, write_json, write_tensors
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.export import awq, compressed_tensors, gptq
@@ -40,7 +37,7 @@ from quantization.runs.checkpoint import (
 )
 from quantization.runs.plan import plan_run
 
-__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint"]
+__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]
 
 PREFIX_FILE = "intactkv-prefix.safetensors"
 SHARD_BYTES = 1 << 28  # of a file, and so of what waits in memory; one block or embedding more goes in
@@ -129,6 +126,18 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def read_source(source: Path, out: Path) -> dict[str, Any]:
+    """The manifest of what is exported. Raises UserError if it is no quantized checkpoint of ours, or `out` exists."""
+    if not is_quantized(source):
+        raise UserError(
+            f"{source} is no quantized checkpoint of this project; make one with python -m quantization --model DIR "
+            "--recipe rtn-w4 --out OUT"
+        )
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it")
+    return read_manifest(source)
+
+
 def export_checkpoint(
     source: Path,
     out: Path,
@@ -147,25 +156,19 @@ def export_checkpoint(
     Raises UserError for a format that cannot hold the checkpoint, a prefix of another model, none for a checkpoint that
     needs one, or an `out` that exists.
     """
-    if not is_quantized(source):
-        raise UserError(
-            f"{source} is no quantized checkpoint of this project; make one with python -m quantization --model DIR "
-            "--recipe rtn-w4 --out OUT"
-        )
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out or remove it")
+    manifest = read_source(source, out)
     plan = plan_run(source, Recipe(prefix=prefix), device=torch.device(device))
-    manifest, model = read_manifest(source), empty_model(source)
+    model = empty_model(source)
     export = Export(out, FORMATS[format_name], dtype or model.dtype)
     if plan.choice.ids:
         export.prefix = plan.intact_prefix()
         _check_prefix(export.prefix, source, manifest)
-    with _directory(out) as partial:
+    with directory_beside(out) as partial:
         copy_companions(source, partial)
         for ours in (MANIFEST, CHECKSUMS, EARLIER_CHECKSUMS):  # the result is no checkpoint of ours
             (partial / ours).unlink(missing_ok=True)
         shards = _Shards(partial, shard_bytes)
-        for tensors in _packed_blocks(source, model, export, dtype):
+        for tensors in _packed_blocks(source, manifest, model, export, dtype):
             shards.add(tensors)
         shards.close()
         config = _write_config(partial, model, manifest, export, dtype)
@@ -188,23 +191,23 @@ def _check_prefix(prefix: Prefix, source: Path, manifest: Mapping[str, Any]) -> 
 
 
 def _packed_blocks(
-    source: Path, model: PreTrainedModel, export: Export, dtype: torch.dtype | None
+    source: Path, manifest: Mapping[str, Any], model: PreTrainedModel, export: Export, dtype: torch.dtype | None
 ) -> Iterator[dict[str, Tensor]]:
     """The exported tensors of one file of the source after the other; `export` learns schemes and scale changes."""
     names = architecture_of(model.config)
     files = {names.block_name(i): block_file(source, i) for i in range(model.config.num_hidden_layers)}
     for place, file in (*files.items(), ("", source / ENDS)):
         block = read_block(file)
-        if block.paths or block.kv or read_manifest(source)["recipe"].get("attention"):
+        if block.paths or block.kv or manifest["recipe"].get("attention"):
             raise UserError(
-                f"{source} quantizes or rotates more than weights ({read_manifest(source)['label']}): inputs, "
+                f"{source} quantizes or rotates more than weights ({manifest['label']}): inputs, "
                 "attention or the KV cache, which no format here can say; export a recipe that quantizes weights only"
             )
         there = {*block.parameters, *(f"{linear}.weight" for linear in block.linears)}
         if place and there != {name for name in model.state_dict() if name.startswith(f"{place}.")}:
             raise UserError(
                 f"{source} has norms that a plain {model.config.model_type} does not have "
-                f"({read_manifest(source)['label']}), so no other runtime could load it; export a recipe that does not "
+                f"({manifest['label']}), so no other runtime could load it; export a recipe that does not "
                 "rotate"
             )
         tensors = {
@@ -269,7 +272,7 @@ def _write_config(
     config = read_json(directory / "config.json", "the model configuration")
     if dtype is not None:
         config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype"] = _word(dtype)
     if export.format.config is not None:
         if not export.schemes:
             raise UserError(
@@ -289,16 +292,3 @@ def _write_config(
     }
     write_json(directory / "config.json", config)
     return config
-
-
-@contextmanager
-def _directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that is renamed to it when it is whole, and removed if anything fails."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

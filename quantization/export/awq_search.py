@@ -1,4 +1,8 @@
-"""An AWQ checkpoint's search as a file of the model zoo, for other programs or to be applied again."""
+"""An AWQ checkpoint's search as a file of the AWQ model zoo, for other programs or to be applied again.
+
+The scales are in the checkpoint. It does not keep the clip limits: they are recovered from its codes, which the dense
+weights give again under few limits.
+"""
 
 from pathlib import Path
 
@@ -8,11 +12,12 @@ from torch import Tensor
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint
 from intactkv.architecture import architecture_of
+from quantization.export.writer import read_source
 from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, merge_groups, quantize, split_groups
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import rescale_all
-from quantization.runs.checkpoint import DenseCheckpoint, block_file, empty_model, read_block, read_manifest
+from quantization.runs.checkpoint import DenseCheckpoint, block_file, empty_model, read_block
 from quantization.weights.awq import clip_candidates, is_clipped
 from quantization.weights.awq_zoo import ZooBlock, save_zoo
 
@@ -34,35 +39,46 @@ def recovered_limits(weight: Tensor, rounded: QuantizedTensor) -> Tensor:
     return limits
 
 
-def export_search(dense: Path, quantized: Path, path: Path) -> None:
-    """Write the search behind an AWQ checkpoint as a file of the model zoo, which gives the same checkpoint again.
+def export_search(source: Path, out: Path) -> str:
+    """Write the search behind an AWQ checkpoint as the file `out`, which gives the same checkpoint again.
 
-    The scales are in the checkpoint; it does not keep the clip limits, they are recovered from its codes.
-    Raises UserError if AWQ's own search did not make it, or not from `dense`.
+    Returns what it holds and how to apply it. Raises UserError if AWQ's own search did not make the checkpoint, the
+    dense one behind it is not at hand, or `out` exists.
     """
-    manifest = read_manifest(quantized)
+    if out.suffix != ".pt":
+        raise UserError(f"--out {out}: a search is a file that ends in .pt")
+    manifest = read_source(source, out)
     if (manifest["recipe"]["weights"] or {}).get("kind") != "AWQ" or manifest["recipe"]["transforms"]:
-        raise UserError(f"{quantized} ({manifest['label']}) was not made by AWQ alone, so it holds no search to export")
-    if checkpoint_fingerprint(dense) != manifest["source"]["fingerprint"]:
-        raise UserError(f"{quantized} was not made from {dense}, but from {manifest['source']['name']}; give that one")
+        raise UserError(f"{source} ({manifest['label']}) was not made by AWQ alone, so it holds no search to export")
+    dense = source.parent / manifest["source"]["directory"]
+    if not dense.is_dir() or checkpoint_fingerprint(dense) != manifest["source"]["fingerprint"]:
+        raise UserError(
+            f"the dense checkpoint that {source} was made from ({manifest['source']['name']}) is not at hand, and its "
+            "weights tell the clip limits; export where it is"
+        )
     reader, model, results = DenseCheckpoint(dense), empty_model(dense), {}
     architecture = architecture_of(model.config)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)
-        stored = read_block(block_file(quantized, index))
+        stored = read_block(block_file(source, index))
         reader.load_into(module, block.name, torch.device("cpu"))
         rescale_all(module, stored.rescalings, block.head_size)
         limits = {}
         for name, linear in block.linears().items():
-            rounded = restore(*stored.linears[f"{block.name}.{name}"])
-            assert isinstance(rounded, QuantizedTensor)
             if is_clipped(name):
+                rounded = restore(*stored.linears[f"{block.name}.{name}"])
+                assert isinstance(rounded, QuantizedTensor)
                 limits[name] = recovered_limits(linear.weight, rounded)
                 if limits[name].isnan().any():
                     raise UserError(
-                        f"{quantized}: no clip limit of a search gives the codes of {block.name}.{name}; if it was "
+                        f"{source}: no clip limit of a search gives the codes of {block.name}.{name}; if it was "
                         "made from a file (weights.file), use that one"
                     )
         results[block.name] = ZooBlock(tuple(stored.rescalings), limits)
         module.to_empty(device="meta")
-    save_zoo(path, results)
+    save_zoo(out, results)
+    scales, clips = sum(len(b.steps) for b in results.values()), sum(len(b.limits) for b in results.values())
+    grid = {field: str(value).lower() for field, value in manifest["recipe"]["weights"]["grid"].items()}
+    settings = [f"weights.grid.{field}={value}" for field, value in grid.items() if field != "kind"]
+    words = " ".join(f"--set {setting}" for setting in (*settings, f"weights.file={out}"))
+    return f"{scales} scales, clip limits of {clips} linears. Apply them with --recipe awq {words}"
