@@ -3,6 +3,7 @@
 import sys
 
 from corpora.errors import run_program
+from quantization.programs.export import export
 from quantization.programs.prefix import prefix_program
 from quantization.programs.quantize import quantize
 
@@ -12,6 +13,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["prefix"]:
         prefix_program(arguments[1:])
+    elif arguments[:1] == ["export"]:
+        export(arguments[1:])
     else:
         quantize(arguments)
 

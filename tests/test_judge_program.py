@@ -293,11 +293,11 @@ def test_a_local_judge_without_a_rating_of_its_own_gives_the_most_likely_one(loc
         fitting = {tokens[len(said)] for tokens in spelled.values() if tokens[: len(said)] == said}
         said.append(greedy(ids + own + said, fitting))
     expected = next(ending for ending, tokens in spelled.items() if tokens == said)
-    judge = local_judge(local, "cpu", 6, endings, lambda text: False)
+    judge = local_judge(local, torch.device("cpu"), 6, endings, lambda text: False)
     reply = judge("be fair", user)
     assert reply.outcome == "answered"
     assert reply.text.endswith(f"\n\n{expected}")
-    assert local_judge(local, "cpu", 6, endings, lambda text: True)("be fair", user).text == reply.text.removesuffix(
-        f"\n\n{expected}"
-    )
+    assert local_judge(local, torch.device("cpu"), 6, endings, lambda text: True)(
+        "be fair", user
+    ).text == reply.text.removesuffix(f"\n\n{expected}")
     assert judge("be fair", "long " * 700).outcome == "failed"  # no room in the context

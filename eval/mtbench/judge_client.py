@@ -171,7 +171,7 @@ class _OneOf(LogitsProcessor):
 
 
 def local_judge(
-    directory: Path, device: str, max_tokens: int, endings: Sequence[str], is_decided: Callable[[str], bool]
+    directory: Path, device: torch.device, max_tokens: int, endings: Sequence[str], is_decided: Callable[[str], bool]
 ) -> Judge:
     """A local model as a judge: greedy, in its own chat template, system and user text in one turn.
 
@@ -183,10 +183,9 @@ def local_judge(
     from eval.mtbench.answers import Answerer
     from eval.mtbench.chat_templates import chat_template
     from quantization.named import named_recipe
-    from quantization.programs.options import chosen_device
     from quantization.runs.plan import plan_run
 
-    plan = plan_run(directory, named_recipe("fp16"), device=chosen_device(device))
+    plan = plan_run(directory, named_recipe("fp16"), device=device)
     template = chat_template("auto", plan.tokenizer, plan.checkpoint.family_name)
     answerer = Answerer(plan.load(), template, seed=0, max_new_tokens=max_tokens, context=plan.context)
     tokens = [encode(plan.tokenizer, f"\n\n{ending}") for ending in endings]

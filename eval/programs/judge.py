@@ -235,6 +235,7 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
 
     from eval.mtbench.judge import ENDINGS, is_decided
     from eval.mtbench.judge_client import ChatClient, local_judge
+    from quantization.programs.options import chosen_device
     from quantization.runs.plan import find_checkpoint
 
     protocol: dict[str, Any] = {"max_tokens": options.max_tokens}
@@ -242,7 +243,8 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
         directory = Path(options.judge_model.removeprefix(LOCAL))
         protocol["judge_fingerprint"] = find_checkpoint(directory).fingerprint
         decided = partial(is_decided, kind)
-        return local_judge(directory, options.device, options.max_tokens, ENDINGS[kind], decided), protocol
+        device = chosen_device(options.device)
+        return local_judge(directory, device, options.max_tokens, ENDINGS[kind], decided), protocol
     key = os.environ.get(options.key_variable, "").strip()
     if not key:
         raise UserError(

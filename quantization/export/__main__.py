@@ -1,7 +1,6 @@
-"""python -m quantization.export: the program of quantization/programs/export.py."""
+"""python -m quantization.export: the program `quantization.programs.export`, by the name that it is known under."""
 
-from corpora.errors import run_program
-from quantization.programs.export import main
+import runpy
 
 if __name__ == "__main__":
-    run_program(main)
+    runpy.run_module("quantization.programs.export", run_name="__main__")

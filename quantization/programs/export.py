@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from corpora.errors import Parser, UserError
-from quantization.programs.options import chosen_device, chosen_dtype, show_log
+from corpora.errors import Parser, UserError, run_program
+from quantization.programs.options import add_plan_option, chosen_device, chosen_dtype, show_log, stop_at_plan
 
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "dense")
 SEARCH = "awq-search"
@@ -77,6 +77,7 @@ examples:
         metavar="PATH",
         help="the interpreter for --verify, for example one with gptqmodel and optimum (default: this one)",
     )
+    add_plan_option(made)
     return made
 
 
@@ -88,9 +89,15 @@ def export(arguments: list[str]) -> None:
         return
     from quantization.export.verify import VerificationFailed, check_reader, verify
     from quantization.export.writer import FORMATS as FORMAT_TABLE
-    from quantization.export.writer import export_checkpoint
+    from quantization.export.writer import export_checkpoint, read_source
+    from quantization.recipes.recipe import Recipe
+    from quantization.runs.plan import plan_run
 
     show_log()
+    if options.plan:
+        read_source(options.model, options.out)
+        recipe = Recipe(prefix=options.prefix)
+        stop_at_plan(options, plan_run(options.model, recipe, device=chosen_device(options.device)))
     kind = FORMAT_TABLE[options.format]
     try:
         if options.verify:
@@ -130,3 +137,7 @@ def export_awq_search(options: argparse.Namespace) -> None:
 def main() -> None:
     """The program, on the command line's words."""
     export(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_program(main)

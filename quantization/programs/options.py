@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL_GPUS",
+    "add_plan_option",
     "add_plan_options",
     "add_text_seed",
     "check_counts",
@@ -25,6 +26,7 @@ __all__ = [
     "chosen_recipe",
     "plan_of",
     "show_log",
+    "stop_at_plan",
 ]
 
 PREFIX_SUFFIX = ".safetensors"
@@ -57,6 +59,11 @@ def add_plan_options(
         add_run_options(group)
     if dtype:
         add_dtype_option(group)
+    add_plan_option(parser)
+
+
+def add_plan_option(parser: argparse._ActionsContainer) -> None:
+    """--plan."""
     parser.add_argument(
         "--plan",
         action="store_true",
@@ -266,7 +273,6 @@ def plan_of(
     from corpora.errors import UserError
     from quantization.runs.checkpoint import find_checkpoint
     from quantization.runs.plan import plan_run
-    from quantization.runs.preview import preview, table
 
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
@@ -280,10 +286,17 @@ def plan_of(
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
+    stop_at_plan(options, plan)
+    return plan
+
+
+def stop_at_plan(options: argparse.Namespace, plan: "Plan") -> None:
+    """With --plan: print what the plan would read and make, and end the program."""
     if options.plan:
+        from quantization.runs.preview import preview, table
+
         print(table(preview(plan)))
         raise SystemExit(0)
-    return plan
 
 
 def check_out(path: Path, kind: str) -> None:
