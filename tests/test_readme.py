@@ -114,6 +114,14 @@ def test_every_program_knows_the_options_that_the_pages_give_it(
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_option_that_the_text_names_alone_is_one_of_some_program(page: str) -> None:
+    source = "".join(file.read_text(encoding="utf-8") for room in ("quantization", "eval", "benchmarks", "intactkv")
+                     for file in (ROOT / room).rglob("*.py"))  # fmt: skip
+    named = {line[0].partition("=")[0] for line in commands(PAGES[page]) if line and re.match(r"--[a-z]", line[0])}
+    assert [option for option in sorted(named) if f'"{option}"' not in source] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_file_in_the_text_exists(page: str) -> None:
     rooms = r"intactkv|quantization|eval|corpora|benchmarks|scripts|docs"
     for name in re.findall(rf"`((?:{rooms})/[\w/.]*)`", PAGES[page]):
