@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Perplexity over calibration seeds: every method without a prefix, with [B], and calibrated behind [B], once per seed;
+# then the table of all finished runs, mean ± standard deviation (n) over the seeds.
+# Usage: seeds.sh DEVICE MODEL_PATH [METHOD]…      for example: seeds.sh cpu modelzoo/smollm2/smollm2-135m gptq-w3 gptq-w4
+#   METHOD  a named recipe that calibrates, rtn-w8a8 (on static grids), or gptq-w4row (gptq, 4 bits, one grid per row)
+#           (default: gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row)
+# Environment: SEEDS of the text to calibrate on (default "42 1 2 3"); EPOCHS of OmniQuant (default: the recipe's); CORPUS,
+# WINDOW, LIMIT, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+[ $# -ge 2 ] || fail "usage: seeds.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
+device=$1 model=$(realpath -m "$2")
+shift 2
+enter_project
+text=("${calibration[@]}")
+scored=(${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
+
+[ $# -gt 0 ] || set -- gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row
+for method in "$@"; do
+    case $method in
+        rtn-w8a8) recipe=(--recipe rtn-w8a8 --set "activations.static=true") ;;
+        gptq-w4row) recipe=(--recipe gptq --bits 4 --group-size -1) ;;
+        omniquant*) recipe=(--recipe "$method" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
+        *) recipe=(--recipe "$method") ;;
+    esac
+    for seed in ${SEEDS:-42 1 2 3}; do
+        BEHIND=bos calibration=("${text[@]}" --seed "$seed")
+        arms ppl "$device" 29500 "$model" "${recipe[@]}" "${scored[@]}" > /dev/null
+    done
+done
+python -m eval table --model "$(basename "$model")" --over-seeds
