@@ -135,6 +135,9 @@ class IntactLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Back to the prefix alone."""
+        # Dropped before transformers resets: some releases (5.17) zero in place what `update` has just returned.
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         self.quantized_tokens = self.passed_tokens = 0
 

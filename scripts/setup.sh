@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Make .venv and install what the project needs. Usage: setup.sh [dev]
+# Make .venv and install what the project needs. Usage: setup.sh [dev|oldest]
+# oldest: .venv-oldest, with the oldest releases that work (requirements-oldest.txt), for test.sh --oldest.
 # Runs again in a moment when nothing changed. PYTHON=/path/to/python3.11 chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-requirements=requirements.txt
-[ "${1:-}" = dev ] && requirements=requirements-dev.txt
+venv=.venv files=(requirements.txt requirements-dev.txt) requirements=requirements.txt
+case "${1:-}" in
+    dev) requirements=requirements-dev.txt ;;
+    oldest) venv=.venv-oldest files+=(requirements-oldest.txt) requirements=requirements-oldest.txt ;;
+esac
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
@@ -26,14 +30,17 @@ if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
 fi
 
 # The stamp holds the hash of what was installed; a development install contains the plain one.
-wanted=$(cat requirements.txt requirements-dev.txt | sha256sum | cut -d' ' -f1)
-stamp=.venv/installed
+wanted=$(cat "${files[@]}" | sha256sum | cut -d' ' -f1)
+stamp=$venv/installed
 have=$(cat "$stamp" 2>/dev/null || true)
 case "$have" in "$wanted dev" | "$wanted ${1:-run}") exit 0 ;; esac
 
-if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c '' 2>/dev/null; then
-    "$python" -m venv --clear .venv
+if [ ! -x $venv/bin/python ] || ! $venv/bin/python -c '' 2>/dev/null; then
+    "$python" -m venv --clear $venv
 fi
-echo "installing $requirements into .venv (a few minutes the first time; torch brings its CUDA libraries)" >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+echo "installing $requirements into $venv (a few minutes the first time; torch brings its CUDA libraries)" >&2
+others() { # what is developed with, less the packages that the oldest requirements pin; of no other install
+    [ $venv = .venv ] || grep -hvE "^-r|^($(sed -n 's/==.*//p' $requirements | paste -sd'|'))==" "${files[@]:0:2}"
+}
+$venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" -r <(others)
 echo "$wanted ${1:-run}" > "$stamp"

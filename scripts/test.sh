@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint, format, types, and the whole test suite with the real model.
 # Usage: test.sh [PYTEST ARGUMENT]…      for example: test.sh -m "not slow" tests/test_grids.py
+#        test.sh --oldest [PYTEST ARGUMENT]…      the suite's fast part, with the oldest torch and transformers
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
@@ -8,6 +9,10 @@ bash scripts/prepare/model.sh smollm2 135m
 bash scripts/prepare/data.sh sample
 bash scripts/prepare/data.sh sample-tasks
 export HF_HUB_OFFLINE=1
+if [ "${1:-}" = --oldest ]; then
+    bash scripts/setup.sh oldest
+    exec .venv-oldest/bin/python -m pytest -m "not slow" "${@:2}"
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
