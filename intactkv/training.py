@@ -75,7 +75,7 @@ class Schedule:
     eps: float = 1e-8
 
     def share(self, step: int) -> float:
-        """Of the learning rates, at a step counted from 0."""
+        """The share of the learning rates at a step counted from 0."""
         return self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
@@ -281,7 +281,7 @@ def in_order(loss: Callable[[int], Tensor], samples: Sequence[int], batch: int) 
 
 
 def mean_loss(loss: Callable[[int], Tensor], samples: Sequence[int]) -> float:
-    """Over the samples."""
+    """The mean of a loss over the samples."""
     return float(torch.stack([loss(i) for i in samples]).mean())
 
 

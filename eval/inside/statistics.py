@@ -37,7 +37,7 @@ class Loss:
 
     @property
     def sqnr(self) -> float:
-        """In dB; +inf only if nothing changed; −inf if something came of nothing; nan if nothing was counted."""
+        """The ratio in dB; +inf if nothing changed; −inf if something came of nothing; nan if nothing was counted."""
         if not self.count or math.isnan(self.noise):
             return math.nan
         if self.noise == 0:
@@ -46,7 +46,7 @@ class Loss:
 
     @property
     def mse(self) -> float:
-        """In the squared unit of the tensors; nan if nothing was counted."""
+        """The mean in the squared unit of the tensors; nan if nothing was counted."""
         return self.noise / self.count if self.count else math.nan
 
 

@@ -74,7 +74,7 @@ def is_decided(kind: str, judgment: str) -> bool:
 
 
 def winner(line: dict[str, Any]) -> str:
-    """Of a line of comparisons: model_1 or model_2 if both orders agree on it, else tie; "error" if one is unscored."""
+    """The winner of a comparison: model_1 or model_2 if both orders agree, else tie; "error" if one is unscored."""
     both = {line["g1_winner"], line["g2_winner"]}
     if "error" in both:
         return "error"

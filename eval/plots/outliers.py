@@ -43,7 +43,7 @@ class Detector:
 
     @property
     def rule(self) -> str:
-        """In words, for the figure."""
+        """What is looked at, in words for the figure."""
         tensor = f"input of {DOWN_PROJ}" if self.tensor == DOWN_PROJ else "output of the block"
         return f"outlier: max |{tensor}| of a token above {self.threshold:g} × the median over tokens"
 
@@ -134,7 +134,7 @@ def _maxima(subject: Subject, detector: Detector) -> list[Tensor]:
 
 
 def _colours(subject: Subject) -> Sequence[str]:
-    """Of the arms: without an intact prefix, behind one."""
+    """The colours of the arms: without an intact prefix, behind one."""
     return [INTACT if arm.start else VANILLA for arm in subject.arms]
 
 

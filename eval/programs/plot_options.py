@@ -61,7 +61,7 @@ def scattered_options(tokens: int | None = None, *, many: bool = True) -> Declar
 
 
 def layer_options(declare: Declare, *more: Declare) -> Declare:
-    """With --layers and others."""
+    """The options of `declare`, --layers and others."""
 
     def declare_all(parser: argparse.ArgumentParser) -> None:
         declare(parser)

@@ -191,7 +191,7 @@ def _quantizes(recipe: Mapping[str, Any], kv: Mapping[str, Any] | None) -> tuple
 
 
 def _group_sizes(table: PublishedTable, model: str) -> tuple[int, ...]:
-    """Of the weights: the paper's, and the model's own where groups are meant."""
+    """Group sizes of the weights: the paper's, and the model's own where groups are meant."""
     return (-1,) if table.group_size == -1 else (table.group_size, model_defaults(model).default_group_size)
 
 

@@ -97,7 +97,7 @@ def kv_label(kv: dict[str, Any] | None) -> str:
 
 
 def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
-    """For every record what its weights were made of but for the calibration seed, and that seed (None: none).
+    """What the weights of every record were made of but for the calibration seed, and that seed (None: none).
 
     The text that a seed drew goes with it. But weights whose text differs under one seed differ in more than the seed:
     they stay as they are, under no seed.
@@ -139,7 +139,7 @@ class Setting:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of one of its runs, behind the prefix if there is one."""
+        """The settings of one of its runs, behind the prefix if there is one."""
         first = next(self.arms[arm] for arm in (INTACT, BEHIND, VANILLA) if arm in self.arms)
         return next(iter(first.values()))[-1]["settings"]
 

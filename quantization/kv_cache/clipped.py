@@ -26,11 +26,11 @@ class ClippedHeads(Heads):
     """A layer's policy. tensors: `values_low` and `values_high`, scalars."""
 
     def rounded_keys(self, keys: Tensor) -> Tensor:
-        """Over their whole range."""
+        """Keys on a grid over their whole range."""
         return on_grid(keys, fit(keys, self.grid), self.grid)
 
     def rounded_values(self, values: Tensor) -> Tensor:
-        """Over the shares of their range."""
+        """Values on a grid over the learned shares of their range."""
         low, high = (self.tensors[f"values_{end}"].to(values.device) for end in ("low", "high"))
         return on_grid(values, fit_shares(values, low, high, self.grid), self.grid)
 

@@ -26,11 +26,11 @@ class StaticHeads(Heads):
     """A layer's grids. tensors: see `StaticPerHead.fit_block`."""
 
     def rounded_keys(self, keys: Tensor) -> Tensor:
-        """By the grid of every KV head."""
+        """Keys on the grid of their KV head."""
         return self._rounded(keys, "keys")
 
     def rounded_values(self, values: Tensor) -> Tensor:
-        """By the grid of every KV head."""
+        """Values on the grid of their KV head."""
         return self._rounded(values, "values")
 
     def _rounded(self, states: Tensor, name: str) -> Tensor:

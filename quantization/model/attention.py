@@ -69,7 +69,7 @@ def _look_at_cache(module: Any, _args: tuple[Any, ...], keywords: dict[str, Any]
 
 
 def _rounded(x: Tensor, grid: UniformGrid) -> Tensor:
-    """On the grid; where a prefix is trained, its gradient passes as if nothing were rounded."""
+    """The states on the grid; where a prefix is trained, its gradient passes as if nothing were rounded."""
     seen = fake_quantize(x, grid)
     return straight(seen, x) if x.requires_grad else seen
 

@@ -109,6 +109,6 @@ def rescale_all(block: nn.Module, steps: Sequence[Rescaling], head_size: int) ->
 
 
 def _weight_and_bias(parameters: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor | None]:
-    """Of a module, in float32; no bias is None."""
+    """A module's own, in float32; no bias is None."""
     bias = parameters.get(f"{module}.bias")
     return parameters[f"{module}.weight"].float(), None if bias is None else bias.float()

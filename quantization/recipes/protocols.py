@@ -103,7 +103,7 @@ class CalibratedKV(Protocol):
 
     @property
     def bits(self) -> int:
-        """Of keys and values."""
+        """Bits of keys and values."""
         ...
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:

@@ -395,7 +395,7 @@ def load_quantized(
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-    """On the device and in the dtype of the computation, but for ranges of inputs, which stay in float32."""
+    """The tensors where and in what dtype the model computes; ranges of inputs stay in float32."""
     return {
         name: tensor.to(device, dtype if tensor.is_floating_point() and f".{PATH}." not in name else None)
         for name, tensor in tensors.items()

@@ -111,7 +111,7 @@ def by_tokens(
 
 
 def identity_of_prefix(prefix: Tensor | Prefix) -> dict[str, Any]:
-    """Of a prefix by its ids (P,), or of a trained one by its keys and values, too."""
+    """What identifies a prefix: its ids (P,), and the keys and values of a trained one."""
     if isinstance(prefix, Prefix):
         return {"prefix": prefix.ids.tolist(), "prefix_kv": prefix.digest()}
     return {"prefix": prefix.tolist()}

@@ -120,7 +120,7 @@ def _checkpoint(what: str, plan: Plan, recipe: Recipe, sizes: Sizes) -> Line:
 
 
 def _bits(recipe: Recipe) -> float | None:
-    """Of a quantized weight with its scale and zero point, about; None if weights stay as they are."""
+    """Bits of a quantized weight with its scale and zero point, about; None if weights stay as they are."""
     if recipe.weights is None:
         return None
     grid = recipe.weights.grid

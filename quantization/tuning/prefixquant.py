@@ -42,7 +42,7 @@ LAST_RATE = 0.1  # of the first
 
 
 def _skip_mse(output: Tensor, target: Tensor) -> Tensor:
-    """Without the 3 tokens of every sequence whose targets are largest; the mean is over all of them."""
+    """The squared error without the 3 tokens of every sequence whose targets are largest; the mean is over all."""
     largest = target.abs().mean(-1).topk(min(SKIPPED, target.shape[1]), dim=1).indices
     kept = torch.ones(target.shape[:2], device=target.device).scatter(1, largest, 0.0)
     return ((output - target).square() * kept[..., None]).mean()

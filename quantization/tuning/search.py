@@ -68,7 +68,7 @@ def best_shares(error: Callable[[float, float], float], symmetric: bool) -> tupl
 
 
 def best_scales(scale: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """For every element of `scale` the multiple of it with the smallest error; error: scales to errors, same shape."""
+    """The multiple of every element of `scale` that has the smallest error; error: scales to errors, same shape."""
     best, lowest = scale, error(scale)
     for factor in SHRUNK[1:]:
         found = error(scale * factor)

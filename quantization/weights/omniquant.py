@@ -179,7 +179,7 @@ class OmniQuant(GridQuantizer):
 
     @property
     def calibrates(self) -> bool:  # type: ignore[override]
-        """Not if there is nothing to learn."""
+        """Whether there is anything to learn."""
         return self.epochs > 0
 
     @property
