@@ -4,7 +4,7 @@ Nothing is run: sizes of what is there come from the disk, of what is missing fr
     to run       the model's weights in the computation's dtype (packed ones at their bits)
     to quantize  the ends, two copies of one block in float32, two of its largest Hessian, and the calibration text's
                  hidden states in float32, as often as the method reads them
-Activations of a pass are not in it: they grow with the batch. The libraries take LIBRARIES besides.
+Activations of a pass are not in it: they grow with the batch. On a CPU the libraries take LIBRARIES besides.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from quantization.runs.plan import Plan
 
 __all__ = ["Line", "preview", "table"]
 
-LIBRARIES = 500e6  # bytes of a process that has imported torch and transformers and read nothing
+LIBRARIES = {"cpu": 900e6}  # bytes of a process that has imported torch and transformers and read nothing
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def preview(plan: Plan) -> list[Line]:
         lines.append(
             Line("prefix", _state(file is not None and file.is_file()), None, str(file or "known once discovered"))
         )
-    lines.append(Line("memory to run", "about", LIBRARIES + _running(plan, sizes), str(plan.device)))
+    libraries = LIBRARIES.get(plan.device.type, 0.0)
+    lines.append(Line("memory to run", "about", libraries + _running(plan, sizes), str(plan.device)))
     if any(line.what == "quantized checkpoint" and line.state != "present" for line in lines):
-        lines.append(Line("memory to quantize", "about", LIBRARIES + _quantizing(plan, sizes), str(plan.device)))
+        lines.append(Line("memory to quantize", "about", libraries + _quantizing(plan, sizes), str(plan.device)))
     return lines
 
 
