@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from benchmarks.measure import peak_unshared_mb, report
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import with_settings
-from quantization.runs.checkpoint import empty_model
+from quantization.runs.dense import empty_model
 from quantization.runs.pipeline import quantize_checkpoint
 
 SHAPES = {

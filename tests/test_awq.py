@@ -32,7 +32,8 @@ from quantization.programs.export import export
 from quantization.programs.export import main as export_main
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_manifest
-from quantization.runs.pipeline import by_tokens, quantize_checkpoint
+from quantization.runs.identities import by_tokens
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales
 from quantization.weights.rtn import RTN

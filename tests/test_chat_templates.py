@@ -66,7 +66,7 @@ def test_every_prompt_opens_with_one_start_token_and_the_prefix(tiny_tokenizer, 
 def test_the_real_tokenizers_prompts_start_with_its_prefix():
     if not (SMOLLM2 / "tokenizer.json").exists():
         pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
-    from quantization.runs.plan import load_tokenizer
+    from quantization.runs.opening import load_tokenizer
 
     tokenizer = load_tokenizer(SMOLLM2)
     lead = choose_prefix("prompt", tokenizer, "smollm2-135m").ids

@@ -15,18 +15,9 @@ from safetensors.torch import load_file, save_file
 from corpora.errors import UserError
 from quantization.grids.uniform import UniformGrid
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import (
-    CHECKSUMS,
-    MANIFEST,
-    DenseCheckpoint,
-    block_file,
-    empty_model,
-    is_quantized,
-    load_quantized,
-    read_config,
-)
+from quantization.runs.checkpoint import CHECKSUMS, MANIFEST, block_file, find_checkpoint, is_quantized, load_quantized
+from quantization.runs.dense import DenseCheckpoint, empty_model, read_config
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.runs.plan import find_checkpoint
 from quantization.weights.rtn import RTN
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,7 +27,8 @@ from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import DenseCheckpoint, load_quantized
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.dense import DenseCheckpoint
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import gptq as gptq_matrix

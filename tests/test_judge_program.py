@@ -20,7 +20,7 @@ from eval.__main__ import main
 from eval.mtbench.answers import question_file, read_questions
 from eval.mtbench.json_lines import read_lines
 from eval.mtbench.judge_client import local_judge
-from quantization.runs.plan import load_tokenizer
+from quantization.runs.opening import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,8 @@ from quantization.grids.uniform import UniformGrid
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, added, describe
 from quantization.runs.auto_prefix import Search
-from quantization.runs.pipeline import artefact_of, by_tokens, quantize_checkpoint
+from quantization.runs.identities import artefact_of, by_tokens
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.runs.preview import preview
 from quantization.weights.gptq import GPTQ
@@ -54,7 +55,7 @@ def forbid(monkeypatch) -> None:
         monkeypatch.setattr(corpora.text, name, refuse)
     monkeypatch.setattr(quantization.runs.plan, "calibration_segments", refuse)
     monkeypatch.setattr(quantization.runs.plan, "quantize_checkpoint", refuse)
-    monkeypatch.setattr(quantization.runs.plan, "_load", refuse)
+    monkeypatch.setattr(quantization.runs.plan, "load_model", refuse)
     monkeypatch.setattr(quantization.runs.auto_prefix, "discover", refuse)
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", refuse)
 

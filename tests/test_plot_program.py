@@ -210,7 +210,7 @@ def loaded(directory: Path):
 
 
 def ids_of(directory: Path, length: int) -> torch.Tensor:
-    from quantization.runs.plan import load_tokenizer
+    from quantization.runs.opening import load_tokenizer
 
     ids = load_tokenizer(directory)(TEXT, add_special_tokens=False)["input_ids"]
     return torch.tensor([[1, *ids][:length]])
@@ -235,7 +235,7 @@ def test_the_csv_reproduces_the_drawn_arrays(program, model, text, intactkv_root
 
 def test_the_csv_of_ranges_holds_their_order_statistics(program, model, text, intactkv_root):
     from corpora.text import calibration_segments
-    from quantization.runs.plan import load_tokenizer
+    from quantization.runs.opening import load_tokenizer
 
     arguments = ("--model", model, "--corpus", text, *PIECES, "--text-seed", 5, "--out", intactkv_root / "x.svg")
     assert program("linear-input", *arguments)[0] == 0

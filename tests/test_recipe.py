@@ -16,7 +16,7 @@ from quantization.kv_cache import KV_POLICIES, PerHead
 from quantization.model.blocks import DecoderBlock
 from quantization.named import RECIPES, kv_policy, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, describe, with_settings
-from quantization.runs.pipeline import by_tokens
+from quantization.runs.identities import by_tokens
 from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN

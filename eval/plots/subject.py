@@ -21,7 +21,7 @@ from corpora.text import calibration_segments, corpus_label, encode, evaluation_
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
-from quantization.runs.checkpoint import read_config
+from quantization.runs.dense import read_config
 from quantization.runs.plan import Plan
 from quantization.runs.prefixes import PrefixChoice
 

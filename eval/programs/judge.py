@@ -236,7 +236,7 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
     from eval.mtbench.judge import ENDINGS, is_decided
     from eval.mtbench.judge_client import ChatClient, local_judge
     from quantization.programs.options import chosen_device
-    from quantization.runs.plan import find_checkpoint
+    from quantization.runs.checkpoint import find_checkpoint
 
     protocol: dict[str, Any] = {"max_tokens": options.max_tokens}
     if options.judge_model.startswith(LOCAL):

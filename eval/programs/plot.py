@@ -117,7 +117,7 @@ def _plan(
     from eval.plots.subject import figure_name, with_given
     from intactkv.architecture import architecture_of
     from quantization.programs.options import plan_of, show_log
-    from quantization.runs.checkpoint import read_config
+    from quantization.runs.dense import read_config
 
     show_log()
     plan = plan_of(options)

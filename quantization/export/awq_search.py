@@ -17,7 +17,8 @@ from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, merge_groups, quantize, split_groups
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import rescale_all
-from quantization.runs.checkpoint import DenseCheckpoint, block_file, empty_model, read_block
+from quantization.runs.checkpoint import block_file, read_block
+from quantization.runs.dense import DenseCheckpoint, empty_model
 from quantization.weights.awq import clip_candidates, is_clipped
 from quantization.weights.awq_zoo import ZooBlock, save_zoo
 

@@ -30,11 +30,11 @@ from quantization.runs.checkpoint import (
     MANIFEST,
     block_file,
     copy_companions,
-    empty_model,
     is_quantized,
     read_block,
     read_manifest,
 )
+from quantization.runs.dense import empty_model
 from quantization.runs.plan import plan_run
 
 __all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]

@@ -14,36 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity, sha256_of_file
 from corpora.text import calibration_segments, packed_documents, text_identity
-from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
-from quantization.model.blocks import DecoderBlock
-from quantization.model.placement import spread
-from quantization.model.rescale import rescale_all
 from quantization.recipes.protocols import CalibratedKV, restored
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
 from quantization.runs.checkpoint import (
     PARTS,
     Checkpoint,
-    block_file,
     dense_directory,
     find_checkpoint,
     is_quantized,
-    load_quantized,
-    read_block,
-    read_config,
     read_cost,
     read_manifest,
 )
-from quantization.runs.pipeline import Artefact, artefact_of, by_tokens, identity_of_prefix, quantize_checkpoint
+from quantization.runs.dense import read_config
+from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix
+from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
+from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.prefixes import (
     AUTO,
     PrefixChoice,
@@ -54,20 +49,9 @@ from quantization.runs.prefixes import (
     stored_prefix,
 )
 
-__all__ = ["Plan", "load_tokenizer", "plan_run", "stored_kv"]
+__all__ = ["Plan", "plan_run", "stored_kv"]
 
 log = logging.getLogger(__name__)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside the weights. Raises UserError if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory} holds no tokenizer that transformers can open ({str(error).splitlines()[0]}); "
-            "copy tokenizer.json and tokenizer_config.json beside the weights"
-        ) from None
 
 
 def _text_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -223,7 +207,7 @@ class Plan:
 
     def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
-        return _load(directory, self.dtype, self.device, packed, self.spread)
+        return load_model(directory, self.dtype, self.device, packed, self.spread)
 
     def _open_dense(self, directory: Path) -> PreTrainedModel:
         return self._open(directory)
@@ -284,7 +268,7 @@ class Plan:
             )
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
-            return _rescaled(self._open(there), directory) if _is_rescaled(directory) else self._open(there)
+            return rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
         calibrating = [step.name for step in recipe.transforms if step.calibrates and not step.rescales]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
@@ -294,7 +278,7 @@ class Plan:
                 "quantizes, which is not available; leave --prefix out"
             )
         twin = self._open(self.written(recipe.twin))
-        return _rescaled(twin, self.written(recipe)) if recipe.rescales else twin
+        return rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
     def _check_needed(self, choice: PrefixChoice) -> None:
         """Raise UserError if the weights were calibrated behind another prefix, or behind one that will not be
@@ -408,35 +392,3 @@ def _bound(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
     """The recipe's KV policy, with the tensors that the model's checkpoint holds if it is a calibrated one."""
     kv = recipe.kv_cache
     return kv.bound(model.__dict__["intactkv_kv"]) if isinstance(kv, CalibratedKV) else kv
-
-
-def _load(
-    directory: Path, dtype: torch.dtype, device: torch.device, packed: bool = False, spread_over_gpus: bool = False
-) -> PreTrainedModel:
-    """A dense or quantized checkpoint as a model in evaluation mode."""
-    if is_quantized(directory):
-        model = load_quantized(directory, packed=packed, dtype=dtype, device="cpu" if spread_over_gpus else device)
-        return spread(model) if spread_over_gpus else model
-    # With a device map the weights go from the file to their GPU, and the whole model is never in main memory.
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, device_map="auto" if spread_over_gpus else None
-    )
-    if not spread_over_gpus:
-        torch.nn.Module.to(model, device)
-    return model.eval().requires_grad_(False)
-
-
-def _is_rescaled(quantized: Path) -> bool:
-    """Whether a quantized checkpoint's weights were rescaled before they were rounded."""
-    return bool(read_block(block_file(quantized, 0)).rescalings)
-
-
-def _rescaled(model: PreTrainedModel, quantized: Path) -> PreTrainedModel:
-    """A dense model, rescaled block by block as the quantized checkpoint was before it was rounded."""
-    architecture = architecture_of(model.config)
-    for index, module in enumerate(architecture.blocks_of(model)):
-        block = DecoderBlock(index, module, architecture, model.config)
-        rescale_all(module, read_block(block_file(quantized, index)).rescalings, block.head_size)
-    manifest = read_manifest(quantized)
-    model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
-    return model

@@ -24,7 +24,7 @@ from corpora.storage import identity
 from corpora.text import encode, start_token_id
 from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
-from quantization.runs.checkpoint import empty_model
+from quantization.runs.dense import empty_model
 
 __all__ = ["AUTO", "PrefixChoice", "auto_corpus", "check_belongs", "choose_prefix", "prefix_file", "stored_prefix"]
 

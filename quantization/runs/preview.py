@@ -16,7 +16,8 @@ import torch
 from corpora.storage import weight_files
 from intactkv.architecture import architecture_of
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import block_file, empty_model, is_quantized, tied_names
+from quantization.runs.checkpoint import block_file, is_quantized
+from quantization.runs.dense import empty_model, tied_names
 from quantization.runs.plan import Plan
 
 __all__ = ["Line", "preview", "table"]
