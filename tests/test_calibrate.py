@@ -270,7 +270,7 @@ def test_what_cannot_be_trained_on_is_refused(pair):
     with pytest.raises(UserError, match="learning_rate is -1"):
         Training(learning_rate=-1)
     broken = replace(prefix, values=(prefix.values[0] * float("nan"), *prefix.values[1:]))
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the loss of the prefix is nan"):
         calibrate(model, twin, broken, SAMPLES, OTHERS, SHORT)
 
 
