@@ -173,6 +173,13 @@ class IntactModel:
         mask = torch.cat([torch.ones_like(lead), rows.mask], dim=1)
         cache = self.new_cache() if past_key_values is None else self._continued(past_key_values, ids)
         cache.tokens = None  # until it is known what an answer that may be interrupted leaves here
+        if chunk := self._option(options, "prefill_chunk_size"):
+            # Fed here: transformers 5.17 would feed what the cache holds once more.
+            held = cache.get_seq_length() - self.prefix_length
+            with torch.no_grad():
+                for end in range(held + chunk, rows.feed.shape[1], chunk):
+                    self.feed(rows.feed[:, end - chunk : end], rows.mask[:, :end], cache=cache)
+            options["prefill_chunk_size"] = None
         cache.batch_repeat_interleave(
             max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
         )

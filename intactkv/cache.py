@@ -110,7 +110,11 @@ class IntactLayer(DynamicLayer):
         return super().get_seq_length() if self.is_initialized else self.prefix_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last −tokens_to_remove tokens. Refuses to cut into the prefix (ValueError)."""
+        """Forget the last −tokens_to_remove tokens. Refuses positive ones, and to cut into the prefix (ValueError)."""
+        if tokens_to_remove > 0:  # a length, to transformers 5.17
+            raise ValueError(
+                f"crop({tokens_to_remove}): a positive count is not supported; give minus the tokens to forget"
+            )
         if -tokens_to_remove > self.tokens_behind:
             raise ValueError(
                 f"crop({tokens_to_remove}) would cut into the intact prefix: only {self.tokens_behind} tokens follow it"

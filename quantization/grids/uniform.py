@@ -292,7 +292,8 @@ def merge_groups(x: Tensor) -> Tensor:
 
 def fit(groups: Tensor, grid: UniformGrid) -> Fit:
     """Scale and zero point for every group of (..., group_size), float32: each (..., 1)."""
-    low, high = groups.aminmax(dim=-1, keepdim=True)
+    # Not aminmax: it has no gradient in torch 2.11.
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = _stored(grid.rule.fit(low, high, grid.bits), grid)
     if not grid.clip_search:
         return best

@@ -40,7 +40,8 @@ def fit_shares(groups: Tensor, low: Tensor, high: Tensor, grid: UniformGrid) -> 
 
     low, high: scalars, with gradients; a symmetric grid takes `high` for both ends.
     """
-    lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # aminmax: no gradient in torch 2.11
+    # Not aminmax: it has no gradient in torch 2.11.
+    lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     below = high if grid.rule.zero_point == "constant" else low
     return fit_through(lowest * below, highest * high, grid)
 

@@ -51,7 +51,7 @@ def clipped_fit(groups: Tensor, bounds: tuple[Tensor, Tensor] | None, grid: Unif
     groups: (out, groups, group_size). bounds: γ⁺ and γ⁻, each (out, groups, 1); None clips nothing, which is RTN.
     Returns float32 (out, groups, 1), with gradients for γ and, through the extremes, for the weights.
     """
-    # aminmax has no gradient in torch 2.11.
+    # Not aminmax: it has no gradient in torch 2.11.
     low, high = groups.amin(-1, keepdim=True).float(), groups.amax(-1, keepdim=True).float()
     if bounds is not None:
         low, high = torch.sigmoid(bounds[1]) * low, torch.sigmoid(bounds[0]) * high
