@@ -183,7 +183,7 @@ def test_the_plain_protocol_puts_nothing_in_front(stats):
         (("kv", "--window", 2), "at least 3 tokens"),
         (("kv", "--limit", 0), "1 window"),
         (("kv", "--vanilla"), "--vanilla compares"),
-        (("kv", "--out", "x.txt"), "written as .csv"),
+        (("kv", "--out", "x.txt"), "give a file that ends in .csv"),
         (("nothing",), "invalid choice"),
         (("kv", "--text-seed", 3), "unrecognized arguments"),
     ],
@@ -205,7 +205,7 @@ def test_a_quantized_checkpoint_without_its_dense_source_is_refused(stats, progr
     for kind in ("linears", "distance", "kv"):
         code, _, err = program(kind, "--model", place, "--corpus", text, "--window", 64, "--limit", 2, "--force")
         assert code == 2
-        assert "the full-precision twin" in err.strip().splitlines()[-1]
+        assert "the dense full-precision model" in err.strip().splitlines()[-1]
 
 
 def test_help_does_not_wait_for_torch():

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint
 from intactkv.architecture import architecture_of
 from quantization.export.writer import read_source
 from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, merge_groups, quantize, split_groups
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import rescale_all
-from quantization.runs.checkpoint import block_file, read_block
+from quantization.runs.checkpoint import block_file, dense_directory, find_checkpoint, read_block
 from quantization.runs.dense import DenseCheckpoint, empty_model
 from quantization.weights.awq import clip_candidates, is_clipped
 from quantization.weights.awq_zoo import ZooBlock, save_zoo
@@ -51,12 +50,7 @@ def export_search(source: Path, out: Path) -> str:
     manifest = read_source(source, out)
     if (manifest["recipe"]["weights"] or {}).get("kind") != "AWQ" or manifest["recipe"]["transforms"]:
         raise UserError(f"{source} ({manifest['label']}) was not made by AWQ alone, so it holds no search to export")
-    dense = source.parent / manifest["source"]["directory"]
-    if not dense.is_dir() or checkpoint_fingerprint(dense) != manifest["source"]["fingerprint"]:
-        raise UserError(
-            f"the dense checkpoint that {source} was made from ({manifest['source']['name']}) is not at hand, and its "
-            "weights tell the clip limits; export where it is"
-        )
+    dense = dense_directory(find_checkpoint(source), "its weights tell the clip limits", "export where it is")
     reader, model, results = DenseCheckpoint(dense), empty_model(dense), {}
     architecture = architecture_of(model.config)
     for index, module in enumerate(architecture.blocks_of(model)):

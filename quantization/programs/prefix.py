@@ -152,12 +152,10 @@ def discover_prefix(options: argparse.Namespace) -> None:
 
     from intactkv.discover import down_maxima, largest_ratios
     from intactkv.prefix import build_prefix
-    from quantization.runs.auto_prefix import default_search, down_of, find
+    from quantization.runs.auto_prefix import default_search, find
     from quantization.runs.checkpoint import dense_directory, find_checkpoint
 
-    options.model = dense_directory(
-        find_checkpoint(options.model), "outlier tokens are looked for there", "python -m intactkv discover --out"
-    )
+    options.model = dense_directory(find_checkpoint(options.model), "outlier tokens are looked for there")
     plan = plan_of(options)
     search = default_search(plan.checkpoint, plan.tokenizer, options.corpus, plan.context)
     given = {"samples": options.samples, "length": options.length}
@@ -184,7 +182,7 @@ def discover_prefix(options: argparse.Namespace) -> None:
             prefix = build_prefix(model, kept)
             if behind is None:
                 ids = search.pieces()
-                behind = largest_ratios(down_maxima(model, ids, prefix, linear=down_of(model), advance=bar.update))
+                behind = largest_ratios(down_maxima(model, ids, prefix, advance=bar.update))
             if kept == found.prefix and found.behind is None:
                 replace(found, behind=behind).write()
             if options.out is not None:

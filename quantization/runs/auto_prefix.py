@@ -19,11 +19,10 @@ from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity, read_json, sha256_of_tensor, write_json
 from corpora.text import calibration_segments, corpus_label, start_token_id, text_identity
-from intactkv.architecture import architecture_of
 from intactkv.discover import discover
 from quantization.runs.checkpoint import Checkpoint, dense_directory
 
-__all__ = ["Found", "Search", "default_search", "down_of", "find"]
+__all__ = ["Found", "Search", "default_search", "find"]
 
 PUBLISHED = CalibrationText("pile", 64, 512)  # PrefixQuant's; random pieces of it
 SEED = 2  # PrefixQuant's
@@ -122,14 +121,8 @@ def find(
         return _read(earlier)
     name = search.checkpoint.family_name
     log.info("discovering the prefix of %s on %d × %d tokens of %s", name, *ids.shape, search.text.corpus)
-    model = open_dense(
-        dense_directory(
-            search.checkpoint,
-            "--prefix auto looks for outlier tokens there",
-            "python -m intactkv discover --model DENSE_DIR",
-        )
-    )
-    outcome = discover(model, ids, start, threshold=search.threshold, linear=down_of(model), advance=advance)
+    model = open_dense(dense_directory(search.checkpoint, "--prefix auto looks for outlier tokens there"))
+    outcome = discover(model, ids, start, threshold=search.threshold, advance=advance)
     drawn = {"corpus": corpus_label(search.text.corpus), "samples": len(ids), "length": ids.shape[1],
              "seed": search.seed}  # fmt: skip
     found = Found(
@@ -146,11 +139,6 @@ def find(
     words = [search.tokenizer.decode([token]) for token in found.prefix]
     log.info("the prefix is %s %s: %s", list(found.prefix), words, found.file)
     return found
-
-
-def down_of(model: PreTrainedModel) -> str:
-    """Name within a block of the feed-forward part's last linear, whose input is looked at."""
-    return architecture_of(model.config).linears[-1][-1]
 
 
 def _read(file: Path) -> Found:

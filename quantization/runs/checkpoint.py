@@ -119,11 +119,16 @@ def find_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, Path(os.path.abspath(directory)).name, checkpoint_fingerprint(directory), None)
 
 
-def dense_directory(checkpoint: Checkpoint, why: str, program: str) -> Path:
+BUILT_THERE = (
+    "do it where that model is, or give a prefix that was built there (python -m intactkv build or discover): --prefix "
+    "FILE.safetensors"
+)
+
+
+def dense_directory(checkpoint: Checkpoint, why: str, way_out: str = BUILT_THERE) -> Path:
     """The dense checkpoint itself, or the one that a quantized checkpoint was made from.
 
-    why, program: for the error: what it is needed for, and what to run where it is. Raises UserError if it is not at
-    hand.
+    why, way_out: for the error: what it is needed for, and what can be done. Raises UserError if it is not at hand.
     """
     directory, manifest = checkpoint.directory, checkpoint.manifest
     if manifest is None:
@@ -135,10 +140,7 @@ def dense_directory(checkpoint: Checkpoint, why: str, program: str) -> Path:
         known = all(transform["kind"] in PARTS for transform in manifest["recipe"]["transforms"])
         if known and (dense / "config.json").is_file() and checkpoint_fingerprint(dense) == checkpoint.fingerprint:
             return dense
-    raise UserError(
-        f"the dense full-precision model of {directory} is not at hand, but {why}; do it where that model is, or give "
-        f"a prefix that was built there ({program}): --prefix FILE.safetensors"
-    )
+    raise UserError(f"the dense full-precision model of {directory} is not at hand, but {why}; {way_out}")
 
 
 def copy_companions(source: Path, target: Path) -> None:

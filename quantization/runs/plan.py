@@ -261,11 +261,7 @@ class Plan:
         checkpoint behind a quantized one is not at hand."""
         manifest, directory, recipe = self.checkpoint.manifest, self.checkpoint.directory, self.recipe
         if manifest is not None:
-            dense = dense_directory(
-                self.checkpoint,
-                "it is what writes a prefix, and what errors are measured against",
-                "python -m intactkv build",
-            )
+            dense = dense_directory(self.checkpoint, "it is what writes a prefix, and what errors are measured against")
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
             return rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
