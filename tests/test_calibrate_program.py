@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from matplotlib import pyplot as plt
 
 from intactkv.prefix import Prefix
 
-ROOT = Path(__file__).parents[1]
 PARAGRAPH = "A paragraph about {} says one thing, then the other one, and so on. " * 4
 TEMPLATE = (
     "{{ bos_token }}[kind]{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>"

@@ -1,14 +1,13 @@
 """OmniQuant: learned clipping, learned equivalent scales, their training, and the merged result."""
 
-import hashlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -38,24 +37,7 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 CLIP = 1 / (1 + torch.exp(torch.tensor(-4.0, dtype=torch.float64)))  # σ(4)
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint(model_type, **options of tiny_checkpoint) -> a directory that tests only read."""
-    made: dict[str, Path] = {}
-
-    def make(model_type: str = "llama", **options: Any) -> Path:
-        key = f"{model_type}{sorted(options.items(), key=str)}"
-        if key not in made:
-            made[key] = tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **options)
-        return made[key]
-
-    return make
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -100,11 +82,6 @@ def assert_near(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None
     torch.testing.assert_close(found, expected, rtol=0, atol=relative * float(expected.abs().max()))
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    files = (file for file in directory.iterdir() if file.name.startswith(("block", "ends", MANIFEST)))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 # the slow truth -------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +124,7 @@ def straight_through(weight: Tensor, upper: Tensor, lower: Tensor, bits: int, si
 # learned clipping -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_clipped_weights_are_those_of_the_paper_number_by_number(bits: int) -> None:
     weight = 0.1 * noise(6, 32) + torch.linspace(-0.2, 0.2, 6)[:, None]  # some groups have one sign only
     upper, lower = 2 * noise(6, 2, 1, seed=1), 2 * noise(6, 2, 1, seed=2)
@@ -214,7 +191,7 @@ def test_a_clipped_top_value_moves_its_bound_and_not_the_other() -> None:
     assert float(lower.grad) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@every("convention", CONVENTIONS)
 def test_zero_points_are_codes_and_groups_have_at_most_two_to_the_bits_values(convention: str) -> None:
     grid = UniformGrid(2, 16, convention)
     weight = noise(8, 32) + torch.linspace(-9, 9, 8)[:, None]
@@ -508,19 +485,6 @@ LET = Recipe(weights=OmniQuant(W3, let=True, epochs=2, lwc_lr=0.1), prefix="bos"
 def made(source: Path, recipe: Recipe, out: Path) -> Path:
     prefix = PREFIX if recipe.calibrate_behind_prefix else None
     return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, prefix_ids=prefix)
-
-
-@pytest.mark.parametrize(("recipe", "model_type"), [(LWC, "llama"), (LET, "llama"), (LET, "qwen3"), (LET, "opt")])
-def test_a_run_taken_up_with_blocks_missing_ends_with_the_same_bytes(
-    recipe: Recipe, model_type: str, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    whole = hashes(made(checkpoint(model_type), recipe, tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed.partial")
-    (tmp_path / "resumed.partial" / "ends.safetensors").unlink()
-    for index in (1, 2):
-        block_file(tmp_path / "resumed.partial", index).unlink()
-    assert hashes(made(checkpoint(model_type), recipe, tmp_path / "resumed")) == whole
-    assert len(whole) == 5
 
 
 def test_every_block_reports_a_loss_that_did_not_grow(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

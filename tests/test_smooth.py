@@ -1,6 +1,6 @@
 """SmoothQuant: exact without rounding, in every family; the paper's formula; better than rounding alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from families import plain_cache, random_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import quantization.runs.pipeline
 from corpora.errors import UserError
 from eval.__main__ import main
 from intactkv.architecture import architecture_of
@@ -34,10 +33,7 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 W8A8 = named_recipe("smoothquant-w8a8")
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def first_block(model: PreTrainedModel, prefix: Tensor | None = None, segments: Tensor = SEGMENTS) -> DecoderBlock:
@@ -287,33 +283,6 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
 def plan_of(dense: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("quantization.runs.plan.calibration_of", lambda *_: SEGMENTS)
     return plan_run(dense, recipe, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("behind", [False, True], ids=["plain", "behind"])
-def test_a_killed_run_ends_with_the_same_bits(
-    behind: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense = tiny_checkpoint(tmp_path, "llama")
-    recipe = replace(with_settings(W8A8, ["activations.static=true"]), prefix="bos", calibrate_behind_prefix=behind)
-    prefix = PREFIX if behind else None
-
-    def make(name: str) -> Path:
-        return quantize_checkpoint(dense, recipe, tmp_path / name, segments=SEGMENTS, prefix_ids=prefix)
-
-    whole, real = make("whole"), quantization.runs.pipeline._process_block
-
-    def killed(block: DecoderBlock, *arguments: Any) -> float:
-        if block.index == 2:
-            raise KeyboardInterrupt
-        return real(block, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(quantization.runs.pipeline, "_process_block", killed)
-        with pytest.raises(KeyboardInterrupt):
-            make("again")
-    again = make("again")
-    for file in sorted(whole.glob("*.safetensors")):
-        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from families import FAMILIES, plain_logits, random_ids
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +27,6 @@ from quantization.programs.train import held_out_pieces
 
 BOS = 1
 DISCRETE = (20, 33, BOS)
-ROOT = Path(__file__).parents[1]
 SHORT = PrefixTraining(length=4, learning_rate=2e-2, epochs=5)
 TEXTS = torch.stack([random_ids(24, seed) for seed in range(6)])
 HELD_OUT = torch.stack([random_ids(24, 50 + seed) for seed in range(3)])
