@@ -100,7 +100,7 @@ def test_one_plane_is_the_mean_size_and_the_signs(rounds: int) -> None:
     torch.testing.assert_close(coded.dequantize(), expected)
 
 
-@every(("bits", "size"), [(2, 16), (3, 32), (4, 64), (6, 32)])
+@every(("bits", "size"), [(1, 16), (2, 16), (3, 32), (4, 64), (6, 32)])
 @every("rounds", [0, 1, 7])
 @every("offset", [False, True])
 @every("weighted", [False, True])

@@ -42,7 +42,10 @@ from quantization.transforms.smooth import Smooth
 from quantization.tuning.distill import Distill
 from quantization.weights.rtn import RTN
 
-MODEL_TYPES = ("llama", "opt")
+SIZES = {
+    "llama": {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8, "intermediate_size": 96},
+    "opt": {"num_hidden_layers": 2, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 96},
+}
 SEGMENTS = torch.randint(4, 101, (2, 10), generator=torch.Generator().manual_seed(5))
 BOS = torch.tensor([1])
 TEXT = torch.cat([BOS.expand(2, -1), torch.randint(4, 101, (2, 9), generator=torch.Generator().manual_seed(6))], dim=1)
@@ -60,7 +63,7 @@ def small(recipe: Recipe) -> Recipe:
     if getattr(recipe.tuning, "epochs", 0):
         settings.append("tuning.epochs=1")
     if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP:
-        settings.append("weights.grid.group_size=32")
+        settings.append("weights.grid.group_size=16")
     return with_settings(replace(recipe, prefix="none", calibrate_behind_prefix=False), settings)
 
 
@@ -79,7 +82,7 @@ CHECKPOINTS |= {
     name: with_settings(small(recipe), settings)
     for name, (recipe, *settings) in {
         "groups in processing order": (named_recipe("gptq"), "weights.static_groups=false"),
-        "spqr for average bits": (named_recipe("spqr"), "weights.average_bits=4.5", "weights.true_sequential=true"),
+        "spqr in sequence": (named_recipe("spqr"), "weights.true_sequential=true", "weights.simplified=true"),
         "weighted bcq": (named_recipe("bcq-w3"), "weights.weighted=true", "weights.rounds=2"),
         "bcq with offsets": (named_recipe("bcq-row"), "weights.grid.offset=true", "weights.grid.scale_dtype=float16"),
         "shared value scales": (named_recipe("awq"), "weights.grouped_values=true"),
@@ -176,16 +179,14 @@ def tiny(
     tiny_model: Callable[..., PreTrainedModel],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, PreTrainedModel]]:
-    """Dense checkpoints of two blocks and their models, by model type."""
-    directory, size = tmp_path_factory.mktemp("dense"), {"num_hidden_layers": 2}
-    return {kind: (tiny_checkpoint(directory, kind, **size), tiny_model(kind, **size)) for kind in MODEL_TYPES}
+    """Dense checkpoints and their models, by model type."""
+    directory = tmp_path_factory.mktemp("dense")
+    return {kind: (tiny_checkpoint(directory, kind, **SIZES[kind]), tiny_model(kind, **SIZES[kind])) for kind in SIZES}
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (n, k, b) for n, r in CHECKPOINTS.items() for k in MODEL_TYPES for b in (False, True) if r.calibrates or not b
-    ],
+    params=[(n, k, b) for n, r in CHECKPOINTS.items() for k in SIZES for b in (False, True) if r.calibrates or not b],
     ids=lambda case: f"{case[0]}-{case[1]}{'-behind' if case[2] else ''}",
 )
 def case(
@@ -269,7 +270,7 @@ def test_without_rounding_the_model_is_the_dense_one_and_the_weights_were_rounde
             assert (restore(kind, parts, header).dequantize() - exact).norm() < exact.norm()
 
 
-@pytest.mark.parametrize("kind", MODEL_TYPES)
+@pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("name", RUN_ONLY)
 def test_a_recipe_that_changes_no_weight_is_run_on_the_dense_model(
     name: str, kind: str, tiny: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path

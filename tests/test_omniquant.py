@@ -386,9 +386,9 @@ def test_training_lowers_the_loss_that_the_finished_block_has(
 
 def test_a_longer_training_is_never_worse(tiny_model: Callable[..., PreTrainedModel]) -> None:
     losses = []
-    for epochs in (1, 2, 4, 8):
+    for epochs in (1, 2, 6, 7, 8):  # at this rate the seventh does harm
         block = first_block(tiny_model("llama"))
-        OmniQuant(W3, epochs=epochs, lwc_lr=0.3).quantize_block(block)
+        OmniQuant(W3, epochs=epochs, lwc_lr=1.0).quantize_block(block)
         losses.append(block.figures["loss_after"])
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
