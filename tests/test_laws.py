@@ -301,11 +301,12 @@ def test_without_rounding_the_model_is_the_dense_one_and_the_weights_were_rounde
     tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     for prefix in (None, build_prefix(twin, BOS)):
         torch.testing.assert_close(attach(twin, prefix).score(TEXT), expected, **tolerance)
+    # A step takes 2⁻ᵇ of a range of a few deviations, and GPTQ adds to its error; in another basis it would be √2.
+    bound = 0.0 if case.recipe.weights is None else min(1.0, 6 * 2.0**-case.recipe.weights.grid.bits)
     for index in range(2):
         for name, (kind, parts, header) in read_block(block_file(case.out, index)).linears.items():
             exact = twin.get_parameter(f"{name}.weight")
-            # Two bits lose less than all of it (GPTQ behind 30 tokens the most); in another basis it would be √2.
-            assert (restore(kind, parts, header).dequantize() - exact).norm() < exact.norm()
+            assert (restore(kind, parts, header).dequantize() - exact).norm() < bound * exact.norm()
 
 
 @pytest.mark.parametrize("kind", SIZES)

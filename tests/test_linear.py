@@ -17,10 +17,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def name_of(grid: UniformGrid) -> str:
-    return f"{grid.convention}-{grid.bits}"
-
-
 def layer(weight: Tensor, grid: UniformGrid, bias: Tensor | None) -> QuantLinear:
     quantized = quantize(weight, grid)
     return QuantLinear(quantized.kind, quantized.tensors(), quantized.header(), weight.shape, bias)

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from corpora.errors import UserError
 from corpora.storage import read_json
 from intactkv.architecture import architecture_of
-from intactkv.attach import attach
-from intactkv.prefix import build_prefix
 from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, encode, split_groups
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -24,7 +22,6 @@ from quantization.named import named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, with_settings
 from quantization.runs.checkpoint import MANIFEST, block_file, load_quantized, read_block
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.runs.plan import plan_run
 from quantization.weights.omniquant import Learned, OmniQuant, clipped_fit, fake_quantize, start, student
 from quantization.weights.omniquant_let import Pair, initial_pairs, prefix_in_basis, transformed
 from quantization.weights.rtn import RTN
@@ -505,32 +502,6 @@ def test_clipping_alone_changes_nothing_but_the_linears(
     for name, parameter in dense.named_parameters():
         quantized = any(name.endswith(f"{linear}.weight") for linear in linears)
         assert torch.equal(model.get_parameter(name), parameter) != quantized
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "opt"])
-def test_with_equivalent_scales_the_prefix_comes_from_the_rescaled_twin(
-    model_type: str, tiny_checkpoint: Callable[..., Path], intactkv_root: Path
-) -> None:
-    source = tiny_checkpoint(intactkv_root, model_type)
-    (intactkv_root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    recipe = Recipe(
-        weights=OmniQuant(UniformGrid(8, 32), let=True, epochs=1),
-        prefix="bos",
-        calibration=Calibration(str(intactkv_root / "text.txt"), samples=2, length=16),
-    )
-    plan = plan_run(source, recipe, device=torch.device("cpu"))
-    model = plan.load()
-    assert model.prefix is not None
-    assert model.prefix.model.basis == plan.basis != "plain"
-    dense = AutoModelForCausalLM.from_pretrained(source).eval()
-    plain = build_prefix(dense, [1])
-    for ours, old in zip(model.prefix.values, plain.values, strict=True):
-        assert float((ours - old).abs().max()) > 1e-3
-    text = torch.cat([torch.ones(len(SEGMENTS), 1, dtype=torch.long), SEGMENTS], dim=1)
-    expected = dense(text).logits
-    assert 0 < float((model.score(text) - expected).norm() / expected.norm()) < 0.1  # 8 bits
-    with pytest.raises(UserError, match="basis is 'plain' in the prefix"):
-        attach(load_quantized(plan.written(recipe)), plain)
 
 
 # refusals -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from quantization.transforms.smooth import Smooth, input_maxima, smoothing_scale
 from quantization.weights.rtn import RTN
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-PREFIX = torch.tensor([1, 40, 7])
 SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_seed(5))
 W8A8 = named_recipe("smoothquant-w8a8")
 
@@ -283,32 +282,6 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
 def plan_of(dense: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("quantization.runs.plan.calibration_of", lambda *_: SEGMENTS)
     return plan_run(dense, recipe, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("name", "static", "behind"),
-    [
-        (name, static, behind)
-        for name in ("rtn-w8a8", "rtn-w8a8-qllm", "smoothquant-w8a8", "smoothquant-w8a8-qllm")
-        for static in (False, True)
-        for behind in (False, True)
-        if not behind or static or name.startswith("smoothquant")  # else nothing calibrates
-    ],
-)
-def test_every_recipe_runs_near_full_precision_at_eight_bits(
-    name: str, static: bool, behind: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = with_settings(named_recipe(name), [f"activations.static={str(static).lower()}"])
-    recipe = replace(recipe, prefix="bos" if behind else "none", calibrate_behind_prefix=behind)
-    dense = tiny_checkpoint(tmp_path, "llama")
-    out = quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS, prefix_ids=PREFIX if behind else None)
-    full = AutoModelForCausalLM.from_pretrained(dense)
-    ids = SEGMENTS[:1]
-    prefix = build_prefix(full, PREFIX) if behind else None
-    kv: Any = recipe.kv_cache
-    exact, ours = attach(full, prefix).feed(ids).logits, attach(load_quantized(out), prefix, kv).feed(ids).logits
-    assert 1e-4 < float((ours - exact).norm() / exact.norm()) < 0.1
-    assert len(list(read_block(block_file(out, 0)).paths)) == 4
 
 
 def test_smoothed_and_plain_rows_are_published_pairs() -> None:
