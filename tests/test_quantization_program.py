@@ -114,6 +114,14 @@ def test_without_out_the_result_lies_in_the_zoo_under_its_identity_and_is_found_
         assert torch.isfinite(load_quantized(made)(torch.arange(10)[None]).logits).all()
 
 
+@pytest.fixture
+def text(intactkv_root: Path) -> Path:
+    """A text of 2,700 characters, each a token of the tiny tokenizer."""
+    file = intactkv_root / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    return file
+
+
 GPTQ = ("--recipe", "gptq", "--group-size", "32", "--calibration-samples", "3", "--calibration-length", "20")
 
 
