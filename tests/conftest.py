@@ -161,7 +161,7 @@ def no_grad() -> Iterator[None]:
 
 @pytest.fixture
 def text(intactkv_root: Path) -> Path:
-    """A text of 3,700 tokens of the tiny tokenizer, no sentence of it twice."""
+    """A text of 3,400 tokens of the tiny tokenizer, no sentence of it twice."""
     file = intactkv_root / "some text.txt"
     file.write_text(FOXES)
     return file
