@@ -3,21 +3,24 @@
 The factories are plain functions, handed out by session fixtures of the same names.
 """
 
+import os
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import FOXES, SMOLLM2
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from corpora.errors import run_program
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 PAD, BOS, EOS = 0, 1, 2
-THREADS = torch.get_num_threads()
+# The real checkpoint's threads: all cores, shared with the other processes of pytest-xdist.
+THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
@@ -113,6 +116,57 @@ def tiny_checkpoint() -> Callable[..., Path]:
     return _tiny_checkpoint
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """checkpoint(model_type="llama", **options of tiny_checkpoint) -> a dense checkpoint that tests only read."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **options: Any) -> Path:
+        key = f"{model_type}{sorted(options.items(), key=str)}"
+        if key not in made:
+            made[key] = _tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real checkpoint; without it the test is skipped."""
+    if not (SMOLLM2 / "config.json").is_file():
+        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2_w4(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its blocks rounded to 4 bits in groups of 64, made once for all processes of pytest-xdist: the directory is
+    locked while it is written."""
+    from quantization.grids.uniform import UniformGrid
+    from quantization.recipes.recipe import Recipe
+    from quantization.runs.pipeline import quantize_checkpoint
+    from quantization.weights.rtn import RTN
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return quantize_checkpoint(smollm2, Recipe(weights=RTN(UniformGrid(4, 64))), shared / "smollm2-w4")
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """For modules that compute without gradients: pytestmark = pytest.mark.usefixtures("no_grad")."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def text(intactkv_root: Path) -> Path:
+    """A text of 3,400 tokens of the tiny tokenizer, no sentence of it twice."""
+    file = intactkv_root / "some text.txt"
+    file.write_text(FOXES)
+    return file
+
+
 @pytest.fixture
 def intactkv_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh place for datasets/, modelzoo/ and outputs/, so that no test reads or writes the checkout's."""
@@ -144,5 +198,5 @@ def run_main(
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models: theirs wait for each other far longer than they compute, most of all on a busy
-    machine. The real checkpoint gets all cores."""
+    machine. The real checkpoint gets `THREADS`."""
     torch.set_num_threads(THREADS if request.node.get_closest_marker("slow") else 1)

@@ -1,19 +1,20 @@
 """Quantized inputs of linears: grids by hand, ranges against a plain model's, gradients, checkpoints, shared work."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import every
 from families import random_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.paths import datasets_dir, modelzoo_dir
+from corpora.paths import datasets_dir
 from corpora.text import calibration_segments, evaluation_stream, protocol
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
@@ -35,10 +36,7 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 A8 = UniformGrid(8)
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -48,7 +46,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 # the grid -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@every(
     ("grid", "expected"),
     [
         (UniformGrid(2), [-4 / 3, 0.0, 8 / 3]),  # s 4/3, z 1: codes 0, 1, 3
@@ -78,9 +76,9 @@ def test_a_static_grid_is_the_same_for_every_token() -> None:
     torch.testing.assert_close(quantizer(tokens), torch.tensor([[-0.5, 0.0, 0.5], [1.0, -0.5, 0.0]]))
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("group_size", [-1, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every("convention", CONVENTIONS)
+@every("group_size", [-1, 8])
+@every("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_range_is_rounding_to_the_grid_of_each_token(
     convention: str, group_size: int, dtype: torch.dtype
 ) -> None:
@@ -112,8 +110,8 @@ def rounding_as_identity(groups: Tensor, scale: Tensor, zero_point: Tensor, grid
     return torch.where(codes < 0, low * scale, torch.where(codes > grid.top, high * scale, within))
 
 
-@pytest.mark.parametrize("convention", ["gptq-asym", "smoothquant-sym", "spqr-asym"])
-@pytest.mark.parametrize("group_size", [-1, 8])
+@every("convention", ["gptq-asym", "smoothquant-sym", "spqr-asym"])
+@every("group_size", [-1, 8])
 def test_static_scales_and_zero_points_have_the_gradients_of_rounding_as_identity(
     convention: str, group_size: int
 ) -> None:
@@ -139,8 +137,8 @@ def test_static_scales_and_zero_points_have_the_gradients_of_rounding_as_identit
         torch.testing.assert_close(own.double(), truth, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("convention", ["gptq-asym", "smoothquant-sym", "deepspeed-asym"])
-@pytest.mark.parametrize("keep", [0.6, 0.95])
+@every("convention", ["gptq-asym", "smoothquant-sym", "deepspeed-asym"])
+@every("keep", [0.6, 0.95])
 def test_shares_of_dynamic_ranges_have_the_gradients_of_rounding_as_identity(convention: str, keep: float) -> None:
     """Also those of the zero point's rounding: a value that is cut depends on its own end of the range alone."""
     grid = UniformGrid(3, 16, convention)
@@ -223,24 +221,6 @@ def test_static_grids_span_what_a_plain_model_sees(
             linear.weight.data = fake_quantize(linear.weight.data, weights)
 
 
-@pytest.mark.parametrize("name", ["rtn-w8a8", "smoothquant-w8a8"])
-@pytest.mark.parametrize("static", [False, True])
-def test_a_checkpoint_computes_the_same_bits_dense_and_packed(
-    name: str, static: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = with_settings(named_recipe(name), [f"activations.static={str(static).lower()}"])
-    dense = tiny_checkpoint(tmp_path, "qwen2")
-    out = quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS)
-    ids = random_ids(20)[None]
-    model, packed = load_quantized(out), load_quantized(out, packed=True)
-    logits = model(ids).logits
-    assert torch.equal(packed(ids).logits, logits)
-    heads: list[Tensor] = []
-    model.lm_head.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))
-    assert torch.equal(model(ids).logits, logits)
-    assert torch.equal(nn.functional.linear(heads[0], model.lm_head.weight), logits)  # the head reads what it is given
-
-
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_linear_of_the_blocks_reads_rounded_tokens(
     model_type: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
@@ -257,11 +237,11 @@ def test_every_linear_of_the_blocks_reads_rounded_tokens(
 
 
 @pytest.mark.slow
-def test_one_grid_per_tensor_is_ruined_by_the_pivots_and_rescued_by_the_prefix(tmp_path: Path) -> None:
+def test_one_grid_per_tensor_is_ruined_by_the_pivots_and_rescued_by_the_prefix(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2: the [BOS] of a text sets the static range of everybody, unless it is calibrated behind."""
-    dense = modelzoo_dir() / "smollm2" / "smollm2-135m"
-    if not (dense / "config.json").is_file() or not (datasets_dir() / "sample").is_dir():
-        pytest.skip("the model or the sample text is missing; python -m corpora says how to prepare them")
+    dense = smollm2
+    if not (datasets_dir() / "sample").is_dir():
+        pytest.skip("the sample text is missing; python -m corpora says how to prepare it")
     tokenizer = AutoTokenizer.from_pretrained(dense)
     segments = calibration_segments(tokenizer, "sample", samples=4, length=128, seed=0)
     text = evaluation_stream(tokenizer, "sample", window=256, protocol=protocol("intactkv")).windows(2)

@@ -1,7 +1,6 @@
 """Attention's products: queries and softmax rows on their grids, against a slow formula, whatever the cache holds."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,19 +17,13 @@ from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import PerHead
 from quantization.model.attention import NAME, AttentionProducts
-from quantization.named import named_recipe
-from quantization.runs.checkpoint import load_quantized
-from quantization.runs.pipeline import quantize_checkpoint
 
 SPY = "products_compared"
 PREFIX = torch.tensor([1, 40, 7])
 WINDOW = 8  # of the sliding layers: the prefix leaves it
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def plain_grid(x: Tensor, bits: int) -> Tensor:
@@ -217,23 +210,6 @@ def test_a_prefix_is_trained_through_the_grids_as_if_they_were_not_there(
 
 
 # in a recipe ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_loaded_checkpoint_runs_through_the_grids_of_its_recipe(
-    packed: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = named_recipe("rtn-w8a8-qllm")
-    dense = tiny_checkpoint(tmp_path, "llama")
-    model = load_quantized(quantize_checkpoint(dense, recipe, tmp_path / "q"), packed=packed)
-    ids = random_ids(12)[None]
-    with_products = model(ids).logits
-    assert recipe.attention is not None
-    model.set_attn_implementation("eager")
-    without = model(ids).logits
-    assert not torch.equal(with_products, without)
-    installed(model, recipe.attention.grid.bits)
-    assert torch.equal(model(ids).logits, with_products)
 
 
 def test_more_bits_are_nearer_to_full_precision(tiny_model: Callable[..., PreTrainedModel]) -> None:

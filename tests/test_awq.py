@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from common import every
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -51,23 +52,16 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoint(checkpoint: Callable[..., Path]) -> Callable[..., Path]:
     """checkpoint(family, **overrides) -> a dense checkpoint that tests only read."""
-    made: dict[str, Path] = {}
 
     def make(family: str = "llama", **overrides: Any) -> Path:
-        key = f"{family}{sorted(overrides.items(), key=str)}"
-        if key not in made:
-            model_type, own = FAMILIES[family]
-            made[key] = tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **own, **overrides)
-        return made[key]
+        model_type, own = FAMILIES[family]
+        return checkpoint(model_type, **(own | overrides))
 
     return make
 
@@ -111,12 +105,6 @@ def twin_of(source: Path, quantized: Path) -> PreTrainedModel:
     return model
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    """Of everything but the cost of the run."""
-    files = [file for file in directory.iterdir() if file.name != "checksums.json"]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 def published_rounding(w: Tensor, bits: int, size: int) -> Tensor:
     """The definition, group by group along a row; the range holds 0. w: (out, in) float32, as is the result."""
     groups = w.view(len(w), -1, size)
@@ -133,8 +121,8 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 # rounding -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("size", [8, 64])
+@every("bits", [2, 3, 4])
+@every("size", [8, 64])
 def test_the_default_grid_is_the_published_one_and_the_reference_s_where_groups_straddle_zero(
     bits: int, size: int
 ) -> None:
@@ -156,7 +144,7 @@ def test_a_group_of_one_sign_survives() -> None:
 # scales ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.05, 0.5, 0.95])
+@every("ratio", [0.0, 0.05, 0.5, 0.95])
 def test_scales_are_powers_of_the_magnitudes_with_a_geometric_mean_of_the_extremes_of_one(ratio: float) -> None:
     magnitude = gaussian(64).abs() * 10
     magnitude[5] = 0  # a channel that no token ever fed
@@ -301,10 +289,8 @@ def test_awq_loses_less_than_rounding_to_nearest(
 # clip limits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("size", "convention"), [(8, "gptq-asym"), (32, "gptq-asym"), (-1, "gptq-asym"), (8, "awq-asym")]
-)
-@pytest.mark.parametrize("tokens", [5, 40])
+@every(("size", "convention"), [(8, "gptq-asym"), (32, "gptq-asym"), (-1, "gptq-asym"), (8, "awq-asym")])
+@every("tokens", [5, 40])
 def test_the_clip_limits_are_those_of_a_brute_force_search(size: int, convention: str, tokens: int) -> None:
     weight, x = gaussian(6, 32) ** 3, gaussian(tokens, 32, seed=1) * gaussian(32, seed=2).exp()
     limits = clip_limits(weight, x, UniformGrid(3, size, convention))
@@ -395,7 +381,7 @@ def test_without_clipping_every_linear_is_rounded_to_nearest_behind_its_scales(
             assert torch.equal(found.dequantize(), fake_quantize(linear.weight, W3))
 
 
-@pytest.mark.parametrize("stride", [1, 2, 5, 7])
+@every("stride", [1, 2, 5, 7])
 def test_every_kth_token_of_all_samples_is_kept(stride: int) -> None:
     samples = [gaussian(count, 4, seed=count) for count in (3, 12, 1, 9)]
     inputs = Inputs(stride, with_moment=True)
@@ -453,22 +439,6 @@ def test_with_grouped_queries_the_prefix_is_that_of_the_dense_model(
 
 
 # runs -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "behind"), [("llama-mha", False), ("llama", True), ("opt", True)])
-def test_a_run_taken_up_with_blocks_missing_ends_with_the_same_bytes(
-    family: str, behind: bool, checkpoint: Callable[..., Path], searched: Callable[..., Path], tmp_path: Path
-) -> None:
-    source, whole = checkpoint(family), searched(family, behind=behind)
-    assert hashes(awq(source, AWQ(W3), tmp_path / "again", behind)) == hashes(whole)
-    for lost in ([0], [1, 2]):
-        partial = tmp_path / "resumed.partial"
-        shutil.copytree(whole, partial)
-        (partial / "ends.safetensors").unlink()
-        for index in lost:
-            block_file(partial, index).unlink()
-        assert hashes(awq(source, AWQ(W3), tmp_path / "resumed", behind)) == hashes(whole)
-        shutil.rmtree(tmp_path / "resumed")
 
 
 def test_the_prefix_that_calibration_runs_behind_decides_the_scales(searched: Callable[..., Path]) -> None:
@@ -786,7 +756,7 @@ def test_only_the_search_of_an_awq_checkpoint_is_exported_where_its_dense_model_
 # recipes and text -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "bits"), [("awq", 3), ("awq-w3", 3), ("awq-w4", 4)])
+@every(("name", "bits"), [("awq", 3), ("awq-w3", 3), ("awq-w4", 4)])
 def test_the_named_recipes_are_the_published_ones(name: str, bits: int) -> None:
     recipe = named_recipe(name)
     assert isinstance(recipe.weights, AWQ)

@@ -1,6 +1,5 @@
 """Binary coding: the fit against slow plain formulas, the packed layout, the LUT product, and both as a checkpoint."""
 
-import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 
 import quantization.kernels.lut
@@ -16,7 +16,6 @@ import quantization.weights.bcq
 from corpora.errors import UserError
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, from_uniform, pack_planes, signs, unpack_planes
 from quantization.grids.uniform import CONVENTIONS, UniformGrid, fake_quantize, quantize
-from quantization.kernels.linear import QuantLinear
 from quantization.kernels.lut import lut_matmul, tables
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, with_settings
@@ -90,7 +89,7 @@ def plain_fit(
 # the fit --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rounds", [0, 30])
+@every("rounds", [0, 30])
 def test_one_plane_is_the_mean_size_and_the_signs(rounds: int) -> None:
     w = randn(6, 64)
     w[0, 3] = 0.0  # counts as positive
@@ -101,10 +100,10 @@ def test_one_plane_is_the_mean_size_and_the_signs(rounds: int) -> None:
     torch.testing.assert_close(coded.dequantize(), expected)
 
 
-@pytest.mark.parametrize(("bits", "size"), [(2, 16), (3, 32), (4, 64), (6, 32)])
-@pytest.mark.parametrize("rounds", [0, 1, 7])
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@every(("bits", "size"), [(1, 16), (2, 16), (3, 32), (4, 64), (6, 32)])
+@every("rounds", [0, 1, 7])
+@every("offset", [False, True])
+@every("weighted", [False, True])
 def test_the_fit_is_the_published_algorithm_step_by_step(
     bits: int, size: int, rounds: int, offset: bool, weighted: bool
 ) -> None:
@@ -121,7 +120,7 @@ def test_the_fit_is_the_published_algorithm_step_by_step(
     assert squared_error(w, coded, d) == pytest.approx(theirs, rel=1e-4 if determined else 0.5)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_the_start_from_the_uniform_grid_is_the_same_algorithm_from_other_levels(bits: int) -> None:
     w = randn(6, 32) + 0.5
     coded = bcq(w, BinaryGrid(bits, 32, offset=True), rounds=5, start="uniform")
@@ -133,7 +132,7 @@ def test_the_start_from_the_uniform_grid_is_the_same_algorithm_from_other_levels
         torch.testing.assert_close(coded.dequantize()[i].double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@every("bits", [2, 3, 4, 8])
 def test_the_start_from_the_uniform_grid_is_rtn_and_no_round_makes_it_worse(bits: int) -> None:
     w, grid = randn(16, 128), BinaryGrid(bits, 32, offset=True)
     rtn = fake_quantize(w, UniformGrid(bits, 32))
@@ -143,9 +142,9 @@ def test_the_start_from_the_uniform_grid_is_rtn_and_no_round_makes_it_worse(bits
     assert squared_error(w, bcq(w, grid, rounds=6, start="uniform")) < error
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@every("bits", [2, 3, 4, 8])
+@every("offset", [False, True])
+@every("weighted", [False, True])
 def test_no_step_raises_the_error_of_any_group(bits: int, offset: bool, weighted: bool) -> None:
     w = randn(200, 48) ** 3
     d = importance_of(48) if weighted else torch.ones(48)
@@ -173,7 +172,7 @@ def test_another_plane_lowers_the_error() -> None:
         assert all(b < 0.9 * a for a, b in itertools.pairwise(errors))
 
 
-@pytest.mark.parametrize(
+@every(
     ("size", "bits", "by_rounds"),  # MSE/σ² after 0, 1, 15, 30 rounds
     [
         (128, 3, (0.0577, 0.0488, 0.0349, 0.0348)),
@@ -189,8 +188,8 @@ def test_the_error_on_gaussian_weights_is_the_known_one(size: int, bits: int, by
         assert error == pytest.approx(known, rel=0.08)  # another sample of groups
 
 
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@every("offset", [False, True])
+@every("weighted", [False, True])
 def test_the_scale_step_is_least_squares(offset: bool, weighted: bool) -> None:
     w, d = randn(20, 40), importance_of(40) if weighted else torch.ones(40)
     groups = sort_groups(w, d)
@@ -205,7 +204,7 @@ def test_the_scale_step_is_least_squares(offset: bool, weighted: bool) -> None:
         torch.testing.assert_close(solved.offset[i], truth[3:] if offset else torch.zeros(1).double())
 
 
-@pytest.mark.parametrize("offset", [False, True])
+@every("offset", [False, True])
 def test_a_plane_with_all_signs_turned_gets_the_same_scale(offset: bool) -> None:
     groups = sort_groups(randn(20, 40))
     _, runs = greedy(groups, 3, offset)
@@ -216,8 +215,8 @@ def test_a_plane_with_all_signs_turned_gets_the_same_scale(offset: bool) -> None
         torch.testing.assert_close(other.offset, solved.offset)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("offset", [False, True])
+@every("bits", BITS)
+@every("offset", [False, True])
 def test_the_assignment_takes_the_nearest_of_all_sums(bits: int, offset: bool) -> None:
     w = randn(10, 64)
     alpha = randn(10, bits, seed=1).abs().double().sort(descending=True).values
@@ -230,8 +229,8 @@ def test_the_assignment_takes_the_nearest_of_all_sums(bits: int, offset: bool) -
     assert bool((found <= distance.amin(2) + 2 * ULP).all())  # midpoints are float32
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("offset", [False, True])
+@every("bits", [1, 2, 3, 4])
+@every("offset", [False, True])
 def test_weights_made_of_a_coding_are_recovered_from_it(bits: int, offset: bool) -> None:
     alpha = torch.tensor([[1.0, 0.45, 0.3, 0.11]], dtype=torch.float64)[:, :bits]  # all sums distinct
     truth = Coding(alpha, torch.full((1, 1), 0.7 if offset else 0.0, dtype=torch.float64))
@@ -244,8 +243,8 @@ def test_weights_made_of_a_coding_are_recovered_from_it(bits: int, offset: bool)
     assert codes_of(groups, assignment_step(groups, coding)).tolist() == [codes.tolist()]
 
 
-@pytest.mark.parametrize("factor", [0.25, -4.0, -1.0])
-@pytest.mark.parametrize("offset", [False, True])
+@every("factor", [0.25, -4.0, -1.0])
+@every("offset", [False, True])
 def test_scaled_weights_have_scaled_levels_and_a_negative_factor_flips_the_planes(factor: float, offset: bool) -> None:
     w, grid = randn(8, 64), BinaryGrid(3, 32, offset)
     plain, scaled = bcq(w, grid), bcq(factor * w, grid)
@@ -255,8 +254,8 @@ def test_scaled_weights_have_scaled_levels_and_a_negative_factor_flips_the_plane
     assert torch.equal(other, codes if factor > 0 else 7 - codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("offset", [False, True])
+@every("bits", BITS)
+@every("offset", [False, True])
 def test_groups_with_few_distinct_values_are_exact_or_finite(bits: int, offset: bool) -> None:
     """Planes coincide there, so that the system of the scale step is singular."""
     rows = [torch.zeros(32), torch.full((32,), 0.3), torch.full((32,), -1e-20), torch.tensor([1.0, -1.0]).repeat(16)]
@@ -325,13 +324,13 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         bcq(randn(4, 48) * 1e6, BinaryGrid(4, scale_dtype="float16"), name="o_proj")
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1])
+@every("bits", [0, 9, -1])
 def test_bits_outside_one_to_eight_are_refused(bits: int) -> None:
     with pytest.raises(UserError, match=f"bits={bits} is not supported; use 1 to 8"):
         BinaryGrid(bits)
 
 
-@pytest.mark.parametrize(
+@every(
     ("settings", "said"),
     [
         (["weights.rounds=-1"], r"weights\.rounds=-1 is not allowed"),
@@ -365,9 +364,9 @@ def exact(weight: Any) -> Tensor:
     return scale * (weight.codes.double() - zero_point)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("group_size", [16, -1])
+@every("bits", range(2, 9))
+@every("convention", CONVENTIONS)
+@every("group_size", [16, -1])
 def test_rtn_on_any_grid_is_the_same_matrix_in_binary_coding(bits: int, convention: str, group_size: int) -> None:
     w = randn(24, 48) + 0.3
     uniform = quantize(w, UniformGrid(bits, group_size, convention))
@@ -382,8 +381,8 @@ def test_rtn_on_any_grid_is_the_same_matrix_in_binary_coding(bits: int, conventi
         assert float(gap.max()) < 2e-6
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
+@every("bits", [2, 3, 4, 8])
+@every("act_order", [False, True])
 def test_what_gptq_chose_is_the_same_matrix_in_binary_coding(bits: int, act_order: bool) -> None:
     w, x = randn(24, 64), randn(200, 64, seed=1)
     uniform, _, _ = gptq(w, x.T @ x, UniformGrid(bits, 32), act_order=act_order)
@@ -405,8 +404,8 @@ def test_groups_in_activation_order_are_refused() -> None:
 # packing --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("channels", "group_size"), [(64, 32), (96, -1), (40, -1), (48, 16), (60, 20), (7, -1)])
+@every("bits", BITS)
+@every(("channels", "group_size"), [(64, 32), (96, -1), (40, -1), (48, 16), (60, 20), (7, -1)])
 def test_unpacking_returns_what_was_packed(bits: int, channels: int, group_size: int) -> None:
     codes = torch.randint(0, 2**bits, (5, channels), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     planes = pack_planes(codes, bits, group_size)
@@ -437,8 +436,8 @@ def test_the_first_plane_is_the_highest_bit_of_a_code_and_has_the_largest_scale(
     assert float(change[2, 5]) == pytest.approx(2 * float(coded.alpha[0, 0, 2]), rel=1e-5)
 
 
-@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
-@pytest.mark.parametrize("offset", [False, True])
+@every("scale_dtype", ["float32", "float16"])
+@every("offset", [False, True])
 def test_the_packed_matrix_takes_the_bytes_of_the_formula(scale_dtype: str, offset: bool) -> None:
     bits, size, channels, out = 3, 64, 256, 24
     coded = bcq(randn(out, channels), BinaryGrid(bits, size, offset, scale_dtype), rounds=1)
@@ -462,11 +461,9 @@ def test_a_table_holds_every_signed_sum_of_eight_inputs() -> None:
     torch.testing.assert_close(found[..., 255].sum(-1), x.sum(-1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
-@pytest.mark.parametrize(
-    ("channels", "group_size"), [(64, -1), (128, 32), (100, -1), (20, -1), (120, 40), (48, 16), (60, 12)]
-)
-@pytest.mark.parametrize("offset", [False, True])
+@every("bits", [1, 3, 4, 8])
+@every(("channels", "group_size"), [(64, -1), (128, 32), (100, -1), (20, -1), (120, 40), (48, 16), (60, 12)])
+@every("offset", [False, True])
 def test_the_lut_product_is_the_dequantized_product(bits: int, channels: int, group_size: int, offset: bool) -> None:
     coded = bcq(randn(33, channels) + 0.2, BinaryGrid(bits, group_size, offset), rounds=2)
     weight = coded.dequantize().double()
@@ -503,18 +500,8 @@ def test_the_product_keeps_the_dtype_of_its_input_and_refuses_another_width() ->
 
 # as a checkpoint ------------------------------------------------------------------------------------------------------
 
-METHODS = {
-    "greedy": BCQ(BinaryGrid(4, 32), rounds=0),
-    "fitted": BCQ(BinaryGrid(3, 16)),
-    "per row": BCQ(BinaryGrid(2, offset=True), rounds=5),
-    "uniform start": BCQ(BinaryGrid(3, 32, offset=True, scale_dtype="float16"), rounds=5, start="uniform"),
-    "weighted": BCQ(BinaryGrid(3, 32), rounds=5, weighted=True),
-    "gptq": GPTQToBCQ(UniformGrid(4, 32)),
-}
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors")}
+FITTED = BCQ(BinaryGrid(3, 16))
+WEIGHTED = BCQ(BinaryGrid(3, 32), rounds=5, weighted=True)
 
 
 @pytest.fixture(scope="module")
@@ -522,39 +509,10 @@ def source(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return tiny_checkpoint(tmp_path_factory.mktemp("dense"), "llama", num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_the_packed_and_the_plain_form_of_a_checkpoint_compute_the_same_bits(
-    method: str, source: Path, tmp_path: Path
-) -> None:
-    recipe = Recipe(weights=METHODS[method])
-    out = quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS)
-    plain, packed = load_quantized(out), load_quantized(out, packed=True)
-    assert torch.equal(plain(SEGMENTS).logits, packed(SEGMENTS).logits)
-    layers = {name: m for name, m in packed.named_modules() if isinstance(m, QuantLinear)}
-    assert len(layers) == 14
-    for name, layer in layers.items():
-        stored = layer.stored()
-        assert isinstance(stored, BinaryCoded)
-        x = randn(3, layer.in_features)
-        torch.testing.assert_close(lut_matmul(x, stored), plain.get_submodule(name)(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["fitted", "weighted"])
-def test_a_resumed_run_ends_with_the_same_bytes(method: str, source: Path, tmp_path: Path) -> None:
-    recipe = Recipe(weights=METHODS[method])
-    whole = quantize_checkpoint(source, recipe, tmp_path / "whole", segments=SEGMENTS)
-    expected = hashes(whole)
-    (whole / "block-001.safetensors").unlink()
-    (whole / "ends.safetensors").unlink()
-    whole.rename(tmp_path / "out.partial")
-    assert hashes(quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS)) == expected
-
-
 @torch.no_grad()
 def test_a_checkpoint_holds_what_the_fit_gives(source: Path, tmp_path: Path) -> None:
     dense = load_dense(source)
-    out = load_quantized(quantize_checkpoint(source, Recipe(weights=METHODS["fitted"]), tmp_path / "out"))
+    out = load_quantized(quantize_checkpoint(source, Recipe(weights=FITTED), tmp_path / "out"))
     for name, weight in dense.items():
         if "_proj" in name:
             assert torch.equal(out.get_parameter(name), bcq(weight, BinaryGrid(3, 16)).dequantize())
@@ -572,7 +530,7 @@ def test_the_weighted_fit_counts_the_mean_square_of_what_the_linear_reads(source
         model(segment[None])
     energy = torch.cat(seen, dim=1).square().mean((0, 1)).float()
     expected = bcq(linear.weight, BinaryGrid(3, 32), rounds=5, importance=energy).dequantize()
-    recipe = Recipe(weights=METHODS["weighted"])
+    recipe = Recipe(weights=WEIGHTED)
     out = load_quantized(quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS))
     found = out.get_parameter("model.layers.0.mlp.down_proj.weight")
     # Sums of squares in another order: a weight between two levels may move, and its group's levels with it.

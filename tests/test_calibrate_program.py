@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from matplotlib import pyplot as plt
 
 from intactkv.prefix import Prefix
 
-ROOT = Path(__file__).parents[1]
 PARAGRAPH = "A paragraph about {} says one thing, then the other one, and so on. " * 4
 TEMPLATE = (
     "{{ bos_token }}[kind]{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>"
@@ -94,25 +94,24 @@ def test_a_trained_prefix_is_written_with_its_curve_and_can_be_used(program, mod
     assert trained["identity"] != plain["identity"]
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model, intactkv_root):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(program, model, intactkv_root):
     """A real SIGKILL, once the first state is on disk."""
-    command = [sys.executable, "-m", "intactkv", "calibrate", *recipe(model), *SMALL, "--steps", "40"]
+    call = ("calibrate", *recipe(model), *SMALL, "--steps", "40")
     environment = os.environ | {"INTACTKV_ROOT": str(intactkv_root), "OMP_NUM_THREADS": "1"}
     whole, killed = intactkv_root / "whole.safetensors", intactkv_root / "killed.safetensors"
-    subprocess.run([*command, "--out", whole], cwd=ROOT, env=environment, check=True, capture_output=True)
-    child = subprocess.Popen([*command, "--out", killed], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    assert program("intactkv", *call, "--out", whole)[0] == 0
+    command = [sys.executable, "-m", "intactkv", *map(str, call), "--out", killed]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     state = intactkv_root / "killed.state.safetensors"
     while not state.exists() and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not killed.exists()
-    other = subprocess.run([*command, "--bits", "4", "--out", killed], cwd=ROOT, env=environment, check=False,
-                           capture_output=True, text=True)  # fmt: skip
-    assert other.returncode == 2
-    assert "killed.state.safetensors belongs to a run with other texts" in other.stderr
-    done = subprocess.run([*command, "--out", killed], cwd=ROOT, env=environment, check=True, capture_output=True,
-                          text=True)  # fmt: skip
+    code, _, errors = program("intactkv", *call, "--bits", "4", "--out", killed)
+    assert code == 2
+    assert "killed.state.safetensors belongs to a run with other texts" in errors
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     assert "going on from step" in done.stderr
     a, b = Prefix.load(whole), Prefix.load(killed)
     assert all(torch.equal(x, y) for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True))

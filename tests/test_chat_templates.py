@@ -1,7 +1,6 @@
 """Dialogues as token ids: Vicuna's text to the letter, one start token, and [P] in front of every prompt."""
 
 import hashlib
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,6 @@ from eval.mtbench.answers import behind_prefix, question_file, read_questions
 from eval.mtbench.chat_templates import chat_template, vicuna_text
 from quantization.runs.prefixes import choose_prefix
 
-ROOT = Path(__file__).parents[1]
-SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
 PLAIN = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
 WITH_BOS = "{{ bos_token }}" + PLAIN
 ONE_TURN = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + PLAIN
@@ -63,12 +60,10 @@ def test_every_prompt_opens_with_one_start_token_and_the_prefix(tiny_tokenizer, 
 
 
 @pytest.mark.slow
-def test_the_real_tokenizers_prompts_start_with_its_prefix():
-    if not (SMOLLM2 / "tokenizer.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
+def test_the_real_tokenizers_prompts_start_with_its_prefix(smollm2):
     from quantization.runs.opening import load_tokenizer
 
-    tokenizer = load_tokenizer(SMOLLM2)
+    tokenizer = load_tokenizer(smollm2)
     lead = choose_prefix("prompt", tokenizer, "smollm2-135m").ids
     chat = chat_template("auto", tokenizer, "smollm2-135m")
     assert behind_prefix(chat, sample(), lead, prepend=True) is chat  # nothing lacks it

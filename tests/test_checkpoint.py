@@ -5,11 +5,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from safetensors.torch import load_file, save_file
 
 from corpora.errors import UserError
@@ -20,16 +21,7 @@ from quantization.runs.dense import DenseCheckpoint, empty_model, read_config
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.rtn import RTN
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Recipe(weights=RTN(UniformGrid(4, 32)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import ROOT
 
 from corpora.cloze import ITEMS, ITEMS_SHA256, SHOTS, make_items, prepare_sample_tasks
 from corpora.errors import UserError
 from corpora.task_data import SAMPLE_TASKS, TASK_DATA
 from corpora.tokens import text_hash
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 NAMES = ("Alaric", "Bodmin", "Corvin", "Dunmore", "Elswick", "Farrow", "PlayStation", "Brontë")  # two are no plain word
 WORDS = ("river", "castle", "market", "garden", "winter", "bridge", "forest", "letter", "harbour", "village", "painter",
          "song", "old", "grey", "long", "made", "found", "kept", "near", "with")  # fmt: skip
@@ -45,7 +45,7 @@ def items(request: pytest.FixtureRequest) -> Items:
     """The scored items by task: of a made-up text, and the ones that everybody has."""
     if request.param == "text of the test":
         return {name: next(iter(splits.values())) for name, splits in make_items(ARTICLES).items()}
-    folder = CHECKOUT / "datasets/sample-tasks"
+    folder = ROOT / "datasets/sample-tasks"
     if not folder.is_dir():
         pytest.skip("datasets/sample-tasks is missing: bash scripts/prepare/data.sh sample-tasks")
     files = {name: folder / name / f"{next(iter(TASK_DATA[name].splits))}.jsonl" for name in SAMPLE_TASKS}
@@ -181,7 +181,7 @@ def test_items_of_another_text_are_not_the_sample(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_items_of_the_real_sample_are_the_pinned_ones(tmp_path: Path) -> None:
-    text = CHECKOUT / "datasets/sample/evaluation.jsonl"
+    text = ROOT / "datasets/sample/evaluation.jsonl"
     if not text.is_file():
         pytest.skip("datasets/sample is missing: bash scripts/prepare/data.sh sample")
     articles = [json.loads(line)["text"] for line in text.open(encoding="utf-8")]

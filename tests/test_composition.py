@@ -103,13 +103,6 @@ def test_scales_do_not_move_through_an_online_rotation(source: Path, tmp_path: P
             quantize_checkpoint(source, recipe, tmp_path / f"refused-{mixing}", segments=SEGMENTS)
 
 
-def test_smoothing_behind_rotation_keeps_the_function(source: Path, tmp_path: Path) -> None:
-    recipe = Recipe((Rotate(), Smooth()), None)
-    out = quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS)
-    expected = dense(source)(SEGMENTS).logits
-    torch.testing.assert_close(load_quantized(out)(SEGMENTS).logits, expected, rtol=0, atol=1e-4)
-
-
 def test_rescaling_looks_at_what_stands_in_front_of_the_consumer(source: Path) -> None:
     model = dense(source)
     architecture = architecture_of(model.config)

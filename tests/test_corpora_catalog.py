@@ -7,6 +7,7 @@ import sys
 from pathlib import Path, PurePath
 
 import pytest
+from common import ROOT
 
 from corpora.catalog import (
     CORPORA,
@@ -21,7 +22,6 @@ from corpora.errors import UserError
 from corpora.mmlu import MMLU_ARCHIVE
 from corpora.task_data import SAMPLE_TASKS_NAME, TASK_DATA
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 PUBLISHED = ModelDefaults(("wikitext2", "c4"), 128, None)
 SMALL = ModelDefaults(("sample",), 64, CalibrationText("sample", 16, 512), "sample", "sample")
 
@@ -110,7 +110,7 @@ def test_what_datasets_caches_in_a_folder_is_no_part_of_the_corpus(
 
 def rows(readme: str, number: int = 0) -> list[list[str]]:
     """Cells of a table of a README, by its number, without its head."""
-    text = (CHECKOUT / readme).read_text(encoding="utf-8")
+    text = (ROOT / readme).read_text(encoding="utf-8")
     lines = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -149,7 +149,7 @@ def test_the_table_of_models_agrees_with_the_catalogue() -> None:
 def run(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-X", "importtime", "-m", "corpora", *arguments]
     environment = {"INTACTKV_ROOT": str(root), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(root)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], []])
@@ -199,7 +199,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: 
     [("data.sh", []), ("data.sh", ["a", "b"]), ("model.sh", []), ("model.sh", ["llama-2"]), ("model.sh", list("abc"))],
 )
 def test_a_script_called_wrongly_says_its_usage_in_one_line(tmp_path: Path, script: str, arguments: list[str]) -> None:
-    command = ["bash", str(CHECKOUT / "scripts/prepare" / script), *arguments]
+    command = ["bash", str(ROOT / "scripts/prepare" / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -23,7 +23,6 @@ from intactkv.pivots import OutlierTokens, outlier_tokens
 from intactkv.prefix import Prefix, build_prefix
 
 BOS, SINK, RARE = 1, 7, 11
-ROOT = Path(__file__).parents[1]
 
 
 def down_of(model) -> str:
@@ -298,17 +297,14 @@ def test_a_mistake_is_one_line(program, dense, intactkv_root, changes, named):
 
 
 @pytest.mark.slow
-def test_behind_its_prefix_smollm2_has_lost_its_large_ratios():
+def test_behind_its_prefix_smollm2_has_lost_its_large_ratios(smollm2):
     """A few pieces only; what 64 × 512 tokens give stands in the README."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from corpora.text import calibration_segments
 
-    directory = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
-    if not (directory / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    ids = calibration_segments(AutoTokenizer.from_pretrained(directory), "sample", samples=6, length=128, seed=2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    ids = calibration_segments(AutoTokenizer.from_pretrained(smollm2), "sample", samples=6, length=128, seed=2)
     found = discover(model, ids, BOS)
     behind = largest_ratios(down_maxima(model, ids, build_prefix(model, found.prefix)))
     assert found.prefix[-1] == BOS

@@ -9,27 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from common import ROOT
 
 from eval.__main__ import main
 
-ROOT = Path(__file__).parents[1]
 # `accelerate launch` starts one process where there is no GPU.
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(120))
 
 
 @pytest.fixture
 def model(intactkv_root, tiny_checkpoint) -> Path:
     """A tiny dense checkpoint in its own zoo."""
     return tiny_checkpoint(intactkv_root / "modelzoo", "llama")
-
-
-@pytest.fixture
-def text(intactkv_root) -> Path:
-    """A text file of a few thousand tokens."""
-    path = intactkv_root / "some text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture
@@ -243,9 +234,8 @@ def test_the_published_call_refuses_in_one_line(arguments, named):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("smollm2")
 def test_the_published_call_evaluates_both_arms_of_smollm2(tmp_path):
-    if not (ROOT / "modelzoo" / "smollm2" / "smollm2-135m" / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     for part in ("modelzoo", "datasets"):
         (tmp_path / part).mkdir()
     (tmp_path / "datasets" / "sample").symlink_to(ROOT / "datasets" / "sample")

@@ -1,7 +1,7 @@
 """Exported checkpoints: the layouts against independent unpackers, the directories against transformers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers.integrations.compressed_tensors
+from common import every
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors import safe_open
@@ -40,24 +41,7 @@ SYMMETRIC = ("gptq-sym", "smoothquant-sym", "quarot-sym", "deepspeed-sym")
 HALF = torch.finfo(torch.float16).eps / 2  # relative error of rounding to half precision
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def dense(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """dense(model_type="llama", **overrides) -> a dense checkpoint that tests only read."""
-    made: dict[str, Path] = {}
-
-    def make(model_type: str = "llama", **overrides: Any) -> Path:
-        key = f"{model_type}{overrides}"
-        if key not in made:
-            made[key] = tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **overrides)
-        return made[key]
-
-    return make
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def matrix(rows: int = 64, columns: int = 96, seed: int = 0) -> Tensor:
@@ -128,9 +112,9 @@ def with_half_scales(weight: QuantizedTensor) -> Tensor:
 # layouts --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("convention", ["gptq-asym", "awq-asym", *SYMMETRIC])
-@pytest.mark.parametrize("group_size", [-1, 12])
+@every("bits", range(2, 9))
+@every("convention", ["gptq-asym", "awq-asym", *SYMMETRIC])
+@every("group_size", [-1, 12])
 def test_compressed_tensors_library_packs_the_same_words_and_unpacks_ours_to_the_same_bits(
     bits: int, convention: str, group_size: int
 ) -> None:
@@ -155,9 +139,9 @@ def test_compressed_tensors_library_packs_the_same_words_and_unpacks_ours_to_the
     assert torch.equal(library.decompress(dict(ours.tensors), scheme)["weight"], dense)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("convention", ["gptq-asym", "awq-asym", *SYMMETRIC])
-@pytest.mark.parametrize("group_size", [-1, 32])
+@every("bits", [2, 3, 4, 8])
+@every("convention", ["gptq-asym", "awq-asym", *SYMMETRIC])
+@every("group_size", [-1, 32])
 def test_gptq_files_hold_our_weights_but_for_the_rounding_of_scales(
     bits: int, convention: str, group_size: int
 ) -> None:
@@ -173,8 +157,8 @@ def test_gptq_files_hold_our_weights_but_for_the_rounding_of_scales(
         assert torch.equal(read_gptq(packed.tensors, bits, offset), with_half_scales(weight))
 
 
-@pytest.mark.parametrize("convention", ["gptq-asym", "awq-asym", *SYMMETRIC])
-@pytest.mark.parametrize("group_size", [-1, 32])
+@every("convention", ["gptq-asym", "awq-asym", *SYMMETRIC])
+@every("group_size", [-1, 32])
 def test_awq_files_hold_our_weights_but_for_the_rounding_of_scales(convention: str, group_size: int) -> None:
     weight = on_grid(4, group_size, convention)
     packed = awq.pack(weight, "w")
@@ -183,7 +167,7 @@ def test_awq_files_hold_our_weights_but_for_the_rounding_of_scales(convention: s
     assert torch.equal(read_awq(packed.tensors, group_size), with_half_scales(weight))
 
 
-@pytest.mark.parametrize("pack", [gptq.pack, gptq.pack_v2, awq.pack])
+@every("pack", [gptq.pack, gptq.pack_v2, awq.pack])
 def test_the_reported_scale_change_is_that_of_rounding_to_float16(pack: Callable[..., Any]) -> None:
     weight = on_grid(4)
     change = pack(weight, "w").scale_change
@@ -290,9 +274,9 @@ ROUND_TRIPS = [
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize(("model_type", "grid"), ROUND_TRIPS)
 def test_transformers_computes_our_bits_from_compressed_tensors(
-    model_type: str, grid: tuple[Any, ...], dense: Callable[..., Path], tmp_path: Path
+    model_type: str, grid: tuple[Any, ...], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = quantized(dense(model_type), tmp_path / "q", *grid)
+    source = quantized(checkpoint(model_type), tmp_path / "q", *grid)
     done = export_checkpoint(source, tmp_path / "ct")
     ours = logits(load_quantized(source))
     assert torch.equal(logits(loaded(tmp_path / "ct")), ours)
@@ -310,9 +294,9 @@ def test_transformers_computes_our_bits_from_compressed_tensors(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("convention", ["gptq-sym", "gptq-asym"])
 def test_half_precision_models_keep_float32_scales(
-    dtype: torch.dtype, convention: str, dense: Callable[..., Path], tmp_path: Path
+    dtype: torch.dtype, convention: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = quantized(dense(dtype=dtype), tmp_path / "q", 3, 32, convention)
+    source = quantized(checkpoint(dtype=dtype), tmp_path / "q", 3, 32, convention)
     done = export_checkpoint(source, tmp_path / "ct")
     model = loaded(tmp_path / "ct")
     assert model.dtype == dtype
@@ -322,9 +306,9 @@ def test_half_precision_models_keep_float32_scales(
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_what_is_not_quantized_goes_out_as_it_is_stored(
-    format_name: str, dense: Callable[..., Path], tmp_path: Path
+    format_name: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    origin = dense("qwen2", dtype=torch.bfloat16)  # has biases
+    origin = checkpoint("qwen2", dtype=torch.bfloat16)  # has biases
     source = quantized(origin, tmp_path / "q", 4, 32, "gptq-sym")
     export_checkpoint(source, tmp_path / "out", format_name)
     checkpoint, exported = DenseCheckpoint(origin), tensors_of(tmp_path / "out")
@@ -337,8 +321,10 @@ def test_what_is_not_quantized_goes_out_as_it_is_stored(
     assert ours == {name.removesuffix(".weight") for name in tensors_of(origin).keys() - whole}
 
 
-def test_dense_is_the_dequantized_model_and_takes_another_dtype(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = quantized(dense(), tmp_path / "q", 3, 32)
+def test_dense_is_the_dequantized_model_and_takes_another_dtype(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = quantized(checkpoint(), tmp_path / "q", 3, 32)
     export_checkpoint(source, tmp_path / "plain", "dense")
     assert torch.equal(logits(loaded(tmp_path / "plain")), logits(load_quantized(source)))
     export_checkpoint(source, tmp_path / "half", "dense", dtype=torch.float16)
@@ -348,8 +334,10 @@ def test_dense_is_the_dequantized_model_and_takes_another_dtype(dense: Callable[
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "half").values()} == {torch.float16}
 
 
-def test_the_directory_has_what_a_model_needs_and_nothing_of_ours(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = quantized(dense(), tmp_path / "q", 4, 32, "gptq-sym")
+def test_the_directory_has_what_a_model_needs_and_nothing_of_ours(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = quantized(checkpoint(), tmp_path / "q", 4, 32, "gptq-sym")
     export_checkpoint(source, tmp_path / "ct")
     assert {file.name for file in (tmp_path / "ct").iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
@@ -366,9 +354,9 @@ def test_the_directory_has_what_a_model_needs_and_nothing_of_ours(dense: Callabl
 
 
 def test_files_are_closed_as_blocks_are_done_and_hold_the_same(
-    dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = quantized(dense(), tmp_path / "q", 4, 32, "gptq-sym")
+    source = quantized(checkpoint(), tmp_path / "q", 4, 32, "gptq-sym")
     export_checkpoint(source, tmp_path / "one")
     written: list[int] = []
     read = quantization.export.writer.read_block
@@ -388,8 +376,8 @@ def test_files_are_closed_as_blocks_are_done_and_hold_the_same(
     assert torch.equal(logits(loaded(tmp_path / "parts")), logits(loaded(tmp_path / "one")))
 
 
-def test_a_failed_export_leaves_nothing_behind(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = quantized(dense(), tmp_path / "q", 3, 32)
+def test_a_failed_export_leaves_nothing_behind(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = quantized(checkpoint(), tmp_path / "q", 3, 32)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"model\.layers\.0\.\S+: bits=3 is taken by no reader of AWQ's format"):
         export_checkpoint(source, tmp_path / "out", "awq")
@@ -421,8 +409,8 @@ def mixed(dense: Path, out: Path, convention: str, skip: str = "") -> Path:
     return quantize_checkpoint(dense, Recipe(weights=Mixed(UniformGrid(4, 32, convention), skip)), out)
 
 
-def test_symmetric_linears_may_differ_in_compressed_tensors(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = mixed(dense(), tmp_path / "q", "gptq-sym")
+def test_symmetric_linears_may_differ_in_compressed_tensors(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = mixed(checkpoint(), tmp_path / "q", "gptq-sym")
     done = export_checkpoint(source, tmp_path / "ct")
     assert {scheme.bits for scheme in done.schemes.values()} == {4, 8}
     assert torch.equal(logits(loaded(tmp_path / "ct")), logits(load_quantized(source)))
@@ -432,15 +420,15 @@ def test_symmetric_linears_may_differ_in_compressed_tensors(dense: Callable[...,
     ("format_name", "convention"), [("compressed-tensors", "gptq-asym"), ("gptq", "gptq-sym"), ("gptq-v2", "gptq-asym")]
 )
 def test_other_formats_refuse_linears_that_differ(
-    format_name: str, convention: str, dense: Callable[..., Path], tmp_path: Path
+    format_name: str, convention: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = mixed(dense(), tmp_path / "q", convention)
+    source = mixed(checkpoint(), tmp_path / "q", convention)
     with pytest.raises(UserError, match=r"^model.*: . bits, groups of 32, \w+ differs from .*\(. bits.*--format dense"):
         export_checkpoint(source, tmp_path / "out", format_name)
 
 
-def test_linears_that_are_not_quantized_are_named_or_refused(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = mixed(dense(), tmp_path / "q", "gptq-sym", skip="down_proj")
+def test_linears_that_are_not_quantized_are_named_or_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = mixed(checkpoint(), tmp_path / "q", "gptq-sym", skip="down_proj")
     export_checkpoint(source, tmp_path / "ct")
     assert torch.equal(logits(loaded(tmp_path / "ct")), logits(load_quantized(source)))
     export_checkpoint(source, tmp_path / "awq", "awq")
@@ -452,12 +440,14 @@ def test_linears_that_are_not_quantized_are_named_or_refused(dense: Callable[...
         export_checkpoint(source, tmp_path / "gptq", "gptq-v2")
 
 
-def test_a_checkpoint_without_quantized_weights_goes_out_dense_only(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = mixed(dense(), tmp_path / "q", "gptq-sym", skip="proj")  # what a recipe of transforms alone writes
+def test_a_checkpoint_without_quantized_weights_goes_out_dense_only(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = mixed(checkpoint(), tmp_path / "q", "gptq-sym", skip="proj")  # what a recipe of transforms alone writes
     with pytest.raises(UserError, match="nothing to pack; use --format dense"):
         export_checkpoint(source, tmp_path / "ct")
     export_checkpoint(source, tmp_path / "dense", "dense")
-    assert torch.equal(logits(loaded(tmp_path / "dense")), logits(loaded(dense())))
+    assert torch.equal(logits(loaded(tmp_path / "dense")), logits(loaded(checkpoint())))
 
 
 # prefixes -------------------------------------------------------------------------------------------------------------
@@ -481,11 +471,11 @@ class RescaledValues(GridQuantizer):
 
 @pytest.mark.parametrize("format_name", ["compressed-tensors", "dense"])
 def test_the_prefix_beside_fits_the_model_that_transformers_loads(
-    format_name: str, dense: Callable[..., Path], tmp_path: Path, intactkv_root: Path
+    format_name: str, checkpoint: Callable[..., Path], tmp_path: Path, intactkv_root: Path
 ) -> None:
-    source = quantized(dense(), tmp_path / "q", 4, 32)
+    source = quantized(checkpoint(), tmp_path / "q", 4, 32)
     done = export_checkpoint(source, tmp_path / "out", format_name, prefix="bos")
-    prefix, full = Prefix.load(tmp_path / "out" / PREFIX_FILE), build_prefix(loaded(dense()), [1])
+    prefix, full = Prefix.load(tmp_path / "out" / PREFIX_FILE), build_prefix(loaded(checkpoint()), [1])
     assert done.prefix is not None
     assert prefix.ids.tolist() == [1]
     assert all(torch.equal(a, b) for a, b in zip(full.keys, prefix.keys, strict=True))
@@ -499,14 +489,14 @@ def test_the_prefix_beside_fits_the_model_that_transformers_loads(
 
 @pytest.mark.parametrize("format_name", ["compressed-tensors", "dense"])
 def test_a_rescaled_model_takes_its_twins_prefix_and_not_the_originals(
-    format_name: str, dense: Callable[..., Path], tmp_path: Path, intactkv_root: Path
+    format_name: str, checkpoint: Callable[..., Path], tmp_path: Path, intactkv_root: Path
 ) -> None:
-    source = quantize_checkpoint(dense(), Recipe(weights=RescaledValues(UniformGrid(4, 32))), tmp_path / "q")
+    source = quantize_checkpoint(checkpoint(), Recipe(weights=RescaledValues(UniformGrid(4, 32))), tmp_path / "q")
     export_checkpoint(source, tmp_path / "out", format_name, prefix="bos")
     prefix = Prefix.load(tmp_path / "out" / PREFIX_FILE)
     score = attach(loaded(tmp_path / "out"), prefix).score(IDS)
     assert torch.equal(score, attach(load_quantized(source), prefix).score(IDS))
-    full = build_prefix(loaded(dense()), [1])
+    full = build_prefix(loaded(checkpoint()), [1])
     assert not torch.allclose(full.values[0], prefix.values[0])
     with pytest.raises(UserError, match="another model or basis: basis is 'plain'"):
         attach(loaded(tmp_path / "out"), full)
@@ -516,15 +506,15 @@ def test_a_rescaled_model_takes_its_twins_prefix_and_not_the_originals(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_prefix_file_of_another_model_is_refused(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = quantized(dense(), tmp_path / "q", 4, 32)
-    build_prefix(loaded(dense(seed=1)), [1]).save(tmp_path / "other.safetensors")
+def test_a_prefix_file_of_another_model_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = quantized(checkpoint(), tmp_path / "q", 4, 32)
+    build_prefix(loaded(checkpoint(seed=1)), [1]).save(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="another model"):
         export_checkpoint(source, tmp_path / "out", prefix=str(tmp_path / "other.safetensors"))
 
 
-def test_no_prefix_is_built_from_an_export(dense: Callable[..., Path], tmp_path: Path) -> None:
-    source = quantized(dense(), tmp_path / "q", 4, 32, "gptq-sym")
+def test_no_prefix_is_built_from_an_export(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = quantized(checkpoint(), tmp_path / "q", 4, 32, "gptq-sym")
     for format_name in ("dense", "compressed-tensors"):
         export_checkpoint(source, tmp_path / format_name, format_name)
         with pytest.raises(UserError, match="an export of quantized weights"):
@@ -543,10 +533,10 @@ class Calibrating(GridQuantizer):
 
 
 def test_a_checkpoint_that_needs_a_prefix_takes_it_along_and_asks_for_it(
-    dense: Callable[..., Path], tmp_path: Path, intactkv_root: Path
+    checkpoint: Callable[..., Path], tmp_path: Path, intactkv_root: Path
 ) -> None:
     recipe = Recipe(weights=Calibrating(UniformGrid(4, 32)), prefix="bos", calibrate_behind_prefix=True)
-    source = quantize_checkpoint(dense(), recipe, tmp_path / "q", segments=IDS, behind=torch.tensor([1]))
+    source = quantize_checkpoint(checkpoint(), recipe, tmp_path / "q", segments=IDS, behind=torch.tensor([1]))
     for wrong in ("none", "hello"):
         with pytest.raises(UserError, match="calibrated behind a prefix of 1 tokens"):
             export_checkpoint(source, tmp_path / "out", prefix=wrong)
@@ -559,9 +549,9 @@ def test_a_checkpoint_that_needs_a_prefix_takes_it_along_and_asks_for_it(
 
 
 def test_our_entry_in_the_configuration_is_plain_json_that_survives_transformers(
-    dense: Callable[..., Path], tmp_path: Path
+    checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = quantized(dense(), tmp_path / "q", 4, 32, "gptq-sym")
+    source = quantized(checkpoint(), tmp_path / "q", 4, 32, "gptq-sym")
     export_checkpoint(source, tmp_path / "plain", "dense")
     loaded(tmp_path / "plain").save_pretrained(tmp_path / "again")
     entries = [json.loads((tmp_path / name / "config.json").read_text())["intactkv"] for name in ("plain", "again")]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from safetensors.torch import load_file, save_file
 
 from quantization.export.verify import VerificationFailed, verify
@@ -23,7 +24,6 @@ from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
 
-ROOT = Path(__file__).resolve().parents[1]
 GPTQMODEL_PYTHON = os.environ.get("INTACTKV_GPTQMODEL_PYTHON")  # an interpreter with gptqmodel and optimum
 
 

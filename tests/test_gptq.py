@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,10 +17,9 @@ from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
 from quantization.model.blocks import DecoderBlock
-from quantization.recipes.recipe import Calibration, Recipe
-from quantization.runs.checkpoint import block_file, load_quantized, read_cost
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import load_quantized, read_cost
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.runs.plan import plan_run
 from quantization.weights.gptq import GPTQ, Hessian, column_loop, gptq, inverse_factor
 
 ROWS, CHANNELS = 64, 96
@@ -28,10 +28,7 @@ SEGMENTS = torch.randint(4, 101, (6, 40), generator=torch.Generator().manual_see
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -78,9 +75,9 @@ def slow_gptq(weight: Tensor, h: Tensor, scale: Tensor, zero: Tensor, top: int, 
 # one matrix -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("convention", ["gptq-asym", "gptq-sym"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@every("act_order", [False, True])
+@every("convention", ["gptq-asym", "gptq-sym"])
+@every("bits", [2, 3, 4, 8])
 def test_it_is_optimal_brain_quantization_in_a_fixed_order(bits: int, convention: str, act_order: bool) -> None:
     channels, size = 24, 8
     weight, h = random(16, channels), hessian_of(correlated(channels))
@@ -96,9 +93,9 @@ def test_it_is_optimal_brain_quantization_in_a_fixed_order(bits: int, convention
     assert loss == pytest.approx(proxy(result.dequantize() - weight, damped(h, 0.01)), rel=1e-3)
 
 
-@pytest.mark.parametrize("group_size", [-1, 16, 32, 48])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@every("group_size", [-1, 16, 32, 48])
+@every("act_order", [False, True])
+@every("bits", [2, 3, 4, 8])
 def test_with_an_identity_hessian_it_is_rtn_bit_for_bit(bits: int, act_order: bool, group_size: int) -> None:
     weight, grid = random(ROWS, CHANNELS), UniformGrid(bits, group_size)
     result, _, _ = gptq(weight, 7.0 * torch.eye(CHANNELS), grid, act_order=act_order)
@@ -113,9 +110,9 @@ def test_clip_search_is_that_of_the_grid() -> None:
     assert torch.equal(result.dequantize(), quantize(weight, grid).dequantize())
 
 
-@pytest.mark.parametrize("static_groups", [False, True])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("group_size", [-1, 16, 32])
+@every("static_groups", [False, True])
+@every("act_order", [False, True])
+@every("group_size", [-1, 16, 32])
 def test_the_loss_is_the_trace_over_the_damped_hessian(group_size: int, act_order: bool, static_groups: bool) -> None:
     weight, h = random(ROWS, CHANNELS), hessian_of(correlated())
     result, loss, _ = gptq(
@@ -124,9 +121,9 @@ def test_the_loss_is_the_trace_over_the_damped_hessian(group_size: int, act_orde
     assert loss == pytest.approx(proxy(result.dequantize() - weight, damped(h, 0.05)), rel=1e-4)
 
 
-@pytest.mark.parametrize("static_groups", [False, True])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("bits", "group_size"), [(2, -1), (3, 32), (4, 32), (4, -1), (3, 16)])
+@every("static_groups", [False, True])
+@every("act_order", [False, True])
+@every(("bits", "group_size"), [(2, -1), (3, 32), (4, 32), (4, -1), (3, 16)])
 def test_over_a_matrix_the_proxy_loss_is_below_that_of_rtn(
     bits: int, group_size: int, act_order: bool, static_groups: bool
 ) -> None:
@@ -135,7 +132,7 @@ def test_over_a_matrix_the_proxy_loss_is_below_that_of_rtn(
     assert loss < 0.8 * proxy(quantize(weight, grid).dequantize() - weight, damped(h, 0.01))
 
 
-@pytest.mark.parametrize("columns", [1, 7, 16, 96])
+@every("columns", [1, 7, 16, 96])
 def test_how_many_columns_wait_for_updates_changes_nothing(columns: int) -> None:
     weight, h = random(ROWS, CHANNELS), hessian_of(correlated()).double()
     factor, _ = inverse_factor(h, 0.01)
@@ -163,7 +160,7 @@ def test_groups_that_are_fitted_on_the_way_see_all_updates_made_so_far() -> None
         w[:, c:] -= error[:, None] * inverse[0]
 
 
-@pytest.mark.parametrize("static_groups", [False, True])
+@every("static_groups", [False, True])
 def test_permuted_inputs_permute_the_result_under_activation_order(static_groups: bool) -> None:
     weight, x = random(ROWS, CHANNELS), correlated()
     shuffled = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(3))
@@ -235,7 +232,7 @@ def test_the_hessian_is_twice_the_mean_over_samples() -> None:
     assert torch.allclose(hessian.take().double(), torch.as_tensor(expected), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every("dtype", [torch.float32, torch.float64])
 def test_the_factor_is_upper_triangular_and_gives_the_inverse(dtype: torch.dtype) -> None:
     h = hessian_of(correlated()).to(dtype)
     expected = torch.linalg.inv(damped(h, 0.01))
@@ -277,7 +274,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
         gptq(weight, torch.eye(16), UniformGrid(4, 8), name="block.q_proj")
 
 
-@pytest.mark.parametrize("damp", [0.0, -0.01, float("nan")])
+@every("damp", [0.0, -0.01, float("nan")])
 def test_damping_must_be_positive(damp: float) -> None:
     with pytest.raises(UserError, match=r"weights\.damp="):
         GPTQ(UniformGrid(4), damp=damp)
@@ -373,20 +370,6 @@ def test_every_linear_is_quantized_as_if_it_stood_alone(
         assert agree.float().mean() > 0.99, name  # sums of other widths: single roundings may tip
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_dynamic_groups_come_back_from_the_checkpoint(
-    packed: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    source, Watching.seen = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1), {}
-    method = Watching(UniformGrid(3, 32), static_groups=False, true_sequential=False)
-    out = quantize_checkpoint(source, Recipe(weights=method), tmp_path / "q", segments=SEGMENTS)
-    name = "model.layers.0.mlp.down_proj"
-    weight = AutoModelForCausalLM.from_pretrained(source).get_submodule(name).weight
-    expected, _, _ = gptq(weight, Watching.seen[name], UniformGrid(3, 32), static_groups=False)
-    linear = load_quantized(out, packed=packed).get_submodule(name)
-    assert torch.equal(linear.stored().dequantize() if packed else linear.weight, expected.dequantize())
-
-
 def test_a_repaired_hessian_is_reported_with_the_checkpoint(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,31 +387,6 @@ def test_a_repaired_hessian_is_reported_with_the_checkpoint(
     source = tiny_checkpoint(tmp_path, "llama")
     out = quantize_checkpoint(source, recipe(), tmp_path / "q", segments=SEGMENTS)
     assert read_cost(out)["figures"]["repaired_hessians"] == 1
-
-
-@pytest.mark.parametrize("behind", [False, True])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_killed_run_ends_with_the_same_bytes(
-    model_type: str, behind: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, prefix_ids = tiny_checkpoint(tmp_path, model_type), PREFIX if behind else None
-    whole = quantize_checkpoint(source, recipe(behind=behind), tmp_path / "a", segments=SEGMENTS, behind=prefix_ids)
-    original = GPTQ.quantize_block
-
-    def dying(self: GPTQ, block: DecoderBlock) -> Any:
-        if block.index == 2:
-            raise KeyboardInterrupt
-        return original(self, block)
-
-    monkeypatch.setattr(GPTQ, "quantize_block", dying)
-    options: dict[str, Any] = {"segments": SEGMENTS, "prefix_ids": prefix_ids}
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, recipe(behind=behind), tmp_path / "b", **options)
-    monkeypatch.setattr(GPTQ, "quantize_block", original)
-    resumed = quantize_checkpoint(source, recipe(behind=behind), tmp_path / "b", **options)
-    for index in range(3):
-        assert block_file(whole, index).read_bytes() == block_file(resumed, index).read_bytes()
-    assert read_cost(resumed)["blocks_found"] == 2
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -466,28 +424,6 @@ def test_behind_the_prefix_the_hessian_holds_no_pivot(tiny_checkpoint: Callable[
     expected = sum(2 / len(rows) * x.double().T @ x.double() for x in rows)
     seen = Watching.seen["model.layers.0.self_attn.o_proj"].double()
     assert torch.allclose(seen, torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.usefixtures("intactkv_root")
-def test_weights_calibrated_behind_a_prefix_are_refused_without_it(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    source = tiny_checkpoint(tmp_path, "llama")
-    chosen = Recipe(
-        weights=GPTQ(UniformGrid(3, 32)),
-        calibration=Calibration(str(text), 4, 24),
-        calibrate_behind_prefix=True,
-        prefix="bos",
-    )
-    plan = plan_run(source, chosen, device=torch.device("cpu"))
-    assert plan.load().prefix is not None
-    written = plan.written(chosen)
-    assert written.name.startswith("gptq-w3g32-behind-")
-    with pytest.raises(UserError, match="calibrated behind a prefix"):
-        plan_run(written, Recipe(), device=torch.device("cpu"))
-    assert plan_run(written, Recipe(prefix="bos"), device=torch.device("cpu")).load().prefix is not None
 
 
 def test_activations_that_are_not_finite_are_named(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

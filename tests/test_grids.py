@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 
 from corpora.errors import UserError
@@ -82,7 +83,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("convention", "bits", "values", "scale", "zero_point", "codes", "restored"), TABLE)
+@every(("convention", "bits", "values", "scale", "zero_point", "codes", "restored"), TABLE)
 def test_each_convention_gives_the_codes_computed_by_hand(
     convention: str, bits: int, values: list, scale: float, zero_point: float, codes: list, restored: list
 ) -> None:
@@ -97,7 +98,7 @@ def test_every_convention_stands_in_the_table_by_hand() -> None:
     assert {row[0] for row in TABLE} == set(ALL)
 
 
-@pytest.mark.parametrize(
+@every(
     ("convention", "published"),  # MSE/σ² of Gaussian rows of 4096 at 4 bits
     [("deepspeed-sym", 0.0189), ("gptq-asym", 0.0195), ("gptq-sym", 0.0215), ("smoothquant-sym", 0.0246)],
 )
@@ -110,7 +111,7 @@ def test_the_mean_squared_error_on_gaussian_rows_is_the_known_one(convention: st
 # rounding -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
+@every("bits", BITS)
 def test_the_base_convention_errs_by_at_most_half_a_step(bits: int) -> None:
     x, grid = rows() + 0.7, UniformGrid(bits, 8)
     error = (fake_quantize(x, grid).double() - x.double()).abs()
@@ -118,7 +119,7 @@ def test_the_base_convention_errs_by_at_most_half_a_step(bits: int) -> None:
     assert bool((error <= step_of(x, grid).double() / 2 + 2 * ULP * x.double().abs()).all())
 
 
-@pytest.mark.parametrize("convention", ["spqr-asym", "intactkv-asym", "smoothquant-sym", "quarot-sym"])
+@every("convention", ["spqr-asym", "intactkv-asym", "smoothquant-sym", "quarot-sym"])
 def test_conventions_that_clip_nothing_err_by_at_most_half_a_step(convention: str) -> None:
     x, grid = rows(), UniformGrid(4, 8, convention)
     error = (fake_quantize(x, grid) - x).abs()
@@ -126,16 +127,16 @@ def test_conventions_that_clip_nothing_err_by_at_most_half_a_step(convention: st
     assert bool((error <= step_of(x, grid) * (0.5 + 30 * ULP) + 2 * ULP * x.abs()).all())
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("convention", [c for c in ALL if c not in ("spqr-asym", "awq-asym", "deepspeed-asym")])
+@every("bits", BITS)
+@every("convention", [c for c in ALL if c not in ("spqr-asym", "awq-asym", "deepspeed-asym")])
 def test_zero_stays_zero_exactly(bits: int, convention: str) -> None:
     x = torch.where(rows(seed=1) > 0.5, rows(), torch.zeros(()))
     assert bool((x == 0).any())
     assert bool((fake_quantize(x, UniformGrid(bits, 8, convention))[x == 0] == 0).all())
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [8, -1])
+@every("bits", BITS)
+@every("group_size", [8, -1])
 def test_quantizing_twice_is_quantizing_once(bits: int, group_size: int) -> None:
     grid = UniformGrid(bits, group_size)
     once = quantize(rows(), grid)
@@ -145,14 +146,14 @@ def test_quantizing_twice_is_quantizing_once(bits: int, group_size: int) -> None
     torch.testing.assert_close(twice.dequantize(), once.dequantize(), rtol=2 * ULP, atol=0)  # s is divided once more
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("value", [0.1, -0.1, 3.0, -1e-3, 1e-20, -7e4])
+@every("bits", BITS)
+@every("value", [0.1, -0.1, 3.0, -1e-3, 1e-20, -7e4])
 def test_constant_groups_are_exact_to_one_ulp(bits: int, value: float) -> None:
     x = torch.full((1, 8), value)
     torch.testing.assert_close(fake_quantize(x, UniformGrid(bits)), x, rtol=ULP, atol=0)
 
 
-@pytest.mark.parametrize("convention", [c for c in ALL if c != "spqr-asym"])
+@every("convention", [c for c in ALL if c != "spqr-asym"])
 def test_all_zero_groups_are_exact(convention: str) -> None:
     x = torch.zeros(2, 8)
     quantized = quantize(x, UniformGrid(4, 4, convention, clip_search=True))
@@ -160,7 +161,7 @@ def test_all_zero_groups_are_exact(convention: str) -> None:
     assert bool((quantized.scale > 0).all())
 
 
-@pytest.mark.parametrize("convention", ["gptq-asym", "spqr-asym"])
+@every("convention", ["gptq-asym", "spqr-asym"])
 def test_a_group_without_a_range_gets_the_range_from_minus_one_to_one(convention: str) -> None:
     quantized = quantize(torch.zeros(1, 8), UniformGrid(4, -1, convention))
     assert quantized.scale.item() == pytest.approx(2 / 15, rel=ULP)
@@ -168,9 +169,9 @@ def test_a_group_without_a_range_gets_the_range_from_minus_one_to_one(convention
     assert bool((quantized.dequantize().abs() <= (1 + ULP) / 15).all())
 
 
-@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
-@pytest.mark.parametrize("convention", ALL)
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-8, -1e-8, 1e-38, 3e-45, 1e4])
+@every("scale_dtype", ["float32", "float16"])
+@every("convention", ALL)
+@every("value", [0.0, 1.0, -3.0, 1e-8, -1e-8, 1e-38, 3e-45, 1e4])
 def test_no_convention_gives_nan_for_groups_without_spread(convention: str, value: float, scale_dtype: str) -> None:
     grid = UniformGrid(4, 4, convention, scale_dtype=scale_dtype)
     for x in (torch.full((1, 4), value), torch.tensor([[0.0, 0.0, 0.0, value]])):
@@ -181,36 +182,36 @@ def test_no_convention_gives_nan_for_groups_without_spread(convention: str, valu
         assert int(quantized.codes.max()) <= grid.top
 
 
-@pytest.mark.parametrize("convention", ALL)
-@pytest.mark.parametrize("factor", [2.0**-6, 0.5, 4.0, 2.0**10])
+@every("convention", ALL)
+@every("factor", [2.0**-6, 0.5, 4.0, 2.0**10])
 def test_scaling_by_a_power_of_two_scales_the_result(convention: str, factor: float) -> None:
     x, grid = 10 * rows(), UniformGrid(4, 8, convention)
     assert torch.equal(quantize(factor * x, grid).codes, quantize(x, grid).codes)
     assert torch.equal(fake_quantize(factor * x, grid), factor * fake_quantize(x, grid))
 
 
-@pytest.mark.parametrize("convention", ["smoothquant-sym", "quarot-sym"])
-@pytest.mark.parametrize("bits", BITS)
+@every("convention", ["smoothquant-sym", "quarot-sym"])
+@every("bits", BITS)
 def test_the_sign_commutes_with_even_symmetric_grids(convention: str, bits: int) -> None:
     x, grid = rows(), UniformGrid(bits, 8, convention)
     assert torch.equal(fake_quantize(-x, grid), -fake_quantize(x, grid))
 
 
-@pytest.mark.parametrize("convention", ["deepspeed-sym", "gptq-sym"])
-@pytest.mark.parametrize("bits", BITS)
+@every("convention", ["deepspeed-sym", "gptq-sym"])
+@every("bits", BITS)
 def test_the_sign_does_not_commute_with_grids_that_lack_the_highest_level(convention: str, bits: int) -> None:
     x, grid = rows(), UniformGrid(bits, 8, convention)
     assert not torch.equal(fake_quantize(-x, grid), -fake_quantize(x, grid))
 
 
-@pytest.mark.parametrize("bits", range(2, 8))
+@every("bits", range(2, 8))
 def test_one_more_bit_divides_the_step_by_the_ratio_of_levels(bits: int) -> None:
     coarse, fine = (quantize(rows(), UniformGrid(b, 8)).scale.double() for b in (bits, bits + 1))
     torch.testing.assert_close(coarse / fine, torch.full_like(coarse, (2 ** (bits + 1) - 1) / (2**bits - 1)), rtol=1e-6,
                                atol=0)  # fmt: skip
 
 
-@pytest.mark.parametrize("convention", ALL)
+@every("convention", ALL)
 def test_the_step_of_a_group_is_never_above_that_of_a_group_containing_it(convention: str) -> None:
     x = rows()
     steps = [step_of(x, UniformGrid(4, size, convention)) for size in (4, 8, 16, -1)]
@@ -219,7 +220,7 @@ def test_the_step_of_a_group_is_never_above_that_of_a_group_containing_it(conven
         assert bool((inner < outer).any())
 
 
-@pytest.mark.parametrize("convention", ALL)
+@every("convention", ALL)
 def test_more_bits_err_less_over_many_groups(convention: str) -> None:
     x = rows(256)
     errors = [float((fake_quantize(x, UniformGrid(b, 16, convention)) - x).square().mean()) for b in BITS]
@@ -227,8 +228,8 @@ def test_more_bits_err_less_over_many_groups(convention: str) -> None:
     assert errors[-1] < errors[0] / 1000
 
 
-@pytest.mark.parametrize("convention", ALL)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every("convention", ALL)
+@every("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_give_the_codes_of_their_float32_copy(convention: str, dtype: torch.dtype) -> None:
     half, grid = rows().to(dtype), UniformGrid(4, 8, convention)
     assert torch.equal(quantize(half, grid).codes, quantize(half.float(), grid).codes)
@@ -253,8 +254,8 @@ def test_the_zero_point_is_added_after_rounding_and_only_the_published_sums_are_
 # groups ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("convention", ALL)
-@pytest.mark.parametrize("clip_search", [False, True])
+@every("convention", ALL)
+@every("clip_search", [False, True])
 def test_every_group_is_quantized_as_if_it_stood_alone(convention: str, clip_search: bool) -> None:
     x, grid = rows(4, 12), UniformGrid(3, 4, convention, clip_search)
     alone = UniformGrid(3, -1, convention, clip_search)
@@ -285,7 +286,7 @@ def test_a_group_size_that_does_not_divide_the_row_is_refused_with_both_numbers(
         fake_quantize(rows(2, 8), UniformGrid(4, 16))
 
 
-@pytest.mark.parametrize(
+@every(
     ("wrong", "said"),
     [
         ({"bits": 1}, "bits=1 .* 2 to 8"),
@@ -302,7 +303,7 @@ def test_a_grid_that_cannot_be_is_refused_when_it_is_made(wrong: dict, said: str
         UniformGrid(**{"bits": 4, **wrong})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@every("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
     x = rows(4, 8)
     x[3, 5] = value
@@ -331,7 +332,7 @@ def clip_error(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return (quantized.dequantize(torch.float64) - x.double()).abs().pow(2.4).sum(-1)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_the_clip_search_finds_what_a_brute_force_search_finds(bits: int) -> None:
     x = rows(64, 64) ** 3  # heavy tails, so that clipping pays
     errors = clip_errors(x, bits)
@@ -341,8 +342,8 @@ def test_the_clip_search_finds_what_a_brute_force_search_finds(bits: int) -> Non
     assert bool((errors.argmin(0) > 0).float().mean() > 0.5)  # the search had something to do
 
 
-@pytest.mark.parametrize("convention", ALL)
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@every("convention", ALL)
+@every("bits", [2, 3, 8])
 def test_the_clip_search_never_raises_the_error_it_minimizes(convention: str, bits: int) -> None:
     x, grid = rows(64, 16) ** 3, UniformGrid(bits, -1, convention)
     without, searched = (clip_error(x, quantize(x, replace(grid, clip_search=on))) for on in (False, True))
@@ -354,7 +355,7 @@ def test_the_clip_search_never_raises_the_error_it_minimizes(convention: str, bi
 # fp16 scales ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("convention", ALL)
+@every("convention", ALL)
 def test_half_precision_scales_are_stored_as_such_and_used_for_the_codes(convention: str) -> None:
     x, grid = rows() + 0.3, UniformGrid(4, 8, convention, scale_dtype="float16")
     quantized = quantize(x, grid)
@@ -364,8 +365,8 @@ def test_half_precision_scales_are_stored_as_such_and_used_for_the_codes(convent
     torch.testing.assert_close(quantized.scale.float(), exact, rtol=2**-11, atol=0)
 
 
-@pytest.mark.parametrize("convention", ["gptq-asym", "spqr-asym", "deepspeed-asym", "smoothquant-sym"])
-@pytest.mark.parametrize("offset", [0.0, 1.0, -30.0, 1000.0])
+@every("convention", ["gptq-asym", "spqr-asym", "deepspeed-asym", "smoothquant-sym"])
+@every("offset", [0.0, 1.0, -30.0, 1000.0])
 def test_half_precision_scales_cost_at_most_their_own_rounding(convention: str, offset: float) -> None:
     x, grid = rows() + offset, UniformGrid(4, 8, convention)
     full, half = (fake_quantize(x, replace(grid, scale_dtype=d)) for d in ("float32", "float16"))
@@ -393,8 +394,8 @@ def naive_pack(row: list[int], bits: int) -> list[int]:
     return [int(digits[i : i + 8][::-1], 2) for i in range(0, len(digits), 8)]
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 31, 64])
+@every("bits", BITS)
+@every("count", [1, 7, 8, 9, 31, 64])
 def test_packed_bytes_are_those_of_a_bit_string_and_unpack_to_the_codes(bits: int, count: int) -> None:
     codes = torch.randint(0, 2**bits, (5, count), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
     codes[0], codes[1] = 0, 2**bits - 1  # all bits clear, all bits set

@@ -7,6 +7,7 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -81,10 +82,6 @@ SMALL = [
 ]
 
 
-def ids(plans: list[Plan]) -> list[str]:
-    return [f"{p.kind}-{'x'.join(map(str, (*p.factors, p.sylvester)))}" for p in plans]
-
-
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -98,32 +95,32 @@ def assert_orthogonal(m: Tensor) -> None:
 # constructions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 64])
+@every("n", [1, 2, 4, 8, 64])
 def test_sylvesters_sign_is_the_parity_of_the_bits_that_row_and_column_share(n: int) -> None:
     parity = [[(i & j).bit_count() % 2 for j in range(n)] for i in range(n)]
     assert torch.equal(sylvester(n), 1 - 2 * torch.tensor(parity, dtype=torch.float64))
     assert_orthogonal(sylvester(n))
 
 
-@pytest.mark.parametrize("q", [q for q in PRIMES if q % 4 == 3])
+@every("q", [q for q in PRIMES if q % 4 == 3])
 def test_the_first_construction_of_paley_is_a_hadamard_matrix(q: int) -> None:
     assert len(paley_first(q)) == q + 1
     assert_orthogonal(paley_first(q))
 
 
-@pytest.mark.parametrize("q", [q for q in PRIMES if q % 4 == 1])
+@every("q", [q for q in PRIMES if q % 4 == 1])
 def test_the_second_construction_of_paley_is_a_hadamard_matrix(q: int) -> None:
     assert len(paley_second(q)) == 2 * (q + 1)
     assert_orthogonal(paley_second(q))
 
 
-@pytest.mark.parametrize("n", WILLIAMSON)
+@every("n", WILLIAMSON)
 def test_williamsons_construction_is_a_hadamard_matrix(n: int) -> None:
     assert len(williamson(n)) == n
     assert_orthogonal(williamson(n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 9, 15, 100, 171])
+@every("n", [1, 2, 7, 9, 15, 100, 171])
 def test_hartley_is_the_real_less_the_imaginary_part_of_the_fourier_transform(n: int) -> None:
     fourier = torch.fft.fft(torch.eye(n, dtype=torch.float64))
     assert_close(hartley(n), fourier.real - fourier.imag, atol=1e-12, rtol=0)
@@ -132,7 +129,7 @@ def test_hartley_is_the_real_less_the_imaginary_part_of_the_fourier_transform(n:
 # plans ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "expected"), MODEL_SIZES.items())
+@every(("n", "expected"), MODEL_SIZES.items())
 def test_every_size_of_a_published_model_has_a_hadamard_plan(n: int, expected: tuple[tuple[int, ...], int]) -> None:
     found = plan(n)
     assert (found.kind, found.factors, found.sylvester) == ("hadamard", *expected)
@@ -140,12 +137,12 @@ def test_every_size_of_a_published_model_has_a_hadamard_plan(n: int, expected: t
     assert exists(n)
 
 
-@pytest.mark.parametrize("order", sorted({factor for factors, _ in MODEL_SIZES.values() for factor in factors}))
+@every("order", sorted({factor for factors, _ in MODEL_SIZES.values() for factor in factors}))
 def test_the_factors_that_plans_name_are_hadamard_matrices(order: int) -> None:
     assert_orthogonal(torch.round(matrix(Plan("hadamard", (order,), 1)) * math.sqrt(order)))
 
 
-@pytest.mark.parametrize("n", [n for n in range(4, 2000, 4) if exists(n)][::7])
+@every("n", [n for n in range(4, 2000, 4) if exists(n)][::7])
 def test_no_other_factors_have_a_smaller_sum(n: int) -> None:
     orders = {q + 1 for q in range(3, n) if q % 4 == 3 and prime(q)}
     orders |= {2 * (q + 1) for q in range(5, n // 2) if q % 4 == 1 and prime(q)} | {52, 92, 100, 172}
@@ -167,7 +164,7 @@ def power_of_two(n: int) -> bool:
     return 2 ** (n.bit_length() - 1) == n
 
 
-@pytest.mark.parametrize("n", NO_HADAMARD)
+@every("n", NO_HADAMARD)
 def test_without_a_hadamard_matrix_the_odd_part_is_hartleys(n: int) -> None:
     assert not exists(n)
     odd = {9: 9, 14: 7, 15: 15}[n]
@@ -176,7 +173,7 @@ def test_without_a_hadamard_matrix_the_odd_part_is_hartleys(n: int) -> None:
     assert_close(matrix(plan(n)), dense, atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("n", [3, 5, 6, 7, 9, 10, 14, 15, 18, 50, 66, 90])
+@every("n", [3, 5, 6, 7, 9, 10, 14, 15, 18, 50, 66, 90])
 def test_orders_that_no_hadamard_matrix_can_have_are_refused(n: int) -> None:
     assert not exists(n)
     with pytest.raises(UserError, match=f"order {n} is known here; use hartley"):
@@ -188,18 +185,18 @@ def test_a_power_of_two_is_sylvesters_whatever_is_asked_for() -> None:
     assert_orthogonal(matrix(plan(64, "hartley")) * 8)
 
 
-@pytest.mark.parametrize(("n", "kind", "words"), [(12, "walsh", "'walsh' is unknown"), (0, "auto", "0 channels")])
+@every(("n", "kind", "words"), [(12, "walsh", "'walsh' is unknown"), (0, "auto", "0 channels")])
 def test_a_plan_that_cannot_be_is_refused(n: int, kind: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         plan(n, kind)
 
 
-@pytest.mark.parametrize("one", SMALL, ids=ids(SMALL))
+@every("one", SMALL)
 def test_a_plan_survives_json(one: Plan) -> None:
     assert Plan.restore(json.loads(json.dumps(one.header()))) == one
 
 
-@pytest.mark.parametrize(
+@every(
     ("kind", "factors", "two"),
     [("hadamard", [9], 64), ("hadamard", [14], 2), ("hadamard", [12], 3), ("hartley", [0], 1), ("fourier", [12], 1)],
 )
@@ -211,7 +208,7 @@ def test_a_stored_plan_that_names_no_rotation_is_refused(kind: str, factors: lis
 # products -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("one", SMALL, ids=ids(SMALL))
+@every("one", SMALL)
 def test_the_matrix_is_orthonormal_and_flat(one: Plan) -> None:
     n, m = one.order, matrix(one)
     assert_close(m @ m.T, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -221,15 +218,15 @@ def test_the_matrix_is_orthonormal_and_flat(one: Plan) -> None:
         assert m.abs().max() <= math.sqrt(2 / n) * (1 + 1e-15)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("one", SMALL, ids=ids(SMALL))
+@every("transpose", [False, True])
+@every("one", SMALL)
 def test_the_fast_product_is_the_dense_one(one: Plan, transpose: bool) -> None:
     x, m = tokens(3, 2, one.order), matrix(one)
     assert_close(apply(x, one, transpose), x @ (m if transpose else m.T), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("one", [plan(12), plan(40), plan(9), plan(14)], ids=["12", "40", "9", "14"])
+@every("transpose", [False, True])
+@every("one", [plan(12), plan(40), plan(9), plan(14)])
 def test_mixing_heads_is_the_product_with_a_unit_matrix_per_channel(one: Plan, transpose: bool) -> None:
     head_size = 6
     x = tokens(2, 5, one.order * head_size)
@@ -237,7 +234,7 @@ def test_mixing_heads_is_the_product_with_a_unit_matrix_per_channel(one: Plan, t
     assert_close(apply_heads(x, one, head_size, transpose), x @ (dense if transpose else dense.T), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("n", MODEL_SIZES)
+@every("n", MODEL_SIZES)
 def test_at_the_size_of_a_model_the_transpose_undoes_the_product_and_lengths_stay(n: int) -> None:
     x = tokens(2, n)
     mixed = apply(x, plan(n))
@@ -245,7 +242,7 @@ def test_at_the_size_of_a_model_the_transpose_undoes_the_product_and_lengths_sta
     assert_close(mixed.norm(dim=-1), x.norm(dim=-1), atol=0, rtol=1e-12)
 
 
-@pytest.mark.parametrize("n", MODEL_SIZES)
+@every("n", MODEL_SIZES)
 def test_at_the_size_of_a_model_a_unit_vector_spreads_evenly(n: int) -> None:
     x = torch.zeros(1, n, dtype=torch.float64)
     x[0, n // 3] = 1
@@ -259,9 +256,7 @@ def test_a_batch_longer_than_one_block_of_tokens_is_mixed_token_by_token() -> No
     assert_close(apply(x, plan(1536)), one_by_one, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float32, 2e-6), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]
-)
+@every(("dtype", "error"), [(torch.float32, 2e-6), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
 def test_low_precision_rounds_the_result_once(dtype: torch.dtype, error: float) -> None:
     """Against float64 on the same input: half a unit in the last place, and what float32 loses in between."""
     x = tokens(64, 1536, dtype=dtype)
@@ -278,7 +273,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
     assert torch.equal(inside, apply(x, plan(576)))
 
 
-@pytest.mark.parametrize("shape", [(0, 576), (576,), (2, 3, 0, 576)])
+@every("shape", [(0, 576), (576,), (2, 3, 0, 576)])
 def test_no_tokens_and_a_single_one_keep_their_shape(shape: tuple[int, ...]) -> None:
     assert apply(tokens(*shape), plan(576)).shape == shape
 
@@ -321,8 +316,8 @@ def test_a_first_use_in_inference_mode_leaves_later_gradients_possible() -> None
 # random rotations -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["hadamard", "random"])
-@pytest.mark.parametrize("n", [9, 12, 64, 90])
+@every("mode", ["hadamard", "random"])
+@every("n", [9, 12, 64, 90])
 def test_a_random_rotation_is_orthogonal_and_follows_its_seed(n: int, mode: str) -> None:
     q = random_rotation(n, 3, mode)
     assert_close(q @ q.T, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -330,7 +325,7 @@ def test_a_random_rotation_is_orthogonal_and_follows_its_seed(n: int, mode: str)
     assert not torch.equal(q, random_rotation(n, 4, mode))
 
 
-@pytest.mark.parametrize("n", [14, 576])
+@every("n", [14, 576])
 def test_a_randomized_hadamard_rotation_is_signs_and_a_fast_product(n: int) -> None:
     x = tokens(4, n)
     assert_close(x @ random_rotation(n, 0), apply(x * random_signs(n, 0), plan(n)), atol=1e-12, rtol=0)

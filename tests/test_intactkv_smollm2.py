@@ -6,7 +6,6 @@ from families import plain_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from corpora.paths import modelzoo_dir
 from intactkv.attach import attach
 from intactkv.pivots import hidden_magnitudes
 from intactkv.prefix import build_prefix
@@ -22,21 +21,13 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def directory():
-    directory = modelzoo_dir() / "smollm2" / "smollm2-135m"
-    if not (directory / "config.json").is_file():
-        pytest.skip("modelzoo/smollm2/smollm2-135m is missing; python -m corpora says how to prepare it")
-    return directory
+def model(smollm2):
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
-def model(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(directory):
-    return AutoTokenizer.from_pretrained(directory)
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from endpoint import Answer, Endpoint, error, grade, serving
 from families import plain_logits
 
@@ -21,8 +22,6 @@ from eval.mtbench.answers import question_file, read_questions
 from eval.mtbench.json_lines import read_lines
 from eval.mtbench.judge_client import local_judge
 from quantization.runs.opening import load_tokenizer
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """QuantLinear: packed weights compute what their dequantized form computes, and take the promised space."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 
 from quantization.grids.uniform import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
@@ -17,22 +17,15 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def name_of(grid: UniformGrid) -> str:
-    return f"{grid.convention}-{grid.bits}"
-
-
 def layer(weight: Tensor, grid: UniformGrid, bias: Tensor | None) -> QuantLinear:
     quantized = quantize(weight, grid)
     return QuantLinear(quantized.kind, quantized.tensors(), quantized.header(), weight.shape, bias)
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=name_of)
+@every("grid", GRIDS)
 def test_what_is_stored_is_what_was_quantized(grid: UniformGrid) -> None:
     weight = quantize(random(10, 36), grid)  # three groups a row: codes and zero points both need padding
     again = QuantizedTensor.restore(weight.tensors(), json.loads(json.dumps(weight.header())))
@@ -42,9 +35,9 @@ def test_what_is_stored_is_what_was_quantized(grid: UniformGrid) -> None:
     assert torch.equal(again.zero_point, weight.zero_point)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=name_of)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_bias", [True, False])
+@every("grid", GRIDS)
+@every("dtype", [torch.float32, torch.bfloat16])
+@every("has_bias", [True, False])
 def test_the_output_is_that_of_the_fake_quantized_weight_bit_for_bit(
     grid: UniformGrid, dtype: torch.dtype, has_bias: bool
 ) -> None:
@@ -64,9 +57,9 @@ def test_a_layer_shows_its_shape_and_keeps_no_dense_weight() -> None:
     assert not any(parameter.requires_grad for parameter in linear.parameters())
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("group_size", [16, 32])
-@pytest.mark.parametrize("scale_bits", [16, 32])
+@every("bits", range(2, 9))
+@every("group_size", [16, 32])
+@every("scale_bits", [16, 32])
 def test_an_asymmetric_weight_takes_b_plus_scale_plus_b_over_s_bits(
     bits: int, group_size: int, scale_bits: int
 ) -> None:
@@ -76,7 +69,7 @@ def test_an_asymmetric_weight_takes_b_plus_scale_plus_b_over_s_bits(
     assert taken / weight.numel() == bits + (scale_bits + bits) / group_size
 
 
-@pytest.mark.parametrize(("bits", "published"), [(4, 4.16), (3, 3.15)])
+@every(("bits", "published"), [(4, 4.16), (3, 3.15)])
 def test_a_group_of_128_with_half_precision_scales_takes_the_published_bits(bits: int, published: float) -> None:
     weight = random(8, 1024)
     stored = quantize(weight, UniformGrid(bits, 128, scale_dtype="float16")).tensors()
@@ -84,7 +77,7 @@ def test_a_group_of_128_with_half_precision_scales_takes_the_published_bits(bits
     assert round(taken / weight.numel(), 2) == published
 
 
-@pytest.mark.parametrize("convention", [c for c, rule in CONVENTIONS.items() if rule.zero_point == "constant"])
+@every("convention", [c for c, rule in CONVENTIONS.items() if rule.zero_point == "constant"])
 def test_a_constant_zero_point_takes_no_space(convention: str) -> None:
     stored = quantize(random(8, 64), UniformGrid(4, 16, convention)).tensors()
     assert set(stored) == {"codes", "scale"}

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, turns_of, write_questions
+from common import ROOT
 
 from eval.__main__ import main
 from eval.mtbench.answers import question_file
 from eval.mtbench.json_lines import part_of, parts_of, read_lines
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -289,11 +288,8 @@ def test_a_mistake_in_a_script_is_one_line(script, arguments, named):
 
 
 @pytest.mark.slow
-def test_the_real_model_answers_the_sample_with_its_prompt_intact(program, intactkv_root):
-    directory = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
-    if not (directory / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
-    common = ("--model", directory, "--limit", 2, "--max-new-tokens", 16, "--device", "cpu")
+def test_the_real_model_answers_the_sample_with_its_prompt_intact(smollm2, program, intactkv_root):
+    common = ("--model", smollm2, "--limit", 2, "--max-new-tokens", 16, "--device", "cpu")
     for prefix in ("none", "prompt"):
         code, out, err = program(*common, "--prefix", prefix)
         assert code == 0, err

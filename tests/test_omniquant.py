@@ -1,22 +1,19 @@
 """OmniQuant: learned clipping, learned equivalent scales, their training, and the merged result."""
 
-import hashlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import read_json
 from intactkv.architecture import architecture_of
-from intactkv.attach import attach
-from intactkv.prefix import build_prefix
 from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, encode, split_groups
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -25,7 +22,6 @@ from quantization.named import named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, with_settings
 from quantization.runs.checkpoint import MANIFEST, block_file, load_quantized, read_block
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.runs.plan import plan_run
 from quantization.weights.omniquant import Learned, OmniQuant, clipped_fit, fake_quantize, start, student
 from quantization.weights.omniquant_let import Pair, initial_pairs, prefix_in_basis, transformed
 from quantization.weights.rtn import RTN
@@ -38,24 +34,7 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 CLIP = 1 / (1 + torch.exp(torch.tensor(-4.0, dtype=torch.float64)))  # σ(4)
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint(model_type, **options of tiny_checkpoint) -> a directory that tests only read."""
-    made: dict[str, Path] = {}
-
-    def make(model_type: str = "llama", **options: Any) -> Path:
-        key = f"{model_type}{sorted(options.items(), key=str)}"
-        if key not in made:
-            made[key] = tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **options)
-        return made[key]
-
-    return make
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -100,11 +79,6 @@ def assert_near(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None
     torch.testing.assert_close(found, expected, rtol=0, atol=relative * float(expected.abs().max()))
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    files = (file for file in directory.iterdir() if file.name.startswith(("block", "ends", MANIFEST)))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 # the slow truth -------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +121,7 @@ def straight_through(weight: Tensor, upper: Tensor, lower: Tensor, bits: int, si
 # learned clipping -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_clipped_weights_are_those_of_the_paper_number_by_number(bits: int) -> None:
     weight = 0.1 * noise(6, 32) + torch.linspace(-0.2, 0.2, 6)[:, None]  # some groups have one sign only
     upper, lower = 2 * noise(6, 2, 1, seed=1), 2 * noise(6, 2, 1, seed=2)
@@ -214,7 +188,7 @@ def test_a_clipped_top_value_moves_its_bound_and_not_the_other() -> None:
     assert float(lower.grad) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@every("convention", CONVENTIONS)
 def test_zero_points_are_codes_and_groups_have_at_most_two_to_the_bits_values(convention: str) -> None:
     grid = UniformGrid(2, 16, convention)
     weight = noise(8, 32) + torch.linspace(-9, 9, 8)[:, None]
@@ -409,9 +383,9 @@ def test_training_lowers_the_loss_that_the_finished_block_has(
 
 def test_a_longer_training_is_never_worse(tiny_model: Callable[..., PreTrainedModel]) -> None:
     losses = []
-    for epochs in (1, 2, 4, 8):
+    for epochs in (1, 2, 6, 7, 8):  # at this rate the seventh does harm
         block = first_block(tiny_model("llama"))
-        OmniQuant(W3, epochs=epochs, lwc_lr=0.3).quantize_block(block)
+        OmniQuant(W3, epochs=epochs, lwc_lr=1.0).quantize_block(block)
         losses.append(block.figures["loss_after"])
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
@@ -510,19 +484,6 @@ def made(source: Path, recipe: Recipe, out: Path) -> Path:
     return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, behind=prefix)
 
 
-@pytest.mark.parametrize(("recipe", "model_type"), [(LWC, "llama"), (LET, "llama"), (LET, "qwen3"), (LET, "opt")])
-def test_a_run_taken_up_with_blocks_missing_ends_with_the_same_bytes(
-    recipe: Recipe, model_type: str, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    whole = hashes(made(checkpoint(model_type), recipe, tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed.partial")
-    (tmp_path / "resumed.partial" / "ends.safetensors").unlink()
-    for index in (1, 2):
-        block_file(tmp_path / "resumed.partial", index).unlink()
-    assert hashes(made(checkpoint(model_type), recipe, tmp_path / "resumed")) == whole
-    assert len(whole) == 5
-
-
 def test_every_block_reports_a_loss_that_did_not_grow(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     out = made(checkpoint(), LWC, tmp_path / "out")
     for index in range(3):
@@ -541,32 +502,6 @@ def test_clipping_alone_changes_nothing_but_the_linears(
     for name, parameter in dense.named_parameters():
         quantized = any(name.endswith(f"{linear}.weight") for linear in linears)
         assert torch.equal(model.get_parameter(name), parameter) != quantized
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "opt"])
-def test_with_equivalent_scales_the_prefix_comes_from_the_rescaled_twin(
-    model_type: str, tiny_checkpoint: Callable[..., Path], intactkv_root: Path
-) -> None:
-    source = tiny_checkpoint(intactkv_root, model_type)
-    (intactkv_root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    recipe = Recipe(
-        weights=OmniQuant(UniformGrid(8, 32), let=True, epochs=1),
-        prefix="bos",
-        calibration=Calibration(str(intactkv_root / "text.txt"), samples=2, length=16),
-    )
-    plan = plan_run(source, recipe, device=torch.device("cpu"))
-    model = plan.load()
-    assert model.prefix is not None
-    assert model.prefix.model.basis == plan.basis != "plain"
-    dense = AutoModelForCausalLM.from_pretrained(source).eval()
-    plain = build_prefix(dense, [1])
-    for ours, old in zip(model.prefix.values, plain.values, strict=True):
-        assert float((ours - old).abs().max()) > 1e-3
-    text = torch.cat([torch.ones(len(SEGMENTS), 1, dtype=torch.long), SEGMENTS], dim=1)
-    expected = dense(text).logits
-    assert 0 < float((model.score(text) - expected).norm() / expected.norm()) < 0.1  # 8 bits
-    with pytest.raises(UserError, match="basis is 'plain' in the prefix"):
-        attach(load_quantized(plan.written(recipe)), plain)
 
 
 # refusals -------------------------------------------------------------------------------------------------------------

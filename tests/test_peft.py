@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from families import FAMILIES, SLIDING, WINDOW, random_ids
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,6 @@ from intactkv.attach import IntactModel, attach
 from intactkv.peft import CONFIG, PREFIX_FILE, WEIGHTS, read_adapter, write_adapter
 from intactkv.prefix import Prefix, build_prefix
 
-ROOT = Path(__file__).resolve().parents[1]
 BOS = 1
 CLOSE = 1e-4  # of logits that spread over tens, in float32: PEFT runs without our attention function
 TEXTS = torch.stack([random_ids(9, seed) for seed in range(4)])

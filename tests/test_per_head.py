@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from common import every
 from families import FAMILIES, plain_logits, random_ids
 from torch import Tensor
 from torch.testing import assert_close
@@ -37,8 +38,8 @@ def loop(x: Tensor, bits: int) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0], ids=["both signs", "positive", "negative"])
+@every("bits", BITS)
+@every("shift", [0.0, 3.0, -3.0])
 def test_keys_and_values_follow_the_formula(bits, shift):
     x = states(2, 3, 5, 16, seed=3) * torch.tensor([0.01, 1.0, 30.0]).view(1, 3, 1, 1) + shift
     expected = loop(x, bits).float()
@@ -47,7 +48,7 @@ def test_keys_and_values_follow_the_formula(bits, shift):
     assert_close(PerHead(bits).values(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@every("bits", BITS)
 def test_no_number_moves_by_more_than_half_a_step(bits):
     x = states(2, 3, 50, 16)
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
@@ -57,7 +58,7 @@ def test_no_number_moves_by_more_than_half_a_step(bits):
     assert (error <= step * (0.5 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@every("bits", BITS)
 def test_a_vector_takes_at_most_two_to_the_bits_values_and_zero_is_exact(bits):
     x = states(1, 2, 4, 1024)
     x[..., 7] = 0
@@ -77,14 +78,14 @@ def test_with_fewer_bits_the_error_grows_and_with_eight_it_is_small():
     assert all(better < 0.7 * worse for worse, better in itertools.pairwise(errors))
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1000.0, 1e-3])
+@every("bits", BITS)
+@every("value", [0.0, 1.0, -3.7, 1000.0, 1e-3])
 def test_a_constant_vector_is_exact(bits, value):
     x = torch.full((1, 2, 3, 16), value)
     assert_close(PerHead(bits).keys(x), x, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@every("bits", BITS)
 def test_quantizing_twice_is_quantizing_once_where_both_ends_of_the_range_are_in_use(bits):
     once = PerHead(bits).keys(states(2, 3, 20, 16))
     # The second range is that of the levels in use, of which rounding the zero point may have left one out at an end.
@@ -132,7 +133,7 @@ def test_attention_reads_the_quantized_states_of_the_current_tokens(tiny_config)
     assert_close(values, loop(2 * x, 2).float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_states_are_quantized_in_float32_and_come_back_in_their_dtype(dtype):
     x = states(2, 3, 5, 16).to(dtype)
     quantized = PerHead(4).keys(x)
@@ -143,7 +144,7 @@ def test_half_precision_states_are_quantized_in_float32_and_come_back_in_their_d
     assert_close(PerHead(4).keys(huge), huge, rtol=0.08, atol=0.0)
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
+@every("bits", [-1, 0, 1, 9, 16])
 def test_bits_outside_2_to_8_are_refused(bits):
     with pytest.raises(UserError, match=f"KV bits={bits} is not supported; use 2 to 8"):
         PerHead(bits)

@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from common import ROOT
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -33,7 +34,6 @@ from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 W3 = UniformGrid(3, 32)
 W4 = UniformGrid(4, 32)
@@ -47,27 +47,7 @@ PREFIX = torch.tensor([1, 40, 7])
 SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are too small for more
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint(model_type, **options of tiny_checkpoint) -> a directory that tests only read."""
-    made: dict[str, Path] = {}
-
-    def make(model_type: str = "llama", **options: Any) -> Path:
-        key = f"{model_type}{sorted(options.items(), key=str)}"
-        if key not in made:
-            made[key] = tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **options)
-        return made[key]
-
-    return make
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # test-local methods ---------------------------------------------------------------------------------------------------
@@ -697,12 +677,8 @@ def test_a_checkpoint_calibrated_behind_a_prefix_is_refused_without_it(
 
 
 @pytest.mark.slow
-def test_four_bit_blocks_of_smollm2_take_at_most_a_third_of_the_bfloat16_blocks(tmp_path: Path) -> None:
-    source = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
-    if not source.is_dir():
-        pytest.skip("SmolLM2 is not prepared")
-    out = quantize_checkpoint(source, Recipe(weights=RTN(UniformGrid(4, 64))), tmp_path / "out")
-    taken = sum(file.stat().st_size for file in out.glob("block-*.safetensors"))
-    model = load_quantized(out)
+def test_four_bit_blocks_of_smollm2_take_at_most_a_third_of_the_bfloat16_blocks(smollm2_w4: Path) -> None:
+    taken = sum(file.stat().st_size for file in smollm2_w4.glob("block-*.safetensors"))
+    model = load_quantized(smollm2_w4)
     blocks = architecture_of(model.config).blocks_of(model)
     assert taken <= sum(2 * p.numel() for block in blocks for p in block.parameters()) / 3

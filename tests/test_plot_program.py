@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import FOXES, ROOT, SMOLLM2
 
 from corpora.errors import Parser
 from corpora.sharegpt import VICUNA_SYSTEM
@@ -22,10 +23,6 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.observe import attention_mass, down_input, token_maxima
 
-ROOT = Path(__file__).parents[1]
-SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
-needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "config.json").exists(), reason="model.sh smollm2 135m has not run")
-TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
 LINEAR_INPUTS = ("q_proj", "o_proj", "gate_proj", "down_proj")
 
 # kind -> (options, what they add to the name of its files, parts that it draws)
@@ -62,13 +59,6 @@ def model(intactkv_root, tiny_checkpoint) -> Path:
     tensors["model.embed_tokens.weight"][1, 11] = 5000.0
     save_file(tensors, file, {"format": "pt"})
     return directory
-
-
-@pytest.fixture
-def text(intactkv_root) -> Path:
-    path = intactkv_root / "some text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture
@@ -162,7 +152,7 @@ def test_figures_of_different_settings_never_overwrite_each_other(kind, variants
     for token, name in enumerate(("ONE", "TWO"), start=5):
         build_prefix(loaded(model), (1, token)).save(places[name])
     folders["OTHER"].mkdir()
-    places["OTHER"].write_text(TEXT.upper())
+    places["OTHER"].write_text(FOXES.upper())
     common = (kind, "--model", model, *PIECES, "--out", intactkv_root / "f", "--format", "svg", "--dpi", 50)
     for variant in variants:
         options = [places.get(word, word) for word in variant.split()]
@@ -212,7 +202,7 @@ def loaded(directory: Path):
 def ids_of(directory: Path, length: int) -> torch.Tensor:
     from quantization.runs.opening import load_tokenizer
 
-    ids = load_tokenizer(directory)(TEXT, add_special_tokens=False)["input_ids"]
+    ids = load_tokenizer(directory)(FOXES, add_special_tokens=False)["input_ids"]
     return torch.tensor([[1, *ids][:length]])
 
 
@@ -272,7 +262,7 @@ def test_smoothness_is_a_table_and_the_same_numbers_as_json(program, model, text
 def test_a_sharegpt_conversation_is_the_default_and_its_system_prompt_ends_at_the_line(
     program, model, intactkv_root, tiny_tokenizer
 ):
-    turns = [{"from": role, "value": TEXT[:400]} for role in ("human", "gpt", "human", "gpt")]
+    turns = [{"from": role, "value": FOXES[:400]} for role in ("human", "gpt", "human", "gpt")]
     folder = intactkv_root / "datasets" / "ShareGPT_Vicuna_unfiltered"
     folder.mkdir(parents=True)
     file = folder / "ShareGPT_V4.3_unfiltered_cleaned_split.json"
@@ -313,7 +303,7 @@ def test_a_sharegpt_conversation_is_the_default_and_its_system_prompt_ends_at_th
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(arguments, named, program, model, text, intactkv_root):
-    arguments = [TEXT[:5] if word == "TEXT" else word for word in arguments]
+    arguments = [FOXES[:5] if word == "TEXT" else word for word in arguments]
     given = () if "--out" in arguments else ("--out", intactkv_root / "figures")
     size = () if "--tokens" in arguments else ("--tokens", 16)
     code, out, err = program(*arguments, "--model", model, "--corpus", text, *size, *given)
@@ -365,7 +355,7 @@ def test_a_mistake_in_a_script_is_one_line(script, arguments, named):
 
 
 @pytest.mark.slow
-@needs_smollm2
+@pytest.mark.usefixtures("smollm2")
 def test_the_intact_bos_of_smollm2_takes_the_outliers_out_of_its_down_projections(program, tmp_path):
     code, _, err = program("linear-input", "--model", SMOLLM2, "--samples", 1, "--tokens", 256, "--prefix", "bos",
                            "--bos-first", "--format", "png", "--out", tmp_path)  # fmt: skip
@@ -378,7 +368,7 @@ def test_the_intact_bos_of_smollm2_takes_the_outliers_out_of_its_down_projection
 
 
 @pytest.mark.slow
-@needs_smollm2
+@pytest.mark.usefixtures("smollm2")
 def test_the_published_call_draws_smollm2(tmp_path):
     done = subprocess.run(["bash", "scripts/visualization/plot_act.sh", "smollm2", "135m", "cpu"], cwd=ROOT,
                           capture_output=True, text=True, check=False,

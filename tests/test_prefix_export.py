@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import FOXES, ROOT
 from families import random_ids
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -18,7 +19,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from corpora.paths import modelzoo_dir
 from eval.__main__ import main as eval_main
 from eval.tasks.lm import IntactLM
 from intactkv.__main__ import main
@@ -33,10 +33,8 @@ from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.prefixes import choose_prefix
 from quantization.weights.rtn import RTN
 
-ROOT = Path(__file__).resolve().parents[1]
 BOS = 1
 CLOSE = 1e-4  # nats, of sums over a few tokens in float32; logits of tiny models spread over tens
-TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
 PAIRS = [*(("What is it? Answer: ", letter) for letter in "ABCD"), ("The sheep", " on the hill"), ("x", "yz"),
          ("A longer context, so that a batch of four is padded,", " ends here.")]  # fmt: skip
 
@@ -182,7 +180,7 @@ def test_every_mistake_is_one_line(
 def test_an_adapter_directory_is_a_prefix_wherever_a_file_is(
     dense: Path, adapter: Path, intactkv_root: Path, program: Callable[..., tuple[int, str, str]]
 ) -> None:
-    (intactkv_root / "text.txt").write_text(TEXT)
+    (intactkv_root / "text.txt").write_text(FOXES)
     ppl = ("ppl", "--model", dense, "--recipe", "rtn", "--bits", 3, "--group-size", 32, "--corpus",
            intactkv_root / "text.txt", "--window", 64, "--limit", 4, "--device", "cpu", "--json")  # fmt: skip
     records = {}
@@ -219,7 +217,7 @@ def test_a_prefix_needs_no_full_precision_model(
     prefix.save(file)
     full = load_quantized(quantized)
     truth = attach(full, prefix).score(ids)
-    (intactkv_root / "text.txt").write_text(TEXT)
+    (intactkv_root / "text.txt").write_text(FOXES)
     ppl = ("ppl", "--model", model, "--corpus", intactkv_root / "text.txt", "--window", 64, "--limit", 4, "--device",
            "cpu", "--json", "--force", "--prefix")  # fmt: skip
     before = json.loads(program(*ppl, file, main=eval_main)[1])["perplexity"]
@@ -299,16 +297,12 @@ def test_a_tokenizer_that_adds_bos_by_itself_must_be_told_not_to(dense: Path, ad
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_smollm2_behind_its_bos_is_the_same_through_peft(tmp_path: Path) -> None:
-    directory = modelzoo_dir() / "smollm2" / "smollm2-135m"
-    if not (directory / "config.json").is_file():
-        pytest.skip("modelzoo/smollm2/smollm2-135m is missing; python -m corpora says how to prepare it")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+def test_smollm2_behind_its_bos_is_the_same_through_peft(smollm2: Path, smollm2_w4: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     bos = tokenizer.bos_token_id
-    write_adapter(build_prefix(loaded(directory), [bos]), tmp_path / "adapter")
-    quantized = quantize_checkpoint(directory, Recipe(weights=RTN(UniformGrid(4, 64))), tmp_path / "w4")
-    ours = attach(load_quantized(quantized), read_adapter(tmp_path / "adapter"))
-    theirs = PeftModel.from_pretrained(load_quantized(quantized), tmp_path / "adapter").eval()
+    write_adapter(build_prefix(loaded(smollm2), [bos]), tmp_path / "adapter")
+    ours = attach(load_quantized(smollm2_w4), read_adapter(tmp_path / "adapter"))
+    theirs = PeftModel.from_pretrained(load_quantized(smollm2_w4), tmp_path / "adapter").eval()
     texts = [
         "The river had risen in the night, and by morning the lower field was a lake.",
         "Name three colours:",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from common import ROOT
 
 from corpora import prepare
 from corpora.catalog import model_directory
@@ -22,9 +23,6 @@ from corpora.paths import datasets_dir, modelzoo_dir
 from corpora.prepare import model_is_present, prepare_data, prepare_model
 from corpora.wikipedia import split_articles
 from corpora.wikitext_markup import plain_text
-
-CHECKOUT = Path(__file__).resolve().parents[1]
-
 
 # a directory appears whole or not at all ------------------------------------------------------------------------------
 
@@ -69,7 +67,7 @@ def test_a_killed_build_does_not_count_and_is_cleared_away(tmp_path: Path) -> No
         "    time.sleep(60)\nprepare_directory(Path(sys.argv[1]), build, bool)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "target")]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         os.kill(process.pid, signal.SIGKILL)
@@ -258,7 +256,7 @@ def test_a_disk_that_refuses_the_model_is_an_error_of_the_disk(
         "run_program(lambda: _save(tokenizer, model, Path(sys.argv[2])))\n"
     )
     command = [sys.executable, "-c", program, str(tiny_checkpoint(tmp_path, "llama")), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith("error: cannot write: ")
     assert "File too large" in done.stderr
@@ -458,7 +456,7 @@ def test_articles_are_dealt_whole_and_evenly() -> None:
 
 @pytest.fixture
 def smollm2() -> Path:
-    directory = CHECKOUT / "modelzoo/smollm2/smollm2-135m"
+    directory = ROOT / "modelzoo/smollm2/smollm2-135m"
     if not model_is_present(directory):
         pytest.skip("modelzoo/smollm2/smollm2-135m is missing: bash scripts/prepare/model.sh smollm2 135m")
     return directory
@@ -466,7 +464,7 @@ def smollm2() -> Path:
 
 @pytest.fixture
 def sample() -> dict[str, list[dict[str, str]]]:
-    folder = CHECKOUT / "datasets/sample"
+    folder = ROOT / "datasets/sample"
     if not folder.is_dir():
         pytest.skip("datasets/sample is missing: bash scripts/prepare/data.sh sample")
     return {
@@ -535,6 +533,6 @@ def test_the_sample_is_clean_disjoint_and_long_enough(smollm2: Path, sample: dic
 def test_the_prepared_directories_are_whole(smollm2: Path, sample: object) -> None:
     for arguments in (["model", "smollm2", "135m"], ["data", "sample"]):
         command = [sys.executable, "-m", "corpora", "prepare", *arguments]
-        result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
         assert "nothing to do" in result.stdout

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from common import ROOT
 
 from quantization.__main__ import main
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
@@ -23,16 +24,6 @@ from quantization.runs.checkpoint import load_quantized
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.base import GridQuantizer
 from quantization.weights.rtn import RTN
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import every
 from families import random_ids
 from torch import Tensor
 from torch.testing import assert_close
@@ -34,9 +35,9 @@ def loop(x: Tensor, bits: int, keep: float, with_zero: bool) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(x.shape)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("keep", [1.0, 0.95, 0.7])
-@pytest.mark.parametrize("shift", [0.0, 6.0, -6.0], ids=["both signs", "positive", "negative"])
+@every("bits", BITS)
+@every("keep", [1.0, 0.95, 0.7])
+@every("shift", [0.0, 6.0, -6.0])
 def test_keys_and_values_follow_the_formula(bits, keep, shift):
     x = states(2, 3, 5, 16, seed=1) * torch.tensor([0.01, 1.0, 30.0]).view(1, 3, 1, 1) + shift
     # Keys are given in the basis in which they are rounded, so that the loop starts from the same numbers.
@@ -51,8 +52,8 @@ def test_keys_and_values_follow_the_formula(bits, keep, shift):
     assert float((off > 1e-5 * largest).double().mean()) < 0.02
 
 
-@pytest.mark.parametrize("size", [16, 24, 64, 128, 14, 18])  # the last two have no Hadamard matrix
-@pytest.mark.parametrize("bits", BITS)
+@every("size", [16, 24, 64, 128, 14, 18])  # the last two have no Hadamard matrix
+@every("bits", BITS)
 def test_in_the_rotated_basis_no_number_of_a_key_moves_by_more_than_half_a_step(size, bits):
     keys = states(2, 3, 40, size)
     h = matrix(plan(size)).float()
@@ -86,7 +87,7 @@ def test_a_token_is_rounded_alone():
         assert torch.equal(rounded(other)[:, :, rest], whole[:, :, rest])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_eight_bits_without_clipping_are_nearly_exact(dtype):
     x = states(2, 3, 40, 64).to(dtype)
     for rounded in (Rotated(8, keep=1.0).keys(x), Rotated(8, keep=1.0).values(x)):
@@ -116,7 +117,7 @@ def test_a_range_far_from_zero_keeps_its_levels_for_values():
     assert error < 0.02  # a step of 8/255 at most; a range that contains 0 would have steps of 0.2
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -0.02])
+@every("value", [0.0, 3.0, -0.02])
 def test_heads_whose_values_are_all_the_same_are_exact(value):
     x = torch.full((1, 2, 3, 16), value)
     assert_close(Rotated(4).values(x), x, rtol=1e-6, atol=0)
@@ -142,7 +143,7 @@ def test_it_is_chosen_by_name():
     assert kv_policy("rotated", 4) == Rotated(4)
 
 
-@pytest.mark.parametrize(
+@every(
     ("arguments", "named"),
     [((1,), "KV bits=1"), ((9,), "KV bits=9"), ((4, 0.0), "kv_cache.keep=0"), ((4, 1.1), "kv_cache.keep=1.1")],
 )

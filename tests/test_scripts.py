@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
 RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant")
 
@@ -77,9 +77,8 @@ def test_the_alpha_with_the_lowest_perplexity_comes_first_in_every_arm(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("smollm2")
 def test_the_published_gptq_call_makes_what_the_evaluation_finds(tmp_path: Path) -> None:
-    if not (ROOT / "modelzoo" / "smollm2" / "smollm2-135m" / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "sample").symlink_to(ROOT / "datasets" / "sample")
     small = {"INTACTKV_ROOT": str(tmp_path), "CALIBRATION_SAMPLES": "2", "CALIBRATION_LENGTH": "64", "WINDOW": "64",

@@ -1,6 +1,6 @@
 """SmoothQuant: exact without rounding, in every family; the paper's formula; better than rounding alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from families import plain_cache, random_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import quantization.runs.pipeline
 from corpora.errors import UserError
 from eval.__main__ import main
 from intactkv.architecture import architecture_of
@@ -29,15 +28,11 @@ from quantization.transforms.smooth import Smooth, input_maxima, smoothing_scale
 from quantization.weights.rtn import RTN
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-PREFIX = torch.tensor([1, 40, 7])
 SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_seed(5))
 W8A8 = named_recipe("smoothquant-w8a8")
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def first_block(model: PreTrainedModel, prefix: Tensor | None = None, segments: Tensor = SEGMENTS) -> DecoderBlock:
@@ -288,59 +283,6 @@ def plan_of(dense: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr("quantization.runs.plan.calibration_segments", lambda *_, **__: SEGMENTS)
     monkeypatch.setattr("quantization.runs.plan.text_identity", lambda *_, **__: {"corpus": "of the test"})
     return plan_run(dense, recipe, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("behind", [False, True], ids=["plain", "behind"])
-def test_a_killed_run_ends_with_the_same_bits(
-    behind: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense = tiny_checkpoint(tmp_path, "llama")
-    recipe = replace(with_settings(W8A8, ["activations.static=true"]), prefix="bos", calibrate_behind_prefix=behind)
-    prefix = PREFIX if behind else None
-
-    def make(name: str) -> Path:
-        return quantize_checkpoint(dense, recipe, tmp_path / name, segments=SEGMENTS, behind=prefix)
-
-    whole, real = make("whole"), quantization.runs.pipeline._process_block
-
-    def killed(block: DecoderBlock, *arguments: Any) -> float:
-        if block.index == 2:
-            raise KeyboardInterrupt
-        return real(block, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(quantization.runs.pipeline, "_process_block", killed)
-        with pytest.raises(KeyboardInterrupt):
-            make("again")
-    again = make("again")
-    for file in sorted(whole.glob("*.safetensors")):
-        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
-
-
-@pytest.mark.parametrize(
-    ("name", "static", "behind"),
-    [
-        (name, static, behind)
-        for name in ("rtn-w8a8", "rtn-w8a8-qllm", "smoothquant-w8a8", "smoothquant-w8a8-qllm")
-        for static in (False, True)
-        for behind in (False, True)
-        if not behind or static or name.startswith("smoothquant")  # else nothing calibrates
-    ],
-)
-def test_every_recipe_runs_near_full_precision_at_eight_bits(
-    name: str, static: bool, behind: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = with_settings(named_recipe(name), [f"activations.static={str(static).lower()}"])
-    recipe = replace(recipe, prefix="bos" if behind else "none", calibrate_behind_prefix=behind)
-    dense = tiny_checkpoint(tmp_path, "llama")
-    out = quantize_checkpoint(dense, recipe, tmp_path / "q", segments=SEGMENTS, behind=PREFIX if behind else None)
-    full = AutoModelForCausalLM.from_pretrained(dense)
-    ids = SEGMENTS[:1]
-    prefix = build_prefix(full, PREFIX) if behind else None
-    kv: Any = recipe.kv_cache
-    exact, ours = attach(full, prefix).feed(ids).logits, attach(load_quantized(out), prefix, kv).feed(ids).logits
-    assert 1e-4 < float((ours - exact).norm() / exact.norm()) < 0.1
-    assert len(list(read_block(block_file(out, 0)).paths)) == 4
 
 
 def test_smoothed_and_plain_rows_are_published_pairs() -> None:

@@ -1,6 +1,5 @@
 """SpQR: bilevel grids, outliers, leave-one-out, the stored form and its average bits."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import every
 from torch import Tensor, nn
 
 import quantization.weights.gptq as driver
@@ -41,10 +41,7 @@ W3 = UniformGrid(3, 16, "spqr-asym")
 SEGMENTS = torch.randint(4, 101, (3, 24), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def layer(out: int = 64, channels: int = 64, seed: int = 0, tokens: int = 256) -> tuple[Tensor, Tensor]:
@@ -166,7 +163,7 @@ def plain_spqr(weight: Tensor, hessian: Tensor, how: SpQR, rows: list[int]) -> t
     return codes, w[:, torch.tensor(order).argsort()], mask
 
 
-@pytest.mark.parametrize("settings", [{}, {"simplified": True}, {"act_order": False}, {"threshold": math.inf}], ids=str)
+@every("settings", [{}, {"simplified": True}, {"act_order": False}, {"threshold": math.inf}])
 def test_the_result_is_that_of_the_plain_loop(settings: dict[str, Any]) -> None:
     weight, hessian = layer(32, 64)
     weight[16:] *= 5  # a second linear, of another size
@@ -207,7 +204,7 @@ def test_linears_that_share_an_input_come_out_as_each_would_alone() -> None:
 # grids ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@every("bits", [2, 3, 4, 8])
 def test_first_level_grids_follow_the_formula_also_without_spread(bits: int) -> None:
     grid = UniformGrid(bits, 16, "spqr-asym")
     groups = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
@@ -224,7 +221,7 @@ def test_first_level_grids_follow_the_formula_also_without_spread(bits: int) -> 
         assert plain_round(float(groups[i, 0]), scale, zero, bits)[1] == pytest.approx(float(groups[i, 0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@every("bits", [2, 3, 8])
 def test_second_level_numbers_are_off_by_half_a_step_at_most(bits: int) -> None:
     values = torch.rand(64, generator=torch.Generator().manual_seed(2)) + torch.arange(4).repeat_interleave(16)
     level = fit_second(values, 16, bits)
@@ -246,8 +243,8 @@ def test_with_many_bits_the_second_level_leaves_the_first_as_it_is() -> None:
     assert many < 1 / 255
 
 
-@pytest.mark.parametrize("value", [0.01, 1.0, -700.0, 30000.0, 0.0])
-@pytest.mark.parametrize("spread", [0.0, 1e-9, 2e-6])
+@every("value", [0.01, 1.0, -700.0, 30000.0, 0.0])
+@every("spread", [0.0, 1e-9, 2e-6])
 def test_a_tile_of_equal_numbers_keeps_them(value: float, spread: float) -> None:
     """The spreads have no step, or no zero point, in half precision."""
     values = value * (1 + spread * torch.arange(16))
@@ -281,8 +278,8 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 # leave one out --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("size", [2, 3, 16])
+@every("bits", [2, 3, 4])
+@every("size", [2, 3, 16])
 def test_three_grids_a_group_find_the_gain_of_leaving_out_each_weight(bits: int, size: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     groups = torch.randn(40, size, generator=generator)
@@ -380,8 +377,8 @@ def test_without_a_threshold_every_weight_is_kept() -> None:
 # the loop -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threshold", [math.inf, 0.1])
-@pytest.mark.parametrize("act_order", [False, True])
+@every("threshold", [math.inf, 0.1])
+@every("act_order", [False, True])
 def test_the_loss_is_that_of_the_weights_under_the_damped_hessian(threshold: float, act_order: bool) -> None:
     weight, hessian = layer(48, 160)  # more channels than one block of the loop
     hessian[:, 5] = hessian[5] = 0  # an input that never occurs
@@ -467,7 +464,7 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_what_is_stored_is_what_was_simulated_bit_for_bit(
     form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,7 +508,7 @@ def test_sparse_rows_come_back_also_empty_ones() -> None:
     assert torch.equal(back, torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize(("channels", "size"), [(40000, 2), (65536, 2), (65537, 4)])
+@every(("channels", "size"), [(40000, 2), (65536, 2), (65537, 4)])
 def test_channels_beyond_16_signed_bits_are_found_again(channels: int, size: int) -> None:
     dense = torch.zeros(2, channels, dtype=torch.float16)
     dense[0, channels - 1], dense[1, 32767], dense[1, 0] = 1, 2, 3
@@ -525,16 +522,14 @@ def test_channels_beyond_16_signed_bits_are_found_again(channels: int, size: int
 # average bits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "rate", "published"), [("spqr", 0.01138, 3.99), ("spqr-w2", 0.02358, 3.07), ("spqr", 0, 3.625)]
-)
+@every(("name", "rate", "published"), [("spqr", 0.01138, 3.99), ("spqr-w2", 0.02358, 3.07), ("spqr", 0, 3.625)])
 def test_average_bits_of_the_published_runs(name: str, rate: float, published: float) -> None:
     how = named_recipe(name).weights
     assert isinstance(how, SpQR)
     assert average_bits(how, 4096, rate) == pytest.approx(published, abs=0.005)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@every("form", FORMS)
 def test_average_bits_are_the_stored_bytes(form: dict[str, Any]) -> None:
     """Row pointers and the channel order are stored, but not counted."""
     how = replace(SpQR(W3), **form)
@@ -578,18 +573,6 @@ def test_more_trials_never_lead_away_from_the_wanted_bits(monkeypatch: pytest.Mo
 # a block, a checkpoint ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    def make(model_type: str, **options: Any) -> Path:
-        return tiny_checkpoint(tmp_path_factory.mktemp("dense"), model_type, **options)
-
-    return make
-
-
-def written(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors")}
-
-
 @pytest.mark.parametrize(
     ("model_type", "options", "settings"),
     [
@@ -623,27 +606,6 @@ def test_a_checkpoint_runs_packed_and_dequantized_with_the_same_bits(
         assert bits == pytest.approx(3.625 + 32 * block.figures["outliers"] / block.figures["weights"])
         if settings.get("average_bits"):  # within one or two outliers of the smallest set, of 2 · 4096 weights
             assert bits == pytest.approx(4, abs=0.01)
-
-
-def test_a_run_that_was_killed_ends_with_the_same_bits(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, recipe = checkpoint("llama"), Recipe(weights=SpQR(W3))
-    whole = written(quantize_checkpoint(source, recipe, tmp_path / "whole", segments=SEGMENTS))
-    real, killed, done = SpQR.quantize_block, [1], list[int]()
-
-    def failing(self: SpQR, block: DecoderBlock) -> Mapping[str, SpQRWeight]:
-        if block.index in killed:
-            killed.remove(block.index)
-            raise KeyboardInterrupt
-        done.append(block.index)
-        return real(self, block)
-
-    monkeypatch.setattr(SpQR, "quantize_block", failing)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS)
-    assert written(quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS)) == whole
-    assert done == [0, 1, 2]
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])

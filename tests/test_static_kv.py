@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import every
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.testing import assert_close
@@ -77,8 +78,8 @@ def test_a_heads_range_is_that_of_transformers_own_cache_behind_the_prefix(
             assert float(tensors[f"{name}_zero_point"][head]) == zero_point
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("rotate", [False, True])
+@every("convention", CONVENTIONS)
+@every("rotate", [False, True])
 def test_static_heads_round_to_the_levels_of_their_head(rotate: bool, convention: str) -> None:
     kv = StaticPerHead(3, convention, rotate)
     zero = torch.tensor([4.0, 4.0]) if convention == "gptq-sym" else torch.tensor([2.0, 5.0])

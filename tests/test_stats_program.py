@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from common import FOXES, ROOT
 
 from eval.__main__ import main
 from eval.inside.reports import compact, decoded, encoded, mean_sqnr
 
-ROOT = Path(__file__).parents[1]
-TEXT = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
-SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
 RTN = ("--recipe", "rtn-w4", "--group-size", 32)
 KINDS = {
     "linears": RTN,
@@ -30,13 +28,6 @@ KINDS = {
 def model(intactkv_root, tiny_checkpoint) -> Path:
     """A tiny dense checkpoint in its own zoo."""
     return tiny_checkpoint(intactkv_root / "modelzoo", "llama")
-
-
-@pytest.fixture
-def text(intactkv_root) -> Path:
-    path = intactkv_root / "some text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture
@@ -89,7 +80,7 @@ def test_every_kind_leaves_a_table_a_figure_and_one_record(kind, program, stats,
 def test_runs_with_different_settings_keep_their_own_files(stats, text, intactkv_root):
     (intactkv_root / "other").mkdir()
     other = intactkv_root / "other" / text.name
-    other.write_text(TEXT.upper())
+    other.write_text(FOXES.upper())
     more = ((), ("--window", 32), ("--limit", 1), ("--corpus", other), ("--protocol", "gptq"),
             ("--set", "weights.grid.convention=gptq-sym"))  # fmt: skip
     records = [stats("linears", *RTN, *options) for options in more]
@@ -243,16 +234,14 @@ def test_the_script_refuses_in_one_line(arguments, named):
 
 
 @pytest.fixture
-def smollm2(intactkv_root, program):
+def of_smollm2(smollm2, intactkv_root, program):
     """stats of the real model: (kind, options…) -> record, of one window of 128 tokens of the sample."""
-    if not (SMOLLM2 / "config.json").exists():
-        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     for name in ("datasets/sample", "modelzoo/smollm2"):
         (intactkv_root / name).parent.mkdir(exist_ok=True)
         (intactkv_root / name).symlink_to(ROOT / name)
 
     def call(kind: str, *options: object) -> dict:
-        code, out, err = program(kind, "--model", SMOLLM2, "--window", 128, "--limit", 1, *options, "--json")
+        code, out, err = program(kind, "--model", smollm2, "--window", 128, "--limit", 1, *options, "--json")
         assert code == 0, err
         return decoded(json.loads(out))
 
@@ -260,8 +249,8 @@ def smollm2(intactkv_root, program):
 
 
 @pytest.mark.slow
-def test_the_start_token_of_smollm2_is_its_pivot(smollm2):
-    record = smollm2("pivots")
+def test_the_start_token_of_smollm2_is_its_pivot(of_smollm2):
+    record = of_smollm2("pivots")
     (pivot,) = record["pivots"]
     assert (pivot["position"], pivot["text"]) == (0, "'<|im_start|>'")
     assert pivot["largest"] > 20_000
@@ -272,12 +261,12 @@ def test_the_start_token_of_smollm2_is_its_pivot(smollm2):
 
 
 @pytest.mark.slow
-def test_on_smollm2_more_bits_are_nearer_and_intact_pivots_exact(smollm2):
-    three, four = (smollm2("distance", "--recipe", f"rtn-w{bits}") for bits in (3, 4))
+def test_on_smollm2_more_bits_are_nearer_and_intact_pivots_exact(of_smollm2):
+    three, four = (of_smollm2("distance", "--recipe", f"rtn-w{bits}") for bits in (3, 4))
     assert four["logits"]["vanilla"]["kl"] < 0.5 * three["logits"]["vanilla"]["kl"]
     for curve in ("own_sqnr", "input_sqnr", "output_sqnr"):
         # A bit is worth 6 dB; the error that accumulates saturates where little is left of the signal.
         assert four["means"]["vanilla"][curve] > three["means"]["vanilla"][curve] + 3
-    kv = smollm2("kv", "--kv-bits", 4, "--prefix", "bos")
+    kv = of_smollm2("kv", "--kv-bits", 4, "--prefix", "bos")
     assert kv["means"]["intact"]["pivots"]["k_sqnr"] == float("inf")
     assert kv["means"]["intact"]["rest"]["attention_sqnr"] > kv["means"]["vanilla"]["rest"]["attention_sqnr"]

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import ROOT
 from test_tables import BOS, CAL, NONE, perplexity, task
 
 from eval.__main__ import main
 from eval.runs import record_of
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

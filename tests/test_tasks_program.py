@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from families import plain_logits
 
 from eval.__main__ import main
 
-ROOT = Path(__file__).parents[1]
 # `accelerate launch` starts one process where there is no GPU.
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LETTERS = "ABCD"

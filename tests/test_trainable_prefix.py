@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from families import FAMILIES, plain_logits, random_ids
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,7 +28,6 @@ from quantization.programs.train import held_out_pieces
 
 BOS = 1
 DISCRETE = (20, 33, BOS)
-ROOT = Path(__file__).parents[1]
 SHORT = PrefixTraining(length=4, learning_rate=2e-2, epochs=5)
 TEXTS = torch.stack([random_ids(24, seed) for seed in range(6)])
 HELD_OUT = torch.stack([random_ids(24, 50 + seed) for seed in range(3)])
@@ -318,23 +318,21 @@ def test_the_program_writes_a_prefix_that_every_recipe_takes(program, checkpoint
     assert program("eval", "plot", "calibration", "--curves", curve, "--out", drawn)[0] == 0
 
 
-def test_a_killed_program_goes_on_and_ends_with_the_same_bits(checkpoint, intactkv_root):
+def test_a_killed_program_goes_on_and_ends_with_the_same_bits(program, checkpoint, intactkv_root):
     """A real SIGKILL, once the first state is on disk."""
     environment = os.environ | {"INTACTKV_ROOT": str(intactkv_root), "OMP_NUM_THREADS": "1"}
     whole, killed = intactkv_root / "whole.safetensors", intactkv_root / "killed.safetensors"
 
-    def command(out: Path) -> list[str]:
-        return [sys.executable, "-m", "intactkv", *arguments(checkpoint, out), "--prefix-epochs", "40"]
-
-    subprocess.run(command(whole), cwd=ROOT, env=environment, check=True, capture_output=True)
-    child = subprocess.Popen(command(killed), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    assert program("intactkv", *arguments(checkpoint, whole), "--prefix-epochs", "40")[0] == 0
+    command = [sys.executable, "-m", "intactkv", *map(str, arguments(checkpoint, killed)), "--prefix-epochs", "40"]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     state = intactkv_root / "killed.state.safetensors"
     while not state.exists() and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not killed.exists()
-    done = subprocess.run(command(killed), cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     assert "going on from step" in done.stderr
     assert same_prefix(Prefix.load(whole), Prefix.load(killed))
 

@@ -1,11 +1,12 @@
 """ZeroQuant's weights and inputs: the symmetric rule, widths by module, runs that cross rows, what files keep."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from common import every
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -28,10 +29,7 @@ ROW4 = UniformGrid(4, convention="deepspeed-sym")
 SEGMENTS = torch.randint(4, 101, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -62,7 +60,7 @@ def test_a_group_on_the_grid_is_exact_and_the_positive_end_loses_a_step() -> Non
     assert quantize_flat(group, 1, ROW4).dequantize()[0, -1] == 7 * c
 
 
-@pytest.mark.parametrize("groups", [0, 64])
+@every("groups", [0, 64])
 def test_rounding_is_odd_but_for_the_top_code_keeps_zeros_and_follows_powers_of_two(groups: int) -> None:
     def rounded(w: Tensor) -> Tensor:
         return (quantize_flat(w, groups, ROW4) if groups else quantize(w, ROW4)).dequantize()
@@ -127,7 +125,7 @@ def test_runs_that_cross_rows_are_those_of_the_flat_matrix(
     torch.testing.assert_close(found, plain_runs(ends_inside_rows, 4, 4), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@every("bits", [3, 4, 8])
 def test_runs_survive_the_file(bits: int) -> None:
     stored = quantize_flat(noise(14, 10), 4, replace(ROW4, bits=bits))  # runs of 35: no multiple of eight
     again = restore("flat", stored.tensors(), stored.header())
@@ -148,7 +146,7 @@ def test_a_bfloat16_model_and_its_float32_copy_have_the_same_codes(tiny_model: C
 # inputs ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@every("bits", [4, 8])
 def test_tokens_are_rounded_one_by_one(bits: int) -> None:
     quantizer = InputQuantizer(UniformGrid(bits, convention="deepspeed-sym"))
     x = noise(2, 9, 24)

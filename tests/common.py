@@ -1,0 +1,48 @@
+"""What many tests share beside the fixtures: places, texts, and many cases in one test."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout
+SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
+FOXES = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
+
+
+def every(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`pytest.mark.parametrize`, but one test goes over all values, and its failure names each that fails.
+
+    Several stacked ones go over all combinations. Fixtures are made once: not for tests that change what one gives.
+    """
+    keys = (names,) if isinstance(names, str) else names
+    cases = [dict(zip(keys, (value,) if isinstance(names, str) else value, strict=True)) for value in values]
+    assert cases, f"there is no value of {', '.join(keys)}"
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        inner: list[dict[str, Any]] = getattr(test, "cases", [{}])
+        body: Callable[..., None] = getattr(test, "body", test)
+
+        @wraps(body)
+        def run(**fixtures: Any) -> None:
+            failed: list[tuple[dict[str, Any], BaseException]] = []
+            for case in run.cases:  # type: ignore[attr-defined]
+                try:
+                    body(**case, **fixtures)
+                except (Exception, pytest.fail.Exception) as error:
+                    failed.append((case, error))
+            if failed:
+                told = "; ".join(", ".join(f"{name}={value}" for name, value in case.items()) for case, _ in failed)
+                raise AssertionError(f"{len(failed)} of {len(run.cases)} cases fail: {told}") from failed[0][1]  # type: ignore[attr-defined]
+
+        run.cases = [case | other for case in cases for other in inner]  # type: ignore[attr-defined]
+        run.body = body  # type: ignore[attr-defined]
+        signature = inspect.signature(body)
+        own = [parameter for name, parameter in signature.parameters.items() if name not in run.cases[0]]  # type: ignore[attr-defined]
+        run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
