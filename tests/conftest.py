@@ -21,6 +21,12 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 PAD, BOS, EOS = 0, 1, 2
 # The real checkpoint's threads: all cores, shared with the other processes of pytest-xdist.
 THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of programs that tests start: threads that outnumber the cores wait
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:

@@ -131,7 +131,7 @@ def test_an_adapter_is_exported_from_a_file_for_an_export_of_quantized_weights(
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "no prefix": ([], "no prefix was named; add --prefix bos"),
+    "no prefix": ([], "no prefix was named; name one"),
     "no such format": (["--prefix", "bos", "--format", "gguf"], "invalid choice: 'gguf'"),
     "missing model": (["--prefix", "bos", "--model", "nowhere"], "model directory nowhere is missing"),
     "missing file": (["--prefix", "nowhere.safetensors"], "prefix file nowhere.safetensors is missing"),
@@ -233,7 +233,7 @@ def test_a_prefix_needs_no_full_precision_model(
     if form == "ours":
         code, _, errors = program(*ppl, "bos", main=eval_main)
         assert code == 2
-        assert "the full-precision twin of" in errors
+        assert "the dense full-precision model of" in errors
 
 
 # stock lm-eval --------------------------------------------------------------------------------------------------------

@@ -274,11 +274,12 @@ def plan_of(
     from quantization.runs.checkpoint import find_checkpoint
     from quantization.runs.plan import plan_run
 
+    device = device or chosen_device(options.device, several=several)
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         checkpoint,
         chosen_recipe(options, checkpoint),
-        device=device or chosen_device(options.device, several=several),
+        device=device,
         dtype=chosen_dtype(getattr(options, "dtype", None)),
         vanilla=getattr(options, "vanilla", False),
         packed=getattr(options, "packed", False),
