@@ -13,6 +13,7 @@ shorter, which fails when the lengths are equal), and draws are bounded.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,27 @@ def text_identity(tokenizer: Any, corpus: str, *, samples: int, length: int) -> 
     _check_pieces(corpus, samples, length)
     return {
         "corpus": corpus if corpus in CORPUS_NAMES else Path(corpus).suffix,
-        "files": [sha256_of_file(file) for file in _files(corpus, "calibration")],
+        "files": [_hash(file) for path in _files(corpus, "calibration") for file in _within(path)],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "start": start_token_id(tokenizer),
     }
+
+
+def _within(path: Path) -> list[Path]:
+    """A file, or the files of a folder of `save_to_disk`, without those that `datasets.map` leaves there."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
+
+
+def _hash(file: Path) -> str:
+    status = file.stat()
+    return _hash_of(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # a plan names a text several times, and C4's file takes a second
+def _hash_of(file: Path, _size: int, _changed: int) -> str:
+    return sha256_of_file(file)
 
 
 def corpus_label(corpus: str) -> str:

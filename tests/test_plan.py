@@ -1,9 +1,11 @@
 """Plans: what they read and what they do not, what they name, and what `--plan` prints."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,15 +16,22 @@ import quantization.runs.plan
 from corpora.errors import UserError
 from corpora.storage import identity, sha256_of_tensor
 from eval.__main__ import main as eval_main
+from intactkv.__main__ import main as intactkv_main
+from quantization.__main__ import main as quantize_main
 from quantization.grids.uniform import UniformGrid
+from quantization.kv_cache import StaticPerHead
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, added, describe
 from quantization.runs.auto_prefix import Search
+from quantization.runs.checkpoint import find_checkpoint
 from quantization.runs.identities import artefact_of, by_tokens
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.runs.plan import plan_run
+from quantization.runs.plan import plan_run, stored_kv
 from quantization.runs.preview import preview
+from quantization.transforms.rotate import Rotate
+from quantization.weights.awq import AWQ
 from quantization.weights.gptq import GPTQ
+from quantization.weights.rtn import RTN
 
 CPU = torch.device("cpu")
 GRID = UniformGrid(4, 16)
@@ -125,7 +134,7 @@ def test_a_checkpoint_that_was_named_by_its_tokens_is_found(dense, text, intactk
     place = plan.directory_of(recipe).with_name(f"{recipe.label()}-{earlier.identity}")
     quantize_checkpoint(dense, recipe, place, segments=plan.segments, behind=torch.tensor([1]))
     (place / "checksums.json").rename(place / "cost.json")  # its name then
-    monkeypatch.setattr(quantization.runs.plan, "quantize_checkpoint", refuse)
+    monkeypatch.setattr(GPTQ, "quantize_block", refuse)
     model = plan_run(dense, recipe, device=CPU).load()
     assert torch.isfinite(model.feed(torch.tensor([[5, 6, 7]])).logits).all()
     assert plan_run(dense, recipe, device=CPU).outcome()["quantization"]["bits_per_weight"] > 4
@@ -147,6 +156,80 @@ def test_a_discovery_that_was_named_by_its_tokens_is_found(dense, text, monkeypa
     assert plan_run(dense, Recipe(prefix=f"auto:{text}"), device=CPU).choice.ids == found
 
 
+def test_a_directory_that_was_named_by_its_tokens_is_taken_up_where_it_is(dense, text, intactkv_root, monkeypatch):
+    recipe, out = gptq(text), intactkv_root / "mine"
+    plan = plan_run(dense, recipe, device=CPU)
+    quantize_checkpoint(dense, recipe, out, segments=plan.segments)
+    files = {file.name: file.read_bytes() for file in out.iterdir() if file.name != "checksums.json"}
+    assert plan.written(recipe, out) == out
+    out.rename(intactkv_root / "mine.partial")  # a run that was killed
+    (intactkv_root / "mine.partial" / "block-002.safetensors").unlink()
+    done, original = [], GPTQ.quantize_block
+
+    def counted(self, block):
+        done.append(block.index)
+        return original(self, block)
+
+    monkeypatch.setattr(GPTQ, "quantize_block", counted)
+    assert plan_run(dense, recipe, device=CPU).written(recipe, out) == out
+    assert done == [2]
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.name != "checksums.json"} == files
+
+
+def test_a_prefix_goes_with_the_checkpoint_that_is_there(dense, text):
+    """A rescaled basis is named after its checkpoint: quantized anew under another name, it gets another prefix."""
+    recipe = Recipe(weights=AWQ(GRID), calibration=gptq(text).calibration, prefix="bos")
+    plan = plan_run(dense, recipe, device=CPU)
+    earlier = by_tokens(plan.checkpoint.fingerprint, recipe, plan.segments)
+    place = plan.directory_of(recipe).with_name(f"{recipe.label()}-{earlier.identity}")
+    quantize_checkpoint(dense, recipe, place, segments=plan.segments)
+    first = plan.load()
+    assert first.prefix is not None
+    file = place.parent / "mine.safetensors"
+    first.prefix.save(file)
+    assert plan_run(dense, replace(recipe, prefix=str(file)), device=CPU).load().prefix is not None
+    shutil.rmtree(place)
+    again = plan_run(dense, recipe, device=CPU).load()
+    assert again.prefix is not None
+    assert again.prefix.model.basis != first.prefix.model.basis
+    with pytest.raises(UserError, match="basis"):
+        plan_run(dense, replace(recipe, prefix=str(file)), device=CPU)
+
+
+def test_the_twin_of_a_checkpoint_needs_no_text(dense, text):
+    """Its calibration text is not there any more; ranges of keys and values are in the checkpoint."""
+    recipe = Recipe(
+        (Rotate(),), RTN(UniformGrid(8)), kv_cache=StaticPerHead(8), calibration=gptq(text).calibration, prefix="bos"
+    )
+    made = plan_run(dense, recipe, device=CPU).written(recipe)
+    text.unlink()
+    stored = stored_kv(find_checkpoint(made))
+    plan = plan_run(made, Recipe(prefix="bos", kv_cache=stored), device=CPU)
+    assert torch.isfinite(plan.load().feed(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_a_folder_of_text_is_its_files(dense, intactkv_root):
+    folder = intactkv_root / "folder"
+    datasets.Dataset.from_dict({"text": ["the quick brown fox jumps over it " * 60]}).save_to_disk(str(folder))
+    first = plan_run(dense, gptq(folder), device=CPU)
+    assert first.segments is not None
+    (folder / "cache-1.arrow").write_bytes(b"left there")
+    assert plan_run(dense, gptq(folder), device=CPU).artefact == first.artefact
+    datasets.Dataset.from_dict({"text": ["another text " * 200]}).save_to_disk(str(folder))
+    assert plan_run(dense, gptq(folder), device=CPU).artefact != first.artefact
+
+
+def test_another_discovery_under_the_same_name_is_refused_with_its_file(dense, text):
+    recipe = gptq(text, prefix=f"auto:{text}", calibrate_behind_prefix=True)
+    plan = plan_run(dense, recipe, device=CPU)
+    plan.load()
+    assert plan.search is not None
+    found = json.loads(plan.search.file.read_text())
+    plan.search.file.write_text(json.dumps(found | {"prefix": [9, 1]}))
+    with pytest.raises(UserError, match=f"{plan.search.file.name} now says"):
+        plan_run(dense, recipe, device=CPU).load()
+
+
 # identities ---------------------------------------------------------------------------------------------
 
 TEXT = {"text": {"corpus": "sample", "files": ["0" * 64], "tokenizer": "1" * 16, "start": 1}}
@@ -155,9 +238,16 @@ PINNED = {"rtn-w4": "67f6c57d", "gptq-w3": "c4e45ca9", "quarot": "3d4632d5"}
 
 @pytest.mark.parametrize("name", PINNED)
 def test_three_identities_are_what_stored_checkpoints_are_called(name):
-    recipe = named_recipe(name)
-    made = artefact_of("0" * 16, recipe, TEXT)
-    assert made.identity == PINNED[name]
+    assert artefact_of("0" * 16, named_recipe(name), TEXT).identity == PINNED[name]
+
+
+def test_names_by_tokens_are_those_of_checkpoints_that_were_stored_so():
+    """Taken from the release that named them so."""
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    pinned = {"gptq-w3": "5ead7208", "quarot": "ca73032a", "awq-w3": "15d48505"}
+    assert {name: by_tokens("0" * 16, named_recipe(name), ids).identity for name in pinned} == pinned
+    behind = replace(named_recipe("gptq-w3"), prefix="bos", calibrate_behind_prefix=True)
+    assert by_tokens("0" * 16, behind, ids, torch.tensor([1])).identity == "e43803be"
 
 
 def test_every_named_recipe_is_described_as_its_stored_checkpoints_say():
@@ -214,6 +304,36 @@ def test_the_size_of_a_missing_checkpoint_is_foreseen(dense, name):
     weights = sum(file.stat().st_size for file in files)
     headers = sum(int.from_bytes(file.read_bytes()[:8], "little") for file in files)  # most of a tiny file
     assert line.size == pytest.approx(weights - headers, rel=0.1)
+
+
+def test_the_size_of_a_checkpoint_is_in_its_own_dtype(intactkv_root, tiny_checkpoint):
+    half = tiny_checkpoint(intactkv_root / "half", "llama", dtype=torch.bfloat16)
+    recipe = RECIPES["rotate"].recipe
+    sizes = [
+        line.size
+        for dtype in (torch.float32, torch.bfloat16)
+        for line in preview(plan_run(half, recipe, device=CPU, dtype=dtype))
+        if line.what == "quantized checkpoint"
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_plan_shows_what_the_program_makes_and_nothing_else(dense, text, intactkv_root, run_main):
+    calibration = ("--calibration", text, "--calibration-samples", 2, "--calibration-length", 32)
+    small = ("--model", dense, "--recipe", "gptq", "--bits", 4, "--group-size", 16, *calibration)
+    said = run_main(quantize_main, *small, "--out", intactkv_root / "mine", "--plan")[1]
+    assert str(intactkv_root / "mine") in said
+    assert "memory to run" not in said
+    assert "prefix" not in said
+    said = run_main(intactkv_main, "build", *small, "--prefix", "bos", "--out", "x.safetensors", "--plan")[1]
+    assert "quantized checkpoint" not in said
+    assert "prefix" in said
+    said = run_main(intactkv_main, "discover", "--model", dense, "--corpus", text, "--plan")[1]
+    assert "discovery of the prefix" in said
+    code, _, errors = run_main(intactkv_main, "discover", "--model", dense, "--corpus", "absent.txt", "--plan")
+    assert (code, "absent.txt" in errors) == (2, True)
+    assert run_main(quantize_main, "--model", dense, "--plan")[0] == 2  # there is nothing to write
+    assert not (intactkv_root / "modelzoo").exists()
 
 
 def test_a_half_finished_checkpoint_is_told_by_its_blocks(dense, text):

@@ -137,7 +137,9 @@ def _settings(plan: "Plan", *, prepended: bool) -> dict[str, Any]:
     file = plan.checkpoint.directory / "generation_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config.pop("transformers_version", None)
-    more = {"prepended": True} if prepended else {}
+    more: dict[str, Any] = {"prepended": True} if prepended else {}
+    if plan.search is not None:  # the description names the search, not what it found
+        more["auto_ids"] = list(plan.choice.ids)
     return description | {"generation_config": config, "context": plan.context} | more
 
 

@@ -31,4 +31,4 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
     if not processes.is_first:
         logging.getLogger().setLevel(logging.WARNING)
     given = processes.device if options.device == "auto" else None
-    return plan_of(options, several=True, device=given), processes
+    return plan_of(options, several=True, device=given, shown=processes.is_first), processes

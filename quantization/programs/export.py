@@ -84,7 +84,7 @@ examples:
 def export(arguments: list[str]) -> None:
     """The program."""
     options = parser().parse_args(arguments)
-    if options.format == SEARCH:
+    if options.format == SEARCH and not options.plan:
         export_awq_search(options)
         return
     from quantization.export.verify import VerificationFailed, check_reader, verify

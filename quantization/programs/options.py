@@ -264,17 +264,22 @@ def plan_of(
     several: bool = False,
     device: "torch.device | None" = None,
     needs_prefix: str = "",
+    makes: str = "run",
+    shown: bool = True,
 ) -> "Plan":
     """The plan that the options of `add_plan_options` spell. With --plan it is printed, and the program ends.
 
-    device: in place of --device. needs_prefix: why the program cannot do without a prefix.
+    device: in place of --device. needs_prefix: why the program cannot do without a prefix. makes: what it makes of the
+    plan (`quantization.runs.preview.preview`). shown: whether this process prints.
     Raises UserError for options that cannot be.
     """
     from corpora.errors import UserError
     from quantization.runs.checkpoint import find_checkpoint
+    from quantization.runs.pipeline import check_makes_something
     from quantization.runs.plan import plan_run
 
-    device = device or chosen_device(options.device, several=several)
+    if device is None:
+        device = planned_device(options.device) if options.plan else chosen_device(options.device, several=several)
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         checkpoint,
@@ -287,17 +292,31 @@ def plan_of(
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
-    stop_at_plan(options, plan)
+    if makes == "checkpoint":
+        check_makes_something(options.model, plan.recipe)
+    if makes != "discovery":  # whose text is not among these options
+        stop_at_plan(options, plan, makes, shown)
     return plan
 
 
-def stop_at_plan(options: argparse.Namespace, plan: "Plan") -> None:
+def stop_at_plan(options: argparse.Namespace, plan: "Plan", makes: str = "run", shown: bool = True) -> None:
     """With --plan: print what the plan would read and make, and end the program."""
     if options.plan:
         from quantization.runs.preview import preview, table
 
-        print(table(preview(plan)))
+        if shown:
+            out = getattr(options, "out", None) if makes == "checkpoint" else None
+            print(table(preview(plan, makes, out)))
         raise SystemExit(0)
+
+
+def planned_device(name: str) -> "torch.device":
+    """The device that --device names, for a plan: a login node shows no GPU that a job will have."""
+    import torch
+
+    if name.startswith("cuda"):
+        return torch.device("cuda")
+    return chosen_device(name)
 
 
 def check_out(path: Path, kind: str) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import Parser, UserError
-from quantization.programs.options import add_plan_options, add_text_seed, check_counts, check_out, plan_of, show_log
+from quantization.programs.options import (
+    add_plan_options,
+    add_text_seed,
+    check_counts,
+    check_out,
+    plan_of,
+    show_log,
+    stop_at_plan,
+)
 from quantization.programs.train import (  # fmt: skip
     CALIBRATE,
     TRAIN_PREFIX,
@@ -97,7 +105,7 @@ NO_PREFIX = "no prefix was named"
 def build_prefix(options: argparse.Namespace) -> None:
     """Write a prefix file."""
     check_out(options.out, "prefix")
-    prefix = plan_of(options, needs_prefix=NO_PREFIX).intact_prefix()
+    prefix = plan_of(options, needs_prefix=NO_PREFIX, makes="prefix").intact_prefix()
     prefix.save(options.out)
     print(f"{_facts(prefix)}  {options.out}")
 
@@ -105,12 +113,10 @@ def build_prefix(options: argparse.Namespace) -> None:
 def export_prefix(options: argparse.Namespace) -> None:
     """Write a PEFT adapter."""
     check_out(options.out, "directory")
-    plan = plan_of(options, needs_prefix=NO_PREFIX)
+    plan = plan_of(options, needs_prefix=NO_PREFIX, makes="prefix")
     from intactkv.peft import write_adapter
-    from quantization.runs.prefixes import check_belongs
 
     prefix = plan.intact_prefix()
-    check_belongs(prefix, options.model, (plan.checkpoint.fingerprint, prefix.model.basis))
     write_adapter(prefix, options.out, base_model=options.model)
     print(f"{_facts(prefix)}  {options.out}")
 
@@ -156,7 +162,7 @@ def discover_prefix(options: argparse.Namespace) -> None:
     from quantization.runs.checkpoint import dense_directory, find_checkpoint
 
     options.model = dense_directory(find_checkpoint(options.model), "outlier tokens are looked for there")
-    plan = plan_of(options)
+    plan = plan_of(options, makes="discovery")
     search = default_search(plan.checkpoint, plan.tokenizer, options.corpus, plan.context)
     given = {"samples": options.samples, "length": options.length}
     text = replace(search.text, **{name: value for name, value in given.items() if value is not None})
@@ -166,6 +172,7 @@ def discover_prefix(options: argparse.Namespace) -> None:
             f"{plan.checkpoint.name}; use {plan.context // 2} or fewer"
         )
     search = replace(search, text=text, seed=options.text_seed, threshold=options.threshold)
+    stop_at_plan(options, replace(plan, search=search, named=None), "discovery")
     loaded: list[PreTrainedModel] = []
 
     def dense(_directory: Path) -> "PreTrainedModel":

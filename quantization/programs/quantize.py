@@ -35,12 +35,10 @@ def quantize(arguments: list[str]) -> None:
         list_recipes()
         return
     show_log(options.verbose)
-    plan = plan_of(options)
+    plan = plan_of(options, makes="checkpoint")
 
     from quantization.runs.checkpoint import read_cost
-    from quantization.runs.pipeline import check_makes_something
 
-    check_makes_something(options.model, plan.recipe)
     out = plan.written(plan.recipe, options.out)
     cost = read_cost(out)
     bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "

@@ -254,7 +254,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         seed=options.training_seed,
     )
     options.prefix = options.prefix or "auto"
-    plan = plan_of(options, needs_prefix="a trained prefix starts from a discrete one")
+    plan = plan_of(options, needs_prefix="a trained prefix starts from a discrete one", makes="twin")
     texts, held_out, drawn = _texts(options, plan)
     model = plan.twin()
     architecture = architecture_of(model.config)
@@ -271,13 +271,13 @@ def train_prefix_file(options: argparse.Namespace) -> None:
             state=_state(options.out),
             report=report,
         )
-    down = architecture.linears[-1][-1]
     ratios = [
-        max(largest_ratios(down_maxima(model, held_out, prefix, linear=down)))
+        max(largest_ratios(down_maxima(model, held_out, prefix)))
         for prefix in (None, build_prefix(model, plan.choice.ids), outcome.prefix)
     ]
     made_of = {
         "for": plan.describe(),
+        "discrete": list(plan.choice.ids),
         "embeddings": asdict(training),
         "text": drawn,
         "best_step": outcome.best_step,

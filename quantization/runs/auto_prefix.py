@@ -7,7 +7,8 @@ in which dtype is left out on purpose, so that all runs of a model agree on one 
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Search:
     seed: int = SEED
     threshold: float = 64.0
 
+    @cached_property
     def made_of(self) -> dict[str, Any]:
         """All that decides what is found. Raises UserError if the text is not there."""
         text = self.text
@@ -79,7 +81,7 @@ class Search:
     @property
     def file(self) -> Path:
         """Where the discovery lies once it is made."""
-        return modelzoo_dir() / "prefixes" / self.checkpoint.family_name / f"auto-{identity(self.made_of())}.json"
+        return modelzoo_dir() / "prefixes" / self.checkpoint.family_name / f"auto-{identity(self.made_of)}.json"
 
     def pieces(self) -> Tensor:
         """The text that is looked at, (samples, length), without [BOS]. Raises UserError if it is not there."""
@@ -118,7 +120,9 @@ def find(
                  "threshold": search.threshold}  # fmt: skip
     earlier = search.file.with_name(f"auto-{identity(by_tokens)}.json")  # discoveries were once named by their tokens
     if earlier.is_file():
-        return _read(earlier)
+        found = replace(_read(earlier), file=search.file)
+        found.write()
+        return found
     name = search.checkpoint.family_name
     log.info("discovering the prefix of %s on %d × %d tokens of %s", name, *ids.shape, search.text.corpus)
     model = open_dense(dense_directory(search.checkpoint, "--prefix auto looks for outlier tokens there"))

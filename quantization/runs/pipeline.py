@@ -51,7 +51,7 @@ from quantization.runs.checkpoint import (
 from quantization.runs.dense import DenseCheckpoint, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 
-__all__ = ["check_makes_something", "quantize_checkpoint"]
+__all__ = ["check_makes_something", "identity_at", "partial_of", "quantize_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ def quantize_checkpoint(
             _refuse_other(out, manifest)
             return out
         model = _empty_model_for(dense, recipe)
-        partial = out.with_name(f"{out.name}.partial")
-        if partial.exists() and _identity_of(partial) != manifest["identity"]:
+        partial = partial_of(out)
+        if partial.exists() and identity_at(partial) != manifest["identity"]:
             if not is_quantized(partial) and any(partial.iterdir()):
                 raise UserError(
                     f"{partial} exists and is not a half-finished checkpoint of ours; the work would go there, so move "
@@ -331,7 +331,12 @@ def _relative_error(linears: dict[str, nn.Linear], quantized: Mapping[str, Store
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _identity_of(directory: Path) -> str | None:
+def partial_of(out: Path) -> Path:
+    """Where a checkpoint lies until it is finished."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def identity_at(directory: Path) -> str | None:
     """The identity that a directory claims; None if it has no readable manifest."""
     try:
         return read_manifest(directory)["identity"]
@@ -340,7 +345,7 @@ def _identity_of(directory: Path) -> str | None:
 
 
 def _refuse_other(out: Path, manifest: dict[str, Any]) -> None:
-    found = _identity_of(out)
+    found = identity_at(out)
     if found != manifest["identity"]:
         what = f"the quantized checkpoint {found}" if found else "something else"
         raise UserError(

@@ -38,7 +38,7 @@ from quantization.runs.checkpoint import (
 from quantization.runs.dense import read_config
 from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
-from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
     AUTO,
     PrefixChoice,
@@ -150,7 +150,7 @@ class Plan:
     @cached_property
     def _auto(self) -> str:
         assert self.search is not None
-        return identity(self.search.made_of())
+        return identity(self.search.made_of)
 
     @cached_property
     def _behind(self) -> Mapping[str, Any] | None:
@@ -200,8 +200,9 @@ class Plan:
 
     def load(self) -> IntactModel:
         """Make what is missing (quantized checkpoint, prefix) and load the model behind its prefix."""
+        intact = bool(self.choice.ids) and not self.vanilla  # `auto` is discovered before anything is quantized
         source = self.written(self.recipe)
-        prefix = self.intact_prefix() if self.choice.ids and not self.vanilla else None
+        prefix = self.intact_prefix() if intact else None
         model = self._open(source, self.packed)
         return attach(model, prefix, _bound(self.recipe, model))
 
@@ -216,22 +217,23 @@ class Plan:
         """The directory of a recipe's checkpoint, which is made if it is not there. out: where to, if not there."""
         if out is None and (self.checkpoint.manifest is not None or not recipe.makes_checkpoint):
             return self.checkpoint.directory
-        target = out or self.directory_of(recipe)
-        artefact = self._artefact_of(recipe)
-        if out is None and recipe.calibrates and not is_quantized(target):
-            earlier = self._directory(
-                recipe, by_tokens(self.checkpoint.fingerprint, recipe, self.segments, self.behind)
-            )
-            if is_quantized(earlier):  # checkpoints were once named by the tokens of their text
-                return earlier
-        elif is_quantized(target) and read_manifest(target)["identity"] == artefact.identity:
+        target, artefact = out or self.directory_of(recipe), self._artefact_of(recipe)
+        if identity_at(target) == artefact.identity:
+            self._check_discovered(target)
             return target
+        segments = self.segments if recipe.calibrates else None
+        behind = self.behind if recipe.calibrate_behind_prefix else None
+        if recipe.calibrates:  # checkpoints were once named by the tokens of their text
+            earlier = by_tokens(self.checkpoint.fingerprint, recipe, segments, behind)
+            place = out or self._directory(recipe, earlier)
+            if earlier.identity in (identity_at(place), identity_at(partial_of(place))):
+                target, artefact = place, earlier
         return quantize_checkpoint(
             self.checkpoint.directory,
             recipe,
             target,
-            segments=self.segments,
-            behind=self.behind,
+            segments=segments,
+            behind=behind,
             artefact=artefact,
             device=self.device,
             fingerprint=self.checkpoint.fingerprint,
@@ -247,12 +249,14 @@ class Plan:
 
     def intact_prefix(self) -> Prefix:
         """The intact prefix: from its file, or written now by the full-precision twin."""
-        path = self.prefix_file()
-        return stored_prefix(self.choice, path, self.twin)
+        basis = self.basis
+        if self.checkpoint.manifest is None and self.recipe.rescales:  # by what was found when it was quantized
+            basis = read_manifest(self.written(self.recipe))["basis"]
+        return stored_prefix(self.choice, self.prefix_file(basis), self.twin)
 
-    def prefix_file(self) -> Path:
+    def prefix_file(self, basis: str) -> Path:
         """Where the intact prefix lies, or will. Its name holds its tokens: what `auto` stands for must be known."""
-        made_of = {"source": self.checkpoint.fingerprint, "basis": self.basis}
+        made_of = {"source": self.checkpoint.fingerprint, "basis": basis}
         return prefix_file(self.choice, self.checkpoint.family_name, made_of, self.dtype)
 
     def twin(self) -> PreTrainedModel:
@@ -276,6 +280,15 @@ class Plan:
         twin = self._open(self.written(recipe.twin))
         return rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
+    def _check_discovered(self, finished: Path) -> None:
+        """Raise UserError if a checkpoint was calibrated behind other tokens than `auto` stands for now."""
+        needed = read_manifest(finished)["needs_prefix"]
+        if self.search is not None and needed is not None and list(self.choice.ids) != needed:
+            raise UserError(
+                f"{finished} is calibrated behind the discovered prefix {needed}, but {self.search.file} now says "
+                f"{list(self.choice.ids)}; delete that file to discover again, or the checkpoint to quantize again"
+            )
+
     def _check_needed(self, choice: PrefixChoice) -> None:
         """Raise UserError if the weights were calibrated behind another prefix, or behind one that will not be
         there."""
@@ -285,9 +298,10 @@ class Plan:
         else:
             needed, word = list(choice.ids) if self.recipe.calibrate_behind_prefix else None, self.recipe.prefix
         if needed is not None and (self.vanilla or list(choice.ids) != [int(i) for i in needed]):
+            tokens = f"a prefix of {len(needed)} tokens" if needed else "a prefix"
             raise UserError(
-                f"{self.checkpoint.name} is calibrated behind a prefix of {len(needed)} tokens and refused without it, "
-                f"because the pivots' own error grew; run it with --prefix {word} and without --vanilla"
+                f"{self.checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it; run it "
+                f"with --prefix {word} and without --vanilla"
             )
 
 
@@ -342,16 +356,12 @@ def plan_run(
 
 def _check_file(plan: Plan, prefix: Prefix) -> None:
     """Raise UserError unless a prefix from a file belongs to the model that will run."""
-    fingerprint, directory = plan.checkpoint.fingerprint, plan.checkpoint.directory
-    try:
-        check_belongs(prefix, directory, (fingerprint, plan.basis))
-    except UserError:
-        if plan.text is None or not plan.recipe.changes_kv:
-            raise
-        # A prefix of a checkpoint that was named by the tokens of its text.
-        check_belongs(
-            prefix, directory, (fingerprint, by_tokens(fingerprint, plan.recipe, plan.segments, plan.behind).basis)
-        )
+    bases, recipe = [plan.basis], plan.recipe
+    if plan.text is not None and recipe.rescales:  # a checkpoint that was named by its tokens has a basis of its own
+        made = plan.directory_of(recipe).parent.glob(f"{recipe.label()}-*")
+        bases += [read_manifest(directory)["basis"] for directory in made if is_quantized(directory)]
+    basis = prefix.model.basis if prefix.model.basis in bases else plan.basis
+    check_belongs(prefix, plan.checkpoint.directory, (plan.checkpoint.fingerprint, basis))
 
 
 def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:

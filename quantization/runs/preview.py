@@ -18,6 +18,7 @@ from intactkv.architecture import architecture_of
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, is_quantized
 from quantization.runs.dense import empty_model, tied_names
+from quantization.runs.pipeline import partial_of
 from quantization.runs.plan import Plan
 
 __all__ = ["Line", "preview", "table"]
@@ -38,7 +39,8 @@ class Line:
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of a model. ends: outside the blocks. block: of the largest one. linears: of all blocks, quantized.
-    inputs: of the widest linear. width: of the residual stream. blocks: how many."""
+    inputs: of the widest linear. width: of the residual stream. blocks: how many.
+    item: bytes of a stored number."""
 
     all: int
     ends: int
@@ -47,6 +49,7 @@ class Sizes:
     inputs: int
     width: int
     blocks: int
+    item: float
 
 
 def sizes_of(directory: Path, unties: bool) -> Sizes:
@@ -66,35 +69,43 @@ def sizes_of(directory: Path, unties: bool) -> Sizes:
         inputs=max(linear.in_features for mine in linears for linear in mine.values()),
         width=int(model.config.get_text_config(decoder=True).hidden_size),
         blocks=len(blocks),
+        item=torch.finfo(model.dtype).bits / 8,
     )
 
 
-def preview(plan: Plan) -> list[Line]:
-    """Every artefact of a run in the order in which it is needed, then the memory that the run takes, about."""
+def preview(plan: Plan, makes: str = "run", out: Path | None = None) -> list[Line]:
+    """Every artefact that a program needs, in the order in which it needs them, then the memory that it takes, about.
+
+    makes: what the program makes of the plan: a "run", the "checkpoint" alone (at `out`, if that is given), the
+    "prefix", the "twin" or the "discovery" of a prefix alone.
+    """
     recipe = plan.recipe
     sizes = sizes_of(plan.checkpoint.directory, any(step.unties for step in recipe.transforms))
     lines = [Line("model", "present", _bytes(_weights(plan.checkpoint.directory)), str(plan.checkpoint.directory))]
-    if plan.text is not None:
-        c = recipe.calibration
-        state = f"present, {c.samples} × {c.length} tokens by {c.draw}, seed {c.seed}"
-        lines.append(Line("calibration text", state, None, c.corpus))
     if plan.search is not None:
         found = plan.search.file
         lines.append(Line("discovery of the prefix", _state(found.is_file()), None, str(found)))
-    recipes = [("quantized checkpoint", recipe)]
-    if plan.has_prefix and not plan.vanilla and recipe.changes_kv:
-        recipes.insert(0, ("full-precision twin", recipe.twin))
-    for what, made in recipes:
-        if plan.checkpoint.manifest is None and made.makes_checkpoint:
-            lines.append(_checkpoint(what, plan, made, sizes))
-    if plan.has_prefix and not plan.vanilla:
-        known = plan.search is None or plan.search.file.is_file()
-        file = plan.prefix_file() if known else None
-        lines.append(
-            Line("prefix", _state(file is not None and file.is_file()), None, str(file or "known once discovered"))
-        )
+    dense = plan.checkpoint.manifest is None
+    intact = plan.has_prefix and not plan.vanilla and makes not in ("checkpoint", "discovery")
+    file = None
+    if intact and (plan.search is None or plan.search.file.is_file()):
+        file = plan.prefix_file(plan.basis)
+    builds = makes == "twin" or (intact and not (file is not None and file.is_file()))
+    if dense and (makes in ("run", "checkpoint") or (builds and recipe.rescales)) and recipe.makes_checkpoint:
+        if plan.text is not None:
+            c = recipe.calibration
+            state = f"present, {c.samples} × {c.length} tokens by {c.draw}, seed {c.seed}"
+            lines.append(Line("calibration text", state, None, c.corpus))
+        lines.append(_checkpoint("quantized checkpoint", plan, recipe, sizes, out))
+    if dense and builds and recipe.twin.makes_checkpoint:
+        lines.append(_checkpoint("full-precision twin", plan, recipe.twin, sizes))
+    if intact and makes != "twin":
+        there = file is not None and file.is_file()
+        lines.append(Line("prefix", _state(there), None, str(file or "known once discovered")))
     libraries = LIBRARIES.get(plan.device.type, 0.0)
-    lines.append(Line("memory to run", "about", libraries + _running(plan, sizes), str(plan.device)))
+    if makes != "checkpoint":
+        running = max(_running(plan, sizes, plan.packed and makes == "run"), _running(plan, sizes) if builds else 0)
+        lines.append(Line("memory to run", "about", libraries + running, str(plan.device)))
     if any(line.what == "quantized checkpoint" and line.state != "present" for line in lines):
         lines.append(Line("memory to quantize", "about", libraries + _quantizing(plan, sizes), str(plan.device)))
     return lines
@@ -109,14 +120,14 @@ def table(lines: Iterable[Line]) -> str:
     )
 
 
-def _checkpoint(what: str, plan: Plan, recipe: Recipe, sizes: Sizes) -> Line:
-    directory = plan.directory_of(recipe)
+def _checkpoint(what: str, plan: Plan, recipe: Recipe, sizes: Sizes, out: Path | None = None) -> Line:
+    directory = out or plan.directory_of(recipe)
     if is_quantized(directory):
         return Line(what, "present", _bytes(directory.glob("*.safetensors")), str(directory))
-    partial = directory.with_name(f"{directory.name}.partial")
+    partial = partial_of(directory)
     done = sum(block_file(partial, index).is_file() for index in range(sizes.blocks))
     state = f"{done} of {sizes.blocks} blocks" if done else "missing"
-    item = torch.finfo(plan.dtype).bits / 8
+    item = sizes.item
     size = (sizes.all - sizes.linears) * item + sizes.linears * (_bits(recipe) or 8 * item) / 8
     return Line(what, state, size, str(directory))
 
@@ -130,17 +141,16 @@ def _bits(recipe: Recipe) -> float | None:
     return getattr(recipe.weights, "average_bits", None) or grid.bits + per_group
 
 
-def _running(plan: Plan, sizes: Sizes) -> float:
+def _running(plan: Plan, sizes: Sizes, packed: bool = False) -> float:
     """Bytes of the model that runs."""
     item = torch.finfo(plan.dtype).bits / 8
-    bits = _bits(plan.recipe) if plan.packed else None
+    bits = _bits(plan.recipe) if packed else None
     return (sizes.all - sizes.linears) * item + sizes.linears * (bits / 8 if bits else item)
 
 
 def _quantizing(plan: Plan, sizes: Sizes) -> float:
     """Bytes that quantizing takes: one block at a time, and the text in front of it."""
-    item = torch.finfo(plan.dtype).bits / 8
-    size = sizes.ends * item + 2 * sizes.block * 4
+    size = sizes.ends * sizes.item + 2 * sizes.block * 4
     if plan.text is not None:
         c, method = plan.recipe.calibration, plan.recipe.tuning or plan.recipe.weights
         copies = 1 if method is None or method.reads == "quantized" else 3
