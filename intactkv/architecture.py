@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["ARCHITECTURES", "DOWN_PROJ", "Architecture", "Feed", "architecture_of", "decoder_of"]
+__all__ = ["ARCHITECTURES", "DOWN_PROJ", "LM_HEAD", "Architecture", "Feed", "architecture_of", "decoder_of"]
 
 # The published programs' word for the last linear of the feed-forward part, whatever a family calls it.
 DOWN_PROJ = "down_proj"
+# A field of GPTQ's published configuration, whatever a family calls its head.
+LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)

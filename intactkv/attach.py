@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.architecture import decoder_of
 from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
@@ -178,7 +179,8 @@ class IntactModel:
             held = cache.get_seq_length() - self.prefix_length
             with torch.no_grad():
                 for end in range(held + chunk, rows.feed.shape[1], chunk):
-                    self.feed(rows.feed[:, end - chunk : end], rows.mask[:, :end], cache=cache)
+                    part = rows.feed[:, end - chunk : end]
+                    self.feed(part, rows.mask[:, :end], through=decoder_of(self.model), cache=cache)
             options["prefill_chunk_size"] = None
         cache.batch_repeat_interleave(
             max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)

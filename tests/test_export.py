@@ -186,7 +186,7 @@ def test_groups_in_activation_order_keep_their_index_in_gptq() -> None:
     packed = gptq.pack(weight, "w")
     assert torch.equal(read_gptq(packed.tensors, 4, 1), with_half_scales(weight))
     assert packed.scheme is not None
-    contents = Contents({"w": packed.scheme}, [], "model.layers", "lm_head", torch.float32)
+    contents = Contents({"w": packed.scheme}, [], "model.layers", torch.float32)
     assert gptq.config(contents)["desc_act"] is True
     for pack in (compressed_tensors.pack, awq.pack):
         with pytest.raises(UserError, match=r"w: .*static_groups=false.*--format gptq.*static_groups=true"):

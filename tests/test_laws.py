@@ -4,6 +4,7 @@ saved = loaded          the checkpoint's model computes what the blocks computed
 packed = dequantized    the same bits either way
 passed on = computed    calibration text leaves the last block as it does in the checkpoint's model
 resumed = the same      a run that was killed between two blocks ends with the same files
+near at eight bits      logits move, but little, where nothing is rounded to less
 twin = dense            without rounding the model is the dense one, also behind the prefix
 """
 
@@ -19,25 +20,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quantization.runs.pipeline
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
+from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid
+from quantization.kernels.linear import QuantLinear
 from quantization.kv_cache import PerHead, StaticPerHead
 from quantization.model.activations import Activations
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputPath
-from quantization.model.rescale import rescale_all
 from quantization.named import PUBLISHED_GROUP, RECIPES, named_recipe
 from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, with_settings
-from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized, read_block, read_manifest
+from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized, read_block
+from quantization.runs.opening import rescaled
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.transforms.rotate import Rotate
@@ -49,9 +52,12 @@ SIZES = {
     "llama": {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8, "intermediate_size": 96},
     "opt": {"num_hidden_layers": 2, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 96},
 }
+# Biases, norms of queries and keys, half precision: with one recipe each, where they meet what is special to it.
+SIZES |= {"qwen2": SIZES["llama"], "qwen3": SIZES["llama"], "bfloat16": SIZES["llama"] | {"dtype": torch.bfloat16}}
+KINDS = ("llama", "opt")
 SEGMENTS = torch.randint(4, 101, (2, 10), generator=torch.Generator().manual_seed(5))
-BOS = torch.tensor([1])
-TEXT = torch.cat([BOS.expand(2, -1), torch.randint(4, 101, (2, 9), generator=torch.Generator().manual_seed(6))], dim=1)
+LEAD = torch.tensor([1, 40, 7])  # what calibration and models run behind
+TEXT = torch.cat([LEAD.expand(2, -1), torch.randint(4, 101, (2, 9), generator=torch.Generator().manual_seed(6))], dim=1)
 # Training takes a step or two here: the laws hold for any number of them.
 SMALL = {
     "OmniQuant": ["weights.epochs=1"],
@@ -120,7 +126,7 @@ class Case:
     passed: list[Tensor] = field(default_factory=list)
 
     def quantize(self, out: Path) -> Path:
-        behind = BOS if self.recipe.calibrate_behind_prefix else None
+        behind = LEAD if self.recipe.calibrate_behind_prefix else None
         return quantize_checkpoint(self.source, self.recipe, out, segments=SEGMENTS, behind=behind)
 
     def policy(self, kv: list[dict[str, Tensor]]) -> KVPolicy | None:
@@ -132,7 +138,7 @@ class Case:
         model = deepcopy(self.dense)
         for transform in self.recipe.transforms:
             transform.restructure(model)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(map(deepcopy, self.blocks)):
             model.set_submodule(architecture_of(model.config).block_name(index), block)
             for part in block.modules():  # one configuration, as in any model: it names the attention function
                 if hasattr(part, "config"):
@@ -154,20 +160,13 @@ class Case:
         else:
             with pytest.raises(UserError, match="leaves the model as it is"):
                 quantize_checkpoint(self.source, self.recipe.twin, self.out.with_name("nothing"))
-        names = architecture_of(twin.config)
-        for index, module in enumerate(names.blocks_of(twin)):
-            size = DecoderBlock(index, module, names, twin.config).head_size
-            rescale_all(module, read_block(block_file(self.out, index)).rescalings, size)
-        if self.recipe.rescales:
-            manifest = read_manifest(self.out)
-            twin.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
-        return twin
+        return rescaled(twin, self.out) if self.recipe.rescales else twin
 
     @cached_property
     def prefixes(self) -> list[Prefix | None]:
-        """What the checkpoint runs behind: nothing, unless it was calibrated behind a prefix, and the twin's [BOS]."""
-        bos = build_prefix(self.twin, BOS)
-        return [bos] if self.recipe.calibrate_behind_prefix else [None, bos]
+        """What the checkpoint runs behind: nothing, unless it was calibrated behind a prefix, and the twin's."""
+        lead = build_prefix(self.twin, LEAD)
+        return [lead] if self.recipe.calibrate_behind_prefix else [None, lead]
 
     @cached_property
     def logits(self) -> list[Tensor]:
@@ -178,18 +177,26 @@ class Case:
 
 @pytest.fixture(scope="session")
 def tiny(
-    tiny_checkpoint: Callable[..., Path],
-    tiny_model: Callable[..., PreTrainedModel],
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, PreTrainedModel]]:
-    """Dense checkpoints and their models, by model type."""
-    directory = tmp_path_factory.mktemp("dense")
-    return {kind: (tiny_checkpoint(directory, kind, **SIZES[kind]), tiny_model(kind, **SIZES[kind])) for kind in SIZES}
+    """Dense checkpoints and their models, by what is special to them."""
+    directory, made = tmp_path_factory.mktemp("dense"), {}
+    for kind, sizes in SIZES.items():
+        source = tiny_checkpoint(directory / kind, "llama" if kind == "bfloat16" else kind, **sizes)
+        made[kind] = source, AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
+    return made
+
+
+EXTRA = [("gptq-w3", "qwen2", True), ("omniquant-let", "qwen3", True), ("quarot", "qwen3", False),
+         ("distilled behind a cache", "bfloat16", True)]  # fmt: skip
 
 
 @pytest.fixture(
     scope="module",
-    params=[(n, k, b) for n, r in CHECKPOINTS.items() for k in SIZES for b in (False, True) if r.calibrates or not b],
+    params=[
+        *((n, k, b) for n, r in CHECKPOINTS.items() for k in KINDS for b in (False, True) if r.calibrates or not b),
+        *((next(n for n in CHECKPOINTS if name in n.split("=")), kind, behind) for name, kind, behind in EXTRA),
+    ],
     ids=lambda case: f"{case[0]}-{case[1]}{'-behind' if case[2] else ''}",
 )
 def case(
@@ -235,13 +242,15 @@ def test_the_checkpoint_computes_what_the_blocks_computed_that_were_written(case
     for prefix, logits in zip(case.prefixes, case.logits, strict=True):
         assert torch.equal(logits, IntactModel(memory, prefix, kv).score(TEXT))
     if case.recipe.calibrate_behind_prefix:
-        with pytest.raises(UserError, match="calibrated behind a prefix of 1 tokens and is refused without it"):
+        with pytest.raises(UserError, match="calibrated behind a prefix of 3 tokens and is refused without it"):
             attach(case.loaded, None, kv)
 
 
 @torch.no_grad()
 def test_packed_weights_compute_the_same_bits(case: Case) -> None:
     packed = load_quantized(case.out, packed=True)
+    stored = [name for index in range(2) for name in read_block(block_file(case.out, index)).linears]
+    assert sorted(name for name, module in packed.named_modules() if isinstance(module, QuantLinear)) == sorted(stored)
     kv = case.policy(packed.__dict__["intactkv_kv"])
     for prefix, logits in zip(case.prefixes, case.logits, strict=True):
         assert torch.equal(logits, attach(packed, prefix, kv).score(TEXT))
@@ -253,7 +262,8 @@ def test_calibration_text_leaves_the_last_block_as_in_the_checkpoints_model(case
     get the twin's."""
     recipe, kv = case.recipe, None
     assert bool(case.passed) == recipe.calibrates
-    if (recipe.tuning or recipe.weights) is not None and (recipe.tuning or recipe.weights).reads == "full":
+    full = (recipe.tuning or recipe.weights) is not None and (recipe.tuning or recipe.weights).reads == "full"
+    if full:
         model = case.twin
     else:
         model = case.in_memory()
@@ -263,16 +273,13 @@ def test_calibration_text_leaves_the_last_block_as_in_the_checkpoints_model(case
                     part.quantizer = None
         else:
             kv = case.policy(case.kv)
-    seen: list[Tensor] = []
-    last = architecture_of(model.config).blocks_of(model)[-1]
-    handle = last.register_forward_hook(lambda _m, _a, out: seen.append(out if isinstance(out, Tensor) else out[0]))
     running = IntactModel(model, case.prefixes[-1] if recipe.calibrate_behind_prefix else None, kv)
-    for segment, expected in zip(SEGMENTS, case.passed, strict=False):
-        running.feed(segment[None])
-        # Where inputs are rounded, one that lies between two levels may fall to either: another order of summation.
-        error = (seen.pop() - expected).norm() / expected.norm()
-        assert error < (1e-5 if recipe.tuning is None else 0.02)
-    handle.remove()
+    # Where inputs are rounded, one that lies between two levels may fall to either: another order of summation.
+    exact = (recipe.tuning is None or full) and model.dtype == torch.float32
+    for segment, expected in zip(SEGMENTS, case.passed, strict=bool(case.passed)):
+        with outputs_of([architecture_of(model.config).blocks_of(model)[-1]]) as seen:
+            running.feed(segment[None])
+        assert (seen[0] - expected).norm() < (1e-5 if exact else 0.02) * expected.norm()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -286,20 +293,22 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_killed_run_ends_with_the_same_bytes(case: Case) -> None:
     out = case.out.with_name("resumed")
     partial = shutil.copytree(case.out, out.with_name("resumed.partial"))
-    for file in (block_file(partial, 1), partial / "ends.safetensors", partial / CHECKSUMS):
+    lost = int(not case.recipe.calibrate_behind_prefix)
+    for file in (block_file(partial, lost), partial / "ends.safetensors", partial / CHECKSUMS):
         file.unlink()
-    finished = block_file(partial, 0).stat().st_mtime_ns
+    finished = block_file(partial, 1 - lost).stat().st_mtime_ns
     case.quantize(out)
-    assert block_file(out, 0).stat().st_mtime_ns == finished
+    assert block_file(out, 1 - lost).stat().st_mtime_ns == finished
     assert contents(out) == contents(case.out)
 
 
 @torch.no_grad()
 def test_without_rounding_the_model_is_the_dense_one_and_the_weights_were_rounded_from_it(case: Case) -> None:
-    twin, expected = case.twin, case.dense(TEXT).logits
+    twin, expected, dtype = case.twin, case.dense(TEXT).logits.float(), case.dense.dtype
     # Rewritten weights are rounded to float32 once, 2⁻²⁴ of each, and every sum after them in another order.
-    tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
-    for prefix in (None, build_prefix(twin, BOS)):
+    share = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    tolerance = {"rtol": 0, "atol": share * float(expected.abs().max())}
+    for prefix in (None, build_prefix(twin, LEAD)):
         torch.testing.assert_close(attach(twin, prefix).score(TEXT), expected, **tolerance)
     # A step takes 2⁻ᵇ of a range of a few deviations, and GPTQ adds to its error; in another basis it would be √2.
     bound = 0.0 if case.recipe.weights is None else min(1.0, 6 * 2.0**-case.recipe.weights.grid.bits)
@@ -309,7 +318,19 @@ def test_without_rounding_the_model_is_the_dense_one_and_the_weights_were_rounde
             assert (restore(kind, parts, header).dequantize() - exact).norm() < bound * exact.norm()
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@torch.no_grad()
+def test_with_eight_bits_the_logits_are_near_the_dense_ones_and_not_the_same(case: Case) -> None:
+    recipe = case.recipe
+    grids = [part.grid for part in (recipe.weights, recipe.activations, recipe.attention) if part is not None]
+    widths = [grid.bits for grid in grids] + ([recipe.kv_cache.bits] if recipe.kv_cache is not None else [])
+    if not widths or min(widths) < 8 or getattr(recipe.weights, "attention_bits", 8) < 8:
+        return  # nothing is rounded, or so coarsely that a random model keeps little
+    expected = case.dense(TEXT).logits
+    error = (case.logits[-1] - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.2  # 0.14 where values and down projections are smoothed, too
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RUN_ONLY)
 def test_a_recipe_that_changes_no_weight_is_run_on_the_dense_model(
     name: str, kind: str, tiny: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path

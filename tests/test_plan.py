@@ -253,8 +253,7 @@ def test_names_by_tokens_are_those_of_checkpoints_that_were_stored_so():
 def test_every_named_recipe_is_described_as_its_stored_checkpoints_say():
     """A new field of a part of a recipe is declared with `added`, or every checkpoint made before is orphaned."""
     pinned = json.loads((Path(__file__).parent / "identities.json").read_text())
-    now = {name: identity(describe(RECIPES[name].recipe)) for name in pinned}
-    assert now == pinned
+    assert {name: identity(describe(row.recipe)) for name, row in RECIPES.items()} == pinned
 
 
 def test_an_added_field_is_told_only_where_it_is_not_at_its_default():

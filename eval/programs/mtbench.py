@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     mtbench = commands.add_parser(
         "mtbench",
         help="answers to MT-bench's questions of two turns",
-        description="Answers to questions of two turns, in FastChat's files. Each answer depends on the seed, the "
+        description="Answers to questions of two turns, in FastChat's files. Each answer depends on --answer-seed, the "
         "question and the turn alone, not on the batch or the order.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intactkv.architecture import LM_HEAD
 from quantization.export.layout import (
     Contents,
     Packed,
@@ -99,7 +100,7 @@ def _config(version: str, contents: Contents) -> dict[str, Any]:
         "sym": scheme.symmetric,
         "desc_act": scheme.act_order,
         "block_name_to_quantize": contents.blocks,
-        contents.head: False,
+        LM_HEAD: False,
     }
 
 

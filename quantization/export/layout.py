@@ -58,13 +58,12 @@ class Contents:
     """All that a format's configuration is made from.
 
     schemes: of the packed linears, by name. plain: linears that are not quantized. blocks: where the decoder blocks
-    are. head: the vocabulary projection. dtype: what the model computes in by default.
+    are. dtype: what the model computes in by default.
     """
 
     schemes: Mapping[str, Scheme]
     plain: Sequence[str]
     blocks: str
-    head: str
     dtype: torch.dtype
 
 

@@ -282,7 +282,7 @@ def _write_config(
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         plain = [name for name in linears if name not in export.schemes]
         names = architecture_of(model.config)
-        contents = Contents(export.schemes, plain, names.blocks, names.head, export.dtype)
+        contents = Contents(export.schemes, plain, names.blocks, export.dtype)
         config["quantization_config"] = export.format.config(contents)
     config["intactkv"] = {
         "fingerprint": manifest["source"]["fingerprint"],

@@ -16,7 +16,8 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="python -m quantization.export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write a quantized checkpoint of ours as a Hugging Face directory that other runtimes load.",
+        description="Write a quantized checkpoint of ours as a Hugging Face directory that other runtimes load, or the "
+        "search behind one as a file.",
         epilog="""formats:
   compressed-tensors  2 to 8 bits, any groups, exact; read by transformers (any device) and vLLM
   gptq                2, 3, 4 or 8 bits, version 1; read by GPTQModel (also through transformers), vLLM, ExLlama
@@ -84,7 +85,7 @@ examples:
 def export(arguments: list[str]) -> None:
     """The program."""
     options = parser().parse_args(arguments)
-    if options.format == SEARCH and not options.plan:
+    if options.format == SEARCH:
         export_awq_search(options)
         return
     from quantization.export.verify import VerificationFailed, check_reader, verify
@@ -126,8 +127,8 @@ def export(arguments: list[str]) -> None:
 
 def export_awq_search(options: argparse.Namespace) -> None:
     """One file in place of a directory."""
-    if options.prefix != "none" or options.dtype is not None or options.verify:
-        raise UserError(f"--format {SEARCH} writes no weights; leave out --prefix, --dtype and --verify")
+    if options.prefix != "none" or options.dtype is not None or options.verify or options.plan:
+        raise UserError(f"--format {SEARCH} writes no weights; leave out --prefix, --dtype, --verify and --plan")
     from quantization.export.awq_search import export_search
 
     found = export_search(options.model, options.out)
