@@ -332,6 +332,9 @@ def test_plan_shows_what_the_program_makes_and_nothing_else(dense, text, intactk
     code, _, errors = run_main(intactkv_main, "discover", "--model", dense, "--corpus", "absent.txt", "--plan")
     assert (code, "absent.txt" in errors) == (2, True)
     assert run_main(quantize_main, "--model", dense, "--plan")[0] == 2  # there is nothing to write
+    code, said, _ = run_main(quantize_main, *small, "--device", "cuda:3", "--plan")  # a login node shows no GPU
+    assert (code, "cuda:3" in said) == (0, True)
+    assert run_main(quantize_main, *small, "--device", "gpu", "--plan")[0] == 2
     assert not (intactkv_root / "modelzoo").exists()
 
 

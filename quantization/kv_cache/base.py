@@ -5,6 +5,7 @@
 q·k needs no rotation of q then (PrefixQuant rotates both).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -42,7 +43,7 @@ def turned(keys: Tensor, rotate: bool = True, back: bool = False) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
+class Heads(ABC):
     """The policy of one layer. tensors: what its block was calibrated or trained to; gradients flow to them."""
 
     grid: UniformGrid
@@ -59,13 +60,13 @@ class Heads:
         """Round new values (batch, KV heads, tokens, D). Same shape and dtype."""
         return self.rounded_values(states.float()).to(states.dtype)
 
+    @abstractmethod
     def rounded_keys(self, keys: Tensor) -> Tensor:
         """Round keys in the basis that they are rounded in, float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rounded_values(self, values: Tensor) -> Tensor:
         """Round values, float32."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class CalibratedPerHead:
     convention: str = "intactkv-asym"
     rotate_keys: bool = False
     grid: UniformGrid = field(init=False, repr=False)
-    heads: ClassVar[type[Heads]] = Heads
+    heads: ClassVar[type[Heads]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", kv_grid(self.bits, self.convention))

@@ -279,7 +279,7 @@ def plan_of(
     from quantization.runs.plan import plan_run
 
     if device is None:
-        device = planned_device(options.device) if options.plan else chosen_device(options.device, several=several)
+        device = chosen_device(options.device, several=several, planned=options.plan)
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         checkpoint,
@@ -308,15 +308,6 @@ def stop_at_plan(options: argparse.Namespace, plan: "Plan", makes: str = "run", 
             out = getattr(options, "out", None) if makes == "checkpoint" else None
             print(table(preview(plan, makes, out)))
         raise SystemExit(0)
-
-
-def planned_device(name: str) -> "torch.device":
-    """The device that --device names, for a plan: a login node shows no GPU that a job will have."""
-    import torch
-
-    if name.startswith("cuda"):
-        return torch.device("cuda")
-    return chosen_device(name)
 
 
 def check_out(path: Path, kind: str) -> None:
@@ -353,22 +344,24 @@ def check_counts(**least: tuple[int | None, int]) -> None:
 ALL_GPUS = "cuda:all"
 
 
-def chosen_device(name: str, *, several: bool = False) -> "torch.device":
+def chosen_device(name: str, *, several: bool = False, planned: bool = False) -> "torch.device":
     """auto, cpu, cuda or cuda:N as a device; cuda:all, where a program knows to spread a model, as the first GPU.
 
-    Raises UserError for a GPU that is not there.
+    planned: for a plan, a GPU need not be there: the job may run elsewhere. Raises UserError for one that is not there.
     """
     import torch
 
     from corpora.errors import UserError
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if planned:
+        count = 1_000
     if name == ALL_GPUS and several:
         if not count:
             raise UserError(f"--device {name}: this machine shows no CUDA GPUs; choose cpu")
         return torch.device("cuda:0")
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
