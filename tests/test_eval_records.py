@@ -268,6 +268,17 @@ def test_seeds_become_a_mean_and_changes_are_paired_by_seed():
     assert [line[name] for name in ("vanilla", "vanilla sd", "vanilla runs")] == ["23", "3.60555", "3"]
 
 
+def test_seeds_of_one_text_are_joined_and_texts_are_told_apart_by_their_files():
+    def of_file(perplexity: float, seed: int, file: str) -> dict[str, Any]:
+        text = {"corpus": "c4", "files": [file], "tokenizer": "t", "start": 1}
+        made_of = {"source": "abc", "calibration": {"corpus": "c4", "seed": seed}, "text": text}
+        return record(perplexity, made_of=made_of)
+
+    rows = perplexity_rows([of_file(20.0, 0, "a"), of_file(22.0, 1, "a"), of_file(30.0, 0, "b")], over_seeds=True)
+    figures = [row.vanilla.figure for row in rows]
+    assert [(figure.value, figure.runs) for figure in figures if figure is not None] == [(21.0, 2), (30.0, 1)]
+
+
 def test_seeds_are_paired_for_every_intact_prefix():
     records = [seeded(20.0, 0), seeded(40.0, 1), seeded(19.0, 0, prefix=BOS), seeded(18.0, 0, prefix=CAL),
                seeded(32.0, 1, prefix=CAL)]  # fmt: skip

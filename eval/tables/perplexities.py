@@ -99,8 +99,8 @@ def kv_label(kv: dict[str, Any] | None) -> str:
 def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
     """What the weights of every record were made of but for the calibration seed, and that seed (None: none).
 
-    The text that a seed drew goes with it. But weights whose text differs under one seed differ in more than the seed:
-    they stay as they are, under no seed.
+    Records name the text by its files, earlier ones by the tokens that a seed drew (`segments`), which go with it. But
+    weights whose tokens differ under one seed differ in more than the seed: they stay as they are, under no seed.
     """
     parted = [_without_seed(record["settings"]["made_of"]) for record in records]
     drawn = defaultdict(set)
