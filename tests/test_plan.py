@@ -336,6 +336,8 @@ def test_plan_shows_what_the_program_makes_and_nothing_else(dense, text, intactk
     assert (code, "cuda:3" in said) == (0, True)
     assert run_main(quantize_main, *small, "--device", "gpu", "--plan")[0] == 2
     assert not (intactkv_root / "modelzoo").exists()
+    (intactkv_root / "mine").mkdir()
+    assert "something else is there" in run_main(quantize_main, *small, "--out", intactkv_root / "mine", "--plan")[1]
 
 
 def test_a_half_finished_checkpoint_is_told_by_its_blocks(dense, text):

@@ -166,7 +166,7 @@ def test_the_plain_protocol_puts_nothing_in_front(stats):
     ("options", "named"),
     [
         (("linears",), "quantizes none"),
-        (("pivots", "--kv-bits", 4), "leave --kv and --kv-bits out"),
+        (("pivots", "--kv-bits", 4), "add --kv none"),
         (("kv", "--corpus", "no-such-corpus"), "neither a file nor a known corpus"),
         (("kv", "--window", 5000, "--limit", 1), "less than one window"),
         (("distance", "--window", 5000), "a segment takes 5000"),

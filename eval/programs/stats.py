@@ -162,7 +162,7 @@ def _refuse(kind: str, plan: "Plan") -> None:
             "none; name one that does, for example --recipe rtn-w4, or a quantized checkpoint"
         )
     if kind == "pivots" and plan.recipe.kv_cache is not None:
-        raise UserError("the pivot report looks at the model, not at a cache policy; leave --kv and --kv-bits out")
+        raise UserError("the pivot report looks at the model, not at a cache policy; add --kv none")
 
 
 def _text(options: argparse.Namespace, plan: "Plan") -> "tuple[TokenStream, Windows]":

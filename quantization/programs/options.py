@@ -67,7 +67,8 @@ def add_plan_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print what would be read and made (what is there, what is missing, sizes, about what memory) and stop",
+        help="print which checkpoints and prefixes would be read and made (there or missing, sizes, about what memory) "
+        "and stop",
     )
 
 
@@ -228,8 +229,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     chosen = with_settings(recipe, [s for s in options.settings if s.startswith(("weights.", "activations."))])
     if calibration and not chosen.calibrates:
         raise UserError(
-            f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ')} has "
-            "nothing to act on; leave it out"
+            f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ', 1)} "
+            "has nothing to act on; leave it out"
         )
     recipe = with_settings(
         recipe, _with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *options.settings])

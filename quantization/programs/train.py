@@ -108,6 +108,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
     training changed on held-out conversations, and what it took."""
     check_out(options.out, "prefix")
+    check_counts(samples=(options.samples, 1), held_out=(options.held_out, 1))
     plan = plan_of(options, needs_prefix="calibrate trains an intact prefix")
 
     from dataclasses import asdict

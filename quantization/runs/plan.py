@@ -93,7 +93,7 @@ class Plan:
     @cached_property
     def artefact(self) -> Artefact:
         """The checkpoint that the recipe makes, by its identity."""
-        return self._artefact_of(self.recipe)
+        return self.artefact_of(self.recipe)
 
     @property
     def basis(self) -> str:
@@ -106,7 +106,7 @@ class Plan:
         makes none."""
         if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
             return self.checkpoint.directory
-        return self._directory(recipe, self._artefact_of(recipe))
+        return self._directory(recipe, self.artefact_of(recipe))
 
     def describe(self) -> dict[str, Any]:
         """What will run, for records and their identity: nothing that changes a figure is left out."""
@@ -163,7 +163,8 @@ class Plan:
         assert behind is not None
         return identity_of_prefix(behind)
 
-    def _artefact_of(self, recipe: Recipe) -> Artefact:
+    def artefact_of(self, recipe: Recipe) -> Artefact:
+        """The checkpoint that a recipe makes of this model and this text, by its identity."""
         return artefact_of(self.checkpoint.fingerprint, recipe, self.text, self._behind)
 
     def _directory(self, recipe: Recipe, artefact: Artefact) -> Path:
@@ -217,7 +218,7 @@ class Plan:
         """The directory of a recipe's checkpoint, which is made if it is not there. out: where to, if not there."""
         if out is None and (self.checkpoint.manifest is not None or not recipe.makes_checkpoint):
             return self.checkpoint.directory
-        target, artefact = out or self.directory_of(recipe), self._artefact_of(recipe)
+        target, artefact = out or self.directory_of(recipe), self.artefact_of(recipe)
         if identity_at(target) == artefact.identity:
             self._check_discovered(target)
             return target

@@ -18,7 +18,7 @@ from intactkv.architecture import architecture_of
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, is_quantized
 from quantization.runs.dense import empty_model, tied_names
-from quantization.runs.pipeline import partial_of
+from quantization.runs.pipeline import identity_at, partial_of
 from quantization.runs.plan import Plan
 
 __all__ = ["Line", "preview", "table"]
@@ -121,9 +121,11 @@ def table(lines: Iterable[Line]) -> str:
 
 
 def _checkpoint(what: str, plan: Plan, recipe: Recipe, sizes: Sizes, out: Path | None = None) -> Line:
-    directory = out or plan.directory_of(recipe)
-    if is_quantized(directory):
+    directory, wanted = out or plan.directory_of(recipe), plan.artefact_of(recipe).identity
+    if identity_at(directory) == wanted:
         return Line(what, "present", _bytes(directory.glob("*.safetensors")), str(directory))
+    if directory.exists():
+        return Line(what, "something else is there, and the run refuses", None, str(directory))
     partial = partial_of(directory)
     done = sum(block_file(partial, index).is_file() for index in range(sizes.blocks))
     state = f"{done} of {sizes.blocks} blocks" if done else "missing"

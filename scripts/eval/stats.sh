@@ -3,8 +3,8 @@
 # Usage: stats.sh MODEL SIZE METHOD BITS DEVICE      for example: stats.sh llama-2 7b rtn 3 0
 #   METHOD  a recipe that quantizes weights: rtn, gptq, awq, omniquant, spqr, bcq, …          BITS  of the weights
 #   DEVICE  cpu or a GPU index
-# Environment: CORPUS, GROUP_SIZE, WINDOW, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's
-# defaults; KV_BITS the 4 bits of the cache.
+# Environment: CORPUS, GROUP_SIZE, WINDOW, and of methods that calibrate CALIBRATION, CALIBRATION_SAMPLES,
+# CALIBRATION_LENGTH override the model's defaults; KV_BITS the 4 bits of the cache.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 5 ] || fail "usage: stats.sh MODEL SIZE METHOD BITS DEVICE (got $# of 5 arguments)"
