@@ -125,7 +125,7 @@ def _checkpoint(what: str, plan: Plan, recipe: Recipe, sizes: Sizes, out: Path |
     if identity_at(directory) == wanted:
         return Line(what, "present", _bytes(directory.glob("*.safetensors")), str(directory))
     if directory.exists():
-        return Line(what, "something else is there, and the run refuses", None, str(directory))
+        return Line(what, "something else is there", None, str(directory))
     partial = partial_of(directory)
     done = sum(block_file(partial, index).is_file() for index in range(sizes.blocks))
     state = f"{done} of {sizes.blocks} blocks" if done else "missing"
