@@ -727,7 +727,7 @@ def test_a_program_writes_the_search_and_another_makes_the_same_checkpoint_of_it
         ("no dense", "the dense full-precision model of .* is not at hand"),
         ("other dense", "the dense full-precision model of .* is not at hand"),
         ("directory", "a search is a file that ends in .pt"),
-        ("prefix", "leave out --prefix, --dtype and --verify"),
+        ("prefix", "leave out --prefix, --dtype, --verify and --plan"),
     ],
 )
 def test_only_the_search_of_an_awq_checkpoint_is_exported_where_its_dense_model_is(
