@@ -272,7 +272,7 @@ def test_a_disk_that_refuses_ends_in_one_line_and_the_run_can_go_on(dense: Path,
     assert largest_block < limit  # blocks can be written, the ends cannot
     done = subprocess.run(
         [sys.executable, "-m", "quantization", "--model", dense, "--recipe", "rtn-w4", "--group-size", "32",
-         "--out", tmp_path / "out"],
+         "--device", "cpu", "--out", tmp_path / "out"],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "INTACTKV_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
