@@ -24,8 +24,8 @@ from torch import Tensor
 
 from corpora.catalog import CORPORA, TEXT_FILE, Corpus, corpus_directory, corpus_files
 from corpora.errors import UserError
+from corpora.files import data_files, sha256_of_data
 from corpora.readers import read_documents
-from corpora.storage import sha256_of_file
 from corpora.tokens import cached_ids, encode, start_token_id, text_hash, tokenizer_fingerprint
 
 __all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_segments", "corpus_label", "documents",
@@ -144,10 +144,10 @@ def text_identity(tokenizer: Any, corpus: str, *, samples: int, length: int) -> 
 
 
 def _within(path: Path) -> list[Path]:
-    """A file, or the files of a folder of `save_to_disk`, without those that `datasets.map` leaves there."""
+    """A file, or the files of a folder of `save_to_disk`."""
     if not path.is_dir():
         return [path]
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
+    return data_files(path, "**/*")
 
 
 def _hash(file: Path) -> str:
@@ -157,7 +157,7 @@ def _hash(file: Path) -> str:
 
 @lru_cache(maxsize=64)  # a plan names a text several times, and C4's file takes a second
 def _hash_of(file: Path, _size: int, _changed: int) -> str:
-    return sha256_of_file(file)
+    return sha256_of_data(file)
 
 
 def corpus_label(corpus: str) -> str:
