@@ -20,7 +20,7 @@ from typing import Any
 from corpora.errors import UserError
 from corpora.files import TABLES, damaged, open_text, refuse_half_characters, suffix_of
 
-__all__ = ["read_documents", "read_records", "read_rows"]
+__all__ = ["is_plain_text", "read_documents", "read_records", "read_rows"]
 
 JSON = (".json", ".jsonl", ".ndjson")
 SPACE = re.compile(r"\s*")
@@ -54,6 +54,11 @@ def read_documents(
             )
         else:
             yield from _plain_text(path, line)
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is read as plain text, by its name."""
+    return not path.is_dir() and path.suffix.lower() not in TABLES and suffix_of(path) not in JSON
 
 
 def read_rows(paths: Path | Iterable[Path]) -> Iterator[dict[str, Any]]:
