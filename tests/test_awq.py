@@ -798,6 +798,23 @@ def test_documents_are_packed_in_the_order_of_the_datasets_library(
     assert int((pieces == 1).sum()) > len(pieces)  # several documents in a piece
 
 
+def test_the_documents_of_a_plain_text_are_its_paragraphs(
+    tiny_tokenizer: Callable[..., Any], tmp_path: Path, intactkv_root: Path
+) -> None:
+    """The same pieces as from JSON lines that hold the paragraphs, whatever the line ends."""
+    tokenizer = tiny_tokenizer()
+    paragraphs = [f"Fox {i} runs.\nIt is {'very ' * (i % 5)}quick." for i in range(40)]
+    lines, plain = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
+    expected = packed_documents(tokenizer, str(lines), samples=12, length=50, seed=3)
+    for gap, end in (("\n\n", ""), ("\n \n\n", "\n"), ("\r\n\r\n", "\r\n")):
+        plain.write_bytes((gap.join(paragraphs) + end).encode())
+        assert torch.equal(packed_documents(tokenizer, str(plain), samples=12, length=50, seed=3), expected)
+    plain.write_text("\n".join(paragraphs))  # without blank lines it is one, and too long
+    with pytest.raises(UserError, match=r"a\.txt has 0 paragraphs, parted by blank lines, of at most 50 tokens"):
+        packed_documents(tokenizer, str(plain), samples=12, length=50, seed=3)
+
+
 def test_a_document_counts_with_its_start_token_and_is_never_cut_to_fit(
     tiny_tokenizer: Callable[..., Any], tmp_path: Path, intactkv_root: Path
 ) -> None:

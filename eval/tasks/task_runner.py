@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
 from corpora.machine import peak_memory_mb
 from corpora.mmlu import SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
-from corpora.storage import identity, sha256_of_file
+from corpora.storage import identity
 from corpora.tokens import start_token_id, tokenizer_fingerprint
 from eval.processes import Processes
 from eval.runs import record_of
@@ -97,7 +98,7 @@ class TaskRunner:
             short = next((s for s in subjects if len(s.dev) < shots), None)
             if short is not None:
                 raise UserError(f"--fewshot {shots}: {short.files[0]} has only {len(short.dev)} examples to show")
-            data = identity({"files": [sha256_of_file(file) for subject in subjects for file in subject.files]})
+            data = identity({"files": [sha256_of_data(file) for subject in subjects for file in subject.files]})
         else:
             fewshot = MMLU_SHOTS if run.name == "mmlu" and self.fewshot is None else self.fewshot
             tasks, data = load_tasks(run, self.source, fewshot)
