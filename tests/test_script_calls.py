@@ -1,5 +1,7 @@
-"""What the scripts call: every published call, and the programs' arguments that it becomes. No program runs: the scripts
-see a `python` that writes down what it is asked for."""
+"""What the scripts call: every published call, and the arguments of the programs that it becomes.
+
+No program runs: the scripts see a `python` that writes down what it is asked for.
+"""
 
 import os
 import shutil
@@ -42,7 +44,8 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(project: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(project: Path, call: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    script, *arguments = call.split()
     environment = {name: value for name, value in os.environ.items() if name not in ("LIMIT", "WINDOW", "CORPUS")}
     return subprocess.run(
         ["bash", f"scripts/{script}.sh", *arguments],
@@ -56,11 +59,11 @@ def run(project: Path, script: str, *arguments: str, **variables: str) -> subpro
 
 @pytest.fixture
 def calls(project: Path) -> Calls:
-    """calls(script, *arguments, **variables) -> the programs that it ran, each as its words."""
+    """calls("script argument…", **variables) -> the programs that it ran, each as its words."""
 
-    def made(script: str, *arguments: str, **variables: str) -> list[Call]:
+    def made(call: str, **variables: str) -> list[Call]:
         (project / "calls").unlink(missing_ok=True)
-        done = run(project, script, *arguments, **variables)
+        done = run(project, call, **variables)
         assert done.returncode == 0, done.stderr
         return [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
 
@@ -93,38 +96,39 @@ def protocols(made: list[Call]) -> set[str]:
     return {f"{call[1]} {call[call.index('--protocol') + 1]}" for call in made if "--protocol" in call}
 
 
-def test_the_environments_words_for_bits_and_text_are_those_of_the_recipes(project: Path) -> None:
-    """The scripts know which methods have weights and which look at text; the table of recipes says the same."""
-    source = (
-        "source scripts/common.sh; for name in $NAMES; do calibrates --recipe $name --bits 3 && echo $name; done; true"
-    )
-    said = subprocess.run(["bash", "-c", source], cwd=project, env=os.environ | {"NAMES": " ".join(RECIPES)},
-                          capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-    assert said == [name for name, row in RECIPES.items() if row.recipe.calibrates]
-    source = "source scripts/common.sh; calibration=(); for name in $NAMES; do (choose_recipe $name 16 m) 2>/dev/null && echo $name; done; true"
-    said = subprocess.run(["bash", "-c", source], cwd=project, env=os.environ | {"NAMES": " ".join(RECIPES)},
-                          capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-    assert said == [name for name, row in RECIPES.items() if row.recipe.weights is None]
+def said_of_recipes(project: Path, test: str) -> list[str]:
+    """The recipes, as $name, of which a line of bash with the scripts' functions is true."""
+    source = f"source scripts/common.sh; for name in $NAMES; do ({test}) 2> /dev/null && echo $name; done; true"
+    done = subprocess.run(["bash", "-c", source], cwd=project, env=os.environ | {"NAMES": " ".join(RECIPES)},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    return done.stdout.split()
+
+
+def test_the_scripts_know_which_methods_have_weights_and_look_at_text_as_the_table_of_recipes_does(
+    project: Path,
+) -> None:
+    calibrating = [name for name, row in RECIPES.items() if row.recipe.calibrates]
+    assert said_of_recipes(project, "calibrates --recipe $name --bits 3") == calibrating
+    whole = [name for name, row in RECIPES.items() if row.recipe.weights is None]
+    assert said_of_recipes(project, "choose_recipe $name 16 model") == whole
 
 
 SIXTEEN = [
-    ("eval/eval", "llama-2 7b rtn 16 16 ppl 29500 cpu", "BITS 16 is full precision, METHOD 'rtn' is not"),
-    ("eval/eval", "llama-2 7b fp16 3 16 ppl 29500 cpu", "METHOD 'fp16' has weights in full precision, but BITS is '3'"),
-    ("eval/gen_mtbench_answer", "vicuna-v1.5 7b awq 16 cpu", "METHOD 'awq' is not"),
-    ("eval/gen_mtbench_answer", "vicuna-v1.5 7b fp16 4 cpu", "METHOD 'fp16'"),
-    ("eval/stats", "llama-2 7b gptq 16 cpu", "METHOD 'gptq' is not"),
-    ("train/train", "vicuna-v1.5 7b rtn 16 cpu", "METHOD 'rtn' is not"),
-    ("quantization/auto_gptq", "vicuna-v1.5 vicuna-v1.5-7b 16 128 cpu", "METHOD 'gptq' is not"),
-    ("quantization/llm_awq", "vicuna-v1.5 7b 16 128 cpu", "METHOD 'awq' is not"),
-    ("quantization/omniquant", "llama-2 7b 16 128 cpu", "METHOD 'omniquant' is not"),
+    ("eval/eval llama-2 7b rtn 16 16 ppl 29500 cpu", "BITS 16 is full precision, METHOD 'rtn' is not"),
+    ("eval/eval llama-2 7b fp16 3 16 ppl 29500 cpu", "METHOD 'fp16' has weights in full precision, but BITS is '3'"),
+    ("eval/gen_mtbench_answer vicuna-v1.5 7b awq 16 cpu", "METHOD 'awq' is not"),
+    ("eval/gen_mtbench_answer vicuna-v1.5 7b fp16 4 cpu", "METHOD 'fp16'"),
+    ("eval/stats llama-2 7b gptq 16 cpu", "METHOD 'gptq' is not"),
+    ("train/train vicuna-v1.5 7b rtn 16 cpu", "METHOD 'rtn' is not"),
+    ("quantization/auto_gptq vicuna-v1.5 vicuna-v1.5-7b 16 128 cpu", "METHOD 'gptq' is not"),
+    ("quantization/llm_awq vicuna-v1.5 7b 16 128 cpu", "METHOD 'awq' is not"),
+    ("quantization/omniquant llama-2 7b 16 128 cpu", "METHOD 'omniquant' is not"),
 ]
 
 
-@pytest.mark.parametrize(("script", "arguments", "named"), SIXTEEN)
-def test_sixteen_bits_and_a_method_for_weights_are_refused(
-    project: Path, script: str, arguments: str, named: str
-) -> None:
-    done = run(project, script, *arguments.split())
+@pytest.mark.parametrize(("call", "named"), SIXTEEN)
+def test_sixteen_bits_and_a_method_for_weights_are_refused(project: Path, call: str, named: str) -> None:
+    done = run(project, call)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert named in done.stderr
     assert not (project / "calls").exists()
@@ -176,19 +180,19 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
 
 @pytest.mark.parametrize("call", PUBLISHED)
 def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call: str) -> None:
-    made = calls(*call.split())
+    made = calls(call)
     ran, by = PUBLISHED[call]
     assert rows(made) == ran
     assert protocols(made) == by
 
 
 def test_train_and_the_figures_of_prefixquant_are_called_as_published(calls: Calls) -> None:
-    (call,) = calls("train/train", *"vicuna-v1.5 7b awq 3 0".split())
+    (call,) = calls("train/train vicuna-v1.5 7b awq 3 0")
     assert call[:2] == ["intactkv", "calibrate"]
     assert " ".join(call[call.index("--recipe") :]) == (
         "--recipe awq --bits 3 --prefix prompt --out modelzoo/prefixes/vicuna-v1.5-7b-awq-w3-cal.safetensors"
     )
-    made = calls("run_prefixquant", "0", MODEL)
+    made = calls(f"run_prefixquant 0 {MODEL}")
     recipe = "prefixquant-w4a4kv4-static"
     assert rows([call for call in made if "plot" not in call]) == ["ppl", *arms("ppl", recipe, "none", "auto")]
     assert protocols(made) == {"ppl gptq"}
@@ -203,22 +207,23 @@ def test_gptqs_protocol_has_its_own_draw_of_c4_and_the_sample_stays_what_smollm2
     assert all(both == [("wikitext2", "c4"), ("wikitext2", "c4-old")] for both in own.values())
 
 
-@pytest.mark.parametrize("script", ["run_gptq", "eval/eval"])
-def test_the_protocol_is_chosen_and_printed(project: Path, script: str) -> None:
-    arguments = ["0", MODEL] if script == "run_gptq" else "llama-2 7b rtn 3 16 ppl 29500 0".split()
-    own, other = ("gptq", "intactkv") if script == "run_gptq" else ("intactkv", "gptq")
+@pytest.mark.parametrize(
+    ("call", "own", "other"),
+    [(f"run_gptq 0 {MODEL}", "gptq", "intactkv"), ("eval/eval llama-2 7b rtn 3 16 ppl 29500 0", "intactkv", "gptq")],
+)
+def test_the_protocol_is_chosen_and_printed(project: Path, call: str, own: str, other: str) -> None:
     for given, protocol in (({}, own), ({"PROTOCOL": other}, other)):
-        done = run(project, script, *arguments, **given)
+        done = run(project, call, **given)
         assert f"perplexity by --protocol {protocol}, MMLU by" in done.stdout
 
 
 def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_theirs(calls: Calls) -> None:
-    made = [call for call in calls("run_gptq", "0", MODEL, TASKS="boolq,mmlu,gsm8k") if call[1] == "tasks"]
+    made = [call for call in calls(f"run_gptq 0 {MODEL}", TASKS="boolq,mmlu,gsm8k") if call[1] == "tasks"]
     told = {call[call.index("--tasks") + 1]: call for call in made}
     assert set(told) == {"boolq,gsm8k", "mmlu"}
     assert "--fewshot" not in told["boolq,gsm8k"]
     assert " ".join(told["mmlu"]).count("--protocol lm-eval --fewshot 0") == 1
-    (mine,) = {call[call.index("--protocol") + 1] for call in calls("run_gptq", "0", MODEL, TASKS="mmlu",
+    (mine,) = {call[call.index("--protocol") + 1] for call in calls(f"run_gptq 0 {MODEL}", TASKS="mmlu",
                MMLU_PROTOCOL="hendrycks") if call[1] == "tasks"}  # fmt: skip
     assert mine == "hendrycks"
 
@@ -226,7 +231,7 @@ def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_thei
 @pytest.mark.parametrize("script", ["run_gptq", "run_lutgemm", "run_spqr", "run_zeroquant", "run_smoothquant",
                                     "run_prefixquant"])  # fmt: skip
 def test_every_method_is_scored_on_the_tasks_that_are_named(calls: Calls, script: str) -> None:
-    made = calls(script, "cpu", MODEL, TASKS="piqa,winogrande", DATA="sample", BATCH_SIZE="2", LIMIT="3", PLOTS="0")
+    made = calls(f"{script} cpu {MODEL}", TASKS="piqa,winogrande", DATA="sample", BATCH_SIZE="2", LIMIT="3", PLOTS="0")
     of = {program: [row.removeprefix(program) for row in rows(made) if row.startswith(program)]
           for program in ("ppl", "tasks")}  # fmt: skip
     assert of["ppl"] == of["tasks"]
@@ -236,7 +241,7 @@ def test_every_method_is_scored_on_the_tasks_that_are_named(calls: Calls, script
 
 
 def test_rows_of_the_published_tables_that_no_default_makes(project: Path, calls: Calls) -> None:
-    made = rows(calls("run_gptq", "cpu", "modelzoo/opt/opt-125m", BITS="4 3", ACT_ORDER="false", BESIDE="full rtn"))
+    made = rows(calls("run_gptq cpu modelzoo/opt/opt-125m", BITS="4 3", ACT_ORDER="false", BESIDE="full rtn"))
     assert made == [
         row
         for bits in (4, 3)
@@ -247,17 +252,17 @@ def test_rows_of_the_published_tables_that_no_default_makes(project: Path, calls
             *arms("ppl", f"rtn --bits {bits} --group-size -1"),
         )
     ]
-    made = rows(calls("run_lutgemm", "cpu", INSTRUCT, BITS="3", GROUP_SIZE="128", BESIDE="rtn gptq"))
+    made = rows(calls(f"run_lutgemm cpu {INSTRUCT}", BITS="3", GROUP_SIZE="128", BESIDE="rtn gptq"))
     assert made == [
         *arms("ppl", "bcq-row --bits 3 --group-size 128 --set weights.rounds=30"),
         *arms("ppl", "rtn --bits 3 --group-size 128"),
         *arms("ppl", "gptq-row --bits 3 --group-size 128 --set weights.static_groups=false"),
     ]
-    made = rows(calls("run_spqr", "cpu", INSTRUCT, RECIPES="spqr spqr-w2"))
+    made = rows(calls(f"run_spqr cpu {INSTRUCT}", RECIPES="spqr spqr-w2"))
     assert made == [*arms("ppl", "spqr"), *arms("ppl", "spqr-w2")]
-    made = rows(calls("run_zeroquant", "cpu", MODEL))  # cut for another model's shapes
+    made = rows(calls(f"run_zeroquant cpu {MODEL}"))  # cut for another model's shapes
     assert {row.split(" --set ")[1].split(" / ")[0] for row in made} == {"weights.groups=0"}
-    assert "BESIDE: 'awq' is not known" in run(project, "run_gptq", "cpu", MODEL, BESIDE="awq").stderr
+    assert "BESIDE: 'awq' is not known" in run(project, f"run_gptq cpu {MODEL}", BESIDE="awq").stderr
 
 
 def test_spqr_at_three_bits_has_the_published_numbers() -> None:
@@ -266,26 +271,23 @@ def test_spqr_at_three_bits_has_the_published_numbers() -> None:
     assert found == (2, 3, 3, 32, 16)  # b_w, b_s, b_z, β1, β2
 
 
-@pytest.mark.parametrize(("rounds", "coding"), [((), 30), (("0",), 0), (("1",), 1), (("3",), 3)])
-def test_the_third_argument_of_lutgemm_is_the_number_of_rounds(
-    calls: Calls, rounds: tuple[str, ...], coding: int
-) -> None:
-    weights = recipe_of(calls("run_lutgemm", "cpu", MODEL, *rounds)[0]).weights
+@pytest.mark.parametrize(("rounds", "coding"), [("", 30), ("0", 0), ("1", 1), ("3", 3)])
+def test_the_third_argument_of_lutgemm_is_the_number_of_rounds(calls: Calls, rounds: str, coding: int) -> None:
+    weights = recipe_of(calls(f"run_lutgemm cpu {MODEL} {rounds}")[0]).weights
     assert (weights.rounds, weights.grid.bits, weights.grid.group_size) == (coding, 4, -1)
 
 
 def test_options_reach_every_step_of_the_recipe_and_what_stands_beside_keeps_its_own(calls: Calls) -> None:
     given = {"OPTIONS": "--set weights.damp=0.5 --dtype float16"}
-    for script, *arguments in (("run_gptq", "cpu", MODEL), ("eval/eval", *"llama-2 7b gptq 3 16 ppl 29500 cpu".split()),
-                               ("eval/gen_mtbench_answer", *"llama-2 7b gptq 3 cpu".split()),
-                               ("eval/stats", *"llama-2 7b gptq 3 cpu".split()),
-                               ("train/train", *"llama-2 7b gptq 3 cpu".split())):  # fmt: skip
-        made = [" ".join(call) for call in calls(script, *arguments, **given) if "--recipe" in call]
-        assert made, script
-        assert all(given["OPTIONS"] in call for call in made), script
-    (made,) = calls("quantization/auto_gptq", *"llama-2 7b 3 128 cpu".split(), OPTIONS="--set weights.damp=0.5")
+    for call in (f"run_gptq cpu {MODEL}", "eval/eval llama-2 7b gptq 3 16 ppl 29500 cpu",
+                 "eval/gen_mtbench_answer llama-2 7b gptq 3 cpu", "eval/stats llama-2 7b gptq 3 cpu",
+                 "train/train llama-2 7b gptq 3 cpu"):  # fmt: skip
+        ran = [" ".join(words) for words in calls(call, **given) if "--recipe" in words]
+        assert ran, call
+        assert all(given["OPTIONS"] in words for words in ran), call
+    (made,) = calls("quantization/auto_gptq llama-2 7b 3 128 cpu", OPTIONS="--set weights.damp=0.5")
     assert recipe_of(made).weights.damp == 0.5
-    beside = [" ".join(c) for c in calls("run_gptq", "cpu", MODEL, BESIDE="rtn", **given) if "rtn" in c]
+    beside = [" ".join(c) for c in calls(f"run_gptq cpu {MODEL}", BESIDE="rtn", **given) if "rtn" in c]
     assert all("--dtype float16" in call and "damp" not in call for call in beside)
     assert len(beside) == 2
 
@@ -297,7 +299,7 @@ def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> N
         "TRAIN_OPTIONS": "--prefix-lr 1e-3 --batch-size 4", "MSE_INIT_SIZE": "8", "TASKS": "piqa", "BATCH_SIZE": "16",
         "OPTIONS": "--group-size 128 --set weights.grid.convention=gptq-asym", "MAX_MEMORY": "65GiB", "PLOTS": "0",
     }  # fmt: skip
-    training, *scored = [" ".join(call) for call in calls("run_prefixquant", "all", MODEL, **given)]
+    training, *scored = [" ".join(call) for call in calls(f"run_prefixquant all {MODEL}", **given)]
     assert training.startswith("intactkv train-prefix --model")
     for words in ("--device cuda:0", "--prefix-len 8 --prefix-epochs 20 --corpus c4 --samples 512 --length 1024",
                   "--training-seed 42", "--prefix-lr 1e-3 --batch-size 4", given["OPTIONS"]):  # fmt: skip
@@ -312,9 +314,9 @@ def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> N
 
 
 def test_all_gpus_are_for_what_is_evaluated(project: Path) -> None:
-    call = ("quantization/auto_gptq", "llama-2", "7b", "3", "128")
-    assert "device 'all' spreads a model that is evaluated" in run(project, *call, "all").stderr
-    done = run(project, "run_gptq", "0", MODEL, MAX_MEMORY="65GiB")
+    refused = run(project, "quantization/auto_gptq llama-2 7b 3 128 all")
+    assert "device 'all' spreads a model that is evaluated" in refused.stderr
+    done = run(project, f"run_gptq 0 {MODEL}", MAX_MEMORY="65GiB")
     assert (done.returncode, "MAX_MEMORY is of DEVICE all" in done.stderr) == (2, True)
 
 
@@ -323,25 +325,24 @@ def test_a_linked_model_is_one_model_by_the_name_of_its_link(project: Path, call
     place.mkdir(parents=True)
     (project / "elsewhere").mkdir()
     (place / "llama-2-7b").symlink_to(project / "elsewhere")
-    for script, *arguments in (("eval/eval", *"llama-2 7b rtn 3 16 ppl 29500 cpu".split()), ("run_gptq", "cpu", MODEL),
-                               ("run_spqr", "cpu", f"./modelzoo/../{MODEL}/"), ("table/table1", "cpu", MODEL, "rtn"),
-                               ("table/weights", "cpu", MODEL, "rtn"), ("table/seeds", "cpu", MODEL, "gptq-w3"),
-                               ("visualization/prefixquant", "cpu", MODEL)):  # fmt: skip
-        made = [call for call in calls(script, *arguments) if call[1] != "table"]
-        assert {call[call.index("--model") + 1] for call in made} == {str(place / "llama-2-7b")}, script
+    for call in ("eval/eval llama-2 7b rtn 3 16 ppl 29500 cpu", f"run_gptq cpu {MODEL}",
+                 f"run_spqr cpu ./modelzoo/../{MODEL}/", f"table/table1 cpu {MODEL} rtn",
+                 f"table/weights cpu {MODEL} rtn", f"table/seeds cpu {MODEL} gptq-w3",
+                 f"visualization/prefixquant cpu {MODEL}"):  # fmt: skip
+        ran = [words for words in calls(call) if words[1] != "table"]
+        assert {words[words.index("--model") + 1] for words in ran} == {str(place / "llama-2-7b")}, call
 
 
 def test_answers_are_also_made_behind_the_prefix_that_train_has_trained(project: Path, calls: Calls) -> None:
-    train, answer = ("train/train", *"vicuna-v1.5 7b awq 3 cpu".split()), (
-        "eval/gen_mtbench_answer", *"vicuna-v1.5 7b awq 3 cpu".split())  # fmt: skip
+    train, answer = (f"{script} vicuna-v1.5 7b awq 3 cpu" for script in ("train/train", "eval/gen_mtbench_answer"))
     for group in ({}, {"GROUP_SIZE": "64"}):
-        (trained,) = calls(*train, **group)
+        (trained,) = calls(train, **group)
         out = project / trained[trained.index("--out") + 1]
-        before = calls(*answer, SEEDS="42", **group)
+        before = calls(answer, SEEDS="42", **group)
         assert [call[call.index("--prefix") + 1] for call in before] == ["none", "prompt"]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.touch()
-        after = calls(*answer, SEEDS="42", **group)
+        after = calls(answer, SEEDS="42", **group)
         assert [call[call.index("--prefix") + 1] for call in after] == ["none", "prompt", str(out.relative_to(project))]
 
 
@@ -353,15 +354,14 @@ def test_awq_takes_the_file_of_the_zoo_where_the_published_code_keeps_it(
     file.parent.mkdir(parents=True)
     file.touch()
     setting = f"weights.file={file.relative_to(project)}"
-    for script, rest in (("eval/eval", "3 16 ppl 29500 cpu"), ("train/train", "3 cpu"),
-                         ("eval/gen_mtbench_answer", "3 cpu"), ("quantization/llm_awq", "3 128 cpu")):  # fmt: skip
-        call = ["vicuna-v1.5", "7b", *([] if "llm_awq" in script else ["awq"]), *rest.split()]
-        done = run(project, script, *call)
-        assert f"AWQ: scales and clip limits are those of {file.relative_to(project)}" in done.stderr
-        assert all(setting in made for made in calls(script, *call) if made[1] != "table"), script
-    others = calls("eval/eval", *"vicuna-v1.5 7b awq 4 16 ppl 29500 cpu".split())  # of other bits
-    others += calls("eval/eval", *"vicuna-v1.5 7b rtn 3 16 ppl 29500 cpu".split())
-    others += calls("eval/eval", *"vicuna-v1.5 7b awq 3 16 ppl 29500 cpu".split(), CALIBRATION="c4")  # a search
+    for call in ("eval/eval vicuna-v1.5 7b awq 3 16 ppl 29500 cpu", "train/train vicuna-v1.5 7b awq 3 cpu",
+                 "eval/gen_mtbench_answer vicuna-v1.5 7b awq 3 cpu",
+                 "quantization/llm_awq vicuna-v1.5 7b 3 128 cpu"):  # fmt: skip
+        assert f"AWQ: scales and clip limits are those of {file.relative_to(project)}" in run(project, call).stderr
+        assert all(setting in made for made in calls(call) if made[1] != "table"), call
+    others = calls("eval/eval vicuna-v1.5 7b awq 4 16 ppl 29500 cpu")  # of other bits
+    others += calls("eval/eval vicuna-v1.5 7b rtn 3 16 ppl 29500 cpu")
+    others += calls("eval/eval vicuna-v1.5 7b awq 3 16 ppl 29500 cpu", CALIBRATION="c4")  # a search
     assert not [made for made in others if setting in made]
 
 
@@ -372,18 +372,17 @@ def test_what_is_said_of_calibration_reaches_methods_that_calibrate_and_no_other
     rest = "3 16 ppl 29500 cpu" if script == "eval/eval" else "3 cpu"
     given = {"CALIBRATION_SAMPLES": "2", "SEED": "7"}
     for method, reached in (("gptq", True), ("rtn", False), ("bcq", False)):
-        call = ["llama-2", "7b", method, *rest.split()]
-        made = [" ".join(call) for call in calls(script, *call, **given) if "--recipe" in call]
-        assert {"--calibration-samples 2 --seed 7" in call for call in made} == {reached}
-        assert ("do not reach --recipe" in run(project, script, *call, **given).stderr) is not reached
+        call = f"{script} llama-2 7b {method} {rest}"
+        ran = [" ".join(words) for words in calls(call, **given) if "--recipe" in words]
+        assert {"--calibration-samples 2 --seed 7" in words for words in ran} == {reached}
+        assert ("do not reach --recipe" in run(project, call, **given).stderr) is not reached
 
 
 def test_figures_take_a_quantized_model_its_cache_and_its_text(calls: Calls) -> None:
     given = {"METHOD": "gptq", "BITS": "3", "KV_BITS": "2", "CALIBRATION_SAMPLES": "2"}
-    for script, *arguments in (("plot_act", *"llama-2 7b cpu".split()), ("motivation", *"llama-2 7b cpu".split()),
-                               ("prefixquant", "cpu", MODEL)):  # fmt: skip
-        for call in calls(f"visualization/{script}", *arguments, **given):
-            recipe = recipe_of(call)
+    for call in ("plot_act llama-2 7b cpu", "motivation llama-2 7b cpu", f"prefixquant cpu {MODEL}"):
+        for made in calls(f"visualization/{call}", **given):
+            recipe = recipe_of(made)
             assert (recipe.weights.name, recipe.kv_cache.bits, recipe.calibration.samples) == ("gptq", 2, 2)
 
 

@@ -225,12 +225,11 @@ def _kv_words(plan: Plan) -> list[str]:
     kv = plan.recipe.kv_cache
     if kv is None:
         return []
+    kind: Any = type(kv)
     bits = getattr(kv, "bits", None)
-    plain = bits is not None and describe(kv) == describe(type(kv)(bits))
-    return [
-        f"KV {type(kv).__name__} {'' if bits is None else bits}".strip()
-        + ("" if plain else f" {identity(describe(kv))}")
-    ]
+    words = f"KV {kind.__name__}" if bits is None else f"KV {kind.__name__} {bits}"
+    plain = bits is not None and describe(kv) == describe(kind(bits=bits))
+    return [words if plain else f"{words} {identity(describe(kv))}"]
 
 
 def _model_name(plan: Plan) -> str:

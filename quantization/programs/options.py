@@ -94,8 +94,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         parser.add_argument(
             "--max-memory",
             metavar="SIZE",
-            help=f"with --device {ALL_GPUS}: what the model may take of each GPU, as 65GiB; the rest goes to main memory "
-            "(default: as much as there is)",
+            help=f"with --device {ALL_GPUS}: what the model may take of each GPU, as 65GiB; the rest goes to main "
+            "memory (default: as much as there is)",
         )
 
 

@@ -321,9 +321,9 @@ def plan_run(
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs, max_memory: bytes of each. dtype: None takes float32 on a CPU and the checkpoint's own
-    elsewhere. Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized
-    already.
+    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
+    a CPU and the checkpoint's own elsewhere. Raises UserError for a combination that cannot be, such as a recipe for
+    weights that are quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
     directory, manifest = checkpoint.directory, checkpoint.manifest
