@@ -159,6 +159,10 @@ class ModelDefaults:
     default_task_data: str = "local"
     default_conversations: str = "sharegpt"
 
+    def corpora_of(self, protocol: str) -> tuple[str, ...]:
+        """What a protocol of perplexity scores by default: GPTQ's has a draw of C4 of its own."""
+        return tuple("c4-old" if (protocol, name) == ("gptq", "c4") else name for name in self.default_corpora)
+
 
 @dataclass(frozen=True)
 class Family:

@@ -21,6 +21,7 @@ from corpora.text import calibration_segments, corpus_label, encode, evaluation_
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
+from quantization.recipes.recipe import describe
 from quantization.runs.dense import read_config
 from quantization.runs.plan import Plan
 from quantization.runs.prefixes import PrefixChoice
@@ -220,9 +221,15 @@ def _prefix_part(choice: PrefixChoice) -> str:
 
 
 def _kv_words(plan: Plan) -> list[str]:
-    """The policy of the KV cache, if there is one."""
+    """The policy of the KV cache, if there is one; with digits of a hash where its bits do not settle it."""
     kv = plan.recipe.kv_cache
-    return [] if kv is None else [f"KV {type(kv).__name__} {getattr(kv, 'bits', '')}".strip()]
+    if kv is None:
+        return []
+    kind: Any = type(kv)
+    bits = getattr(kv, "bits", None)
+    words = f"KV {kind.__name__}" if bits is None else f"KV {kind.__name__} {bits}"
+    plain = bits is not None and describe(kv) == describe(kind(bits=bits))
+    return [words if plain else f"{words} {identity(describe(kv))}"]
 
 
 def _model_name(plan: Plan) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL_GPUS",
+    "add_kv_options",
     "add_plan_option",
     "add_plan_options",
     "add_text_seed",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 PREFIX_SUFFIX = ".safetensors"
+ALL_GPUS = "cuda:all"
 
 
 def add_plan_options(
@@ -88,6 +90,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         help="where to compute (default: auto, a GPU if there is one)"
         + ("; cuda:all spreads a model that is larger than one GPU over all of them" if several else ""),
     )
+    if several:
+        parser.add_argument(
+            "--max-memory",
+            metavar="SIZE",
+            help=f"with --device {ALL_GPUS}: what the model may take of each GPU, as 65GiB; the rest goes to main "
+            "memory (default: as much as there is)",
+        )
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +174,16 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
     )
+    add_kv_options(group)
+    group.add_argument(
+        "--packed",
+        action="store_true",
+        help="keep quantized weights packed in memory: a quarter of it, but slower",
+    )
+
+
+def add_kv_options(group: argparse._ActionsContainer) -> None:
+    """--kv and --kv-bits."""
     group.add_argument(
         "--kv",
         default=None,
@@ -173,11 +192,6 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         "(default: the recipe's, or the checkpoint's)",
     )
     group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
-    group.add_argument(
-        "--packed",
-        action="store_true",
-        help="keep quantized weights packed in memory: a quarter of it, but slower",
-    )
 
 
 def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -> None:
@@ -275,12 +289,16 @@ def plan_of(
     Raises UserError for options that cannot be.
     """
     from corpora.errors import UserError
+    from quantization.model.placement import bytes_of
     from quantization.runs.checkpoint import find_checkpoint
     from quantization.runs.pipeline import check_makes_something
     from quantization.runs.plan import plan_run
 
     if device is None:
         device = chosen_device(options.device, several=several, planned=options.plan)
+    spread, size = several and options.device == ALL_GPUS, getattr(options, "max_memory", None)
+    if size is not None and not spread:
+        raise UserError(f"--max-memory {size} is for a model that is spread: add --device {ALL_GPUS}, or leave it out")
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         checkpoint,
@@ -289,7 +307,8 @@ def plan_of(
         dtype=chosen_dtype(getattr(options, "dtype", None)),
         vanilla=getattr(options, "vanilla", False),
         packed=getattr(options, "packed", False),
-        spread=several and options.device == ALL_GPUS,
+        spread=spread,
+        max_memory=None if size is None else bytes_of(size),
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
@@ -340,9 +359,6 @@ def check_counts(**least: tuple[int | None, int]) -> None:
     for name, (value, allowed) in least.items():
         if value is not None and value < allowed:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {allowed} or more")
-
-
-ALL_GPUS = "cuda:all"
 
 
 def chosen_device(name: str, *, several: bool = False, planned: bool = False) -> "torch.device":

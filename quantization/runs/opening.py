@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from quantization.model.blocks import DecoderBlock
-from quantization.model.placement import spread
+from quantization.model.placement import memory_of_each, spread
 from quantization.model.rescale import rescale_all
 from quantization.runs.checkpoint import block_file, is_quantized, load_quantized, read_block, read_manifest
 
@@ -27,15 +27,21 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    directory: Path, dtype: torch.dtype, device: torch.device, packed: bool = False, spread_over_gpus: bool = False
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool = False,
+    spread_over_gpus: bool = False,
+    max_memory: int | None = None,
 ) -> PreTrainedModel:
-    """A dense or quantized checkpoint as a model in evaluation mode."""
+    """A dense or quantized checkpoint as a model in evaluation mode. max_memory: bytes it may take of each GPU."""
+    memory = None if max_memory is None else memory_of_each(max_memory)
     if is_quantized(directory):
         model = load_quantized(directory, packed=packed, dtype=dtype, device="cpu" if spread_over_gpus else device)
-        return spread(model) if spread_over_gpus else model
+        return spread(model, memory) if spread_over_gpus else model
     # With a device map the weights go from the file to their GPU, and the whole model is never in main memory.
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, device_map="auto" if spread_over_gpus else None
+        directory, dtype=dtype, device_map="auto" if spread_over_gpus else None, max_memory=memory
     )
     if not spread_over_gpus:
         torch.nn.Module.to(model, device)

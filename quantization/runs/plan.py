@@ -82,6 +82,7 @@ class Plan:
     packed: bool
     context: int | None  # positions the model has, None if its configuration does not say
     spread: bool = False  # over all GPUs, for a model larger than one
+    max_memory: int | None = None  # bytes that it may take of each of them, None for all there are
 
     # What is known without running anything ---------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Plan:
 
     def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
-        return load_model(directory, self.dtype, self.device, packed, self.spread)
+        return load_model(directory, self.dtype, self.device, packed, self.spread, self.max_memory)
 
     def _open_dense(self, directory: Path) -> PreTrainedModel:
         return self._open(directory)
@@ -315,13 +316,14 @@ def plan_run(
     vanilla: bool = False,
     packed: bool = False,
     spread: bool = False,
+    max_memory: int | None = None,
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs. dtype: None takes float32 on a CPU and the checkpoint's own
-    elsewhere. Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized
-    already.
+    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
+    a CPU and the checkpoint's own elsewhere. Raises UserError for a combination that cannot be, such as a recipe for
+    weights that are quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
     directory, manifest = checkpoint.directory, checkpoint.manifest
@@ -347,7 +349,9 @@ def plan_run(
     else:
         named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
     text = _text_of(recipe.calibration, tokenizer) if manifest is None and recipe.calibrates else None
-    plan = Plan(checkpoint, recipe, named, search, tokenizer, text, dtype, device, vanilla, packed, context, spread)
+    plan = Plan(
+        checkpoint, recipe, named, search, tokenizer, text, dtype, device, vanilla, packed, context, spread, max_memory
+    )
     if named is not None or vanilla:
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
     if named is not None and named.file is not None:  # now, and not after hours of quantizing

@@ -55,7 +55,8 @@ class Distill:
     """Fine-tune every parameter of a block until, rounded, it gives the full-precision block's output.
 
     steps: of `batch` samples each. lr, weight_decay, eps: of AdamW; lr stays constant. blocks: "all" (the paper) or
-    "last" (the published figures). held_out: samples that decide which state is kept.
+    "last" (the published figures). held_out: samples that decide which state is kept; a quarter of a text that has no
+    more than those.
     """
 
     steps: int = 600
@@ -105,7 +106,13 @@ class Distill:
         if self.blocks == "last" and block.index + 1 < block.config.get_text_config(decoder=True).num_hidden_layers:
             return {} if weights is None else weights.quantize_block(block)
         stream = _stream(block)
-        training, held_out = split_samples(len(stream.full), self.held_out, block.name)
+        count = len(stream.full)
+        few = self.held_out >= count  # the published text has 128
+        if few:
+            log.warning(
+                "%s  %d samples: a quarter is held out, not tuning.held_out=%d", block.name, count, self.held_out
+            )
+        training, held_out = split_samples(count, max(1, count // 4) if few else self.held_out, block.name)
         student = Student(block, weights, inputs, kv)
         error, first = student.squared_error()
         descent = train(
