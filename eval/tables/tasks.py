@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval.tables.perplexities import BEHIND, INTACT, VANILLA, kv_label, prefix_label, settings_of
+from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of
+from quantization.kv_cache import kv_label
 
 __all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "run_tables", "task_caption",
            "task_tables"]  # fmt: skip

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantization.programs.kv_options import add_kv_options, with_kv
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,7 +47,8 @@ def add_plan_options(
     """The options that make a plan, and --plan.
 
     several: the program can spread one model over all GPUs. recipe, calibration, prefix, dtype: with these options.
-    run: with those of a model that runs: the arm, the KV policy, packed weights.
+    run: with those of a model that runs: the arm, packed weights. The KV policy goes with either: a recipe's other
+    parts may be searched or trained with it at work.
     """
     add_model_options(parser, several=several)
     if recipe:
@@ -55,6 +58,8 @@ def add_plan_options(
     group = parser.add_argument_group("at run time") if run else parser
     if prefix:
         add_prefix_option(group)
+    if recipe or run:
+        add_kv_options(group)
     if run:
         add_run_options(group)
     if dtype:
@@ -159,20 +164,12 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_run_options(group: argparse._ActionsContainer) -> None:
-    """What is chosen when a model runs: its arm, its KV policy, how its weights are kept."""
+    """What is chosen when a model runs: its arm, how its weights are kept."""
     group.add_argument(
         "--vanilla",
         action="store_true",
         help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
     )
-    group.add_argument(
-        "--kv",
-        default=None,
-        metavar="NAME",
-        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
-        "(default: the recipe's, or the checkpoint's)",
-    )
-    group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
     group.add_argument(
         "--packed",
         action="store_true",
@@ -194,9 +191,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.named import kv_policy, named_recipe
+    from quantization.named import named_recipe
     from quantization.recipes.recipe import with_settings
-    from quantization.runs.plan import stored_kv
 
     if not hasattr(options, "recipe"):
         return named_recipe("fp16")
@@ -210,11 +206,7 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     if getattr(options, "prefix", None) is not None:
         behind = recipe.calibrate_behind_prefix and options.prefix != "none"  # of a recipe that does so by itself
         recipe = replace(recipe, prefix=options.prefix, calibrate_behind_prefix=behind)
-    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
-    if name is not None or bits is not None:
-        recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
-    elif recipe.kv_cache is None:
-        recipe = replace(recipe, kv_cache=stored_kv(checkpoint))
+    recipe = with_kv(recipe, options, checkpoint)
     settings = [
         *_setting("weights.grid.bits", options.bits),
         *_setting("weights.grid.group_size", options.group_size),

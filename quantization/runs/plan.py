@@ -23,6 +23,7 @@ from corpora.text import calibration_segments, packed_documents, text_identity
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
+from quantization.kv_cache import Grids
 from quantization.recipes.protocols import CalibratedKV, restored
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
@@ -340,7 +341,11 @@ def plan_run(
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text_config = config.get_text_config(decoder=True)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(recipe.kv_cache, Grids):
+        heads = getattr(text_config, "num_attention_heads", None) or 1
+        recipe.kv_cache.check(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
     named, search = None, None
     if recipe.prefix.split(":")[0] == AUTO:
         search = default_search(checkpoint, tokenizer, auto_corpus(recipe.prefix), context)
@@ -387,10 +392,12 @@ def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
             f"{type(wanted).__name__} needs ranges of keys and values, which {checkpoint.name} does not hold; quantize "
             "it with that KV policy (for example --kv static --kv-bits 4), or choose another, such as --kv per_head"
         )
-    if (type(own), own.bits) != (type(wanted), wanted.bits):
+    # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
+    kind: Any = type(own)
+    if wanted not in (own, kind(own.bits)):
         raise UserError(
-            f"{checkpoint.name} holds ranges for {type(own).__name__} with {own.bits} bits, not for "
-            f"{type(wanted).__name__} with {wanted.bits}; leave --kv and --kv-bits out, or quantize it anew"
+            f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
+            "quantize it anew"
         )
     return own
 
