@@ -225,21 +225,22 @@ def test_options_that_cannot_be_are_refused_in_a_line(
     assert said in err
 
 
+@pytest.mark.parametrize("group_size", [8, -1])
 def test_ranges_of_a_checkpoint_are_not_taken_for_other_groups(
-    checkpoint: Any, text: Path, intactkv_root: Path, run_main: Any
+    group_size: int, checkpoint: Any, text: Path, intactkv_root: Path, run_main: Any
 ) -> None:
     made = intactkv_root / "made"
     calibration = ("--calibration", text, "--calibration-samples", 2, "--calibration-length", 20)
     code, _, err = run_main(
         quantize, "--model", checkpoint(), "--recipe", "prefixquant-w4a8kv4-static", "--prefix", "none", *calibration,
-        "--k-bits", 4, "--v-bits", 3, "--kv-group-size", 8, "--set", "tuning.mse_init_size=2", "--out", made,
+        "--k-bits", 4, "--v-bits", 3, "--kv-group-size", group_size, "--set", "tuning.mse_init_size=2", "--out", made,
     )  # fmt: skip
     assert code == 0, err
     run = ("ppl", "--model", made, "--corpus", text, "--window", 16, "--limit", 2, "--json")
     code, out, err = run_main(evaluate, *run)
     assert code == 0, err
     kv = json.loads(out)["settings"]["kv"]
-    assert (kv["bits"], kv["v_bits"], kv["group_size"]) == (4, 3, 8)
+    assert (kv["bits"], kv["v_bits"], kv["group_size"]) == (4, 3, group_size)
     code, _, err = run_main(evaluate, *run, "--kv-group-size", 16)
     assert code == 2
     assert "holds ranges for StaticPerHead" in err

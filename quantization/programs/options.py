@@ -148,8 +148,9 @@ def add_prefix_option(parser: argparse._ActionsContainer) -> None:
         default=None,
         metavar='none|bos|prompt|auto|FILE|"text"',
         help="tokens whose keys and values stay as the full-precision model wrote them; auto: those that PrefixQuant "
-        "discovers, on random pieces of the model's calibration text (auto:NAME for another corpus), once for a model "
-        "(default: the recipe's)",
+        "discovers, once for a model, on random pieces of the text of --calibration or of the model's own (auto:NAME "
+        "for another corpus, auto@64 or auto:NAME@64 for the ratio to the median that makes an outlier) (default: the "
+        "recipe's, or the one that a checkpoint was calibrated behind)",
     )
 
 
@@ -193,6 +194,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from corpora.errors import UserError
     from quantization.named import named_recipe
     from quantization.recipes.recipe import with_settings
+    from quantization.runs.plan import needed_prefix
+    from quantization.runs.prefixes import searched_in
 
     if not hasattr(options, "recipe"):
         return named_recipe("fp16")
@@ -206,6 +209,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     if getattr(options, "prefix", None) is not None:
         behind = recipe.calibrate_behind_prefix and options.prefix != "none"  # of a recipe that does so by itself
         recipe = replace(recipe, prefix=options.prefix, calibrate_behind_prefix=behind)
+    elif recipe.prefix == "none":
+        recipe = replace(recipe, prefix=needed_prefix(checkpoint))
     recipe = with_kv(recipe, options, checkpoint)
     settings = [
         *_setting("weights.grid.bits", options.bits),
@@ -227,6 +232,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     recipe = with_settings(
         recipe, _with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *options.settings])
     )
+    if any(setting.startswith("calibration.corpus=") for setting in (*calibration, *options.settings)):
+        recipe = replace(recipe, prefix=searched_in(recipe.prefix, recipe.calibration.corpus))
     if getattr(options, "calibrate_behind_prefix", False):
         recipe = replace(recipe, calibrate_behind_prefix=True)
     return recipe
@@ -282,6 +289,7 @@ def plan_of(
         vanilla=getattr(options, "vanilla", False),
         packed=getattr(options, "packed", False),
         spread=several and options.device == ALL_GPUS,
+        quantizes=makes in ("run", "checkpoint"),
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
