@@ -21,8 +21,6 @@ from corpora.text import calibration_segments, corpus_label, encode, evaluation_
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
-from quantization.kv_cache import kv_bits
-from quantization.recipes.recipe import describe
 from quantization.runs.dense import read_config
 from quantization.runs.plan import Plan
 from quantization.runs.prefixes import PrefixChoice
@@ -224,7 +222,7 @@ def _prefix_part(choice: PrefixChoice) -> str:
 def _kv_words(plan: Plan) -> list[str]:
     """The policy of the KV cache, if there is one."""
     kv = plan.recipe.kv_cache
-    return [] if kv is None else [f"KV {type(kv).__name__} {kv_bits(describe(kv))}"]
+    return [] if kv is None else [f"KV {type(kv).__name__} {getattr(kv, 'bits', '')}".strip()]
 
 
 def _model_name(plan: Plan) -> str:
