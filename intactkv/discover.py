@@ -26,7 +26,7 @@ from intactkv.observe import Site, token_maxima
 from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, outlier_ratios, outlier_tokens
 from intactkv.prefix import Prefix
 
-__all__ = ["Discovery", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
+__all__ = ["Discovery", "check_threshold", "chosen_tokens", "discover", "down_maxima", "largest_ratios"]
 
 CHANCE = 0.1  # of the sequences; a single id that is rarer is dropped (step 3)
 TOKENS_AT_ONCE = 2048  # of one pass
@@ -58,11 +58,16 @@ def discover(
     advance: told how many sequences are done.
     Raises UserError for a threshold that no ratio to a median means, or an unknown linear.
     """
-    if not threshold > 1:
-        raise UserError(f"outlier threshold {threshold:g}: a ratio to the median has to exceed 1; PrefixQuant's is 64")
+    check_threshold(threshold)
     maxima = down_maxima(model, ids, linear=linear, advance=advance)
     found = outlier_tokens(maxima, ids, threshold)
     return Discovery(chosen_tokens(found, len(ids), start), found, largest_ratios(maxima))
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise UserError for what is no outlier's ratio to the median."""
+    if not threshold > 1:
+        raise UserError(f"outlier threshold {threshold:g}: a ratio to the median has to exceed 1; PrefixQuant's is 64")
 
 
 def chosen_tokens(found: OutlierTokens, sequences: int, start: int) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def _w_and_a(bits: int, alpha: float | None, qllm: bool = False) -> Recipe:
         weights=RTN(grid),
         activations=Activations(grid),
         attention=AttentionProducts(grid) if qllm else None,
-        kv_cache=PerHead(bits) if qllm else None,
+        kv_cache=PerHead(bits, "intactkv-asym") if qllm else None,  # its ranges contain 0
         calibration=Calibration(corpus="pile", samples=512, length=512),
     )
 

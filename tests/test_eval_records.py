@@ -18,9 +18,10 @@ SETTINGS: dict[str, Any] = {
     "packed": False, "corpus": "sample", "text_sha256": "00", "tokens_sha256": "aa",
     "protocol": "intactkv", "window": 512, "limit": 8, "batch_size": 4,
 }  # fmt: skip
+KV4 = {"kind": "PerHead", "bits": 4, "convention": "minmax-asym"}
 CHANGED: dict[str, Any] = {
     "model": "other", "weights": "rtn-w3g64", "made_of": {"source": "abd"}, "recipe": {"x": 1},
-    "kv": {"kind": "PerHead", "bits": 4}, "prefix": {"label": "[B]", "ids": [1], "file": None, "intact": True},
+    "kv": KV4, "prefix": {"label": "[B]", "ids": [1], "file": None, "intact": True},
     "dtype": "bfloat16", "device": "cuda", "packed": True, "corpus": "c4", "text_sha256": "01", "tokens_sha256": "ab",
     "protocol": "gptq",
     "window": 2048, "limit": None, "batch_size": 1,
@@ -93,12 +94,13 @@ def test_both_arms_of_a_setting_share_a_row(intactkv_root):
         record(20.0), record(15.0, prefix=BOS),
         record(22.0, prefix=PROMPT | {"intact": False}, tokens_sha256="p"),
         record(11.0, prefix=PROMPT, tokens_sha256="p"),
-        record(30.0, kv={"kind": "PerHead", "bits": 4}),
+        record(30.0, kv=KV4), record(31.0, kv={"kind": "PerHead", "bits": 4}),
     ])  # fmt: skip
     assert [(r.kv, r.prefix, r.vanilla.perplexity, r.intact.perplexity, r.intact.change) for r in rows] == [
         ("16", "[B]", 20.0, 15.0, pytest.approx(-0.25)),
         ("16", "[P]", 22.0, 11.0, pytest.approx(-0.5)),
         ("4 per_head", "[B]", 30.0, None, None),
+        ("4 per_head intactkv-asym", "[B]", 31.0, None, None),  # of the range that held 0
     ]
 
 

@@ -72,7 +72,11 @@ TABLE = [
     # SpQR: plain range, real zero point: lo = 2.5, s = 1, z = −2.5; both ends are exact
     ("spqr-asym", 4, [2.5, 5.25, 17.5], 1, -2.5, [0, 3, 15], [2.5, 5.5, 17.5]),
     ("spqr-asym", 4, [-8, -3, 0, 2, 7], 1, 8, [0, 5, 8, 10, 15], [-8, -3, 0, 2, 7]),
-    # IntactKV's rule for the cache: GPTQ's with 1e-5 ≤ s
+    # IntactKV's rule for the cache: the range as it is, and a zero point that need be no code; 1e-5 ≤ s
+    ("minmax-asym", 4, [-8, -3, 0, 2, 7], 1, 8, [0, 5, 8, 10, 15], [-8, -3, 0, 2, 7]),
+    ("minmax-asym", 4, [10, 12, 25], 1, -10, [0, 2, 15], [10, 12, 25]),
+    ("minmax-asym", 4, [0, 0], 1e-5, 0, [0, 0], [0, 0]),
+    # with a range that contains 0: GPTQ's with 1e-5 ≤ s
     ("intactkv-asym", 4, [-8, -3, 0, 2, 7], 1, 8, [0, 5, 8, 10, 15], [-8, -3, 0, 2, 7]),
     ("intactkv-asym", 4, [0, 0], 1e-5, 0, [0, 0], [0, 0]),
     # other widths: N = 3 and N = 255

@@ -186,7 +186,7 @@ def test_a_prefix_goes_with_the_checkpoint_that_is_there(dense, text):
     first = plan.load()
     assert first.prefix is not None
     file = place.parent / "mine.safetensors"
-    first.prefix.save(file)
+    replace(first.prefix, calibrated={"best_step": 1}).save(file)  # whose keys and values cannot be built anew
     assert plan_run(dense, replace(recipe, prefix=str(file)), device=CPU).load().prefix is not None
     shutil.rmtree(place)
     again = plan_run(dense, recipe, device=CPU).load()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing file": (["--prefix", "nowhere.safetensors"], "prefix file nowhere.safetensors is missing"),
     "another model's file": (["--prefix", "other.safetensors"], "this prefix belongs to another model or basis"),
     "another model's adapter": (["--prefix", "other"], "this prefix belongs to another model or basis"),
-    "another basis": (["--prefix", "rotated.safetensors"], "basis is 'rotated' in the prefix and 'plain'"),
+    "trained in another basis": (["--prefix", "rotated.safetensors"], "basis is 'rotated' in the prefix and 'plain'"),
     "no adapter": (["--prefix", "plain"], "--prefix plain is a directory without adapter_config.json"),
     "a path that is not there": (["--prefix", "plain/adapter"], "--prefix plain/adapter looks like a path"),
     "with projection": (["--prefix", "projected"], "projected is an adapter with a projection"),
@@ -162,7 +163,7 @@ def test_every_mistake_is_one_line(
     config = json.loads(Path("projected", CONFIG).read_text())
     Path("projected", CONFIG).write_text(json.dumps(config | {"prefix_projection": True}))
     Path("plain").mkdir()
-    own = build_prefix(loaded(dense), [BOS])
+    own = replace(build_prefix(loaded(dense), [BOS]), calibrated={"best_step": 1})
     own.model.__dict__["basis"] = "rotated"
     own.save("rotated.safetensors")
     arguments, words = MISTAKES[mistake]

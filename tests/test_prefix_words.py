@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import every
 from families import plain_logits, random_ids
 
 from corpora.errors import UserError
@@ -12,7 +13,7 @@ from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
-from quantization.runs.prefixes import auto_corpus, choose_prefix, prefix_file, stored_prefix
+from quantization.runs.prefixes import auto_search, choose_prefix, prefix_file, searched_in, stored_prefix
 
 BOS, EOS = 1, 2
 CHAT = (
@@ -89,9 +90,24 @@ def test_prompt_without_a_chat_template_is_refused_by_the_models_name(tokenizer)
         choose_prefix("prompt", tokenizer, "llama-2-7b")
 
 
-@pytest.mark.parametrize(("word", "corpus"), [("auto", None), ("auto:wikitext2", "wikitext2")])
-def test_auto_names_the_corpus_to_search(tokenizer, word, corpus):
-    assert auto_corpus(word) == corpus
+@every(
+    ("word", "search", "given"),
+    [
+        ("auto", (None, None), "auto:c4"),
+        ("auto:wikitext2", ("wikitext2", None), "auto:wikitext2"),
+        ("auto@32", (None, 32.0), "auto:c4@32"),
+        ("auto:wikitext2@2.5", ("wikitext2", 2.5), "auto:wikitext2@2.5"),
+        ("auto:/home/me@work/a text.txt", ("/home/me@work/a text.txt", None), "auto:/home/me@work/a text.txt"),
+        ("automatic", None, "automatic"),
+        ("bos", None, "bos"),
+    ],
+)
+def test_auto_names_the_text_to_search_and_what_an_outlier_is(word, search, given):
+    assert auto_search(word) == search
+    assert searched_in(word, "c4") == given
+
+
+def test_a_word_that_only_begins_like_auto_is_a_text(tokenizer):
     assert choose_prefix("automatic", tokenizer, "tiny").label == "[T]"
 
 

@@ -18,15 +18,18 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
+from intactkv.training import train
 from quantization.grids.uniform import Fit, UniformGrid, fit, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
 from quantization.model.activations import Activations
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.inputs import InputQuantizer
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_cost
 from quantization.runs.pipeline import quantize_checkpoint
+from quantization.tuning import prefixquant as tuning_module
 from quantization.tuning.prefixquant import LOSSES, PrefixQuantTuning
 from quantization.tuning.quantizers import Quantizers, at_work, min_max, output_error, stream_of
 from quantization.tuning.search import (
@@ -317,6 +320,24 @@ def test_gradients_reach_weights_scales_zero_points_shares_and_ranges_of_the_cac
         assert tensor.grad.abs().sum() > 0
 
 
+def test_gradients_reach_the_shares_of_ranges_that_need_not_hold_zero() -> None:
+    """PrefixQuant's dynamic asymmetric inputs, in groups: s = (p hi − p lo)/(2^b − 1), z = round(−p lo/s)."""
+    quantizer = InputQuantizer(UniformGrid(3, 8, "minmax-asym"), keep=0.9)
+    x = 5 + noise(1, 4, 16)
+    for share in quantizer.learned:
+        share.requires_grad_(True)
+    with torch.enable_grad():
+        found = quantizer(x)
+        (found * noise(*x.shape, seed=1)).sum().backward()
+    for group, rounded in zip(x.view(-1, 8), found.view(-1, 8), strict=True):
+        low, high = 0.9 * float(group.min()), 0.9 * float(group.max())
+        scale = (high - low) / 7
+        zero = round(-low / scale)
+        expected = [(min(max(round(v / scale) + zero, 0), 7) - zero) * scale for v in group.tolist()]
+        assert rounded.tolist() == pytest.approx(expected, rel=1e-4)
+    assert all(share.grad is not None and share.grad.abs() > 0 for share in quantizer.learned)
+
+
 @pytest.mark.parametrize(("kind", "target"), [("static", "fp_input"), ("static", "both"), ("dynamic", "quant_input")])
 def test_training_lowers_the_held_out_loss(
     kind: str, target: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -326,6 +347,29 @@ def test_training_lowers_the_held_out_loss(
     figures = [read_block(block_file(out, index)).figures for index in range(BLOCKS)]
     assert all(block["loss_after"] <= block["loss_before"] for block in figures)
     assert read_cost(out)["figures"]["loss_after"] < 0.98 * read_cost(out)["figures"]["loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "last", "clip"),
+    [({}, 0.1, 0.3), ({"min_lr_factor": 4.0, "clip_grad": 1.5}, 0.25, 1.5), ({"clip_grad": 0.0}, 0.1, math.inf)],
+)
+def test_rates_fall_to_a_part_of_the_first_and_gradients_are_clipped_as_told(
+    settings: dict[str, float], last: float, clip: float, checkpoint: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[Any] = []
+
+    def watched(groups: Any, schedule: Any, *rest: Any) -> Any:
+        seen.append(schedule)
+        return train(groups, schedule, *rest)
+
+    monkeypatch.setattr(tuning_module, "train", watched)
+    recipe = tiny_recipe(epochs=3, mse_init=False, **settings)
+    quantized(checkpoint(), recipe, tmp_path / "out")
+    assert len(seen) == BLOCKS
+    for schedule in seen:
+        assert [schedule.share(0), schedule.share(schedule.steps)] == pytest.approx([1.0, last])
+        assert schedule.clip == clip
 
 
 def test_rates_of_zero_leave_everything_as_the_search_left_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -496,6 +540,8 @@ def test_static_grids_serve_behind_a_prefix_and_are_ruined_by_its_tokens_without
     ({"mse_init_size": 0}, "tuning.mse_init_size=0 is not allowed"),
     ({"quant_lr": -1.0}, "tuning.quant_lr=-1 is not allowed"),
     ({"held_out": 1.0}, "tuning.held_out=1 is not allowed"),
+    ({"min_lr_factor": 0.5}, "tuning.min_lr_factor=0.5 is not allowed; give 1"),
+    ({"clip_grad": -1.0}, "tuning.clip_grad=-1 is not allowed; give a norm, or 0 for none"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as refused:

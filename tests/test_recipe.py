@@ -81,7 +81,7 @@ def test_the_description_names_every_field_of_every_part() -> None:
     assert set(described) == {"kind", *(f.name for f in fields(Recipe))}
     assert described["weights"] == {"kind": "RTN", "grid": {"kind": "UniformGrid", **vars(GRID)}}
     assert described["transforms"] == [{"kind": "Smoothing", "alpha": 0.5}]
-    assert described["kv_cache"] == {"kind": "PerHead", "bits": 4}  # its grid follows from the bits
+    assert described["kv_cache"] == {"kind": "PerHead", "bits": 4, "convention": "minmax-asym"}  # grids follow from it
 
 
 # refusals -------------------------------------------------------------------------------------------------------------

@@ -315,6 +315,8 @@ def test_table_5_takes_what_quantizes_as_the_recipe_does_and_full_precision():
 
 @pytest.mark.parametrize("change", [
     {"kv": None}, {"kv": {"kind": "Rotated", "bits": 3, "keep": 0.95}}, {"kv": {"kind": "PerHead", "bits": 4}},
+    {"kv": {"kind": "Rotated", "bits": 4, "keep": 0.95, "v_bits": 3}},
+    {"kv": {"kind": "Rotated", "bits": 4, "keep": 0.95, "group_size": 64}},
     {"weights": {"kind": "RTN"}}, {"weights": {"grid": {"bits": 3}}}, {"group": 64},
 ])  # fmt: skip
 def test_what_quantizes_otherwise_has_no_place_in_table_5(change):
@@ -325,10 +327,11 @@ def test_what_quantizes_otherwise_has_no_place_in_table_5(change):
 def test_table_5_names_what_a_run_does_otherwise_than_the_recipe():
     record = quarot(8.4, weights={"damp": 0.1})
     record["settings"]["recipe"]["transforms"][0] |= {"head_mix": "none"}
-    record["settings"]["kv"] |= {"keep": 1.0}
+    record["settings"]["kv"] |= {"keep": 1.0, "convention": "gptq-sym"}
     (table,) = paper_tables(5, [record], ["llama-2-7b"])
     (note,) = (note for note in table.notes if "QuaRot" in note)
-    for words in ("damp=0.1 (recipe: 0.01)", "transforms.rotate.head_mix=none (recipe: auto)", "kv_cache.keep=1.0"):
+    for words in ("damp=0.1 (recipe: 0.01)", "transforms.rotate.head_mix=none (recipe: auto)", "kv_cache.keep=1.0",
+                  "kv_cache.convention=gptq-sym (recipe: its default)"):  # fmt: skip
         assert words in note
 
 

@@ -23,20 +23,21 @@ from eval.perplexity import Windows
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.observe import inputs_of
 from intactkv.pivots import hidden_magnitudes
-from quantization.kv_cache import PerHead
+from quantization.kv_cache import Grids, Layers
 
 __all__ = ["GROUPS", "kv_report", "stored_bits"]
 
 GROUPS = ("pivots", "prefix", "rest")
 FULL_BITS = 16.0  # what a cache element takes that no policy touches, in the dtype of published models
-SCALE_BITS = 16.0  # of a scale, and of a zero point
 
 
-def stored_bits(policy: KVPolicy | None, head_size: int) -> float | None:
-    """Bits that an element takes once a policy has stored it, scales and zero points included; None if unknown."""
+def stored_bits(policy: KVPolicy | None, head_size: int, heads: int) -> float | None:
+    """Bits that an element takes once a policy has stored it, mean of keys and values, scales and zero points included;
+    None if unknown."""
     if policy is None:
         return FULL_BITS
-    return policy.bits + 2 * SCALE_BITS / head_size if isinstance(policy, PerHead) else None
+    grids = policy.policy if isinstance(policy, Layers) else policy
+    return sum(grids.bits_per_element(head_size, heads)) / 2 if isinstance(grids, Grids) else None
 
 
 @torch.inference_mode()
@@ -72,7 +73,8 @@ def kv_report(
                     mine = member[len(member) - held.shape[-2] :]
                     losses[group, layer, what].add(exact[..., mine, :], held[..., mine, :])
         report()
-    bits = stored_bits(pair.quantized.kv, keys.intact_layers[0].held[0].shape[-1])
+    heads, _, size = keys.intact_layers[0].held[0].shape[1:]
+    bits = stored_bits(pair.quantized.kv, size, heads)
     rows = [
         {
             "arm": pair.arm,

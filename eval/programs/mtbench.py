@@ -151,9 +151,11 @@ def _answers_directory() -> Path:
 
 def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
     """model-method-w{b}g{g}[-kvN][-intactkv…][-questions]-seed_{s}: [P] is plain intactkv, as published."""
+    from quantization.kv_cache import kv_bits
+
     parts = [settings["model"], settings["weights"]]
-    if (policy := plan.recipe.kv_cache) is not None:
-        parts.append(f"kv{getattr(policy, 'bits', type(policy).__name__.lower())}")
+    if settings["kv"] is not None:
+        parts.append(f"kv{kv_bits(settings['kv'])}")
     prefix = settings["prefix"]
     if prefix["label"] != "none":  # intact, or put in front
         parts += ["intactkv" if prefix["intact"] else "vanilla", *_kind(prefix["label"])]

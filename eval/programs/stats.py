@@ -247,7 +247,7 @@ def _measure(kind: str, plan: "Plan", windows: "Windows") -> dict[str, Any]:
 
 def _conditions(settings: dict[str, Any], windows: "Windows") -> str:
     """Everything that a figure depends on and the table does not say."""
-    from eval.tables.perplexities import kv_label
+    from quantization.kv_cache import kv_label
 
     return (
         f"KV {kv_label(settings['kv'])}, prefix {settings['prefix']['label']}, {settings['corpus']}: "
@@ -259,11 +259,13 @@ def _conditions(settings: dict[str, Any], windows: "Windows") -> str:
 def _default_out(kind: str, plan: "Plan", identity: str) -> Path:
     """outputs/stats/MODEL__KIND__WEIGHTS[__PREFIX]__IDENTITY.csv: one table for every run record."""
     from corpora.paths import outputs_dir
+    from quantization.kv_cache import kv_bits
+    from quantization.recipes.recipe import describe
 
     manifest, kv, word = plan.checkpoint.manifest, plan.recipe.kv_cache, plan.choice.word
     weights = manifest["label"] if manifest is not None else plan.recipe.label()
     if kv is not None:
-        weights += f"-kv{getattr(kv, 'bits', '')}"
+        weights += f"-kv{kv_bits(describe(kv))}"
     parts = [plan.checkpoint.family_name, kind, weights]
     if plan.has_prefix:
         parts.append((word if word in ("bos", "prompt") else "text") + ("-vanilla" if plan.vanilla else ""))

@@ -15,6 +15,7 @@ from corpora.storage import identity
 from eval.tables.perplexities import caption_of, is_behind, prefix_label, weights_and_seed
 from eval.tables.published import BITS, FULL, METHODS, QUESTIONS, WHOLE_METHODS, PublishedTable, paper_name
 from eval.tables.tasks import QA_AVERAGES, QA_METRICS, averages, task_caption
+from quantization.kv_cache import kv_bits
 from quantization.named import named_recipe
 from quantization.recipes.recipe import describe
 
@@ -185,7 +186,7 @@ def _quantizes(recipe: Mapping[str, Any], kv: Mapping[str, Any] | None) -> tuple
         [step["kind"] for step in recipe.get("transforms") or ()],
         weights and (weights["kind"], weights["grid"]["bits"]),
         activations and (activations["static"], activations["grid"]["bits"], activations["grid"]["group_size"]),
-        kv and (kv["kind"], kv["bits"]),
+        kv and (kv["kind"], kv_bits(kv)),
         others,
     )
 
@@ -267,11 +268,11 @@ def departures(settings: Mapping[str, Any]) -> list[str]:
 
 def _changed(part: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
     """The fields of a described part that are not as published; the group size apart."""
-    named = dict(_flat(published))
+    named = dict(_flat(published))  # without what was `added` and stands as it was before
     return [
-        f"{name}={value} (recipe: {named[name]})"
+        f"{name}={value} (recipe: {named.get(name, 'its default')})"
         for name, value in _flat(part)
-        if name in named and name != "grid.group_size" and value != named[name]
+        if name != "grid.group_size" and (name not in named or value != named[name])
     ]
 
 

@@ -17,7 +17,7 @@ from corpora.storage import identity
 from corpora.text import PROTOCOLS
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of, percent
 from eval.tables.render import render as render_tables
-from quantization.kv_cache import KV_POLICIES
+from quantization.kv_cache import kv_label
 
 __all__ = [
     "ARMS",
@@ -33,7 +33,6 @@ __all__ = [
     "caption_of",
     "figures_of",
     "is_behind",
-    "kv_label",
     "perplexity_rows",
     "prefix_label",
     "print_table",
@@ -86,14 +85,6 @@ class Row:
     def visible(self) -> tuple[str, ...]:
         """What a reader of the table can tell rows apart by."""
         return self.caption, self.model, self.weights, self.kv, self.corpus, self.prefix
-
-
-def kv_label(kv: dict[str, Any] | None) -> str:
-    """`16` for a full-precision cache, else the bits and the policy's word: `4 per_head`."""
-    if kv is None:
-        return "16"
-    words = {policy.__name__: word for word, policy in KV_POLICIES.items()}
-    return f"{kv['bits']} {words.get(kv['kind'], kv['kind'])}"
 
 
 def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from eval.tables.perplexities import BEHIND, INTACT, VANILLA, kv_label, prefix_label, settings_of
+from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of
+from quantization.kv_cache import kv_label
 
 __all__ = ["AVERAGES", "MEAN_ACC", "QA_AVERAGE", "QA_AVERAGES", "QA_METRICS", "Average", "averages", "in_percent",
            "run_tables", "task_caption", "task_tables"]  # fmt: skip

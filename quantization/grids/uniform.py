@@ -131,12 +131,16 @@ def _fit_spqr_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
 
 
 def _fit_intactkv_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
-    """IntactKV's KV rule: s = clamp((hi − lo)/(2^b − 1), 1e-5, 1e4), z = round(−lo/s).
+    """The next rule with a range that contains 0, so that z is a code, as what is stored needs it."""
+    return _fit_minmax_asym(low.clamp_max(0), high.clamp_min(0), bits)
 
-    The range is extended to contain 0 (no change where it does): a constant vector is then exact, which it is not in
-    the reference, and z stays in 0…2^b − 1 without the reference's clamp to ±1e4.
+
+def _fit_minmax_asym(low: Tensor, high: Tensor, bits: int) -> Fit:
+    """IntactKV's and PrefixQuant's dynamic rule: s = clamp((hi − lo)/(2^b − 1), 1e-5, 1e4), z = round(−lo/s).
+
+    Groups of one sign keep all levels; their z is no code. The published clamp of z to ±1e4 is left out: where it acts,
+    a group without spread far from 0, it moves the whole group, which is exact here.
     """
-    low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / _full_range(bits)).clamp(1e-5, 1e4)
     return Fit(scale, torch.round(-low / scale))
 
@@ -155,6 +159,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     "deepspeed-asym": Convention(_fit_deepspeed_asym, _full_range, "real", round_sum=True),
     "spqr-asym": Convention(_fit_spqr_asym, _full_range, "real", round_sum=True),
     "intactkv-asym": Convention(_fit_intactkv_asym, _full_range, "code"),
+    "minmax-asym": Convention(_fit_minmax_asym, _full_range, "real"),
 }
 
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -317,7 +322,8 @@ def _stored(fitted: Fit, grid: UniformGrid) -> Fit:
     scale = fitted.scale.to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
     if grid.rule.zero_point != "real":
         return Fit(scale, fitted.zero_point)
-    return Fit(scale, fitted.zero_point * fitted.scale / scale)  # the offset s·z stays: it may be many steps from 0
+    zero_point = fitted.zero_point * fitted.scale / scale  # the offset s·z stays: it may be many steps from 0
+    return Fit(scale, zero_point if grid.rule.round_sum else torch.round(zero_point))
 
 
 def _clip_error(groups: Tensor, fitted: Fit, grid: UniformGrid) -> Tensor:

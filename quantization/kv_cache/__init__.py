@@ -1,13 +1,16 @@
 """KV-cache quantizers: policies of the one cache class in `intactkv.cache`, and the table of their names."""
 
 from collections.abc import Mapping
+from typing import Any
 
+from quantization.kv_cache.base import Grids, Layers
 from quantization.kv_cache.clipped import ClippedPerHead
 from quantization.kv_cache.per_head import PerHead
 from quantization.kv_cache.rotated import Rotated
 from quantization.kv_cache.static import StaticPerHead
 
-__all__ = ["KV_POLICIES", "ClippedPerHead", "PerHead", "Rotated", "StaticPerHead"]
+__all__ = ["KV_POLICIES", "ClippedPerHead", "Grids", "Layers", "PerHead", "Rotated", "StaticPerHead", "kv_bits",
+           "kv_label"]  # fmt: skip
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
 KV_POLICIES: Mapping[str, type[ClippedPerHead] | type[PerHead] | type[Rotated] | type[StaticPerHead]] = {
@@ -16,3 +19,25 @@ KV_POLICIES: Mapping[str, type[ClippedPerHead] | type[PerHead] | type[Rotated] |
     "static": StaticPerHead,
     "clipped": ClippedPerHead,
 }
+
+
+def kv_bits(kv: Mapping[str, Any]) -> str:
+    """Bits and groups of a described policy in a word: `4`; of keys and values apart `4,2`; with groups `4g64`,
+    `4token`."""
+    group = {None: "", -1: "token"}.get(size := kv.get("group_size"), f"g{size}")
+    return f"{kv['bits']}{',' + str(v_bits) if (v_bits := kv.get('v_bits')) else ''}{group}"
+
+
+def kv_label(kv: Mapping[str, Any] | None) -> str:
+    """`16` for a full-precision cache, else bits and word of a described policy, `4 per_head`, and a convention that is
+    not the policy's own."""
+    if kv is None:
+        return "16"
+    words = {policy.__name__: word for word, policy in KV_POLICIES.items()}
+    word = words.get(kv["kind"], kv["kind"])
+    if kv["kind"] not in words:
+        return f"{kv_bits(kv)} {word}"
+    own = KV_POLICIES[word].__dataclass_fields__["convention"]
+    before = own.metadata.get("before", (own.default,))[0]
+    convention = kv.get("convention", before)
+    return f"{kv_bits(kv)} {word}" + ("" if convention == own.default else f" {convention}")

@@ -1,6 +1,7 @@
-"""What KV policies share: their grid, the rotation of keys, and the parts of a policy with tensors for every layer.
+"""What KV policies share: their grids and groups, the rotation of keys, the parts of a policy with tensors per layer.
 
     keys: k → Mᵀ Q(M k) where they are rotated, M the Hadamard rotation of a head; values: Q(v)
+    one group = the D channels of a (sequence, token, KV head); `group_size` of them; or, with −1, the H·D of a token
 
 q·k needs no rotation of q then (PrefixQuant rotates both).
 """
@@ -16,19 +17,11 @@ from corpora.errors import UserError
 from intactkv.cache import LayerPolicy
 from quantization.grids.uniform import UniformGrid, check_bits
 from quantization.hadamard import apply, plan
+from quantization.recipes.recipe import added
 
-__all__ = ["CalibratedPerHead", "Heads", "Layers", "check_keep", "kv_grid", "turned"]
+__all__ = ["CalibratedPerHead", "Grids", "Heads", "Layers", "check_keep", "merge_heads", "split_heads", "turned"]
 
-
-def kv_grid(bits: int, convention: str) -> UniformGrid:
-    """The grid of a head. Raises UserError for bits or a convention that a cache cannot have."""
-    check_bits("KV bits", bits, "--kv none (16 in a script) for a full-precision cache")
-    grid = UniformGrid(bits, -1, convention)
-    if grid.rule.zero_point == "real":
-        raise UserError(
-            f"kv_cache.convention={convention} has zero points that are no codes; choose intactkv-asym or gptq-sym"
-        )
-    return grid
+SCALE_BITS = 16.0  # of a stored scale, and of a zero point, which may be any integer
 
 
 def check_keep(keep: float) -> None:
@@ -42,37 +35,103 @@ def turned(keys: Tensor, rotate: bool = True, back: bool = False) -> Tensor:
     return apply(keys, plan(keys.shape[-1]), transpose=back) if rotate else keys
 
 
+def split_heads(states: Tensor, group_size: int | None) -> Tensor:
+    """(batch, KV heads, tokens, D) as (batch, tokens, groups, channels of a group)."""
+    heads, size = states.shape[1], states.shape[-1]
+    return states.transpose(1, 2).flatten(2).unflatten(-1, (-1, channels_of(group_size, size, heads)))
+
+
+def merge_heads(groups: Tensor, head_size: int) -> Tensor:
+    """Undo `split_heads`."""
+    return groups.flatten(2).unflatten(-1, (-1, head_size)).transpose(1, 2)
+
+
+def channels_of(group_size: int | None, head_size: int, heads: int) -> int:
+    """Channels that share a grid, of one token."""
+    return {None: head_size, -1: heads * head_size}.get(group_size) or group_size or head_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grids:
+    """What every policy can be told. bits: of keys, and of values unless `v_bits` says otherwise; 2 to 8.
+
+    convention: of both grids (`grids.CONVENTIONS`). group_size: channels of a head that share a grid; none: all of a
+    head; −1: those of all KV heads.
+    """
+
+    bits: int
+    convention: str
+    v_bits: int | None = added(None)
+    group_size: int | None = added(None)
+    grid: UniformGrid = field(init=False, repr=False)  # of keys
+    v_grid: UniformGrid = field(init=False, repr=False)
+    stores_grids: ClassVar[bool] = False  # with a model, and not with every token
+
+    def __post_init__(self) -> None:
+        if self.v_bits == self.bits:  # one way to say one thing
+            object.__setattr__(self, "v_bits", None)
+        for name, bits in (("grid", self.bits), ("v_grid", self.v_bits or self.bits)):
+            check_bits("KV bits", bits, "--kv none (16 in a script) for a full-precision cache")
+            object.__setattr__(self, name, UniformGrid(bits, -1, self.convention))
+        if self.stores_grids and self.grid.rule.zero_point == "real":
+            raise UserError(
+                f"kv_cache.convention={self.convention} has zero points that are no codes, which fixed ranges need; "
+                "choose intactkv-asym or gptq-sym"
+            )
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
+            raise UserError(
+                f"kv_cache.group_size={self.group_size} is not allowed; give a divisor of a head's channels, -1 for "
+                "one group over all heads of a token, or none for a head"
+            )
+
+    def check(self, head_size: int) -> None:
+        """Groups must fill heads of that many channels. Raises UserError."""
+        if self.group_size not in (None, -1) and head_size % (self.group_size or 1):
+            raise UserError(
+                f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use a "
+                f"divisor of {head_size}, -1 for one group over all heads of a token, or none for a head"
+            )
+
+    def bits_per_element(self, head_size: int, heads: int) -> tuple[float, float]:
+        """Bits of a stored element of keys and of values, with its share of what is stored for its group."""
+        per_group = SCALE_BITS * (1 if self.grid.rule.zero_point == "constant" else 2)
+        more = 0.0 if self.stores_grids else per_group / channels_of(self.group_size, head_size, heads)
+        return self.grid.bits + more, self.v_grid.bits + more
+
+
 @dataclass(frozen=True, eq=False)
 class Heads(ABC):
     """The policy of one layer. tensors: what its block was calibrated or trained to; gradients flow to them."""
 
-    grid: UniformGrid
+    policy: "CalibratedPerHead"
     tensors: Mapping[str, Tensor]
-    rotate_keys: bool = False
     differentiable: bool = True
 
     def keys(self, states: Tensor) -> Tensor:
         """Round new keys (batch, KV heads, tokens, D), after RoPE. Same shape and dtype."""
-        rounded = self.rounded_keys(turned(states.float(), self.rotate_keys))
-        return turned(rounded, self.rotate_keys, back=True).to(states.dtype)
+        groups = split_heads(turned(states.float(), self.policy.rotate_keys), self.policy.group_size)
+        rounded = merge_heads(self.rounded_keys(groups), states.shape[-1])
+        return turned(rounded, self.policy.rotate_keys, back=True).to(states.dtype)
 
     def values(self, states: Tensor) -> Tensor:
         """Round new values (batch, KV heads, tokens, D). Same shape and dtype."""
-        return self.rounded_values(states.float()).to(states.dtype)
+        groups = split_heads(states.float(), self.policy.group_size)
+        return merge_heads(self.rounded_values(groups), states.shape[-1]).to(states.dtype)
 
     @abstractmethod
     def rounded_keys(self, keys: Tensor) -> Tensor:
-        """Round keys in the basis that they are rounded in, float32."""
+        """Round groups of keys (see `split_heads`) in the basis that they are rounded in, float32."""
 
     @abstractmethod
     def rounded_values(self, values: Tensor) -> Tensor:
-        """Round values, float32."""
+        """Round groups of values, float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """The policies of a model's layers."""
+    """The policies of a model's layers, and the one that they are made of."""
 
+    policy: "CalibratedPerHead"
     layers: tuple[LayerPolicy, ...]
 
     def at(self, layer: int) -> LayerPolicy:
@@ -81,25 +140,19 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class CalibratedPerHead:
-    """A policy with tensors of its own for every layer, 2 to 8 bits.
-
-    convention: of the grid (`grids.CONVENTIONS`). rotate_keys: round keys behind a Hadamard rotation of each head.
-    """
+class CalibratedPerHead(Grids):
+    """A policy with tensors of its own for every layer. rotate_keys: round keys behind a Hadamard rotation of each
+    head."""
 
     bits: int
     convention: str = "intactkv-asym"
     rotate_keys: bool = False
-    grid: UniformGrid = field(init=False, repr=False)
     heads: ClassVar[type[Heads]]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", kv_grid(self.bits, self.convention))
 
     def of_block(self, tensors: Mapping[str, Tensor]) -> LayerPolicy:
         """The policy of one layer, by what `fit_block` found (or training made of it)."""
-        return self.heads(self.grid, tensors, self.rotate_keys)
+        return self.heads(self, tensors)
 
     def bound(self, layers: Sequence[Mapping[str, Tensor]]) -> Layers:
         """The policy of a model whose layers have these tensors."""
-        return Layers(tuple(self.of_block(tensors) for tensors in layers))
+        return Layers(self, tuple(self.of_block(tensors) for tensors in layers))

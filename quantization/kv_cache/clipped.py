@@ -1,6 +1,6 @@
 """Dynamic per-head KV-cache quantization with a learned clip (PrefixQuant, Chen et al. 2024, 2410.05265).
 
-    one group = the D values of one (sequence, head, token);   its range is [low · min, high · max]
+    one group = the D values of one (sequence, head, token), or as `base` says;   its range is [low · min, high · max]
 
 Keys keep their whole range, values the shares of it that training or a search found for the layer.
 """
@@ -27,12 +27,12 @@ class ClippedHeads(Heads):
 
     def rounded_keys(self, keys: Tensor) -> Tensor:
         """Keys on a grid over their whole range."""
-        return on_grid(keys, fit(keys, self.grid), self.grid)
+        return on_grid(keys, fit(keys, self.policy.grid), self.policy.grid)
 
     def rounded_values(self, values: Tensor) -> Tensor:
         """Values on a grid over the learned shares of their range."""
         low, high = (self.tensors[f"values_{end}"].to(values.device) for end in ("low", "high"))
-        return on_grid(values, fit_shares(values, low, high, self.grid), self.grid)
+        return on_grid(values, fit_shares(values, low, high, self.policy.v_grid), self.policy.v_grid)
 
 
 @dataclass(frozen=True)

@@ -11,47 +11,56 @@ Departs from the reference: where D has no Hadamard matrix, the Hartley matrix s
 the same is exact (reference: 0/0).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
 from quantization.grids.uniform import TINY, Fit, UniformGrid, encode
-from quantization.kv_cache.base import check_keep, kv_grid, turned
+from quantization.kv_cache.base import Grids, check_keep, merge_heads, split_heads, turned
+from quantization.recipes.recipe import added
 
 __all__ = ["Rotated"]
 
 
 @dataclass(frozen=True)
-class Rotated:
-    """Grids per token and head, 2 to 8 bits. keep: the share of a range that is kept, in (0, 1]; 0.95 as published."""
+class Rotated(Grids):
+    """Grids per token and head, or as `Grids` says. keep: the share of a range that is kept, in (0, 1]; 0.95 as
+    published. convention: of keys; ranges of values are taken as they are where it is asymmetric."""
 
     bits: int
     keep: float = 0.95
-    grid: UniformGrid = field(init=False, repr=False)
+    _: KW_ONLY
+    convention: str = added("gptq-asym")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        object.__setattr__(self, "grid", kv_grid(self.bits, "gptq-asym"))
+        super().__post_init__()
 
     def keys(self, states: Tensor) -> Tensor:
         """New keys (batch, KV heads, tokens, D), after RoPE, rounded in the rotated basis; the range contains 0."""
-        x = turned(states.float())
+        x = split_heads(turned(states.float()), self.group_size)
         low, high = x.aminmax(dim=-1, keepdim=True)
-        rounded = self._rounded(x, self.grid.rule.fit(low * self.keep, high * self.keep, self.bits))
+        fitted = self.grid.rule.fit(low * self.keep, high * self.keep, self.bits)
+        rounded = self._rounded(x, fitted, self.grid, states.shape[-1])
         return turned(rounded, back=True).to(states.dtype)
 
     def values(self, states: Tensor) -> Tensor:
         """New values (batch, KV heads, tokens, D), rounded over the range as it is."""
-        x = states.float()
-        return self._rounded(x, self._observed(*x.aminmax(dim=-1, keepdim=True))).to(states.dtype)
+        x = split_heads(states.float(), self.group_size)
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        if self.v_grid.rule.zero_point == "constant":
+            fitted = self.v_grid.rule.fit(low * self.keep, high * self.keep, self.v_grid.bits)
+        else:
+            fitted = self._observed(low, high)
+        return self._rounded(x, fitted, self.v_grid, states.shape[-1]).to(states.dtype)
 
     def _observed(self, low: Tensor, high: Tensor) -> Fit:
         """s = p(hi − lo)/(2^b − 1), z = round(−p lo/s), p = `keep`; 0 need not be in the range, so z may be no code."""
         spread = (high - low) * self.keep
         # All values the same: one level must hit them, so the scale is the value itself (1 for zeros).
-        scale = torch.where(spread < TINY, torch.where(low == 0, 1.0, low.abs()), spread / self.grid.top)
+        scale = torch.where(spread < TINY, torch.where(low == 0, 1.0, low.abs()), spread / self.v_grid.top)
         return Fit(scale, torch.round(-low * self.keep / scale))
 
-    def _rounded(self, x: Tensor, fitted: Fit) -> Tensor:
-        return (encode(x, fitted, self.grid) - fitted.zero_point) * fitted.scale
+    def _rounded(self, x: Tensor, fitted: Fit, grid: UniformGrid, head_size: int) -> Tensor:
+        return merge_heads((encode(x, fitted, grid) - fitted.zero_point) * fitted.scale, head_size)

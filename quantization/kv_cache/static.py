@@ -2,6 +2,8 @@
 
     s = (max − min)/(2^b − 1),   z = round(−min/s)      per layer, over the calibration text; keys after RoPE
 
+A group is a KV head, or as `base` says.
+
 Fixed grids only work if no token is an outlier: calibrate behind the prefix that holds the pivot tokens. Keys may be
 rounded in a rotated basis (`base`).
 """
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from quantization.grids.straight_through import on_grid, straight
-from quantization.grids.uniform import Fit
-from quantization.kv_cache.base import CalibratedPerHead, Heads, turned
+from quantization.grids.uniform import Fit, UniformGrid
+from quantization.kv_cache.base import CalibratedPerHead, Heads, split_heads, turned
 from quantization.model.blocks import DecoderBlock
 
 __all__ = ["StaticHeads", "StaticPerHead"]
@@ -26,17 +28,19 @@ class StaticHeads(Heads):
     """A layer's grids. tensors: see `StaticPerHead.fit_block`."""
 
     def rounded_keys(self, keys: Tensor) -> Tensor:
-        """Keys on the grid of their KV head."""
-        return self._rounded(keys, "keys")
+        """Keys on the grid of their group."""
+        return self._rounded(keys, "keys", self.policy.grid)
 
     def rounded_values(self, values: Tensor) -> Tensor:
-        """Values on the grid of their KV head."""
-        return self._rounded(values, "values")
+        """Values on the grid of their group."""
+        return self._rounded(values, "values", self.policy.v_grid)
 
-    def _rounded(self, states: Tensor, name: str) -> Tensor:
-        scale, zero_point = (self.tensors[f"{name}_{part}"].to(states.device) for part in ("scale", "zero_point"))
-        code = straight(zero_point.round().clamp(0, self.grid.top), zero_point)
-        return on_grid(states, Fit(scale, code), self.grid)
+    def _rounded(self, groups: Tensor, name: str, grid: UniformGrid) -> Tensor:
+        scale, zero_point = (
+            self.tensors[f"{name}_{part}"].to(groups.device).view(-1, 1) for part in ("scale", "zero_point")
+        )
+        code = straight(zero_point.round().clamp(0, grid.top), zero_point)
+        return on_grid(groups, Fit(scale, code), grid)
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,21 @@ class StaticPerHead(CalibratedPerHead):
     gptq-sym."""
 
     heads: ClassVar[type[Heads]] = StaticHeads
+    stores_grids: ClassVar[bool] = True
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
-        """Scale and zero point of every KV head, (heads, 1, 1), for keys and values; min-max over the text."""
+        """Scale and zero point of every group, (groups, 1, 1), for keys and values; min-max over the text."""
         ranges: dict[str, tuple[Tensor, Tensor]] = {}
         for keys, values in block.keys_and_values():
             for name, x in (("keys", turned(keys.float(), self.rotate_keys)), ("values", values.float())):
-                low, high = x[0].amin((1, 2)), x[0].amax((1, 2))  # (heads,)
+                groups = split_heads(x, self.group_size)[0]
+                low, high = groups.amin((0, 2)), groups.amax((0, 2))  # (groups,)
                 before = ranges.get(name, (low, high))
                 ranges[name] = torch.minimum(before[0], low), torch.maximum(before[1], high)
         tensors: dict[str, Tensor] = {}
         for name, (low, high) in ranges.items():
-            scale, zero_point = self.grid.rule.fit(low, high, self.bits)
+            grid = self.grid if name == "keys" else self.v_grid
+            scale, zero_point = grid.rule.fit(low, high, grid.bits)
             tensors |= {f"{name}_scale": scale[:, None, None], f"{name}_zero_point": zero_point[:, None, None]}
         return tensors
 

@@ -56,8 +56,7 @@ class Activations:
 
     def check(self, block: DecoderBlock) -> None:
         """Groups of channels must fill every input. Raises UserError, with the linear's name."""
-        for name, linear in block.linears().items():
-            split_groups(linear.weight, self.grid.group_size, f"{block.name}.{name}")
+        block.check_groups(self.grid.group_size)
 
     def fit_block(self, block: DecoderBlock) -> dict[tuple[str, ...], InputQuantizer]:
         """A quantizer for every set of linears that share an input; static ones see the calibration text pass through

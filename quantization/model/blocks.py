@@ -5,6 +5,7 @@ then every block's cache starts with the keys and values that the full-precision
 text takes positions P, P + 1, …, and no statistic ever contains a pivot token.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -57,6 +58,17 @@ class DecoderBlock:
     def linears(self) -> dict[str, nn.Linear]:
         """The block's linears, in the order of computation."""
         return self.architecture.linears_of(self.module, self.name)
+
+    def check_groups(self, group_size: int) -> None:
+        """Groups of input channels must fill the rows of every linear. Raises UserError, with a linear's name."""
+        channels = {name: linear.weight.shape[-1] for name, linear in self.linears().items()}
+        for name, count in channels.items():
+            if group_size != -1 and count % group_size:
+                raise UserError(
+                    f"{self.name}.{name}: group_size={group_size} does not divide its {count} input channels; use a "
+                    f"divisor of {math.gcd(*channels.values())}, as the block's linears have "
+                    f"{' and '.join(str(x) for x in sorted(set(channels.values())))}, or -1 for one group per row"
+                )
 
     def feeds(self) -> tuple[Feed, ...]:
         """What scales can be moved through, in the order of computation."""

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantization.programs.kv_options import add_kv_options, with_kv
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,7 +49,8 @@ def add_plan_options(
     """The options that make a plan, and --plan.
 
     several: the program can spread one model over all GPUs. recipe, calibration, prefix, dtype: with these options.
-    run: with those of a model that runs: the arm, the KV policy, packed weights.
+    run: with those of a model that runs: the arm, packed weights. The KV policy goes with either: a recipe's other
+    parts may be searched or trained with it at work.
     """
     add_model_options(parser, several=several)
     if recipe:
@@ -57,6 +60,8 @@ def add_plan_options(
     group = parser.add_argument_group("at run time") if run else parser
     if prefix:
         add_prefix_option(group)
+    if recipe or run:
+        add_kv_options(group)
     if run:
         add_run_options(group)
     if dtype:
@@ -152,8 +157,9 @@ def add_prefix_option(parser: argparse._ActionsContainer) -> None:
         default=None,
         metavar='none|bos|prompt|auto|FILE|"text"',
         help="tokens whose keys and values stay as the full-precision model wrote them; auto: those that PrefixQuant "
-        "discovers, on random pieces of the model's calibration text (auto:NAME for another corpus), once for a model "
-        "(default: the recipe's)",
+        "discovers, once for a model, on random pieces of the text of --calibration or of the model's own (auto:NAME "
+        "for another corpus, auto@64 or auto:NAME@64 for the ratio to the median that makes an outlier) (default: the "
+        "recipe's, or the one that a checkpoint was calibrated behind)",
     )
 
 
@@ -168,7 +174,7 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_run_options(group: argparse._ActionsContainer) -> None:
-    """What is chosen when a model runs: its arm, its KV policy, how its weights are kept."""
+    """What is chosen when a model runs: its arm, how its weights are kept."""
     group.add_argument(
         "--vanilla",
         action="store_true",
@@ -180,18 +186,6 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="keep quantized weights packed in memory: a quarter of it, but slower",
     )
-
-
-def add_kv_options(group: argparse._ActionsContainer) -> None:
-    """--kv and --kv-bits."""
-    group.add_argument(
-        "--kv",
-        default=None,
-        metavar="NAME",
-        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
-        "(default: the recipe's, or the checkpoint's)",
-    )
-    group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
 
 
 def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -> None:
@@ -208,9 +202,10 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.named import kv_policy, named_recipe
+    from quantization.named import named_recipe
     from quantization.recipes.recipe import with_settings
-    from quantization.runs.plan import stored_kv
+    from quantization.runs.plan import needed_prefix
+    from quantization.runs.prefixes import searched_in
 
     if not hasattr(options, "recipe"):
         return named_recipe("fp16")
@@ -224,11 +219,9 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     if getattr(options, "prefix", None) is not None:
         behind = recipe.calibrate_behind_prefix and options.prefix != "none"  # of a recipe that does so by itself
         recipe = replace(recipe, prefix=options.prefix, calibrate_behind_prefix=behind)
-    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
-    if name is not None or bits is not None:
-        recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
-    elif recipe.kv_cache is None:
-        recipe = replace(recipe, kv_cache=stored_kv(checkpoint))
+    elif recipe.prefix == "none":
+        recipe = replace(recipe, prefix=needed_prefix(checkpoint))
+    recipe = with_kv(recipe, options, checkpoint)
     settings = [
         *_setting("weights.grid.bits", options.bits),
         *_setting("weights.grid.group_size", options.group_size),
@@ -249,6 +242,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     recipe = with_settings(
         recipe, _with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *options.settings])
     )
+    if any(setting.startswith("calibration.corpus=") for setting in (*calibration, *options.settings)):
+        recipe = replace(recipe, prefix=searched_in(recipe.prefix, recipe.calibration.corpus))
     if getattr(options, "calibrate_behind_prefix", False):
         recipe = replace(recipe, calibrate_behind_prefix=True)
     return recipe
@@ -309,6 +304,7 @@ def plan_of(
         packed=getattr(options, "packed", False),
         spread=spread,
         max_memory=None if size is None else bytes_of(size),
+        quantizes=makes in ("run", "checkpoint"),
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)

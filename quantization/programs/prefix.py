@@ -163,7 +163,7 @@ def discover_prefix(options: argparse.Namespace) -> None:
 
     options.model = dense_directory(find_checkpoint(options.model), "outlier tokens are looked for there")
     plan = plan_of(options, makes="discovery")
-    search = default_search(plan.checkpoint, plan.tokenizer, options.corpus, plan.context)
+    search = default_search(plan.checkpoint, plan.tokenizer, plan.context, options.corpus)
     given = {"samples": options.samples, "length": options.length}
     text = replace(search.text, **{name: value for name, value in given.items() if value is not None})
     if plan.context is not None and 2 * text.length > plan.context:

@@ -233,7 +233,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
     """Train, then write FILE, FILE's stem + .curve.jsonl and .embeddings.safetensors, and drop the state of the run."""
     check_out(options.out, "prefix")
 
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from corpora.machine import peak_memory_mb
     from corpora.storage import write_tensors
@@ -242,6 +242,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
     from intactkv.discover import down_maxima, largest_ratios
     from intactkv.prefix import build_prefix
     from intactkv.trainable import PrefixTraining, train_prefix
+    from quantization.runs.prefixes import searched_in
 
     training = PrefixTraining(
         length=options.prefix_len,
@@ -255,6 +256,8 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         seed=options.training_seed,
     )
     options.prefix = options.prefix or "auto"
+    if options.corpus is not None:
+        options.prefix = searched_in(options.prefix, options.corpus)
     plan = plan_of(options, needs_prefix="a trained prefix starts from a discrete one", makes="twin")
     texts, held_out, drawn = _texts(options, plan)
     model = plan.twin()
@@ -277,7 +280,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         for prefix in (None, build_prefix(model, plan.choice.ids), outcome.prefix)
     ]
     made_of = {
-        "for": plan.describe(),
+        "for": replace(plan, recipe=plan.recipe.twin).describe(),
         "discrete": list(plan.choice.ids),
         "embeddings": asdict(training),
         "text": drawn,

@@ -7,7 +7,7 @@ that calibrates belongs to the checkpoint, too.
 
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from corpora.errors import UserError
 from corpora.storage import sha256_of_file
@@ -141,20 +141,20 @@ class Recipe:
         return "-".join([*words, *(["behind"] if self.calibrate_behind_prefix else [])])
 
 
-def added(default: Any) -> Any:
-    """A field that a published dataclass gets later: at its default it stays out of descriptions, and so of every
-    identity, so that the artefacts which were made before it existed are still found."""
-    return field(default=default, metadata={"added": True})
+def added(default: Any, *before: Any) -> Any:
+    """A field that a published dataclass gets later: where it says what held before it existed (`before`, or else its
+    default), it stays out of descriptions, and so of every identity: what was made then is still found."""
+    return field(default=default, metadata={"before": before or (default,)})
 
 
 def _is_told(f: Field[Any], value: Any) -> bool:
-    return f.init and not (f.metadata.get("added") and value == f.default)
+    return f.init and value not in f.metadata.get("before", ())
 
 
 def describe(value: Any) -> Any:
     """Plain JSON of a recipe or a part of it: dataclasses become {"kind": class name, field: value, …}.
 
-    Identities are hashes of it. A field that was `added` is left out while it stands at its default.
+    Identities are hashes of it. A field that was `added` is left out where it says what held before.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {
@@ -199,6 +199,10 @@ def _set(part: Any, path: list[str], text: str, setting: str) -> Any:
 
 
 def _read(text: str, kind: Any, setting: str) -> Any:
+    if type(None) in get_args(kind):
+        if text == "none":
+            return None
+        kind = next(one for one in get_args(kind) if one is not type(None))
     if kind is bool:
         if text not in ("true", "false"):
             raise UserError(f"--set {setting}: expected true or false")

@@ -20,7 +20,8 @@ from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity, read_json, sha256_of_tensor, write_json
 from corpora.text import calibration_segments, corpus_label, start_token_id, text_identity
-from intactkv.discover import discover
+from intactkv.discover import check_threshold, discover
+from intactkv.pivots import OUTLIER_RATIO
 from quantization.runs.checkpoint import Checkpoint, dense_directory
 
 __all__ = ["Found", "Search", "default_search", "find"]
@@ -63,7 +64,10 @@ class Search:
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     text: CalibrationText
     seed: int = SEED
-    threshold: float = 64.0
+    threshold: float = OUTLIER_RATIO
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -92,15 +96,21 @@ class Search:
 
 
 def default_search(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int | None
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    corpus: str | None = None,
+    threshold: float | None = None,
 ) -> Search:
     """What `auto` looks at for a model: 64 × 512 tokens of its own calibration corpus, or of the Pile.
 
-    corpus: in its place. context: positions of the model; pieces take at most half of them.
+    context: positions of the model; pieces take at most half of them. corpus, threshold: in the place of its own and of
+    PrefixQuant's.
     """
     own = model_defaults(checkpoint.family_name).default_calibration or PUBLISHED
     length = PUBLISHED.length if context is None else min(PUBLISHED.length, context // 2)
-    return Search(checkpoint, tokenizer, CalibrationText(corpus or own.corpus, PUBLISHED.samples, length))
+    text = CalibrationText(corpus or own.corpus, PUBLISHED.samples, length)
+    return Search(checkpoint, tokenizer, text, threshold=OUTLIER_RATIO if threshold is None else threshold)
 
 
 def find(

@@ -23,6 +23,7 @@ from corpora.text import calibration_segments, packed_documents, text_identity
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
+from quantization.kv_cache import Grids
 from quantization.recipes.protocols import CalibratedKV, restored
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
@@ -40,16 +41,15 @@ from quantization.runs.identities import Artefact, artefact_of, by_tokens, ident
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
-    AUTO,
     PrefixChoice,
-    auto_corpus,
+    auto_search,
     check_belongs,
     choose_prefix,
     prefix_file,
     stored_prefix,
 )
 
-__all__ = ["Plan", "plan_run", "stored_kv"]
+__all__ = ["Plan", "needed_prefix", "plan_run", "stored_kv"]
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ class Plan:
     """Everything about a run that is known before a model is loaded. Made by `plan_run`.
 
     named: the prefix, unless it is `auto`; search: what `auto` looks at. vanilla: the prefix's tokens stand in front,
-    but the quantized model computes them itself (the arm to compare with). text: what identifies the calibration text,
-    None if nothing calibrates. packed: keep quantized weights packed in memory.
+    but the quantized model computes them itself (the arm to compare with). packed: keep quantized weights packed in
+    memory.
     """
 
     checkpoint: Checkpoint
@@ -75,7 +75,6 @@ class Plan:
     named: PrefixChoice | None
     search: Search | None
     tokenizer: PreTrainedTokenizerBase
-    text: Mapping[str, Any] | None
     dtype: torch.dtype
     device: torch.device
     vanilla: bool
@@ -99,8 +98,10 @@ class Plan:
     @property
     def basis(self) -> str:
         """The basis of K and V in the model that will run."""
-        manifest = self.checkpoint.manifest
-        return manifest["basis"] if manifest is not None else self.artefact.basis
+        if self.checkpoint.manifest is not None:
+            return str(self.checkpoint.manifest["basis"])
+        # That of a rescaled model follows from the quantizing and its text, any other from the twin, which needs none.
+        return self.artefact.basis if self.recipe.rescales else self.artefact_of(self.recipe.twin).basis
 
     def directory_of(self, recipe: Recipe) -> Path:
         """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}; its own directory if it
@@ -164,9 +165,20 @@ class Plan:
         assert behind is not None
         return identity_of_prefix(behind)
 
+    @cached_property
+    def text(self) -> Mapping[str, Any] | None:
+        """What identifies the calibration text, None if nothing calibrates. Raises UserError if it is not there; who
+        only builds a prefix may never ask."""
+        if self.checkpoint.manifest is not None or not self.recipe.calibrates:
+            return None
+        return _text_of(self.recipe.calibration, self.tokenizer)
+
     def artefact_of(self, recipe: Recipe) -> Artefact:
         """The checkpoint that a recipe makes of this model and this text, by its identity."""
-        return artefact_of(self.checkpoint.fingerprint, recipe, self.text, self._behind)
+        calibrates = recipe.calibrates
+        return artefact_of(
+            self.checkpoint.fingerprint, recipe, self.text if calibrates else None, self._behind if calibrates else None
+        )
 
     def _directory(self, recipe: Recipe, artefact: Artefact) -> Path:
         return modelzoo_dir() / "quantized" / self.checkpoint.name / f"{recipe.label()}-{artefact.identity}"
@@ -317,13 +329,15 @@ def plan_run(
     packed: bool = False,
     spread: bool = False,
     max_memory: int | None = None,
+    quantizes: bool = True,
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
     discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
-    a CPU and the checkpoint's own elsewhere. Raises UserError for a combination that cannot be, such as a recipe for
-    weights that are quantized already.
+    a CPU and the checkpoint's own elsewhere. quantizes: false where only the full-precision twin will be asked for,
+    which mostly needs no text. Raises UserError for a combination that cannot be, such as a recipe for weights that are
+    quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
     directory, manifest = checkpoint.directory, checkpoint.manifest
@@ -342,31 +356,58 @@ def plan_run(
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text_config = config.get_text_config(decoder=True)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(recipe.kv_cache, Grids):
+        heads = getattr(text_config, "num_attention_heads", None) or 1
+        recipe.kv_cache.check(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
     named, search = None, None
-    if recipe.prefix.split(":")[0] == AUTO:
-        search = default_search(checkpoint, tokenizer, auto_corpus(recipe.prefix), context)
+    if (found := auto_search(recipe.prefix)) is not None:
+        search = default_search(checkpoint, tokenizer, context, *found)
     else:
         named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
-    text = _text_of(recipe.calibration, tokenizer) if manifest is None and recipe.calibrates else None
     plan = Plan(
-        checkpoint, recipe, named, search, tokenizer, text, dtype, device, vanilla, packed, context, spread, max_memory
+        checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
+    if quantizes:
+        _ = plan.text  # which must be there
     if named is not None or vanilla:
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
     if named is not None and named.file is not None:  # now, and not after hours of quantizing
-        _check_file(plan, Prefix.load(named.file))
+        return _with_file(plan, named, Prefix.load(named.file))
     return plan
 
 
-def _check_file(plan: Plan, prefix: Prefix) -> None:
-    """Raise UserError unless a prefix from a file belongs to the model that will run."""
+def _with_file(plan: Plan, named: PrefixChoice, prefix: Prefix) -> Plan:
+    """The plan with a prefix from a file, or with its tokens alone, if nobody trained it and its keys and values are in
+    another basis. Raises UserError unless it belongs to the model that will run."""
     bases, recipe = [plan.basis], plan.recipe
-    if plan.text is not None and recipe.rescales:  # a checkpoint that was named by its tokens has a basis of its own
+    if recipe.rescales and plan.text is not None:  # a checkpoint that was named by its tokens has a basis of its own
         made = plan.directory_of(recipe).parent.glob(f"{recipe.label()}-*")
         bases += [read_manifest(directory)["basis"] for directory in made if is_quantized(directory)]
     basis = prefix.model.basis if prefix.model.basis in bases else plan.basis
+    tokens_only = prefix.calibrated is None and prefix.model.basis != basis
+    if tokens_only:
+        log.info(
+            "the keys and values of %s are in another basis than the model's; its %d tokens are taken, and theirs are "
+            "built anew",
+            named.file,
+            len(prefix),
+        )
+        prefix = replace(prefix, model=replace(prefix.model, basis=basis))
+        plan = replace(plan, named=replace(named, file=None))
     check_belongs(prefix, plan.checkpoint.directory, (plan.checkpoint.fingerprint, basis))
+    return plan
+
+
+def needed_prefix(checkpoint: Checkpoint) -> str:
+    """The word of the prefix that a quantized checkpoint was calibrated behind, `none` if there is none; it is told."""
+    manifest = checkpoint.manifest
+    if manifest is None or manifest["needs_prefix"] is None:
+        return "none"
+    word = str(manifest["recipe"]["prefix"])
+    log.info("%s was calibrated behind --prefix %s, and runs behind it", checkpoint.name, word)
+    return word
 
 
 def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
@@ -391,10 +432,12 @@ def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
             f"{type(wanted).__name__} needs ranges of keys and values, which {checkpoint.name} does not hold; quantize "
             "it with that KV policy (for example --kv static --kv-bits 4), or choose another, such as --kv per_head"
         )
-    if (type(own), own.bits) != (type(wanted), wanted.bits):
+    # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
+    kind: Any = type(own)
+    if wanted not in (own, kind(own.bits)):
         raise UserError(
-            f"{checkpoint.name} holds ranges for {type(own).__name__} with {own.bits} bits, not for "
-            f"{type(wanted).__name__} with {wanted.bits}; leave --kv and --kv-bits out, or quantize it anew"
+            f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
+            "quantize it anew"
         )
     return own
 

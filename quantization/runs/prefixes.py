@@ -1,6 +1,6 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | auto | auto:CORPUS | FILE.safetensors | ADAPTER_DIR | "any text"
+    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text"
 
 The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model
 (`quantization.runs.auto_prefix`). A prefix is written by the recipe's full-precision twin, kept under
@@ -9,6 +9,7 @@ modelzoo/prefixes/ by the identity of all that made it, and read back from there
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,16 @@ from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.dense import empty_model
 
-__all__ = ["AUTO", "PrefixChoice", "auto_corpus", "check_belongs", "choose_prefix", "prefix_file", "stored_prefix"]
+__all__ = ["AUTO", "PrefixChoice", "auto_search", "check_belongs", "choose_prefix", "prefix_file", "searched_in",
+           "stored_prefix"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+AUTO_WORD = re.compile(rf"{AUTO}(?::(?P<corpus>.*?))?(?:@(?P<threshold>\d+(?:\.\d+)?))?")
 WORDS = (
-    "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text), a FILE.safetensors made by "
+    "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text, auto@64 or auto:CORPUS@64 the "
+    "ratio to the median that makes an outlier), a FILE.safetensors made by "
     "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text"
 )
 
@@ -47,9 +51,19 @@ class PrefixChoice:
     file: Path | None = None
 
 
-def auto_corpus(word: str) -> str | None:
-    """The corpus that `auto:CORPUS` names, None if it is the model's own."""
-    return word.removeprefix(AUTO).removeprefix(":") or None
+def auto_search(word: str) -> tuple[str | None, float | None] | None:
+    """The corpus and the outlier threshold that `auto`, `auto:CORPUS`, `auto@THRESHOLD` or both name, None where it
+    leaves them open; None for any other word."""
+    found = AUTO_WORD.fullmatch(word)
+    return found and (found["corpus"] or None, float(found["threshold"]) if found["threshold"] else None)
+
+
+def searched_in(word: str, corpus: str) -> str:
+    """`auto` on this text, unless the word names one; any other word as it is."""
+    search = auto_search(word)
+    if search is None or search[0] is not None:
+        return word
+    return f"{AUTO}:{corpus}" + ("" if search[1] is None else f"@{search[1]:g}")
 
 
 def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str) -> PrefixChoice:

@@ -12,6 +12,7 @@ held-out state is kept, the start included; ranges are those of the text, not a 
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,6 +28,7 @@ from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
 from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
+from quantization.recipes.recipe import added
 from quantization.tuning.quantizers import Quantizers, at_work, first_samples, joint_error, min_max, stream_of
 from quantization.tuning.search import initialize
 
@@ -37,8 +39,6 @@ log = logging.getLogger(__name__)
 SKIPPED = 3  # tokens of a sequence that skip_mse leaves out
 CLAMP = 10.0  # of clamp_mse
 FLOOR = 0.01  # of its first value: no scale or share of a range falls below that
-CLIP_NORM = 0.3
-LAST_RATE = 0.1  # of the first
 
 
 def _skip_mse(output: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ class PrefixQuantTuning:
 
     skip_qk_weight_init: weights of q and k keep min-max grids. loss: a row of `LOSSES`. target: see above. batch:
     samples of a step. held_out: share of the samples, the last of them, that choose the state that is kept (published:
-    64 of 576, which choose nothing).
+    64 of 576, which choose nothing). min_lr_factor: learning rates fall to this part of the first. clip_grad: norm of
+    all gradients together, 0 for none.
     """
 
     mse_init: bool = True
@@ -83,6 +84,8 @@ class PrefixQuantTuning:
     quant_lr: float = 5e-5
     batch: int = 4
     held_out: float = 1 / 9
+    min_lr_factor: float = added(10.0)
+    clip_grad: float = added(0.3)
     name: ClassVar[str] = "prefixquant"
 
     def __post_init__(self) -> None:
@@ -97,6 +100,12 @@ class PrefixQuantTuning:
         for field, rate in (("weight_lr", self.weight_lr), ("quant_lr", self.quant_lr)):
             if not rate >= 0:
                 raise UserError(f"tuning.{field}={rate:g} is not allowed; give a rate such as 5e-5, or 0 to keep them")
+        if not self.min_lr_factor >= 1:
+            raise UserError(
+                f"tuning.min_lr_factor={self.min_lr_factor:g} is not allowed; give 1 (constant rates) or more"
+            )
+        if not self.clip_grad >= 0:
+            raise UserError(f"tuning.clip_grad={self.clip_grad:g} is not allowed; give a norm, or 0 for none")
         if not 0 < self.held_out < 1:
             raise UserError(f"tuning.held_out={self.held_out:g} is not allowed; give a share between 0 and 1")
 
@@ -188,7 +197,12 @@ class PrefixQuantTuning:
         with at_work(block, quantizers.inputs):
             descent = train(
                 [Group(moved, self.weight_lr), Group([*positive, *others], self.quant_lr)],
-                Schedule(steps, every(steps_per_epoch, steps), last_rate=LAST_RATE, clip=CLIP_NORM),
+                Schedule(
+                    steps,
+                    every(steps_per_epoch, steps),
+                    last_rate=1 / self.min_lr_factor,
+                    clip=self.clip_grad or math.inf,
+                ),
                 in_order(loss, range(steps_per_epoch), 1),
                 lambda: mean_loss(loss, range(steps_per_epoch, len(batches))),
                 block.name,

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from intactkv.cache import LayerPolicy
 from quantization.grids.uniform import Fit, UniformGrid, encode, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
+from quantization.kv_cache.base import split_heads
 from quantization.model.blocks import DecoderBlock
 from quantization.tuning.quantizers import Quantizers, at_work, output_error, stream_of
 
@@ -238,23 +239,25 @@ def _search_shares(low: Tensor, high: Tensor, grid: UniformGrid, error_now: Call
 
 
 def _search_heads(block: DecoderBlock, kv: StaticPerHead) -> None:
-    """Scales of every KV head: of the values by their own error, of the keys by that of attention's rows."""
+    """Scales of every group: of the values by their own error, of the keys by that of attention's rows, one for all
+    groups of a head."""
     samples = [values for _, values in block.keys_and_values()]
     attention = attended(block)
     exact = [attention_rows(sample, sample.key) for sample in attention]
     length = stream_of(block).prefix_length
+    groups_of_head = len(block.kv["keys_scale"]) // attention[0].key.shape[1]  # 0: one group of all heads
 
     def values_error(scale: Tensor) -> Tensor:
         policy = kv.of_block(block.kv | {"values_scale": scale})
-        errors = [(policy.values(x).float() - x.float()).square().mean((0, 2, 3)) for x in samples]
-        return torch.stack(errors).mean(0)[:, None, None]
+        errors = [(policy.values(x).float() - x.float()).square() for x in samples]
+        return torch.stack([split_heads(x, kv.group_size).mean((0, 1, 3)) for x in errors]).mean(0)[:, None, None]
 
     def keys_error(scale: Tensor) -> Tensor:
         policy, errors = kv.of_block(block.kv | {"keys_scale": scale}), []
         for sample, rows in zip(attention, exact, strict=True):
             key = torch.cat([sample.key[:, :, :length], policy.keys(sample.key[:, :, length:])], dim=2)
-            of_heads = (attention_rows(sample, key) - rows).square().mean((1, 2))
-            errors.append(of_heads.view(len(scale), -1).mean(1))
+            of_heads = (attention_rows(sample, key) - rows).square().mean((1, 2)).view(key.shape[1], -1).mean(1)
+            errors.append(of_heads.repeat_interleave(groups_of_head) if groups_of_head else of_heads.mean(0, True))
         return torch.stack(errors).mean(0)[:, None, None]
 
     for name, error in (("values_scale", values_error), ("keys_scale", keys_error)):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from quantization.grids.stored import Grid
-from quantization.grids.uniform import split_groups
 from quantization.model.blocks import DecoderBlock
 
 __all__ = ["GridQuantizer", "cut_label"]
@@ -36,5 +35,4 @@ class GridQuantizer:
 
     def check(self, block: DecoderBlock) -> None:
         """Groups of channels must fill every row. Raises UserError, with the linear's name."""
-        for name, linear in block.linears().items():
-            split_groups(linear.weight, self.grid.group_size, f"{block.name}.{name}")
+        block.check_groups(self.grid.group_size)

@@ -1,0 +1,68 @@
+"""The options of the KV cache, and the policy that they make of a recipe's or a checkpoint's own.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quantization.recipes.recipe import Recipe
+    from quantization.runs.checkpoint import Checkpoint
+
+__all__ = ["add_kv_options", "with_kv"]
+
+# Options that change fields of the policy that there is.
+FIELDS = {"k_bits": "--k-bits", "v_bits": "--v-bits", "kv_group_size": "--kv-group-size"}
+
+
+def add_kv_options(group: argparse._ActionsContainer) -> None:
+    """The KV policy and its fields."""
+    group.add_argument(
+        "--kv",
+        default=None,
+        metavar="NAME",
+        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
+        "(default: the recipe's, or the checkpoint's)",
+    )
+    group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
+    group.add_argument("--k-bits", type=int, metavar="N", help="bits of keys, where values have others")
+    group.add_argument("--v-bits", type=int, metavar="N", help="bits of values, where keys have others")
+    group.add_argument(
+        "--kv-group-size",
+        type=int,
+        metavar="G",
+        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head)",
+    )
+
+
+def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
+    """The recipe with the KV policy that the options spell: by name, or else its own or the checkpoint's, with the
+    fields that are given. Raises UserError for what cannot be."""
+    from dataclasses import replace
+
+    from corpora.errors import UserError
+    from quantization.kv_cache import Grids
+    from quantization.named import kv_policy
+    from quantization.runs.plan import stored_kv
+
+    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
+    given = {field: value for field in FIELDS if (value := getattr(options, field, None)) is not None}
+    policy = recipe.kv_cache
+    if name is not None or bits is not None:
+        policy = kv_policy(name or "per_head", given.get("k_bits") if bits is None else bits)
+    elif policy is None:
+        policy = stored_kv(checkpoint)
+        if policy is None and {"k_bits", "v_bits"} <= given.keys():
+            policy = kv_policy("per_head", given["k_bits"])
+    if given and not isinstance(policy, Grids):
+        told = ", ".join(FIELDS[field] for field in given)
+        raise UserError(f"{told}: the KV cache has full precision; add --kv-bits N, or give both --k-bits and --v-bits")
+    if isinstance(policy, Grids) and given:
+        policy = replace(
+            policy,
+            bits=given.get("k_bits", policy.bits),
+            v_bits=given.get("v_bits", policy.v_bits or policy.bits),
+            group_size=given.get("kv_group_size", policy.group_size),
+        )
+    return replace(recipe, kv_cache=policy)
