@@ -52,8 +52,8 @@ def export_search(source: Path, out: Path) -> str:
         raise UserError(f"{source} ({manifest['label']}) was not made by AWQ alone, so it holds no search to export")
     if manifest["needs_prefix"] is not None:
         raise UserError(
-            f"{source} was searched behind the prefix {manifest['needs_prefix']}, without which its scales are wrong, and "
-            "the file of a search cannot name one; export a search that ran without --calibrate-behind-prefix"
+            f"{source} was searched behind the prefix {manifest['needs_prefix']}, without which its scales are wrong, "
+            "and a search's file cannot name one; export a search that ran without --calibrate-behind-prefix"
         )
     dense = dense_directory(find_checkpoint(source), "its weights tell the clip limits", "export where it is")
     model, results = empty_model(dense), {}

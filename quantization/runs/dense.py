@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -24,7 +25,7 @@ from intactkv.architecture import ARCHITECTURES, architecture_of
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "open_tensors",
-    "read_config", "read_generation_config", "tied_names",
+    "read_config", "read_generation_config", "said_by", "tied_names",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -83,10 +84,10 @@ class DenseCheckpoint:
         names: dict[str, str] = {}
         expected = dict(model.state_dict())
         for head, embedding in tied_names(model).items():
-            stored = self.stored_name(head), self.stored_name(embedding)
-            if None in stored and any(stored):
+            pair = [stored for stored in map(self.stored_name, (head, embedding)) if stored]
+            if len(pair) == 1:
                 del expected[head]
-                names[embedding] = stored[0] or stored[1] or ""
+                names[embedding] = pair[0]
         names |= {name: stored for name in expected if name not in names and (stored := self.stored_name(name))}
         left = sorted(self._file_of.keys() - set(names.values()))
         self.refuse_quantized(names.values(), left)
@@ -146,7 +147,7 @@ class DenseCheckpoint:
 
     def headers(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of stored tensors."""
-        found = {}
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
         for file, stored in self.by_file(names).items():
             with open_tensors(file) as tensors:
                 views = {name: tensors.get_slice(name) for name in stored}
@@ -241,6 +242,12 @@ def _check_plain(directory: Path) -> bool:
     return ours
 
 
+def said_by(error: BaseException) -> str:
+    """What a library's exception says, in one line: its first, with the next where that only announces it."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first
+
+
 def read_config(directory: Path) -> PreTrainedConfig:
     """A checkpoint's configuration. Raises UserError if transformers does not know it, or needs code of the directory
     for it, and for a value that it cannot take."""
@@ -249,9 +256,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except AttributeError as error:  # the name of a dtype is looked up in torch
         raise UserError(f"{file}: {error}; dtype is written float32, float16 or bfloat16") from None
-    except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is not a configuration that transformers knows ({said})") from None
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
+        raise UserError(f"{file} is not a configuration that transformers knows ({said_by(error)})") from None
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:
@@ -264,9 +270,8 @@ def read_generation_config(directory: Path) -> GenerationConfig:
             return GenerationConfig.from_pretrained(directory)
         return GenerationConfig.from_pretrained(directory, config_file_name="config.json", _from_model_config=True)
     except (ValueError, TypeError, OSError, AttributeError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         file = directory / ("generation_config.json" if there else "config.json")
-        raise UserError(f"{file} does not say how to generate ({said}); mend it, or remove the setting") from None
+        raise UserError(f"{file} does not say how to generate ({said_by(error)}); mend it, or remove it") from None
 
 
 def empty_model(directory: Path) -> PreTrainedModel:
@@ -285,10 +290,10 @@ def empty_model_of(config: PreTrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=False
             )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers makes no causal language model of model_type {config.model_type!r} ({said})") \
-            from None  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise UserError(
+            f"transformers makes no causal language model of model_type {config.model_type!r} ({said_by(error)})"
+        ) from None
     return model.eval().requires_grad_(False)
 
 

@@ -24,6 +24,7 @@ from quantization.runs.dense import (
     open_tensors,
     read_config,
     read_generation_config,
+    said_by,
 )
 
 __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
@@ -35,9 +36,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{directory} holds no tokenizer that transformers can open ({said}); "
+            f"{directory} holds no tokenizer that transformers can open ({said_by(error)}); "
             "copy tokenizer.json and tokenizer_config.json beside the weights"
         ) from None
     for name, token in tokenizer.special_tokens_map.items():
@@ -80,7 +80,8 @@ def _load_dense(directory: Path, dtype: torch.dtype, device: torch.device, sprea
             views |= {name: _Stored(tensors.get_slice(name), f"{directory}: the tensor {name!r}", dtype, damaged)
                       for name in stored}  # fmt: skip
         state = {name: views[stored] for name, stored in names.items()}
-        model, found = type(empty).from_pretrained(
+        loader: Any = type(empty)
+        model, found = loader.from_pretrained(
             None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True, **placed,
         )  # fmt: skip

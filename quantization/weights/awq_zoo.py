@@ -107,8 +107,8 @@ def _load(path: Path, modified: int) -> tuple[list[ScaleEntry], list[ClipEntry]]
         content = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
         raise UserError(
-            f"{path} is no whole file of tensors that torch.save wrote, or holds code, which is not read; give a .pt of "
-            "the AWQ model zoo, or fetch it again"
+            f"{path} is no whole file of tensors that torch.save wrote, or holds code, which is not read; give a .pt "
+            "of the AWQ model zoo, or fetch it again"
         ) from None
     try:
         scales = [
