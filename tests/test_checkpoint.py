@@ -166,7 +166,7 @@ def test_a_weight_that_is_not_finite_is_named(dense: Path) -> None:
     damaged = load_file(dense / "model.safetensors")[name]
     damaged[3, 5] = float("nan")
     rewrite(dense / "model.safetensors", **{name: damaged})
-    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.v_proj holds values that are not finite"):
+    with pytest.raises(UserError, match=r"v_proj\.weight' holds values that are not finite"):
         quantize_checkpoint(dense, RECIPE, dense.parent / "out")
 
 

@@ -71,8 +71,16 @@ class DecoderBlock:
                 )
 
     def feeds(self) -> tuple[Feed, ...]:
-        """What scales can be moved through, in the order of computation."""
-        return self.architecture.feeds_of(self.config)
+        """What scales can be moved through, in the order of computation. Raises UserError if there is a part without
+        weights to move them to."""
+        feeds = self.architecture.feeds_of(self.config)
+        for feed in feeds:
+            if getattr(self.module.get_submodule(feed.producer), "weight", None) is None:
+                raise UserError(
+                    f"{self.name}.{feed.producer} has no weights (as with layer_norm_elementwise_affine=false), so no "
+                    "scales can move to it; use a method without scales, such as gptq or rtn"
+                )
+        return feeds
 
     def rescale(self, step: Rescaling) -> None:
         """Apply an equivalent rescaling to the weights and remember it.

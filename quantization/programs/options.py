@@ -180,7 +180,6 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
     )
-    add_kv_options(group)
     group.add_argument(
         "--packed",
         action="store_true",

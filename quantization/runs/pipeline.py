@@ -48,7 +48,7 @@ from quantization.runs.checkpoint import (
     write_block,
     write_ends,
 )
-from quantization.runs.dense import DenseCheckpoint, empty_model
+from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 
 __all__ = ["check_makes_something", "identity_at", "partial_of", "quantize_checkpoint"]
@@ -60,6 +60,11 @@ def check_makes_something(source: Path, recipe: Recipe) -> None:
     """Raise UserError for a source that is quantized already, or a recipe that leaves it as it is."""
     if is_quantized(source):
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
+    if DenseCheckpoint(source).exported:
+        raise UserError(
+            f"{source} is an export of ours: its numbers are those of quantized weights already; give the dense "
+            "checkpoint that these were made from"
+        )
     if not recipe.makes_checkpoint:
         raise UserError(
             "this recipe leaves the model as it is, so there is nothing to write; name one that quantizes weights or "
@@ -117,7 +122,8 @@ def quantize_checkpoint(
         if out.exists():
             _refuse_other(out, manifest)
             return out
-        model = _empty_model_for(dense, recipe)
+        model = _empty_model_for(source, recipe)
+        weights = dense.weights(model)
         partial = partial_of(out)
         if partial.exists() and identity_at(partial) != manifest["identity"]:
             if not is_quantized(partial) and any(partial.iterdir()):
@@ -136,7 +142,7 @@ def quantize_checkpoint(
             write_json(partial / "config.json", config | {"tie_word_embeddings": False})
         done = sum(block_file(partial, index).is_file() for index in range(model.config.num_hidden_layers))
         started = time.perf_counter()
-        _work_off(dense, model, recipe, partial, segments, behind, torch.device(device))
+        _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
         sums = {file.name: sha256_of_file(file) for file in sorted(partial.glob("*.safetensors"))}
@@ -145,11 +151,10 @@ def quantize_checkpoint(
     return out
 
 
-def _empty_model_for(dense: DenseCheckpoint, recipe: Recipe) -> PreTrainedModel:
-    """The model without weights, after everything that can be refused without reading them."""
-    model = empty_model(dense.directory)
+def _empty_model_for(source: Path, recipe: Recipe) -> PreTrainedModel:
+    """The model without weights, after everything that the recipe refuses without reading them."""
+    model = empty_model(source)
     architecture = architecture_of(model.config)
-    dense.check(model)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)
         for part in (*recipe.transforms, recipe.weights, recipe.activations):
@@ -161,7 +166,7 @@ def _empty_model_for(dense: DenseCheckpoint, recipe: Recipe) -> PreTrainedModel:
 
 
 def _work_off(
-    dense: DenseCheckpoint,
+    weights: Weights,
     model: PreTrainedModel,
     recipe: Recipe,
     partial: Path,
@@ -177,7 +182,7 @@ def _work_off(
     stream = None
     if recipe.calibrates:
         assert segments is not None
-        for name, tensor in _ends(dense, ends, recipe, model).items():
+        for name, tensor in _ends(weights, ends, recipe, model).items():
             owner, _, parameter = name.rpartition(".")
             setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
         stream = CalibrationStream(model, architecture, segments, behind)
@@ -187,7 +192,7 @@ def _work_off(
         if stream is None and block_file(partial, index).is_file():
             continue
         started = time.perf_counter()
-        dense.load_into(block.module, block.name, device)
+        weights.load_into(block.module, block.name, device)
         error = _process_block(block, recipe, partial)
         log.info(
             "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
@@ -199,12 +204,12 @@ def _work_off(
         )
         block.module.to_empty(device="meta")
         _return_memory()
-    write_ends(partial, _ends(dense, ends, recipe, model))
+    write_ends(partial, _ends(weights, ends, recipe, model))
 
 
-def _ends(dense: DenseCheckpoint, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:
+def _ends(weights: Weights, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:
     """Embeddings, final norm and head, transformed; without a head that is tied."""
-    ends = {name: dense.tensor(name) for name in names if dense.stored_name(name)}
+    ends = {name: weights.tensor(name) for name in names if name in weights.names}
     for transform in recipe.transforms:
         ends = transform.transform_ends(ends, model.config)
     return ends
