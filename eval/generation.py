@@ -59,18 +59,14 @@ def own_generation(directory: Path, tokenizer: Any) -> Generation:
 
     Raises UserError for a file that transformers refuses, or a value that cannot be meant.
     """
-    config = read_config(directory)
-    vocabulary = config.get_text_config(decoder=True).vocab_size
+    vocabulary = read_config(directory).get_text_config(decoder=True).vocab_size
     file = directory / "generation_config.json"
+    if not file.is_file():
+        file = directory / "config.json"
+    content = read_json(file, "the generation settings")
     try:
-        if file.is_file():
-            own = GenerationConfig.from_dict(dict(read_json(file, "the generation settings")))
-        else:
-            file = directory / "config.json"
-            own = GenerationConfig.from_model_config(config)
+        own = GenerationConfig.from_dict(content)
     except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is no generation configuration ({reason}); mend or delete it") from None
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

@@ -69,7 +69,7 @@ def perplexity_of(losses: Tensor) -> float:
     mean = losses.double().mean()
     if not math.isfinite(perplexity := float(mean.exp())):
         raise UserError(
-            f"the mean loss is {float(mean):.1f} nats a token, and exp of that is beyond float64; the model is damaged: "
+            f"the mean loss is {float(mean):.1f} nats a token, beyond what exp can tell; the model is damaged: "
             "check its checkpoint, or quantize with more bits"
         )
     return perplexity

@@ -27,7 +27,8 @@ SIZES = {
     "vocab_size": 101, "d_model": 64, "hidden_size": 64, "n_embd": 64, "intermediate_size": 96, "ffn_dim": 96,
     "decoder_ffn_dim": 96, "n_layers": 2, "num_layers": 2, "n_layer": 2, "num_hidden_layers": 2, "decoder_layers": 2,
     "n_heads": 4, "num_heads": 4, "n_head": 4, "num_attention_heads": 4, "decoder_attention_heads": 4,
-    "num_key_value_heads": 4, "rotary_dim": 8, "max_seq_len": 1024, "max_position_embeddings": 1024, "n_positions": 1024, "is_decoder": True,
+    "num_key_value_heads": 4, "rotary_dim": 8,
+    "max_seq_len": 1024, "max_position_embeddings": 1024, "n_positions": 1024, "is_decoder": True,
     "pad_token_id": 0, "bos_token_id": BOS, "eos_token_id": 2,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
