@@ -8,13 +8,20 @@ their traceback.
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["Parser", "UserError", "run_program"]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as all our errors."""
+    """A parser whose complaints are one line, as all our errors, and name the program that explains the options."""
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """As it stands, but a subcommand's parser complains itself: argparse leaves that to the one above."""
+        found, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""

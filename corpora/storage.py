@@ -6,9 +6,10 @@ and renamed, and is found again by `identity`: a hash of everything that made it
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "identity",
     "indexed_files",
     "is_finite",
+    "not_finite",
     "read_json",
     "sha256_of_file",
     "sha256_of_tensor",
@@ -66,9 +68,26 @@ def directory_beside(directory: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically. Raises UserError for a number that JSON has no word for."""
+    if found := not_finite(value):
+        raise UserError(f"{path} is not written, because it would hold {found}; what made it has no result")
     with write_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def not_finite(value: Any) -> str | None:
+    """The first NaN or infinite number within lists and dictionaries, as "its.place = nan"; None if there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"= {value}"
+    members: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        members = value.items()
+    elif isinstance(value, (list, tuple)):
+        members = enumerate(value)
+    for name, member in members:
+        if found := not_finite(member):
+            return f"{name} {found}" if found.startswith("=") else f"{name}.{found}"
+    return None
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -180,6 +180,7 @@ def local_judge(
     token, so that also a small model decides.
     """
     from corpora.tokens import encode
+    from eval.generation import own_generation
     from eval.mtbench.answers import Answerer
     from eval.mtbench.chat_templates import chat_template
     from quantization.named import named_recipe
@@ -187,7 +188,8 @@ def local_judge(
 
     plan = plan_run(directory, named_recipe("fp16"), device=device)
     template = chat_template("auto", plan.tokenizer, plan.checkpoint.family_name)
-    answerer = Answerer(plan.load(), template, seed=0, max_new_tokens=max_tokens, context=plan.context)
+    generation = own_generation(directory, plan.tokenizer)
+    answerer = Answerer(plan.load(), template, generation, seed=0, max_new_tokens=max_tokens, context=plan.context)
     tokens = [encode(plan.tokenizer, f"\n\n{ending}") for ending in endings]
     alike = next(i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1)
     lead, tails = tokens[0][:alike], [ending[alike:] for ending in tokens]
@@ -196,7 +198,7 @@ def local_judge(
     def generate(ids: list[int], room: int, cache: Any = None, **options: Any) -> tuple[list[int], Any]:
         output = answerer.model.generate(
             torch.tensor([ids]), past_key_values=cache, do_sample=False, max_new_tokens=room,
-            eos_token_id=answerer.stops or None, pad_token_id=answerer.pad, return_dict_in_generate=True, **options,
+            return_dict_in_generate=True, **options,
         )  # fmt: skip
         return output.sequences[0, len(ids) :].tolist(), output.past_key_values
 
@@ -213,7 +215,7 @@ def local_judge(
         own = new[: said.tokens - 1] if said.stopped == "end" else new
         before = [*ids, *own, *lead]
         chosen, _ = generate(before, longest, cache, logits_processor=LogitsProcessorList([
-            _OneOf(tails, len(before), answerer.pad)
+            _OneOf(tails, len(before), generation.pad)
         ]))  # fmt: skip
         (index,) = (i for i, tail in enumerate(tails) if chosen[: len(tail)] == tail)
         return Reply(f"{said.text}\n\n{endings[index]}", "answered", len(ids), said.tokens + len(tokens[index]))

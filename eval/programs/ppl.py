@@ -107,7 +107,7 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
     from tqdm import tqdm
 
     from corpora.machine import peak_memory_mb
-    from eval.perplexity import window_losses
+    from eval.perplexity import perplexity_of, window_losses
 
     mine = processes.mine(range(0, len(windows.fed), batch_size))
     started = time.perf_counter()
@@ -123,7 +123,7 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
     seconds = time.perf_counter() - started
     tokens = windows.targets * len(windows.fed)
     return {
-        "perplexity": float(losses.mean().exp()),
+        "perplexity": perplexity_of(losses),
         "nll": float(losses.mean()),
         "window_nll": [round(loss, 6) for loss in losses.tolist()],
         "windows": len(windows.fed),

@@ -313,10 +313,14 @@ class Plan:
             needed, word = list(choice.ids) if self.recipe.calibrate_behind_prefix else None, self.recipe.prefix
         if needed is not None and (self.vanilla or list(choice.ids) != [int(i) for i in needed]):
             tokens = f"a prefix of {len(needed)} tokens" if needed else "a prefix"
-            raise UserError(
-                f"{self.checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it; run it "
-                f"with --prefix {word} and without --vanilla"
-            )
+            calibrated = f"{self.checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it"
+            if choice.word == word and not self.vanilla:
+                raise UserError(
+                    f"{calibrated}; --prefix {word} stands for other tokens now ({len(choice.ids)} of them), because "
+                    "the chat template or the tokenizer has changed or printed another date; put back the old one, "
+                    "give a prefix file of the old tokens, or quantize again"
+                )
+            raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
 
 
 def plan_run(
