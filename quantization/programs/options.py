@@ -7,6 +7,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantization.programs.recipe_options import (
+    CALIBRATION,
+    WEIGHTS,
+    add_recipe_options,
+    check_agreement,
+    fields_of,
+    given_parts,
+    with_model_defaults,
+)
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,7 +55,8 @@ def add_plan_options(
     """The options that make a plan, and --plan.
 
     several: the program can spread one model over all GPUs. recipe, calibration, prefix, dtype: with these options.
-    run: with those of a model that runs: the arm, the KV policy, packed weights.
+    run: with those of a model that runs: the arm, packed weights. The KV policy goes with either: a recipe's other
+    parts may be searched or trained with it at work.
     """
     add_model_options(parser, several=several)
     if recipe:
@@ -55,6 +66,8 @@ def add_plan_options(
     group = parser.add_argument_group("at run time") if run else parser
     if prefix:
         add_prefix_option(group)
+    if recipe or run:
+        add_kv_options(group)
     if run:
         add_run_options(group)
     if dtype:
@@ -87,33 +100,6 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         metavar="auto|cpu|cuda[:N]" + ("|cuda:all" if several else ""),
         help="where to compute (default: auto, a GPU if there is one)"
         + ("; cuda:all spreads a model that is larger than one GPU over all of them" if several else ""),
-    )
-
-
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """--recipe and the fields of its weights."""
-    group = parser.add_argument_group("recipe")
-    group.add_argument(
-        "--recipe",
-        default=None,
-        metavar="NAME",
-        help="a named recipe; python -m quantization --list explains them (default: fp16, nothing quantized)",
-    )
-    group.add_argument("--bits", type=int, metavar="B", help="bits of the weights, short for --set weights.grid.bits=B")
-    group.add_argument(
-        "--group-size",
-        type=int,
-        metavar="G",
-        help="input channels per scale, -1 for one scale per row (default: the recipe's, or the model's "
-        "own where that has one)",
-    )
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="settings",
-        metavar="FIELD=VALUE",
-        help="any other field by its dotted name, for example weights.grid.convention=gptq-sym",
     )
 
 
@@ -158,13 +144,8 @@ def add_dtype_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_run_options(group: argparse._ActionsContainer) -> None:
-    """What is chosen when a model runs: its arm, its KV policy, how its weights are kept."""
-    group.add_argument(
-        "--vanilla",
-        action="store_true",
-        help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
-    )
+def add_kv_options(group: argparse._ActionsContainer) -> None:
+    """The KV policy."""
     group.add_argument(
         "--kv",
         default=None,
@@ -173,6 +154,15 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         "(default: the recipe's, or the checkpoint's)",
     )
     group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
+
+
+def add_run_options(group: argparse._ActionsContainer) -> None:
+    """What is chosen when a model runs: its arm, how its weights are kept."""
+    group.add_argument(
+        "--vanilla",
+        action="store_true",
+        help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
+    )
     group.add_argument(
         "--packed",
         action="store_true",
@@ -185,26 +175,25 @@ def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -
     parser.add_argument("--text-seed", type=int, default=default, metavar="S", help=f"{what} (default: {default})")
 
 
-def _setting(field: str, value: object) -> list[str]:
-    return [] if value is None else [f"{field}={value}"]
-
-
 def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
     """The recipe that the options spell, with the model's own group size. Raises UserError for what cannot be."""
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.named import kv_policy, named_recipe
+    from quantization.named import kv_policy, named_recipe, put_together
     from quantization.recipes.recipe import with_settings
     from quantization.runs.plan import stored_kv
 
     if not hasattr(options, "recipe"):
         return named_recipe("fp16")
-    recipe = named_recipe(options.recipe or "fp16")
+    check_agreement(options)
+    parts, left = given_parts(options)
+    recipe = put_together(named_recipe(options.recipe or "fp16"), parts)
+    spelled = " ".join([options.recipe or "fp16", *(f"with {field} {'+'.join(n)}" for field, n in parts.items())])
     if recipe.weights is None and (options.bits is not None or options.group_size is not None):
         raise UserError(
-            f"--bits and --group-size set the grid of the weights, but the recipe "
-            f"{options.recipe or 'fp16'} quantizes none; name one that does, for example --recipe rtn"
+            f"--bits and --group-size set the grid of the weights, but the recipe {spelled} quantizes none; name one "
+            "that does, for example --recipe rtn"
         )
     # Prefix and KV policy first: a setting may need the one or reach into the other.
     if getattr(options, "prefix", None) is not None:
@@ -215,48 +204,20 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
         recipe = replace(recipe, kv_cache=kv_policy(name or "per_head", bits))
     elif recipe.kv_cache is None:
         recipe = replace(recipe, kv_cache=stored_kv(checkpoint))
-    settings = [
-        *_setting("weights.grid.bits", options.bits),
-        *_setting("weights.grid.group_size", options.group_size),
-    ]
-    calibration = [
-        *_setting("calibration.corpus", getattr(options, "calibration", None)),
-        *_setting("calibration.samples", getattr(options, "calibration_samples", None)),
-        *_setting("calibration.length", getattr(options, "calibration_length", None)),
-        *_setting("calibration.seed", getattr(options, "seed", None)),
-    ]
+    settings, calibration = fields_of(options, WEIGHTS), fields_of(options, CALIBRATION)
     # Whether a method calibrates may depend on its fields.
-    chosen = with_settings(recipe, [s for s in options.settings if s.startswith(("weights.", "activations."))])
+    chosen = with_settings(recipe, [s for s in left if s.startswith(("weights.", "activations."))])
     if calibration and not chosen.calibrates:
         raise UserError(
-            f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ', 1)} "
+            f"the recipe {spelled} calibrates on no text, so {calibration[0].replace('.', ' ', 1)} "
             "has nothing to act on; leave it out"
         )
     recipe = with_settings(
-        recipe, _with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *options.settings])
+        recipe, with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *left])
     )
     if getattr(options, "calibrate_behind_prefix", False):
         recipe = replace(recipe, calibrate_behind_prefix=True)
     return recipe
-
-
-def _with_model_defaults(recipe: "Recipe", model: str, settings: list[str]) -> list[str]:
-    """Settings with the model's own group size and calibration text in front, where it has other than the published."""
-    from corpora.catalog import model_defaults
-    from quantization.named import PUBLISHED_GROUP
-
-    own, front = model_defaults(model), []
-    if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own.default_group_size:
-        front.append(f"weights.grid.group_size={own.default_group_size}")
-    if recipe.calibrates and own.default_calibration is not None:
-        text = own.default_calibration
-        front += [
-            f"calibration.corpus={text.corpus}",
-            f"calibration.samples={text.samples}",
-            f"calibration.length={text.length}",
-            "calibration.draw=segments",
-        ]
-    return [*front, *settings]
 
 
 def plan_of(
@@ -276,7 +237,8 @@ def plan_of(
     """
     from corpora.errors import UserError
     from quantization.runs.checkpoint import find_checkpoint
-    from quantization.runs.pipeline import check_makes_something
+    from quantization.runs.dense import empty_model
+    from quantization.runs.pipeline import check_makes_something, check_recipe
     from quantization.runs.plan import plan_run
 
     if device is None:
@@ -295,6 +257,8 @@ def plan_of(
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
     if makes == "checkpoint":
         check_makes_something(options.model, plan.recipe)
+    if checkpoint.manifest is None and plan.recipe.makes_checkpoint:  # now, and not behind a discovery and a text
+        check_recipe(empty_model(checkpoint.directory), plan.recipe)
     if makes != "discovery":  # whose text is not among these options
         stop_at_plan(options, plan, makes, shown)
     return plan

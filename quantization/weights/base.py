@@ -1,8 +1,10 @@
 """What most weight quantizers have in common: no files, no rescaling, groups that must fit the channels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from intactkv.architecture import Feed
 from quantization.grids.stored import Grid
 from quantization.grids.uniform import split_groups
 from quantization.model.blocks import DecoderBlock
@@ -38,3 +40,7 @@ class GridQuantizer:
         """Groups of channels must fill every row. Raises UserError, with the linear's name."""
         for name, linear in block.linears().items():
             split_groups(linear.weight, self.grid.group_size, f"{block.name}.{name}")
+
+    def rescaled_feeds(self, block: DecoderBlock) -> Sequence[Feed]:
+        """None."""
+        return ()
