@@ -6,7 +6,7 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,15 +87,19 @@ class DecoderBlock:
 
         Raises UserError if an online rotation stands between the two: their scales cannot move through it.
         """
-        for name in step.consumers:
-            path = path_of(self.module.get_submodule(name))
-            if path is not None and path.rotation is not None:
-                raise UserError(
-                    f"{self.name}: scales of {step.producer} cannot move to {name}, because a rotation stands between "
-                    "them; rescale without that pair, or rotate with head_mix=none and online_down=false"
-                )
+        paths = {name: path_of(self.module.get_submodule(name)) for name in step.consumers}
+        self.check_scales(step.producer, [n for n, path in paths.items() if path is not None and path.rotation])
         rescale(self.module, step, self.head_size)
         self.rescalings.append(step)
+
+    def check_scales(self, producer: str, rotated: Collection[str]) -> None:
+        """Raise UserError for scales that would have to move from a producer to linears whose input is rotated."""
+        if rotated:
+            raise UserError(
+                f"{self.name}: scales of {producer} cannot move to {next(iter(rotated))}, because a rotation stands "
+                "between them; rescale without that pair, or rotate without it (--set transforms.rotate.head_mix=none, "
+                "--set transforms.rotate.online_down=false)"
+            )
 
     def report(self, **figures: float) -> None:
         """Add to the figures of this block."""

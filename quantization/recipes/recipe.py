@@ -64,6 +64,8 @@ class Recipe:
             )
         if self.calibrate_behind_prefix and self.prefix == "none":
             raise UserError("calibrate_behind_prefix=true needs a prefix; choose one, for example --prefix bos")
+        if self.tuning is not None:
+            self.tuning.check(self.weights)
         order = [step.rescales for step in self.transforms]
         if order != sorted(order):
             raise UserError(

@@ -51,7 +51,7 @@ from quantization.runs.checkpoint import (
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 
-__all__ = ["check_makes_something", "identity_at", "partial_of", "quantize_checkpoint"]
+__all__ = ["check_makes_something", "check_recipe", "identity_at", "partial_of", "quantize_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -154,15 +154,23 @@ def quantize_checkpoint(
 def _empty_model_for(source: Path, recipe: Recipe) -> PreTrainedModel:
     """The model without weights, after everything that the recipe refuses without reading them."""
     model = empty_model(source)
+    check_recipe(model, recipe)
+    return model
+
+
+def check_recipe(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise UserError for a recipe that a model's blocks, which need no weights, cannot take."""
     architecture = architecture_of(model.config)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)
-        for part in (*recipe.transforms, recipe.weights, recipe.activations):
+        rotated = {name for step in recipe.transforms for name in step.rotated_inputs(block)}
+        for part in (*recipe.transforms, recipe.weights):
             if part is not None:
                 part.check(block)
-        if recipe.tuning is not None:
-            recipe.tuning.check(block, recipe.weights)
-    return model
+                for feed in part.rescaled_feeds(block):  # parts that rescale stand behind those that rotate
+                    block.check_scales(feed.producer, [name for name in feed.consumers if name in rotated])
+        if recipe.activations is not None:
+            recipe.activations.check(block)
 
 
 def _work_off(

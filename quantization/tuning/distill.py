@@ -82,12 +82,12 @@ class Distill:
         if not self.weight_decay >= 0:
             raise UserError(f"tuning.weight_decay={self.weight_decay:g} is not allowed; give 1e-5, as published, or 0")
 
-    def check(self, block: DecoderBlock, weights: WeightQuantizer | None) -> None:
+    def check(self, weights: WeightQuantizer | None) -> None:
         """Weights must be rounded by themselves alone. Raises UserError for a quantizer that looks at text."""
         if weights is not None and (weights.calibrates or weights.rescales):
             raise UserError(
                 f"distillation rounds the weights anew in every step, which {weights.name} cannot do without its text; "
-                "use a method that needs none, such as zeroquant or rtn"
+                "use a method that needs none, such as --weights rtn-w4, or do without distillation (--set tuning=none)"
             )
 
     def tune_block(

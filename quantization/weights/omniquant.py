@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
+from intactkv.architecture import Feed
 from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, train
 from quantization.grids.straight_through import fit_through, on_grid, straight
 from quantization.grids.uniform import (
@@ -37,7 +38,14 @@ from quantization.grids.uniform import (
 )
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.weights.base import GridQuantizer
-from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed
+from quantization.weights.omniquant_let import (
+    Pair,
+    check_pairs,
+    initial_pairs,
+    learned_feeds,
+    prefix_in_basis,
+    transformed,
+)
 
 __all__ = ["Learned", "OmniQuant", "clipped_fit", "fake_quantize", "learn", "start", "student"]
 
@@ -192,6 +200,10 @@ class OmniQuant(GridQuantizer):
         super().check(block)
         if self.let:
             check_pairs(block, self.shift)
+
+    def rescaled_feeds(self, block: DecoderBlock) -> list[Feed]:
+        """LET's, but for query ↔ key, whose scales no rotation of an input touches."""
+        return learned_feeds(block) if self.let else []
 
     def quantize_block(self, block: DecoderBlock) -> dict[str, QuantizedTensor]:
         """Every linear of the block; `figures` gets the loss before and after training, the mean over samples."""
