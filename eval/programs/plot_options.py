@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from intactkv.architecture import DOWN_PROJ
-from quantization.programs.options import add_kv_options, add_plan_options, add_text_seed
+from quantization.programs.options import add_plan_options, add_text_seed
 
 __all__ = ["Declare", "calibration_options", "hessian_options", "layer_options", "linear_options",
            "linear_output_options", "log_option", "motivation_options", "only_down_option", "opening_options",
@@ -19,7 +19,6 @@ def _text_options(
 ) -> argparse._ArgumentGroup:
     """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
     add_plan_options(parser, prefix=prefix, run=False)
-    add_kv_options(parser)
     text = parser.add_argument_group("text")
     text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
     length = str(tokens) if tokens else "the model's own, or 1024"
@@ -133,7 +132,6 @@ def calibration_options(parser: argparse.ArgumentParser) -> None:
 def motivation_options(parser: argparse.ArgumentParser) -> None:
     """Model, prefix and conversations of the motivation curve."""
     add_plan_options(parser, run=False)
-    add_kv_options(parser)
     parser.set_defaults(corpus=None)
     text = parser.add_argument_group("conversations")
     text.add_argument("--samples", type=int, metavar="N", help="how many (default: 128; smollm2: 8)")

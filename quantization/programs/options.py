@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL_GPUS",
-    "add_kv_options",
     "add_plan_option",
     "add_plan_options",
     "add_text_seed",
