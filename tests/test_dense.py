@@ -30,6 +30,7 @@ from quantization.runs.checkpoint import find_checkpoint, load_quantized
 from quantization.runs.dense import DenseCheckpoint, empty_model
 from quantization.runs.opening import load_model, load_tokenizer
 from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.plan import plan_run
 from quantization.weights.rtn import RTN
 
 W8 = Recipe(weights=RTN(UniformGrid(8, 32)))
@@ -265,7 +266,7 @@ def test_weights_in_the_layout_of_another_program_are_refused_by_its_name(dense:
         dense, f"quantized already, in the layout of {method or 'another program'} .* give the dense checkpoint"
     )
     with pytest.raises(UserError, match="quantized already"):
-        find_checkpoint(dense)
+        plan_run(dense, Recipe(), device=torch.device("cpu"))
 
 
 def test_an_export_of_ours_names_the_checkpoint_to_give(
@@ -283,6 +284,8 @@ def test_an_export_of_ours_names_the_checkpoint_to_give(
             assert "give the quantized checkpoint that it was exported from" in errors
     export_checkpoint(source, intactkv_root / "dense", "dense")
     assert torch.equal(full(intactkv_root / "dense")(IDS).logits, load_quantized(source)(IDS).logits)
+    plan = plan_run(intactkv_root / "dense", Recipe(), device=torch.device("cpu"))
+    assert plan.describe()["weights"] == "rtn-w4g32"
     with pytest.raises(UserError, match="is an export of ours: its numbers are those of quantized weights already"):
         quantize_checkpoint(intactkv_root / "dense", W8, intactkv_root / "twice")
 
@@ -322,21 +325,10 @@ def test_a_damaged_generation_config_is_not_passed_over(dense: Path) -> None:
 # numbers --------------------------------------------------------------------------------------------------------------
 
 
-@every("wide", [True, False])
-@every(
-    "name",
-    [
-        "rtn",
-        "gptq",
-        "spqr",
-        "omniquant",
-        "quarot",
-        "zeroquant-w4a4",
-        "awq",
-        "smoothquant-w8a8",
-        "prefixquant-w4a4kv4-static",
-    ],
-)
+METHODS = ("rtn", "gptq", "spqr", "omniquant", "quarot", "zeroquant-w4a4", "awq", "smoothquant-w8a8")
+
+
+@every(("name", "wide"), [*((name, True) for name in METHODS), ("gptq", False)])
 def test_a_block_of_several_dtypes_computes_in_the_widest(
     tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, name: str, wide: bool
 ) -> None:

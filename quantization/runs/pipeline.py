@@ -60,7 +60,9 @@ def check_makes_something(source: Path, recipe: Recipe) -> None:
     """Raise UserError for a source that is quantized already, or a recipe that leaves it as it is."""
     if is_quantized(source):
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
-    if DenseCheckpoint(source).exported:
+    dense = DenseCheckpoint(source)
+    dense.refuse_layout()
+    if dense.exported is not None:
         raise UserError(
             f"{source} is an export of ours: its numbers are those of quantized weights already; give the dense "
             "checkpoint that these were made from"
