@@ -298,8 +298,12 @@ def test_a_file_in_the_place_of_the_model_is_called_a_file(dense: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
-        ("config.json", {"dtype": "bf16"}, r"config\.json: .*'bf16'.*dtype is written float32, float16 or bfloat16"),
-        ("config.json", {"dtype": "auto"}, r"config\.json: .*'auto'.*dtype is written float32"),
+        (
+            "config.json",
+            {"dtype": "bf16"},
+            r"config\.json: dtype 'bf16' is none of torch's; write float32, float16 or bf",
+        ),
+        ("config.json", {"dtype": "auto"}, r"config\.json: dtype 'auto' is none of torch's; write float32"),
         ("config.json", {"hidden_size": "wide"}, r"config\.json is not a configuration that transformers knows"),
         ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, r"config\.json is not a conf"),
         ("generation_config.json", {"max_new_tokens": -3}, r"generation_config\.json does not say how to generate"),
@@ -391,3 +395,14 @@ def test_a_block_whose_scales_are_not_finite_is_not_written(dense: Path, tmp_pat
     with pytest.raises(UserError, match=r"block-000\.safetensors is not written: its tensor '.*down_proj\.scale'"):
         quantize_checkpoint(dense, Recipe(weights=Broken(UniformGrid(4, 32))), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("grid", [{"scale_dtype": "float16"}, {"convention": "awq-asym"}])
+def test_weights_that_a_grid_makes_nothing_but_zeros_are_refused(
+    dense: Path, tmp_path: Path, grid: dict[str, str]
+) -> None:
+    edit(dense, lambda tensors: tensors | {f"{LINEAR}.weight": tensors[f"{LINEAR}.weight"] * 1e-8})
+    with pytest.raises(UserError, match=rf"{LINEAR}: all of its weights become 0.*scale_dtype=float32"):
+        quantize_checkpoint(dense, Recipe(weights=RTN(UniformGrid(4, 32, **grid))), tmp_path / "out")
+    out = quantize_checkpoint(dense, Recipe(weights=RTN(UniformGrid(4, 32))), tmp_path / "fine")
+    assert load_quantized(out).get_parameter(f"{LINEAR}.weight").any()

@@ -263,7 +263,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except AttributeError as error:  # the name of a dtype is looked up in torch
-        raise UserError(f"{file}: {error}; dtype is written float32, float16 or bfloat16") from None
+        name = str(error).rpartition("attribute ")[2]
+        raise UserError(f"{file}: dtype {name} is none of torch's; write float32, float16 or bfloat16") from None
     except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{file} is not a configuration that transformers knows ({said_by(error)})") from None
 
