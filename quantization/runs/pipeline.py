@@ -336,8 +336,8 @@ def _relative_error(block: DecoderBlock, quantized: Mapping[str, StoredWeight]) 
         exact, rounded = linears[name].weight.float(), weight.dequantize()
         if bool(exact.any()) and not bool(rounded.any()):
             raise UserError(
-                f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for values "
-                f"up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
+                f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for "
+                f"values up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
                 "weights.grid.scale_dtype=float32"
             )
         error += float((rounded - exact).square().sum())
