@@ -257,6 +257,33 @@ def test_what_is_wrong_with_the_tensors_is_one_line_for_both(
     both_refuse(edit(tiny_checkpoint(tmp_path_factory.mktemp("wrong"), "llama"), change), said)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {name: x for name, x in tensors.items() if name != "lm_head.weight"},
+        lambda tensors: tensors | {f"{LINEAR}.weight_scale": torch.ones(64, 1)},
+    ],
+)
+def test_a_run_is_refused_before_its_record_is_looked_for(
+    dense: Path,
+    change: Callable[[Tensors], Tensors],
+    intactkv_root: Path,
+    run_main: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Callable[..., Path],
+) -> None:
+    """A figure that was taken when such files were still read is not shown again."""
+    (intactkv_root / "text.txt").write_text("some text " * 40)
+    ppl = ("ppl", "--model", dense, "--corpus", intactkv_root / "text.txt", "--window", 64, "--limit", 1)
+    good = checkpoint()
+    edit(dense, change)
+    with monkeypatch.context() as before:  # as if it had been taken of these files
+        before.setattr(DenseCheckpoint, "check", lambda _: None)
+        before.setattr("quantization.runs.plan.load_model", lambda *_, **__: full(good))
+        assert run_main(eval_main, *ppl)[0] == 0
+    assert run_main(eval_main, *ppl)[0] == 2
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8", None])
 def test_weights_in_the_layout_of_another_program_are_refused_by_its_name(dense: Path, method: str | None) -> None:
     configure(dense, quantization_config=None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.modeling_utils
 from families import random_ids
 
 from corpora.errors import UserError
@@ -13,6 +14,7 @@ from intactkv.prefix import build_prefix
 from quantization.kv_cache.per_head import PerHead
 from quantization.model.placement import spread
 from quantization.programs.options import chosen_device
+from quantization.runs.opening import load_model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -44,3 +46,16 @@ def test_all_gpus_are_for_programs_that_spread(monkeypatch):
     assert chosen_device("cuda:all", several=True) == torch.device("cuda:0")
     with pytest.raises(UserError, match="cuda:all is not known"):
         chosen_device("cuda:all")
+
+
+def test_a_dense_model_that_no_memory_holds_is_read_from_its_files(checkpoint, monkeypatch):
+    """cuda:all takes the way from the files to the devices; here the CPU has room for the embeddings alone."""
+    place = transformers.modeling_utils._get_device_map
+    room = {"cpu": 150_000, "disk": 10**9}
+    monkeypatch.setattr("transformers.modeling_utils._get_device_map", lambda m, d, _, q: place(m, d, room, q))
+    directory, ids = checkpoint(), random_ids(12)[None]
+    parts = load_model(directory, torch.float32, torch.device("cpu"), spread_over_gpus=True)
+    assert {"cpu", "disk"} == {str(where) for where in parts.hf_device_map.values()}
+    whole = load_model(directory, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(parts(ids).logits, whole(ids).logits)

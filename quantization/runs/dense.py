@@ -114,7 +114,9 @@ class DenseCheckpoint:
                 del expected[head]
                 names[embedding] = pair[0]
         names |= {name: stored for name in expected if name not in names and (stored := self.stored_name(name))}
-        left = sorted(self._file_of.keys() - set(names.values()))
+        known = (*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+        unused = self._file_of.keys() - set(names.values())
+        left = sorted(name for name in unused if not any(re.search(pattern, name) for pattern in known))
         self.refuse_quantized(names.values(), left)
         for name in expected:
             if name not in names:
@@ -124,8 +126,7 @@ class DenseCheckpoint:
             shape, dtype = headers[names[name]]
             check_dtype(dtype, f"{self.directory}: the tensor {names[name]!r}")
             self.check_shape(name, shape, tuple(parameter.shape))
-        known = (*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
-        self.name_left_over([name for name in left if not any(re.search(pattern, name) for pattern in known)])
+        self.name_left_over(left)
         dtypes = [FLOATS[headers[stored][1]] for stored in names.values()]
         return Weights(self, names, reduce(torch.promote_types, dtypes))
 
@@ -161,7 +162,7 @@ class DenseCheckpoint:
 
     def name_left_over(self, names: Iterable[str]) -> None:
         """Log the tensors that no part of the model reads, once."""
-        _name_left_over(self.directory, tuple(sorted(names)))
+        _name_left_over(self.directory, tuple(names))
 
     def names(self) -> list[str]:
         """All stored names."""
