@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.modeling_utils
 from families import random_ids
 
 from corpora.errors import UserError
@@ -13,7 +14,7 @@ from intactkv.prefix import build_prefix
 from quantization.kv_cache.per_head import PerHead
 from quantization.model.placement import bytes_of, memory_of_each, spread
 from quantization.programs.options import chosen_device
-from quantization.runs import opening
+from quantization.runs.opening import load_model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -55,12 +56,13 @@ def test_of_no_gpu_a_spread_model_takes_more_than_it_may(monkeypatch, tiny_check
     assert memory_of_each(bytes_of("65GiB")) == allowed
     source, asked = tiny_checkpoint(tmp_path, "llama"), {}
 
-    def opened(directory, **options):
+    def opened(_, **options):
         asked.update(options)
-        return torch.nn.Linear(1, 1)
+        raise InterruptedError
 
-    monkeypatch.setattr(opening.AutoModelForCausalLM, "from_pretrained", opened)
-    opening.load_model(source, torch.float32, torch.device("cpu"), False, True, 65 * 2**30)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", opened)
+    with pytest.raises(InterruptedError):
+        load_model(source, torch.float32, torch.device("cpu"), False, True, 65 * 2**30)
     assert (asked["device_map"], asked["max_memory"]) == ("auto", allowed)
 
 
@@ -74,3 +76,16 @@ def test_a_size_of_memory_that_is_none_or_has_nothing_to_act_on_is_refused(run_m
         code, _, error = run_main(main, "ppl", "--model", source, "--device", device, "--max-memory", "65GiB")
         assert (code, error.count("\n")) == (2, 1)
         assert "--max-memory 65GiB is for a model that is spread: add --device cuda:all" in error
+
+
+def test_a_dense_model_that_no_memory_holds_is_read_from_its_files(checkpoint, monkeypatch):
+    """cuda:all takes the way from the files to the devices; here the CPU has room for the embeddings alone."""
+    place = transformers.modeling_utils._get_device_map
+    room = {"cpu": 150_000, "disk": 10**9}
+    monkeypatch.setattr("transformers.modeling_utils._get_device_map", lambda m, d, _, q: place(m, d, room, q))
+    directory, ids = checkpoint(), random_ids(12)[None]
+    parts = load_model(directory, torch.float32, torch.device("cpu"), spread_over_gpus=True)
+    assert {"cpu", "disk"} == {str(where) for where in parts.hf_device_map.values()}
+    whole = load_model(directory, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(parts(ids).logits, whole(ids).logits)

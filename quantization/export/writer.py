@@ -301,6 +301,7 @@ def _write_config(
         "basis": manifest["basis"],
         "needs_prefix": manifest["needs_prefix"],
         "needs_kv": manifest.get("needs_kv"),
+        "label": manifest["label"],
     }
     write_json(directory / "config.json", config)
     return config

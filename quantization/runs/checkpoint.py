@@ -103,12 +103,14 @@ def read_cost(directory: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory and what it is. manifest: of a quantized checkpoint, None for a dense one."""
+    """A model directory and what it is. manifest: of a quantized checkpoint, None for a dense one. exported: the label
+    of the quantized weights whose plain numbers a dense one holds."""
 
     directory: Path
     name: str
     fingerprint: str  # of the dense checkpoint, also for a quantized one
     manifest: dict[str, Any] | None
+    exported: str | None = None
 
     @property
     def family_name(self) -> str:
@@ -122,8 +124,9 @@ def find_checkpoint(directory: Path) -> Checkpoint:
         manifest = read_manifest(directory)
         name = f"{manifest['source']['name']}/{directory.name}"
         return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
-    DenseCheckpoint(directory)
-    return Checkpoint(directory, Path(os.path.abspath(directory)).name, checkpoint_fingerprint(directory), None)
+    exported = DenseCheckpoint(directory).exported
+    name = Path(os.path.abspath(directory)).name
+    return Checkpoint(directory, name, checkpoint_fingerprint(directory), None, exported)
 
 
 BUILT_THERE = (
@@ -139,7 +142,8 @@ def dense_directory(checkpoint: Checkpoint, why: str, way_out: str = BUILT_THERE
     """
     directory, manifest = checkpoint.directory, checkpoint.manifest
     if manifest is None:
-        if not DenseCheckpoint(directory).exported:
+        if checkpoint.exported is None:
+            DenseCheckpoint(directory).refuse_layout()
             return directory
     else:
         dense = directory.parent / manifest["source"]["directory"]

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bia
 class DenseCheckpoint:
     """The files of a dense Hugging Face checkpoint, by their headers.
 
-    Raises UserError if the directory, its configuration or its safetensors files are missing or truncated, if two files
-    hold the same tensor, or if the weights are quantized in the layout of another program.
+    exported: the label of quantized weights that an export of ours wrote, None for any other checkpoint.
+    Raises UserError if the directory, its configuration or its safetensors files are missing or truncated, or if two
+    files hold the same tensor.
     """
 
     def __init__(self, directory: Path):
@@ -55,7 +56,11 @@ class DenseCheckpoint:
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
         self.directory = directory
-        self.exported = _check_plain(directory)
+        self._config = read_json(directory / "config.json", "the model configuration")
+        if not isinstance(self._config, dict):
+            raise UserError(f"{directory / 'config.json'} is not a model configuration; fetch the checkpoint again")
+        ours = self._config.get("intactkv")
+        self.exported: str | None = ours.get("label", "exported") if isinstance(ours, dict) else None
         self._file_of: dict[str, Path] = {}
         for file in weight_files(directory):
             with open_tensors(file) as tensors:
@@ -75,12 +80,32 @@ class DenseCheckpoint:
                 return candidate
         return None
 
+    def check(self) -> None:
+        """Raise UserError, by the headers alone, for what no model can be loaded from."""
+        self.refuse_layout()
+        if self._config.get("model_type") in ARCHITECTURES:
+            self.weights(empty_model(self.directory))
+
+    def refuse_layout(self) -> None:
+        """Raise UserError for weights in the layout of another program, by its name."""
+        for key in ("quantization_config", "compression_config"):
+            if layout := self._config.get(key):
+                method = layout.get("quant_method") if isinstance(layout, dict) else None
+                give = "dense checkpoint that it was made from"
+                if self.exported is not None:
+                    give = "quantized checkpoint that it was exported from, or that one's dense model"
+                raise UserError(
+                    f"{self.directory} is quantized already, in the layout of {method or 'another program'} ({key} in "
+                    f"its config.json), which is for other runtimes; give the {give}"
+                )
+
     def weights(self, model: PreTrainedModel) -> "Weights":
         """The parameters of a model without weights, as they are stored; compared by name, shape and dtype.
 
         Only one of two tied matrices may be missing. What is left over is logged, unless it is known to be harmless.
-        Raises UserError for the first parameter that does not fit, and for tensors that only a quantized one has.
+        Raises UserError for the first parameter that does not fit, and for what only a quantized checkpoint has.
         """
+        self.refuse_layout()
         names: dict[str, str] = {}
         expected = dict(model.state_dict())
         for head, embedding in tied_names(model).items():
@@ -89,7 +114,9 @@ class DenseCheckpoint:
                 del expected[head]
                 names[embedding] = pair[0]
         names |= {name: stored for name in expected if name not in names and (stored := self.stored_name(name))}
-        left = sorted(self._file_of.keys() - set(names.values()))
+        known = (*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+        unused = self._file_of.keys() - set(names.values())
+        left = sorted(name for name in unused if not any(re.search(pattern, name) for pattern in known))
         self.refuse_quantized(names.values(), left)
         for name in expected:
             if name not in names:
@@ -99,8 +126,7 @@ class DenseCheckpoint:
             shape, dtype = headers[names[name]]
             check_dtype(dtype, f"{self.directory}: the tensor {names[name]!r}")
             self.check_shape(name, shape, tuple(parameter.shape))
-        known = (*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
-        self.name_left_over([name for name in left if not any(re.search(pattern, name) for pattern in known)])
+        self.name_left_over(left)
         dtypes = [FLOATS[headers[stored][1]] for stored in names.values()]
         return Weights(self, names, reduce(torch.promote_types, dtypes))
 
@@ -135,11 +161,8 @@ class DenseCheckpoint:
             )
 
     def name_left_over(self, names: Iterable[str]) -> None:
-        """Log the tensors that no part of the model reads."""
-        names = sorted(names)
-        if names:
-            log.warning("%s holds %d tensors that its model does not read: %s%s", self.directory, len(names),
-                        ", ".join(names[:3]), ", …" if len(names) > 3 else "")  # fmt: skip
+        """Log the tensors that no part of the model reads, once."""
+        _name_left_over(self.directory, tuple(names))
 
     def names(self) -> list[str]:
         """All stored names."""
@@ -160,6 +183,13 @@ class DenseCheckpoint:
         for name in names:
             files.setdefault(self._file_of[name], []).append(name)
         return files
+
+
+@cache  # a run may look at a checkpoint several times
+def _name_left_over(directory: Path, names: tuple[str, ...]) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        log.warning("%s holds %d tensors that its model does not read: %s", directory, len(names), shown)
 
 
 @dataclass(frozen=True)
@@ -221,27 +251,6 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
 
 
-def _check_plain(directory: Path) -> bool:
-    """Raise UserError for weights in the layout of another program, by its name. Returns whether an export of ours
-    wrote them as plain numbers."""
-    config = read_json(directory / "config.json", "the model configuration")
-    if not isinstance(config, dict):
-        raise UserError(f"{directory / 'config.json'} is not a model configuration; fetch the checkpoint again")
-    ours = config.get("intactkv") is not None
-    for key in ("quantization_config", "compression_config"):
-        layout = config.get(key)
-        if layout:
-            method = layout.get("quant_method") if isinstance(layout, dict) else None
-            give = "the quantized checkpoint that it was exported from, or that one's dense model" if ours else (
-                "the dense checkpoint that it was made from"
-            )  # fmt: skip
-            raise UserError(
-                f"{directory} is quantized already, in the layout of {method or 'another program'} ({key} in its "
-                f"config.json), which is for other runtimes; give {give}"
-            )
-    return ours
-
-
 def said_by(error: BaseException) -> str:
     """What a library's exception says, in one line: its first, with the next where that only announces it."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -255,7 +264,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except AttributeError as error:  # the name of a dtype is looked up in torch
-        raise UserError(f"{file}: {error}; dtype is written float32, float16 or bfloat16") from None
+        name = str(error).rpartition("attribute ")[2]
+        raise UserError(f"{file}: dtype {name} is none of torch's; write float32, float16 or bfloat16") from None
     except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{file} is not a configuration that transformers knows ({said_by(error)})") from None
 

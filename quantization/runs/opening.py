@@ -74,7 +74,9 @@ def _load_dense(
     architecture table the reader does not know the names; there it is transformers that tells what is missing.
     """
     checkpoint, config = DenseCheckpoint(directory), read_config(directory)
+    checkpoint.refuse_layout()
     empty = empty_model_of(config)
+    loader: Any = type(empty)
     known = config.model_type in ARCHITECTURES
     names = checkpoint.weights(empty).names if known else {name: name for name in checkpoint.names()}
     damaged: list[str] = []
@@ -88,7 +90,6 @@ def _load_dense(
             views |= {name: _Stored(tensors.get_slice(name), f"{directory}: the tensor {name!r}", dtype, damaged)
                       for name in stored}  # fmt: skip
         state = {name: views[stored] for name, stored in names.items()}
-        loader: Any = type(empty)
         model, found = loader.from_pretrained(
             None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True, **placed,

@@ -60,7 +60,9 @@ def check_makes_something(source: Path, recipe: Recipe) -> None:
     """Raise UserError for a source that is quantized already, or a recipe that leaves it as it is."""
     if is_quantized(source):
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
-    if DenseCheckpoint(source).exported:
+    dense = DenseCheckpoint(source)
+    dense.refuse_layout()
+    if dense.exported is not None:
         raise UserError(
             f"{source} is an export of ours: its numbers are those of quantized weights already; give the dense "
             "checkpoint that these were made from"
@@ -285,7 +287,7 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
             block.kv.update(recipe.kv_cache.fit_block(block))
         if tuning is not None:
             quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
-    error = _relative_error(block.linears(), quantized)
+    error = _relative_error(block, quantized)
     _set_weights(block.linears(), quantized)
     # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
     if tuning is not None:
@@ -335,12 +337,19 @@ def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWe
         linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
 
 
-def _relative_error(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> float:
-    """‖Ŵ − W‖ / ‖W‖ over all linears of a block."""
-    error = sum(
-        float((weight.dequantize() - linears[name].weight.float()).square().sum()) for name, weight in quantized.items()
-    )
-    norm = sum(float(linears[name].weight.float().square().sum()) for name in quantized)
+def _relative_error(block: DecoderBlock, quantized: Mapping[str, StoredWeight]) -> float:
+    """‖Ŵ − W‖ / ‖W‖ over all linears of a block. Raises UserError for a linear that became nothing but zeros."""
+    linears, error, norm = block.linears(), 0.0, 0.0
+    for name, weight in quantized.items():
+        exact, rounded = linears[name].weight.float(), weight.dequantize()
+        if bool(exact.any()) and not bool(rounded.any()):
+            raise UserError(
+                f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for "
+                f"values up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
+                "weights.grid.scale_dtype=float32"
+            )
+        error += float((rounded - exact).square().sum())
+        norm += float(exact.square().sum())
     return (error / norm) ** 0.5 if norm else 0.0
 
 

@@ -36,7 +36,7 @@ from quantization.runs.checkpoint import (
     read_cost,
     read_manifest,
 )
-from quantization.runs.dense import read_config
+from quantization.runs.dense import DenseCheckpoint, read_config
 from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
@@ -128,7 +128,7 @@ class Plan:
             prefix = {"label": self.named.label, "ids": list(self.named.ids), "file": file and sha256_of_file(file)}
         return {
             "model": self.checkpoint.family_name,
-            "weights": manifest["label"] if manifest is not None else recipe.label(),
+            "weights": manifest["label"] if manifest is not None else self.checkpoint.exported or recipe.label(),
             "made_of": made_of,
             "recipe": manifest["recipe"] if manifest is not None else describe(recipe),
             "kv": describe(recipe.kv_cache),
@@ -370,6 +370,8 @@ def plan_run(
         search = default_search(checkpoint, tokenizer, context, *found)
     else:
         named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
+    if manifest is None and (named is None or named.file is None):  # a file's prefix fits other programs' layouts, too
+        DenseCheckpoint(directory).check()
     plan = Plan(
         checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
