@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from corpora.catalog import model_defaults
-    from corpora.storage import sha256_of_file
+    from corpora.files import sha256_of_data
     from eval.mtbench.answers import QUESTION_SETS, TEMPERATURES, behind_prefix, question_file, read_questions
     from eval.mtbench.chat_templates import chat_template
     from eval.mtbench.json_lines import only_writer
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     template = behind_prefix(plain, questions, plan.choice.ids, options.prepend)
     settings = _settings(plan, prepended=bool(template.lead)) | {
         "questions": word if word in QUESTION_SETS else file.name,
-        "questions_sha256": sha256_of_file(file),
+        "questions_sha256": sha256_of_data(file),
         "template": template.name,
         "temperatures": TEMPERATURES,
         "max_new_tokens": options.max_new_tokens,
