@@ -39,6 +39,7 @@ def run_program(main: Callable[[], None]) -> None:
     written beside and renamed, so nothing is damaged by stopping here.
     """
     try:
+        _check_arguments()
         main()
     except UserError as error:
         message = str(error)
@@ -53,3 +54,14 @@ def run_program(main: Callable[[], None]) -> None:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _check_arguments() -> None:
+    """Raise UserError for bytes on the command line that are no UTF-8: nothing could tokenize, record or print them."""
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the argument {word!r} is no text in UTF-8; write it in UTF-8, or rename the file"
+            ) from None

@@ -46,34 +46,35 @@ def suffix_of(path: Path) -> str:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
-    """A text file, open for reading; .gz and .zst are unpacked.
+def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
+    """A text file, open for reading; .gz and .zst are unpacked. what: it should be, for messages.
 
     Raises UserError, with the file's name, if it is missing, no file, damaged, packed in another way, or not UTF-8;
     also for what is found while the caller reads.
     """
+    name = f"{what} {path}" if what else str(path)
     packing = path.suffix.lower()
     if packing in NOT_UNPACKED:
-        raise UserError(f"{path} is packed as {packing}, which is not read; unpack it, or pack it as .gz or .zst")
+        raise UserError(f"{name} is packed as {packing}, which is not read; unpack it, or pack it as .gz or .zst")
     try:
         with _unpacked(path, packing) as binary:
             start = binary.peek(4)[:4]
-            encoding = next((name for mark, name in OTHER_MARKS.items() if start.startswith(mark)), None)
+            encoding = next((code for mark, code in OTHER_MARKS.items() if start.startswith(mark)), None)
             if encoding is not None:
-                raise UserError(f"{path} is text in {encoding}, which is not read; save it as UTF-8")
+                raise UserError(f"{name} is text in {encoding}, which is not read; save it as UTF-8")
             with io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
                 yield file
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{name} is missing") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a file of it") from None
+        raise UserError(f"{name} is a folder; name a file of it") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
-            f"{path} is not plain text in UTF-8 ({error.reason}, byte 0x{byte:02x}); save it as UTF-8"
+            f"{name} is not plain text in UTF-8 ({error.reason}, byte 0x{byte:02x}); save it as UTF-8"
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise damaged(path, error) from None
+        raise damaged(name, error) from None
 
 
 def sha256_of_data(path: Path) -> str:
@@ -95,21 +96,29 @@ def sha256_of_data(path: Path) -> str:
     return digest.hexdigest()
 
 
-def refuse_half_characters(text: str, where: str) -> None:
-    """Raise UserError if a text holds half of a character: JSON can write one (\\ud83d), no tokenizer reads it."""
+def refuse_half_characters(value: Any, where: str) -> None:
+    """Raise UserError if a text, or one inside a JSON value, holds half of a character: JSON can write one (\\ud83d),
+    but no tokenizer reads it."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            refuse_half_characters(part, where)
+    if not isinstance(value, str):
+        return
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 30) : error.start].encode(errors="ignore").decode()
+        near = value[max(0, error.start - 30) : error.start].encode(errors="ignore").decode()
         raise UserError(
-            f"{where} holds half of a character (\\u{ord(text[error.start]):04x}, behind {near!r}), which is no text; "
+            f"{where} holds half of a character (\\u{ord(value[error.start]):04x}, behind {near!r}), which is no text; "
             "take it out, or write the whole character"
         ) from None
 
 
-def damaged(path: Path, reason: object) -> UserError:
+def damaged(what: object, reason: object) -> UserError:
     """The error for a file that cannot be read to its end: a text that is silently shorter gives another number."""
-    return UserError(f"{path} is truncated or damaged ({reason}); mend it, or fetch it again")
+    return UserError(f"{what} is truncated or damaged ({reason}); mend it, or fetch it again")
 
 
 def _unpacked(path: Path, packing: str) -> Any:

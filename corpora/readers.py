@@ -74,8 +74,7 @@ def read_rows(paths: Path | Iterable[Path]) -> Iterator[dict[str, Any]]:
             for number, record in enumerate(read_records(path), start=1):
                 if not isinstance(record, dict):
                     raise UserError(f"{path}: record {number} is a {type(record).__name__}, not an object with fields")
-                for text in _texts_in(record):
-                    refuse_half_characters(text, f"{path}: record {number}")
+                refuse_half_characters(record, f"{path}: record {number}")
                 yield record
         else:
             raise UserError(f"{path} is of no format that holds records; give .parquet, .arrow, .json or .jsonl")
@@ -123,17 +122,6 @@ def _no_json(path: Path, error: Exception, line: int = 0) -> UserError:
     if isinstance(error, json.JSONDecodeError):
         return damaged(path, f"line {line or error.lineno}: {error.msg}")
     return damaged(path, f"line {line}: {error}" if line else error)
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    """All texts of a JSON value, names of fields too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value:
-            yield from _texts_in(part)
-        if isinstance(value, dict):
-            yield from _texts_in(list(value.values()))
 
 
 def _plain_text(path: Path, line: Callable[[str], str] | None) -> Iterator[str]:

@@ -121,8 +121,9 @@ def chat_turns(record: Any) -> list[str]:
     if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
         raise ValueError("a turn that has no text in the field 'value'")
     roles = [turn.get("from") for turn in turns]
-    if strange := next((role for role in roles if role not in ("human", "gpt")), None):
-        raise ValueError(f"a turn from {strange!r}, known are 'human' and 'gpt'")
+    strange = [role for role in roles if role not in ("human", "gpt")]
+    if strange:
+        raise ValueError(f"a turn from {strange[0]!r}, known are 'human' and 'gpt'")
     if "human" not in roles:
         raise ValueError("no turn from 'human'")
     first = roles.index("human")

@@ -275,11 +275,13 @@ def task_rows(name: str, data: TaskData, *, sample: bool) -> TaskRows:
         if missing:
             raise UserError(f"data of {name}: {folder} is incomplete, {missing[0]} is missing; {hint}")
         here = [row for file in found for row in _converted(file, data)]
+        if found and not here:
+            raise UserError(f"data of {name}: {found[0]} holds no rows; {hint}")
         if here:
             rows[split] = here
             files += found
     scored = next(iter(data.splits))
-    if not rows.get(scored):
+    if scored not in rows:
         state = "is missing" if not folder.is_dir() else f"holds no {scored} split (for example {splits[scored][0]})"
         raise UserError(f"data of {name}: {folder} {state}; {hint}")
     return TaskRows(rows, tuple(files))

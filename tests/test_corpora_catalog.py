@@ -198,6 +198,7 @@ def test_the_list_says_what_is_here(tmp_path: Path) -> None:
         (["prepare", "model", "llama-2"], "7b, 13b, 70b"),
         (["prepare", "model", "gpt", "7b"], "known are smollm2"),
         (["prepare", "data", "sample", "7b"], "one too many"),
+        (["prepare", "data", "sample\udcff"], r"the argument 'sample\udcff' is no text in UTF-8"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -79,6 +79,7 @@ MALFORMED = [
     ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "a turn from 'system'"),
     ({"conversations": [{"from": "human", "value": "a \ud83d"}]}, "half of a character in a turn"),
     ({"conversations": ["a", "b"]}, "a turn that has no text"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"value": "b"}]}, "a turn from None"),
 ]
 
 

@@ -8,6 +8,7 @@ from chats import CONTEXT, QUESTIONS, SAMPLED, TEMPLATE, turns_of
 from families import plain_logits
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
 from eval.generation import Generation
 from eval.mtbench.answers import (
     CATEGORIES,
@@ -255,4 +256,19 @@ def test_a_damaged_file_of_questions_is_refused(tmp_path, text, named):
     path = tmp_path / "question.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=named):
+        read_questions(path)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_questions(tmp_path, end, mark):
+    path = tmp_path / "question.jsonl"
+    text = "".join(f'{{"question_id": {i}, "category": "math", "turns": ["é", "b"]}}\n' for i in (1, 2))
+    path.write_text(text, encoding="utf-8")
+    plain, digest = read_questions(path), sha256_of_data(path)
+    path.write_bytes((mark + text.replace("\n", end)).encode())
+    assert read_questions(path) == plain
+    assert sha256_of_data(path) == digest
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match=r"the file of questions .*question\.jsonl is text in UTF-16"):
         read_questions(path)

@@ -324,6 +324,15 @@ def test_a_row_of_an_unknown_form_is_named(intactkv_root: Path, name: str, row: 
         task_rows(name, TASK_DATA[name], sample=False)
 
 
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"[]"])
+def test_a_file_without_rows_is_named(intactkv_root: Path, content: bytes) -> None:
+    """Not taken for a split that is not here."""
+    path = write_lines(datasets_dir() / RAW["lambada_openai"][0], [])
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data of lambada_openai: {path} holds no rows; run 'bash"):
+        task_rows("lambada_openai", TASK_DATA["lambada_openai"], sample=False)
+
+
 # Rows without a right answer, as test splits are published, and rows that lack a part.
 UNANSWERED: dict[str, list[tuple[Row, str]]] = {
     "openbookqa": [({"answerKey": ""}, "its answerKey is '', but the answers are 'A', 'B', 'C', 'D'"),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from corpora.catalog import CORPORA, CalibrationText, model_defaults
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
 from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
 from corpora.storage import identity, sha256_of_file
 from corpora.text import calibration_segments, corpus_label, encode, evaluation_stream, protocol, start_token_id
@@ -207,7 +208,7 @@ def _corpus_part(corpus: str) -> str:
     """A corpus' name; a file's with digits of its content's hash, since another may be called the same."""
     file = Path(corpus)
     known = corpus in CORPORA or not file.is_file()
-    return corpus if known else f"{file.stem}-{sha256_of_file(file)[:8]}"
+    return corpus if known else f"{file.stem}-{sha256_of_data(file)[:8]}"
 
 
 def _prefix_part(choice: PrefixChoice) -> str:

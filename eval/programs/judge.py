@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
+from corpora.files import data_files, sha256_of_data
 
 if TYPE_CHECKING:
     from eval.mtbench.judge import Job, Materials
@@ -79,7 +80,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Make the judgements that are missing, print the scores, and write the record if all were made."""
     from corpora.paths import outputs_dir
-    from corpora.storage import sha256_of_file
     from eval.mtbench.answers import QUESTION_SETS, question_file, read_questions
     from eval.mtbench.json_lines import LineFile, only_writer
     from eval.mtbench.judge import pair_key, read_answers, read_materials, single_key
@@ -120,12 +120,12 @@ def run(options: argparse.Namespace) -> None:
         "judge": name,
         "mode": kind,
         "questions": word if word in QUESTION_SETS else questions_file.name,
-        "questions_sha256": sha256_of_file(questions_file),
-        "prompts_sha256": sha256_of_file(prompts),
+        "questions_sha256": sha256_of_data(questions_file),
+        "prompts_sha256": sha256_of_data(prompts),
         "references": references.stem if references else None,
-        "references_sha256": sha256_of_file(references) if references else None,
-        "answers_sha256": {path.stem: sha256_of_file(path) for path in options.answers},
-        "baseline": {options.baseline.stem: sha256_of_file(options.baseline)} if options.baseline else None,
+        "references_sha256": sha256_of_data(references) if references else None,
+        "answers_sha256": {path.stem: sha256_of_data(path) for path in options.answers},
+        "baseline": {options.baseline.stem: sha256_of_data(options.baseline)} if options.baseline else None,
         **protocol,
     }
     failed = sum(line.get("outcome") == "failed" for line in lines)
@@ -189,7 +189,7 @@ def _judge_name(word: str) -> str:
 
 def _references(folder: Path, judge: str) -> Path | None:
     """The judge's own reference answers, else the only ones there are; None without any."""
-    files = sorted(folder.glob("*.jsonl"))
+    files = data_files(folder, "*.jsonl")
     own = folder / f"{judge.replace('/', '-')}.jsonl"
     if own in files:
         return own

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from corpora.catalog import model_defaults
-    from corpora.storage import sha256_of_file
+    from corpora.files import sha256_of_data
     from eval.generation import own_generation
     from eval.mtbench.answers import (
         QUESTION_SETS,
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     generation = own_generation(plan.checkpoint.directory, plan.tokenizer)
     settings = _settings(plan, prepended=bool(template.lead)) | {
         "questions": word if word in QUESTION_SETS else file.name,
-        "questions_sha256": sha256_of_file(file),
+        "questions_sha256": sha256_of_data(file),
         **template.describe(),
         "generation": generation.describe(),
         "temperatures": TEMPERATURES,
