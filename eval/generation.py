@@ -23,8 +23,8 @@ from quantization.runs.dense import read_config
 __all__ = ["Generation", "own_generation"]
 
 DEFAULT_TOP_K = 50  # what transformers takes when a generation_config names none
-RANGES: dict[str, tuple[type | tuple[type, ...], float, str]] = {  # type, highest, in words
-    "top_k": (int, math.inf, "a whole number, 0 for all tokens"),
+RANGES: dict[str, tuple[tuple[type, ...], float, str]] = {  # types, highest, in words
+    "top_k": ((int,), math.inf, "a whole number, 0 for all tokens"),
     "top_p": ((int, float), 1, "a number from 0 to 1"),
     "min_p": ((int, float), 1, "a number from 0 to 1"),
 }
@@ -74,8 +74,8 @@ def own_generation(directory: Path, tokenizer: Any) -> Generation:
         raise UserError(f"{file}: eos_token_id {own.eos_token_id!r} is no token id and no list of them; mend it")
     found: dict[str, Any] = {name: value for name in RANGES if (value := getattr(own, name)) is not None}
     for name, value in found.items():
-        kind, highest, allowed = RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value <= highest:
+        kinds, highest, allowed = RANGES[name]
+        if type(value) not in kinds or not 0 <= value <= highest:
             raise UserError(f"{file}: {name} is {value!r}; give {allowed}")
 
     def valid(tokens: Iterable[int | None]) -> list[int]:

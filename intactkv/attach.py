@@ -20,6 +20,7 @@ from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.finite import FiniteLogits, finite
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.vocabulary import known_ids
 
 __all__ = ["IntactModel", "attach", "default_batch_size"]
 
@@ -133,7 +134,7 @@ class IntactModel:
         if positions is not None:
             arguments["position_ids"] = positions
         with prefix_attention(self.model):
-            return (through or self.model)(input_ids=ids, past_key_values=cache, **arguments)
+            return (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
@@ -204,7 +205,7 @@ class IntactModel:
         lead = rows.feed.new_empty(batch, 0)
         if self.prefix is not None:
             lead = self.prefix.ids.to(rows.feed)[None].expand(batch, -1)
-        ids = torch.cat([lead, rows.feed], dim=1)
+        ids = torch.cat([lead, known_ids(rows.feed, self.model)], dim=1)
         mask = torch.cat([torch.ones_like(lead), rows.mask], dim=1)
         cache = self.new_cache() if past_key_values is None else self._continued(past_key_values, ids)
         cache.tokens = None  # until it is known what an answer that may be interrupted leaves here

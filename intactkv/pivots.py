@@ -19,6 +19,7 @@ from intactkv.architecture import decoder_of
 from intactkv.cache import IntactCache
 from intactkv.finite import finite
 from intactkv.observe import inputs_of
+from intactkv.vocabulary import known_ids
 
 __all__ = ["EPS", "MASSIVE", "MASSIVE_RATIO", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "hidden_magnitudes",
            "outlier_ratios", "outlier_tokens"]  # fmt: skip
@@ -55,7 +56,7 @@ def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | 
     norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
     with inputs_of([] if norm is None else [norm]) as seen:
         output = model.base_model(
-            input_ids=ids[None].to(model.device),
+            input_ids=known_ids(ids, model)[None].to(model.device),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=True,

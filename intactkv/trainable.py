@@ -31,6 +31,7 @@ from intactkv.observe import hooked, on_output
 from intactkv.pivots import EPS
 from intactkv.prefix import Prefix, build_prefix, identity_of, input_embeddings
 from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
+from intactkv.vocabulary import known_ids
 
 __all__ = ["Figures", "PrefixTraining", "TrainedPrefix", "starting_point", "statistics", "train_prefix"]
 
@@ -219,7 +220,7 @@ class _Objective:
         read: torch.nn.Module = self.model.get_input_embeddings()
         table = input_embeddings(self.model)
         front = embeddings.to(table.device, table.dtype)
-        whole = torch.cat([front, read(ids.to(table.device))])[None]
+        whole = torch.cat([front, read(known_ids(ids, self.model).to(table.device))])[None]
         blocks = list(decoder_of(self.model).layers)
         watched = [b.get_submodule(self.attention) for b in blocks] if self.training.output == "attention" else blocks
         outputs: list[Tensor] = []

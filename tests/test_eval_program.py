@@ -152,6 +152,16 @@ def test_a_wrong_option_is_one_line_too(arguments, program):
     assert "--help" in err
 
 
+@pytest.mark.parametrize("words", [("ppl",), ("stats", "kv"), ("plot", "act"), ("tasks", "--tasks", "mmlu")])
+def test_the_help_that_is_named_knows_the_option(words, program):
+    code, out, err = program(*words, "--model", "m", "--no-such-option", 3)
+    named = " ".join(word for word in words if not word.startswith("--") and word != "mmlu")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: unrecognized arguments: --no-such-option 3; python -m eval {named} --help explains the options\n"
+    )
+
+
 def test_a_missing_model_and_a_prefix_of_another_model_are_refused(
     program, model, text, tiny_checkpoint, intactkv_root
 ):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from intactkv.architecture import architecture_of
 from intactkv.finite import finite
 from intactkv.observe import hooked, on_input
+from intactkv.vocabulary import known_ids
 
 __all__ = ["first_token_share", "position_share"]
 
@@ -47,7 +48,7 @@ def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence
     with hooked(on_input(linear, partial(look, name, index)) for name, index, linear in watched):
         for segment, of_segment in zip(segments, positions, strict=True):
             chosen[:] = of_segment
-            decoder(input_ids=segment[None].to(model.device), use_cache=False)
+            decoder(input_ids=known_ids(segment, model)[None].to(model.device), use_cache=False)
     for name, per_token in energy.items():
         finite(per_token, f"inputs of {name} in {model.name_or_path or model.config.model_type}, by block and token")
     return {name: (owned[name] / per_token.sum(-1)).float() for name, per_token in energy.items()}

@@ -99,6 +99,10 @@ def run(options: argparse.Namespace) -> None:
     references = options.references or _references(questions_file.parent / "reference_answer", name)
     materials = read_materials(read_questions(questions_file), prompts, references)
     jobs = _jobs(options, materials, name, answers, baseline)
+    if options.plot is not None:
+        from eval.plots.radar import check_categories
+
+        check_categories({materials.questions[number].category for given in answers.values() for number in given})
 
     kind, key = ("single", single_key) if baseline is None else ("pair", pair_key)
     path = outputs_dir() / "mt_bench" / "model_judgment" / f"{name.replace('/', '-')}_{kind}.jsonl"
@@ -113,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
     report |= {
         "judgement_file": str(path),
         "missing": len(jobs) - len(lines),
+        "empty": sum(line.get("outcome") == "empty" for line in lines),
         "usage": {count: sum(line.get("usage", {}).get(count, 0) for line in lines)
                   for count in ("prompt_tokens", "completion_tokens")},
     }  # fmt: skip
@@ -233,15 +238,22 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
     """
     import os
 
+    from corpora.storage import identity
+    from eval.generation import own_generation
+    from eval.mtbench.chat_templates import chat_template
     from eval.mtbench.judge import ENDINGS, is_decided
     from eval.mtbench.judge_client import ChatClient, local_judge
     from quantization.programs.options import chosen_device
     from quantization.runs.checkpoint import find_checkpoint
+    from quantization.runs.opening import load_tokenizer
 
     protocol: dict[str, Any] = {"max_tokens": options.max_tokens}
     if options.judge_model.startswith(LOCAL):
         directory = Path(options.judge_model.removeprefix(LOCAL))
-        protocol["judge_fingerprint"] = find_checkpoint(directory).fingerprint
+        checkpoint, tokenizer = find_checkpoint(directory), load_tokenizer(directory)
+        template = chat_template("auto", tokenizer, checkpoint.family_name)
+        protocol["judge_fingerprint"] = checkpoint.fingerprint
+        protocol["judge_prompting"] = identity(template.describe() | own_generation(directory, tokenizer).describe())
         decided = partial(is_decided, kind)
         device = chosen_device(options.device)
         return local_judge(directory, device, options.max_tokens, ENDINGS[kind], decided), protocol

@@ -21,6 +21,7 @@ from intactkv.architecture import Architecture, Feed
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 
@@ -309,7 +310,8 @@ class CalibrationStream:
         for module in self._blocks:
             module.forward = skip
         try:
-            model(input_ids=ids.to(input_embeddings(model).device), past_key_values=cache, use_cache=True)
+            ids = known_ids(ids, model).to(input_embeddings(model).device)
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
         except _Reached:
             pass
         finally:
