@@ -17,9 +17,8 @@ from intactkv.__main__ import main as intactkv
 from intactkv.prefix import Prefix
 from quantization.runs.checkpoint import block_file, read_block, read_manifest
 
-OPTIONS = (
-    (ROOT / "docs" / "prefixquant.md").read_text(encoding="utf-8").split('export OPTIONS="')[1].split('"')[0].split()
-)
+PAGE = (ROOT / "docs" / "prefixquant.md").read_text(encoding="utf-8")
+OPTIONS = PAGE.split('export OPTIONS="')[1].split('"')[0].replace("\\\n", " ").split()
 WINOGRANDE = [{"sentence": f"Ann met {i} Eves as _ was late.", "option1": "Ann", "option2": "Eve", "answer": "1"}
               for i in range(4)]  # fmt: skip
 SMALL = ("--set", "tuning.epochs=2", "--set", "tuning.mse_init_size=2", "--set", "tuning.batch=2")
