@@ -157,7 +157,7 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
     "eval/eval vicuna-v1.5 7b awq 3 4 qa 29500 0": (arms("tasks", "awq --bits 3 --kv-bits 4"), set()),
     "eval/gen_mtbench_answer vicuna-v1.5 7b awq 3 0": (arms("mtbench", "awq --bits 3", "none", "prompt") * 3, set()),
     "eval/quarot llama-2 7b 0": (["ppl", *arms("ppl", "quarot")], {"ppl intactkv"}),
-    "visualization/motivation llama-2 7b 0": (["plot rtn --bits 3 / prompt"], set()),
+    "visualization/motivation llama-2 7b 0": (["plot rtn --bits 3"], set()),
     "visualization/plot_act llama-2 7b 0": (["plot fp16"] * 3, set()),
     f"run_gptq 0 {MODEL}": (
         arms("ppl", "gptq-row --bits 4 --group-size -1 --set weights.act_order=true"), {"ppl gptq"},

@@ -3,7 +3,7 @@
 # Usage: motivation.sh MODEL SIZE DEVICE      for example: motivation.sh llama-2 7b 0
 #   DEVICE  cpu or a GPU index
 # Environment: METHOD and BITS (default: rtn, 3), GROUP_SIZE, KV_BITS of the quantized model (default: 16, full precision),
-# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of methods that calibrate; PREFIX (default: prompt), SAMPLES,
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of methods that calibrate; PREFIX (default: what every conversation starts with), SAMPLES,
 # TOKENS of the conversations, OUT; OPTIONS: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -12,5 +12,5 @@ enter_project
 device=$(device_option "$3")
 model=$(model_directory "$1" "$2")
 choose_method "${METHOD:-rtn}" "${BITS:-3}" "$model" "${KV_BITS:-16}"
-python -m eval plot motivation --model "$model" --device "$device" "${method[@]}" --prefix "${PREFIX:-prompt}" \
-    ${SAMPLES:+--samples "$SAMPLES"} ${TOKENS:+--tokens "$TOKENS"} ${OUT:+--out "$OUT"}
+python -m eval plot motivation --model "$model" --device "$device" "${method[@]}" \
+    ${PREFIX:+--prefix "$PREFIX"} ${SAMPLES:+--samples "$SAMPLES"} ${TOKENS:+--tokens "$TOKENS"} ${OUT:+--out "$OUT"}
