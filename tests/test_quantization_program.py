@@ -78,6 +78,9 @@ def test_the_list_has_one_line_a_recipe_with_its_paper(program: Callable[..., tu
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert all(row.paper in line and row.note in line for line, row in zip(lines, RECIPES.values(), strict=True))
+    parts = {line.split()[0]: line.rpartition("[")[2] for line in lines}  # what --weights and the others can take
+    assert parts["smoothquant-w8a8"] == "transforms, weights, activations]"
+    assert (parts["kv4"], parts["fp16"]) == ("kv_cache]", "no parts]")
 
 
 # runs -----------------------------------------------------------------------------------------------------------------

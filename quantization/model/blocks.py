@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from intactkv.prefix import Prefix, input_embeddings
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 
+if TYPE_CHECKING:
+    from quantization.model.rounding import Rounding
+
 __all__ = ["CalibrationStream", "DecoderBlock"]
 
 
@@ -32,7 +35,8 @@ class DecoderBlock:
 
     rescalings: what `rescale` applied so far; the checkpoint keeps them. kv: tensors of a KV policy with ranges of its
     own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
-    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks.
+    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks. rounding: what rounds
+    beside the weights when the model runs, for quantizers that train with it at work (`WeightQuantizer.sees_rounding`).
     """
 
     index: int
@@ -43,6 +47,7 @@ class DecoderBlock:
     rescalings: list[Rescaling] = field(default_factory=list)
     kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    rounding: "Rounding | None" = None
 
     @property
     def name(self) -> str:

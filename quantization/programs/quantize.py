@@ -24,7 +24,9 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
             "--out", type=Path, metavar="DIR", help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)"
         )
         parser.add_argument("--verbose", action="store_true", help="one log line per block on stderr")
-    parser.add_argument("--list", action="store_true", help="print the named recipes, one a line, and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="print the named recipes with their parts, one a line, and stop"
+    )
     return parser
 
 
@@ -51,10 +53,11 @@ def quantize(arguments: list[str]) -> None:
 
 
 def list_recipes() -> None:
-    """One recipe a line: name, paper, note."""
-    from quantization.named import RECIPES
+    """One recipe a line: name, paper, note, and the parts that other recipes can take of it."""
+    from quantization.named import PARTS, RECIPES
 
     width = max(map(len, RECIPES))
     papers = max(len(row.paper) for row in RECIPES.values())
     for name, row in RECIPES.items():
-        print(f"{name:<{width}}  {row.paper:<{papers}}  {row.note}")
+        parts = ", ".join(part for part in PARTS if getattr(row.recipe, part)) or "no parts"
+        print(f"{name:<{width}}  {row.paper:<{papers}}  {row.note}  [{parts}]")
