@@ -96,7 +96,9 @@ def test_a_whole_run_writes_what_the_library_writes(dense: Path, intactkv_root: 
         f.name: f.read_bytes() for f in library.glob("*.safetensors")
     }
     # 4 bits, and a float32 scale per 32 weights: symmetric, so no zero point
-    assert re.fullmatch(rf"rtn-w4g32  5\.00 bits per weight  \d+ s  \d+ MB  {re.escape(str(out))}\n", done.stdout)
+    assert re.fullmatch(
+        rf"rtn-w4g32-gptq-sym  5\.00 bits per weight  \d+ s  \d+ MB  {re.escape(str(out))}\n", done.stdout
+    )
     assert done.stderr.count("weight error") == 3  # --verbose: one line a block
 
 

@@ -18,6 +18,7 @@ from corpora.text import PROTOCOLS
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of, percent
 from eval.tables.render import render as render_tables
 from quantization.kv_cache import KV_POLICIES
+from quantization.labels import told
 
 __all__ = [
     "ARMS",
@@ -40,6 +41,7 @@ __all__ = [
     "render",
     "settings_of",
     "weights_and_seed",
+    "weights_label",
 ]
 
 
@@ -94,6 +96,11 @@ def kv_label(kv: dict[str, Any] | None) -> str:
         return "16"
     words = {policy.__name__: word for word, policy in KV_POLICIES.items()}
     return f"{kv['bits']} {words.get(kv['kind'], kv['kind'])}"
+
+
+def weights_label(settings: dict[str, Any]) -> str:
+    """The weights, as all arms call them, with what is other than in the named recipe of their kind."""
+    return told(settings["weights"].removesuffix("-behind"), settings["recipe"])
 
 
 def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
@@ -226,7 +233,7 @@ def _row(setting: Setting) -> Row:
     return Row(
         caption=caption_of(s),
         model=s["model"],
-        weights=s["weights"].removesuffix("-behind"),
+        weights=weights_label(s),
         kv=kv_label(s["kv"]),
         corpus=s["corpus"],
         prefix=prefix_label(s),

@@ -39,6 +39,7 @@ def quantize(arguments: list[str]) -> None:
     show_log(options.verbose)
     plan = plan_of(options, makes="checkpoint")
 
+    from quantization.labels import full_label
     from quantization.runs.checkpoint import read_cost
 
     out = plan.written(plan.recipe, options.out)
@@ -46,7 +47,7 @@ def quantize(arguments: list[str]) -> None:
     bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "
     repaired = int(cost["figures"].get("repaired_hessians", 0))
     print(
-        f"{plan.recipe.label()}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
+        f"{full_label(plan.recipe)}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
         + (f"{repaired} Hessians needed more damping  " if repaired else "")
         + str(out)
     )

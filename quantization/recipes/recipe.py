@@ -141,7 +141,10 @@ class Recipe:
         return made_of
 
     def label(self) -> str:
-        """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision."""
+        """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision.
+
+        A part of every record's identity, so it stays what it is; `quantization.labels` says more for readers.
+        """
         words = [step.name for step in self.transforms]
         words.append("full" if self.weights is None else self.weights.label)
         words += [part.label for part in (self.activations, self.attention) if part is not None]
