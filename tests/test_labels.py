@@ -28,8 +28,8 @@ WORDS = ("last", "skip_mse", "both", "random", "none", "hartley", "uniform", "gp
          "smoothquant-sym", "float16", "quant_input")  # fmt: skip
 # Fields that some recipe cannot change alone: one convention fits, another field has to change with it, or a file.
 ALONE = {"grid.clip_search", "activations.grid.clip_search", "attention.grid.clip_search", "grid.convention",
-         "grid.scale_dtype", "start", "static_groups", "file", "lwc", "attention.grid.group_size", "activations.static",
-         "activations.keep"}  # fmt: skip
+         "grid.scale_dtype", "start", "static_groups", "file", "lwc", "shift", "attention.grid.group_size",
+         "activations.static", "activations.keep"}  # fmt: skip
 
 
 def leaves(part: Any, path: str) -> Iterator[tuple[str, Any]]:

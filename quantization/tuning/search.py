@@ -6,8 +6,10 @@
     static keys        likewise                                               rows of softmax(q kᵀ/√D), per KV head
     weights            likewise, per group of a row                           that group's part of the linear's output
 
-f is always on the scale that the range gave, 1 is always a candidate, and queries meet the prefix and the causal mask
-(the published code multiplies the best scale so far, and attends to everything).
+f is always on the scale that the range gave, 1 is always a candidate, and queries meet the prefix and the causal mask.
+Departs from the published code: it multiplies the best scale so far; its fine search of static inputs and its search of
+keys attend to everything, without mask and prefix; its search of weights in groups views the groups transposed, so that
+each is weighed by channels of others (ours makes 0.22 to 0.43 × its error).
 """
 
 from collections.abc import Callable, Iterator
