@@ -18,7 +18,7 @@ from quantization.kv_cache import PerHead
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import CalibrationStream, DecoderBlock
-from quantization.model.rounding import Rounding
+from quantization.model.rounding import BlockRounding
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, describe, with_settings
 from quantization.runs.checkpoint import load_quantized
@@ -84,7 +84,7 @@ def first_block(model: PreTrainedModel, prefix: Tensor | None = None) -> Decoder
     stream.full = list(stream.hidden)
     stream.targets = list(stream.outputs(block, stream.full))
     inputs = Activations(TOKENS).fit_block(block)
-    return replace(block, rounding=Rounding(inputs, AttentionProducts(TOKENS, rows=False), PerHead(4)))
+    return replace(block, rounding=BlockRounding(inputs, AttentionProducts(TOKENS, rows=False), PerHead(4)))
 
 
 def test_the_loss_is_that_of_rounded_inputs_queries_keys_and_values(tiny_model: Callable[..., PreTrainedModel]) -> None:

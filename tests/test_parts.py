@@ -312,6 +312,18 @@ def test_every_program_that_quantizes_knows_the_parts_and_the_cache(
         assert option in said
 
 
+def test_a_cache_that_no_checkpoint_holds_is_told(
+    call: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "change nothing in this checkpoint"
+    assert call("--recipe", "rtn-w4", *GROUPS, "--kv-bits", 4, reads=False)[0] == 0
+    assert said in caplog.text
+    caplog.clear()
+    assert call("--recipe", "rtn-w4", *GROUPS, "--kv", "static", "--kv-bits", 4)[0] == 0  # it holds the ranges
+    assert call("--recipe", "quarot", reads=True)[0] == 0  # nobody asked
+    assert said not in caplog.text
+
+
 def test_a_checkpoint_keeps_the_ranges_of_the_cache_that_it_was_quantized_for(
     call: Callable[..., tuple[int, str, str]], text: Path
 ) -> None:

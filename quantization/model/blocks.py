@@ -6,10 +6,10 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,20 @@ from intactkv.prefix import Prefix, input_embeddings
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 
-if TYPE_CHECKING:
-    from quantization.model.rounding import Rounding
+__all__ = ["CalibrationStream", "DecoderBlock", "Rounding"]
 
-__all__ = ["CalibrationStream", "DecoderBlock"]
+
+class Rounding(Protocol):
+    """What rounds beside the weights when the model runs (`quantization.model.rounding`)."""
+
+    @property
+    def kv(self) -> KVPolicy | None:
+        """Of new keys and values; a cache has it."""
+        ...
+
+    def at_work(self, block: "DecoderBlock") -> AbstractContextManager[None]:
+        """Let everything else of the block be rounded, for a while."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class DecoderBlock:
     rescalings: list[Rescaling] = field(default_factory=list)
     kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
-    rounding: "Rounding | None" = None
+    rounding: Rounding | None = None
 
     @property
     def name(self) -> str:

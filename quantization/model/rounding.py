@@ -10,11 +10,11 @@ from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
 
-__all__ = ["Rounding"]
+__all__ = ["BlockRounding"]
 
 
 @dataclass(frozen=True)
-class Rounding:
+class BlockRounding:
     """inputs: quantizers of the sets of linears that share an input. products: of attention's queries and rows. kv: of
     new keys and values; a cache has it (`CalibrationStream.new_cache`)."""
 

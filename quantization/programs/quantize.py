@@ -1,12 +1,15 @@
 """python -m quantization: write a quantized checkpoint, or list the recipes."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from corpora.errors import Parser
 from quantization.programs.options import add_plan_options, plan_of, show_log
 
 __all__ = ["quantize"]
+
+log = logging.getLogger(__name__)
 
 
 def quantize_parser(listing: bool) -> argparse.ArgumentParser:
@@ -38,6 +41,12 @@ def quantize(arguments: list[str]) -> None:
         return
     show_log(options.verbose)
     plan = plan_of(options, makes="checkpoint")
+    asked = options.kv is not None or options.kv_bits is not None
+    if asked and plan.recipe.kv_cache is not None and "kv_cache" not in plan.recipe.weights_identity():
+        log.warning(
+            "--kv and --kv-bits change nothing in this checkpoint: such a cache is chosen when the model runs; give "
+            "them to that program, too"
+        )
 
     from quantization.labels import full_label
     from quantization.runs.checkpoint import read_cost

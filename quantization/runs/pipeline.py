@@ -34,7 +34,7 @@ from quantization.model.activations import quantize_inputs
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer, restore_paths
 from quantization.model.rescale import Rescaling, rescale_all
-from quantization.model.rounding import Rounding
+from quantization.model.rounding import BlockRounding
 from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
@@ -312,7 +312,7 @@ def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:
     if not recipe.trains_rounded or recipe.activations is None:
         return block
     kv = None if isinstance(recipe.kv_cache, CalibratedKV) else recipe.kv_cache
-    return replace(block, rounding=Rounding(recipe.activations.fit_block(block), recipe.attention, kv))
+    return replace(block, rounding=BlockRounding(recipe.activations.fit_block(block), recipe.attention, kv))
 
 
 def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:
