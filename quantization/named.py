@@ -68,6 +68,17 @@ def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) ->
     return Recipe(weights=weights, calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=2))
 
 
+def _omniquant_w_and_a(bits: int, **settings: Any) -> Recipe:
+    """OmniQuant's W4A4 and W6A6: one grid per row of the weights, per token of every input, per head of q, k and v."""
+    grid = UniformGrid(bits, -1, "intactkv-asym")
+    return replace(
+        _omniquant(bits, -1, let=True, **settings),
+        activations=Activations(grid),
+        attention=AttentionProducts(grid, rows=False),
+        kv_cache=PerHead(bits),
+    )
+
+
 def _zeroquant(bits: int, attention_bits: int, input_bits: int | None, tuning: Distill | None = None) -> Recipe:
     inputs = None if input_bits is None else Activations(UniformGrid(input_bits, convention="deepspeed-sym"))
     weights = ZeroQuant(UniformGrid(bits, convention="deepspeed-sym"), attention_bits)
@@ -178,6 +189,12 @@ RECIPES: Mapping[str, NamedRecipe] = {
         SHAO,
         "learned clipping and scales, W4A4 without its A4: 4 bits, one grid per row",
     ),
+    "omniquant-w4a4": NamedRecipe(
+        _omniquant_w_and_a(4, aug_loss=True),
+        SHAO,
+        "learned clipping and scales, trained with rounded inputs, q, k, v: 4 bits, one grid per row and token",
+    ),
+    "omniquant-w6a6": NamedRecipe(_omniquant_w_and_a(6), SHAO, "the same, 6 bits, one target"),
     "zeroquant-w8a8": NamedRecipe(_zeroquant(8, 8, 8), YAO, "ZeroQuant: symmetric rows and tokens of 8 bits"),
     "zeroquant-w4-8a16": NamedRecipe(_zeroquant(4, 8, None), YAO, "4 bits in the MLP, 8 in attention; weights only"),
     "zeroquant-w4-8a8": NamedRecipe(_zeroquant(4, 8, 8), YAO, "the same with tokens of 8 bits"),
@@ -267,7 +284,7 @@ def put_together(recipe: Recipe, parts: Mapping[str, Sequence[str]]) -> Recipe:
             if name != NONE and not getattr(named_recipe(name), field):
                 having = ", ".join(other for other, row in RECIPES.items() if getattr(row.recipe, field))
                 raise UserError(f"the recipe {name} has no {field} to take; choose from {NONE}, {having}")
-    bare = {field: () if field == "transforms" else None for field in given}
+    bare: dict[str, Any] = {field: () if field == "transforms" else None for field in given}
     calibrating = [row for rows in given.values() for row in rows if row.calibrates] + [
         row for rows in given.values() for row in rows
     ]

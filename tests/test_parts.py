@@ -154,8 +154,10 @@ TUNED = ("--set", "tuning.mse_init_size=1")
         (("--recipe", "smoothquant-w8a8", "--weights", "gptq-w4", *GROUPS), "smooth-gptq-w4g32-a8"),
         (("--recipe", "smoothquant-w8a8", "--set", "weights=gptq-w4", *GROUPS), "smooth-gptq-w4g32-a8"),
         (("--weights", "gptq-w4", "--transform", "smooth", *GROUPS), "smooth-gptq-w4g32"),
-        (("--recipe", "awq-w4", "--activations", "rtn-w8a8", *GROUPS, "--set", "calibration.draw=segments"), "awq-w4g32-a8"),
-        (("--recipe", "gptq-w4", "--transform", "rotate", "--transform", "smooth", *GROUPS), "rotate-smooth-gptq-w4g32"),
+        (("--recipe", "awq-w4", "--activations", "rtn-w8a8", *GROUPS, "--set", "calibration.draw=segments"),
+         "awq-w4g32-a8"),
+        (("--recipe", "gptq-w4", "--transform", "rotate", "--transform", "smooth", *GROUPS),
+         "rotate-smooth-gptq-w4g32"),
         (("--recipe", "smoothquant-w8a8", "--weights", "none"), "smooth-full-a8"),
         (("--recipe", "smoothquant-w8a8", "--activations", "none", "--bits", 4), "smooth-rtn-w4row"),
         (("--recipe", "rtn-w8a8", "--set", "tuning=zeroquant-w8a8-lkd", "--set", "tuning.steps=1", "--set",
@@ -199,7 +201,8 @@ def test_prefixquant_runs_without_any_of_its_parts(
 ) -> None:
     recipe = ("--recipe", f"prefixquant-w4a4kv4-{name}", *PREFIXQUANT[what], "--prefix", "bos",
               "--calibrate-behind-prefix", "--set", "tuning.mse_init_size=1", "--set", "tuning.batch=1",
-              "--set", "tuning.held_out=0.5", *(("--set", "tuning.epochs=1") if name.endswith("ft") else ()))  # fmt: skip
+              "--set", "tuning.held_out=0.5",
+              *(("--set", "tuning.epochs=1") if name.endswith("ft") else ()))  # fmt: skip
     code, out, err = call(*recipe)
     assert code == 0, err
     place = out.split()[-1]
@@ -219,7 +222,8 @@ def test_prefixquant_runs_without_any_of_its_parts(
 CONTRADICTIONS = {
     "bits": (("--recipe", "rtn", "--bits", 4, "--set", "weights.grid.bits=3"),
              "--bits 4 and --set weights.grid.bits=3 say different things"),
-    "group size": (("--recipe", "rtn", "--group-size", 32, "--set", "weights.grid.group_size=16"), "--group-size 32 and"),
+    "group size": (("--recipe", "rtn", "--group-size", 32, "--set", "weights.grid.group_size=16"),
+                   "--group-size 32 and"),
     "text": (("--recipe", "gptq", "--set", "calibration.corpus=c4"), "and --set calibration.corpus=c4 say"),
     "samples": (("--recipe", "gptq", "--set", "calibration.samples=3"), "--calibration-samples 2 and"),
     "seed": (("--recipe", "gptq", "--seed", 1, "--set", "calibration.seed=2"), "--seed 1 and --set calibration.seed=2"),
@@ -306,6 +310,18 @@ def test_every_program_that_quantizes_knows_the_parts_and_the_cache(
     said = run_main(main, *first, "--help")[1]
     for option in ("--recipe", "--weights", "--transform", "--activations", "--kv ", "--kv-bits", "--set"):
         assert option in said
+
+
+def test_a_cache_that_no_checkpoint_holds_is_told(
+    call: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "change nothing in this checkpoint"
+    assert call("--recipe", "rtn-w4", *GROUPS, "--kv-bits", 4, reads=False)[0] == 0
+    assert said in caplog.text
+    caplog.clear()
+    assert call("--recipe", "rtn-w4", *GROUPS, "--kv", "static", "--kv-bits", 4)[0] == 0  # it holds the ranges
+    assert call("--recipe", "quarot", reads=True)[0] == 0  # nobody asked
+    assert said not in caplog.text
 
 
 def test_a_checkpoint_keeps_the_ranges_of_the_cache_that_it_was_quantized_for(

@@ -22,6 +22,7 @@ from corpora.text import calibration_segments, corpus_label, encode, evaluation_
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
+from quantization.labels import full_label
 from quantization.recipes.recipe import describe
 from quantization.runs.dense import read_config
 from quantization.runs.plan import Plan
@@ -236,7 +237,9 @@ def _kv_words(plan: Plan) -> list[str]:
 def _model_name(plan: Plan) -> str:
     """The model, and what a recipe makes of it."""
     recipe = plan.recipe
-    return " ".join([plan.checkpoint.name, *([recipe.label()] if recipe.makes_checkpoint else []), *_kv_words(plan)])
+    return " ".join(
+        [plan.checkpoint.name, *([full_label(recipe)] if recipe.makes_checkpoint else []), *_kv_words(plan)]
+    )
 
 
 def load_subject(plan: Plan, text: Text) -> Subject:

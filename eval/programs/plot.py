@@ -257,6 +257,7 @@ def _motivation(options: argparse.Namespace) -> "Output":
     from eval.plots.motivation import draw_motivation
     from eval.plots.subject import token_name
     from intactkv.pivots import hidden_magnitudes
+    from quantization.labels import full_label
     from quantization.runs.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(options.model)
@@ -293,7 +294,7 @@ def _motivation(options: argparse.Namespace) -> "Output":
     pivots = [i for i in hidden_magnitudes(twin, chats[0].ids).pivots() if i < len(model.prefix)]
     tokens = [token_name(plan.tokenizer, int(i)) for i in model.prefix.ids]
     caption = (
-        f"{plan.checkpoint.name} {plan.recipe.label()}: {len(chats)} conversations of {text.corpus}, at most "
+        f"{plan.checkpoint.name} {full_label(plan.recipe)}: {len(chats)} conversations of {text.corpus}, at most "
         f"{text.length} tokens"
     )
     draw_motivation(losses, tokens, pivots, caption, output)

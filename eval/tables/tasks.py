@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of
+from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of, weights_label
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of
 from quantization.kv_cache import kv_label
 
@@ -178,7 +178,7 @@ def _metrics(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], s
 
 def _words(s: dict[str, Any]) -> tuple[str, ...]:
     """What stands in the first columns of a setting's lines."""
-    return s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), prefix_label(s)
+    return s["model"], weights_label(s), kv_label(s["kv"]), prefix_label(s)
 
 
 def _lines(by_arm: Mapping[str, Scores], heads: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:

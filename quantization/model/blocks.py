@@ -7,10 +7,10 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,20 @@ from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 
-__all__ = ["CalibrationStream", "DecoderBlock"]
+__all__ = ["CalibrationStream", "DecoderBlock", "Rounding"]
+
+
+class Rounding(Protocol):
+    """What rounds beside the weights when the model runs (`quantization.model.rounding`)."""
+
+    @property
+    def kv(self) -> KVPolicy | None:
+        """Of new keys and values; a cache has it."""
+        ...
+
+    def at_work(self, block: "DecoderBlock") -> AbstractContextManager[None]:
+        """Let everything else of the block be rounded, for a while."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,8 @@ class DecoderBlock:
 
     rescalings: what `rescale` applied so far; the checkpoint keeps them. kv: tensors of a KV policy with ranges of its
     own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
-    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks.
+    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks. rounding: what rounds
+    beside the weights when the model runs, for quantizers that train with it at work (`WeightQuantizer.sees_rounding`).
     """
 
     index: int
@@ -45,6 +59,7 @@ class DecoderBlock:
     rescalings: list[Rescaling] = field(default_factory=list)
     kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    rounding: Rounding | None = None
 
     @property
     def name(self) -> str:

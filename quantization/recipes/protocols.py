@@ -68,6 +68,8 @@ class WeightQuantizer(Protocol):
     # The calibration text that it wants: passed on by quantized blocks (errors accumulate, the method can repair them),
     # by full-precision blocks, or both.
     reads: ClassVar[Literal["quantized", "full", "both"]]
+    # Whether it trains with what the recipe rounds beside the weights at work (`DecoderBlock.rounding`).
+    sees_rounding: ClassVar[bool]
 
     @property
     def grid(self) -> Grid:

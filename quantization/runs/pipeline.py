@@ -13,7 +13,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from quantization.model.activations import quantize_inputs
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer, restore_paths
 from quantization.model.rescale import Rescaling, rescale_all
+from quantization.model.rounding import BlockRounding
 from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
@@ -252,6 +254,7 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     but its codes, rescalings and ranges are read back: choosing them is the expensive part.
     """
     stream, tuning = block.stream, recipe.tuning
+    passes_rounded = tuning is not None or recipe.trains_rounded
     method = tuning or recipe.weights
     reads = "quantized" if method is None else method.reads
     finished = block_file(partial, block.index).is_file()
@@ -274,13 +277,13 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     quantized: Mapping[str, StoredWeight] = {}
     if stored is not None:
         _rescale_as(block, stored.rescalings[by_transforms:])
-        quantized = _read_back(block, stored, tuning is not None)
-    else:
-        if tuning is None and recipe.weights is not None:
-            quantized = recipe.weights.quantize_block(block)
+    elif tuning is None and recipe.weights is not None:
+        quantized = recipe.weights.quantize_block(_with_rounding(block, recipe))
     if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
         stream.seed(block)
-    if stored is None:  # ranges are those of the full-precision block, rescaled as its weights were
+    if stored is not None:  # behind the last `seed`, which rounds nothing
+        quantized = _read_back(block, stored, passes_rounded)
+    else:  # ranges are those of the full-precision block, rescaled as its weights were
         if recipe.activations is not None:
             inputs = recipe.activations.fit_block(block)
         if isinstance(recipe.kv_cache, CalibratedKV):
@@ -290,10 +293,13 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     error = _relative_error(block, quantized)
     _set_weights(block.linears(), quantized)
     # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
-    if tuning is not None:
+    if passes_rounded:
         quantize_inputs(block, inputs)
     if stream is not None:
-        stream.advance(block, stream.targets if reads == "full" else None, _policy_of(block, recipe))
+        policy = _policy_of(block, recipe) if passes_rounded else None
+        products = recipe.attention if recipe.trains_rounded else None
+        with nullcontext() if products is None else products.at_work(block):
+            stream.advance(block, stream.targets if reads == "full" else None, policy)
         if reads != "quantized":
             stream.full, stream.targets = stream.targets, []
     if stored is None:
@@ -304,8 +310,16 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
 
 def _policy_of(block: DecoderBlock, recipe: Recipe) -> KVPolicy | None:
     """What a trained block's text meets in the cache."""
-    kv = recipe.kv_cache if recipe.tuning is not None else None
+    kv = recipe.kv_cache
     return kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
+
+
+def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:
+    """The block with what a quantizer of weights may train with at work; a KV policy with ranges comes only later."""
+    if not recipe.trains_rounded or recipe.activations is None:
+        return block
+    kv = None if isinstance(recipe.kv_cache, CalibratedKV) else recipe.kv_cache
+    return replace(block, rounding=BlockRounding(recipe.activations.fit_block(block), recipe.attention, kv))
 
 
 def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:

@@ -24,6 +24,7 @@ from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
 from quantization.kv_cache import Grids
+from quantization.labels import full_label
 from quantization.recipes.protocols import CalibratedKV, restored
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
@@ -104,8 +105,8 @@ class Plan:
         return self.artefact.basis if self.recipe.rescales else self.artefact_of(self.recipe.twin).basis
 
     def directory_of(self, recipe: Recipe) -> Path:
-        """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}; its own directory if it
-        makes none."""
+        """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}, where one of any label
+        is found by its identity; its own directory if it makes none."""
         if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
             return self.checkpoint.directory
         return self._directory(recipe, self.artefact_of(recipe))
@@ -181,7 +182,11 @@ class Plan:
         )
 
     def _directory(self, recipe: Recipe, artefact: Artefact) -> Path:
-        return modelzoo_dir() / "quantized" / self.checkpoint.name / f"{recipe.label()}-{artefact.identity}"
+        zoo, name = modelzoo_dir() / "quantized" / self.checkpoint.name, artefact.identity
+        for known in sorted(zoo.glob(f"*-{name}")) + sorted(zoo.glob(f"*-{name}.partial")):
+            if identity_at(known) == name:  # whatever it was called in front of that
+                return known.with_name(known.name.removesuffix(".partial"))
+        return zoo / f"{full_label(recipe)}-{name}"
 
     # What is read or made when it is asked for ------------------------------------------------------------------------
 

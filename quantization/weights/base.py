@@ -24,6 +24,7 @@ class GridQuantizer:
     reads: ClassVar[Literal["quantized", "full", "both"]] = "quantized"
     calibrates: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
+    sees_rounding: ClassVar[bool] = False
 
     @property
     def label(self) -> str:

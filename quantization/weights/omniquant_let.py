@@ -6,8 +6,8 @@
 
 A `Pair` holds what is learned, its `step` is the rescaling that it stands for; `quantization.model.rescale` applies
 it, while training and when the result is merged. No pair in front of the feed-forward part's last linear. While
-activations are not quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by rounding
-noise only.
+queries and keys are not quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by
+rounding noise only.
 
 Departs from the reference: log s is learned, so s stays positive without truncation; both members of a rotary pair
 share one s (otherwise q·k changes with the distance), query heads that share a KV head share theirs, norms of q and k
