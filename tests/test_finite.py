@@ -23,13 +23,13 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def broken(intactkv_root: Path, tiny_checkpoint, tiny_tokenizer):
-    """broken(tensor, value) -> a checkpoint of which one tensor is multiplied by that."""
+    """broken(tensor) -> a checkpoint of which one tensor is so large that products with it overflow float32."""
 
-    def make(tensor: str, value: float) -> Path:
+    def make(tensor: str) -> Path:
         directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=2048)
         tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
         tensors = load_file(directory / WEIGHTS)
-        tensors[tensor] = tensors[tensor] * value
+        tensors[tensor] = tensors[tensor] / tensors[tensor].abs().max() * 3e38
         save_file(tensors, directory / WEIGHTS, {"format": "pt"})
         return directory
 
@@ -50,13 +50,13 @@ LOOKS = {
     "attention": ("plot", "attn", "--corpus"),
     "hessian": ("plot", "hessian", "--calibration-samples", 2, "--calibration-length", 64, "--calibration"),
 }
-DAMAGES = {"NaN": ("model.norm.weight", math.nan), "infinite": ("lm_head.weight", math.inf)}
+DAMAGES = {"NaN": "model.layers.1.mlp.down_proj.weight", "infinite": "lm_head.weight"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_model_that_computes_no_numbers_has_no_result(call, damage, broken, text, run_main, intactkv_root):
-    model = broken(*DAMAGES[damage])
+    model = broken(DAMAGES[damage])
     (intactkv_root / "datasets/gsm8k").mkdir(parents=True)
     row = {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}
     (intactkv_root / "datasets/gsm8k/test.jsonl").write_text(json.dumps(row) + "\n")
@@ -73,11 +73,11 @@ def test_a_model_that_computes_no_numbers_has_no_result(call, damage, broken, te
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_nothing_is_told_of_the_inside_of_such_a_model(look, broken, text, run_main, intactkv_root):
-    model = broken("model.layers.1.mlp.up_proj.weight", math.nan)
+    model = broken("model.layers.1.mlp.up_proj.weight")
     code, out, err = run_main(main, *LOOKS[look], text, "--model", model)
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert (code, out) == (2, "")
-    assert "NaN" in line
+    assert "NaN" in line or "infinite" in line
     assert not [file for file in (intactkv_root / "outputs").rglob("*") if file.suffix in (".json", ".csv", ".png")]
 
 
