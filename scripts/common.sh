@@ -92,9 +92,12 @@ calibrates() { # a recipe's options: whether it looks at text
 choose_text() { # a recipe's options: sets `text` and `behind`, what the environment says of its calibration
     text=("${calibration[@]}") behind=${BEHIND:-}
     ! calibrates "$@" || return 0
-    [[ " $* " = *" --recipe "* && " $* " != *" --recipe fp16 "* ]] || set -- # nobody expects it of full precision
-    [ $# -eq 0 ] || [ "${#text[@]}" -eq 0 ] || echo "CALIBRATION… and SEED do not reach $*: it looks at no text" >&2
-    [ $# -eq 0 ] || [ -z "$behind" ] || echo "BEHIND does not reach $*: it looks at no text" >&2
+    local name=" $*"
+    name=${name#* --recipe } name=${name%% *}
+    if [[ " $* " = *" --recipe "* && $name != fp16 ]]; then # nobody expects it of full precision
+        [ "${#text[@]}" -eq 0 ] || echo "CALIBRATION… and SEED do not reach $name: it looks at no text" >&2
+        [ -z "$behind" ] || echo "BEHIND does not reach $name: it looks at no text" >&2
+    fi
     text=() behind=
 }
 
