@@ -114,6 +114,19 @@ def test_a_perplexity_beyond_float64_is_refused_and_one_within_is_not():
         perplexity_of(torch.tensor([800.0, 800.0]))
 
 
+def test_a_task_whose_perplexity_is_beyond_float64_is_refused(broken, run_main, intactkv_root):
+    folder = intactkv_root / "datasets/lambada_openai/data"
+    folder.mkdir(parents=True)
+    row = {"text": "He saw a dog and some cats and called the dog"}
+    (folder / "lambada_test_en.jsonl").write_text(json.dumps(row) + "\n")
+    model = broken("lm_head.weight", 1e5)  # logits that are finite and of no use
+    code, out, err = run_main(main, "tasks", "--tasks", "lambada_openai", "--data", "local", "--model", model)
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (code, out) == (2, "")
+    assert "a score of lambada_openai is beyond float64" in line
+    assert not list((intactkv_root / "outputs").glob("runs/*"))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_file_of_json_holds_what_json_has_no_word_for(value, tmp_path):
     path = tmp_path / "a.json"
