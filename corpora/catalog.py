@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from corpora.errors import UserError
+from corpora.files import data_files
 from corpora.paths import datasets_dir, modelzoo_dir
 
 __all__ = ["CORPORA", "FAMILIES", "TEXT_FILE", "Corpus", "Family", "ModelDefaults", "corpus_directory", "corpus_files",
@@ -158,6 +159,10 @@ class ModelDefaults:
     default_task_data: str = "local"
     default_conversations: str = "sharegpt"
 
+    def corpora_of(self, protocol: str) -> tuple[str, ...]:
+        """What a protocol of perplexity scores by default: GPTQ's has a draw of C4 of its own."""
+        return tuple("c4-old" if (protocol, name) == ("gptq", "c4") else name for name in self.default_corpora)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -231,8 +236,7 @@ def corpus_files(name: str, role: str) -> list[Path]:
     directory = corpus_directory(name)
     patterns = {"calibration": CORPORA[name].calibration, "evaluation": CORPORA[name].evaluation}[role]
     for pattern in patterns:
-        # datasets.map leaves cache-*.arrow in the folders of save_to_disk: no rows of the corpus.
-        files = sorted(f for f in directory.glob(pattern) if f.is_file() and not f.name.startswith("cache-"))
+        files = data_files(directory, pattern)
         if files:
             return files
     return []

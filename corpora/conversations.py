@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from corpora.catalog import corpus_files
+from corpora.chat import rendered, template_source
 from corpora.errors import UserError
 from corpora.readers import read_rows
 from corpora.sharegpt import Chat, sharegpt_samples, vicuna_chat
@@ -78,14 +79,13 @@ def sample_turns(role: str, seed: int) -> Iterator[list[str]]:
 
 def templated_chat(tokenizer: Any, turns: list[str], *, max_length: int) -> Chat:
     """Alternating turns (the user's first) in the tokenizer's chat template, or Vicuna's format where it has none; cut
-    to `max_length` tokens. Raises UserError for a template whose beginning depends on what follows."""
-    if not tokenizer.chat_template:
+    to `max_length` tokens. Raises UserError for a template that fails, or whose beginning depends on what follows."""
+    if template_source(tokenizer) is None:
         return vicuna_chat(tokenizer, turns, max_length=max_length)
 
     def tokens(count: int, opened: bool) -> list[int]:
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns[:count])]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-        ids, start = encode(tokenizer, str(text)), start_token_id(tokenizer)
+        text = rendered(tokenizer, turns[:count], opened=opened, way_out="use a model with another template")
+        ids, start = encode(tokenizer, text), start_token_id(tokenizer)
         return ids if ids[:1] == [start] else [start, *ids]
 
     ids: list[int] = []

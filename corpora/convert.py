@@ -52,7 +52,7 @@ def bin_to_safetensors(directory: Path) -> None:
             raise UserError(f"{file} is no table of tensors; give the checkpoint's own pytorch_model.bin")
         # Tied weights share memory, which safetensors refuses: each gets its own copy.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-        write_tensors(directory / name, tensors, {"format": "pt"})
+        write_tensors(directory / name, tensors, {"format": "pt"}, as_is=True)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
         log.info("%s -> %s  (%d of %d)", file.name, name, number, len(files))

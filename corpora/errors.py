@@ -8,13 +8,20 @@ their traceback.
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["Parser", "UserError", "run_program"]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as all our errors."""
+    """A parser whose complaints are one line, as all our errors, and name the program that explains the options."""
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """As it stands, but a subcommand's parser complains itself: argparse leaves that to the one above."""
+        found, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -32,6 +39,7 @@ def run_program(main: Callable[[], None]) -> None:
     written beside and renamed, so nothing is damaged by stopping here.
     """
     try:
+        _check_arguments()
         main()
     except UserError as error:
         message = str(error)
@@ -46,3 +54,14 @@ def run_program(main: Callable[[], None]) -> None:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _check_arguments() -> None:
+    """Raise UserError for bytes on the command line that are no UTF-8: nothing could tokenize, record or print them."""
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the argument {word!r} is no text in UTF-8; write it in UTF-8, or rename the file"
+            ) from None

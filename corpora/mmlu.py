@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
+from corpora.files import damaged, data_files, open_text
 from corpora.paths import CHECKOUT, datasets_dir
 
 __all__ = [
@@ -85,7 +86,7 @@ def read_mmlu(directory: Path, *, strict: bool = False) -> list[Subject]:
 
     Raises UserError if the folder, a subject's dev file or a cell is missing, or an answer is no letter from A to D.
     """
-    tests = sorted((directory / "test").glob("*_test.csv"))
+    tests = data_files(directory / "test", "*_test.csv")
     if not tests:
         raise UserError(
             f"MMLU is missing: {directory}/test holds no *_test.csv; unpack {MMLU_ARCHIVE} into {directory.parent}, or "
@@ -106,9 +107,10 @@ def _questions(path: Path, strict: bool) -> tuple[Question, ...]:
         raise UserError(f"MMLU is incomplete: {path} is missing; unpack the authors' data.tar again")
     as_text: dict[str, Any] = {"dtype": str, "keep_default_na": False} if strict else {}
     try:
-        table = pandas.read_csv(path, header=None, **as_text)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); unpack the authors' data.tar again") from None
+        with open_text(path) as file:
+            table = pandas.read_csv(file, header=None, **as_text)
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        raise damaged(path, error) from None
     if table.shape[1] != 6:
         raise UserError(f"{path} has {table.shape[1]} columns; expected 6: question, A, B, C, D, answer letter")
     questions = []

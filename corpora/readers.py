@@ -2,24 +2,29 @@
 
     .parquet                            one column of it
     .arrow, save_to_disk folders        one column of them
-    .json                               a list of records, or one record a line (as the hub's C4 files are)
-    .jsonl, and .json/.jsonl + .gz/.zst one record a line
-    anything else                       plain text in UTF-8: the whole file, or one document a line
+    .json                               a list of records, one record a line (as the hub's C4 files are), or any
+                                        number of records that go over several lines
+    .jsonl, .ndjson                     one record a line, or as .json
+    anything else                       plain text: the whole file, or one document a line
 
+JSON and plain text may be packed (.gz, .zst). How text files are opened: `corpora.files`.
 A damaged file ends in a UserError that names it: a corpus that is silently shorter would give another number.
 """
 
-import gzip
-import io
 import json
-import zlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from corpora.errors import UserError
+from corpora.files import TABLES, damaged, open_text, refuse_half_characters, suffix_of
 
-__all__ = ["read_documents", "read_records", "read_rows"]
+__all__ = ["is_plain_text", "read_documents", "read_records", "read_rows"]
+
+JSON = (".json", ".jsonl", ".ndjson")
+SPACE = re.compile(r"\s*")
+CELLS = (".csv", ".tsv")  # read as plain text, their commas and quotes would be part of it
 
 
 def read_documents(
@@ -32,17 +37,28 @@ def read_documents(
     Raises UserError if a file is missing, damaged, or has no such field.
     """
     for path in [paths] if isinstance(paths, Path) else paths:
-        if path.is_dir() or path.suffix in (".parquet", ".arrow"):
+        if path.is_dir() or path.suffix.lower() in TABLES:
             yield from _column(path, field)
-        elif _is_json(path):
+        elif suffix_of(path) in JSON:
             for number, record in enumerate(read_records(path), start=1):
                 text = record.get(field) if isinstance(record, dict) else None
                 if not isinstance(text, str):
                     has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                     raise UserError(f"{path}: record {number} has no text in the field {field!r}; it has: {has}")
+                refuse_half_characters(text, f"{path}: the text of record {number}")
                 yield text
+        elif suffix_of(path) in CELLS:
+            raise UserError(
+                f"{path} is a table of cells, which is not read as text; give plain text, or .jsonl or .parquet with "
+                f"the field {field!r}"
+            )
         else:
             yield from _plain_text(path, line)
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is read as plain text, by its name."""
+    return not path.is_dir() and path.suffix.lower() not in TABLES and suffix_of(path) not in JSON
 
 
 def read_rows(paths: Path | Iterable[Path]) -> Iterator[dict[str, Any]]:
@@ -51,109 +67,69 @@ def read_rows(paths: Path | Iterable[Path]) -> Iterator[dict[str, Any]]:
     Raises UserError if a file is missing, damaged, of another format, or holds something else than records.
     """
     for path in [paths] if isinstance(paths, Path) else paths:
-        if path.is_dir() or path.suffix in (".parquet", ".arrow"):
+        if path.is_dir() or path.suffix.lower() in TABLES:
             for _, columns in _tables(path):
                 yield from columns.to_pylist()
-        elif _is_json(path):
+        elif suffix_of(path) in JSON:
             for number, record in enumerate(read_records(path), start=1):
                 if not isinstance(record, dict):
                     raise UserError(f"{path}: record {number} is a {type(record).__name__}, not an object with fields")
+                refuse_half_characters(record, f"{path}: record {number}")
                 yield record
         else:
             raise UserError(f"{path} is of no format that holds records; give .parquet, .arrow, .json or .jsonl")
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Records of a .json, .jsonl, .json.gz or .json.zst file: the items of its one list, or one value a line.
+    """Records of a .json or .jsonl file, packed or not: the items of its one list, or its values, lazily if each has a
+    line of its own.
 
     Raises UserError, naming the file and the line, if it is missing or damaged.
     """
-    try:
-        with _open_text(path) as file:
-            first = file.read(1)
-            while first.isspace():
-                first = file.read(1)
-            if first == "[":
-                yield from json.loads(first + file.read())
+    with open_text(path) as file:
+        first = True
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value, error = json.loads(line), None
+            except (ValueError, RecursionError) as found:
+                value, error = None, found
+            if first and (error or isinstance(value, list)):
+                # One list, or values that go over several lines: all of it, behind as many line ends as were read.
+                yield from _values(path, "\n" * (number - 1) + line + file.read())
                 return
-            rest = first + file.readline()
-            number = 1
-            while rest:
-                if rest.strip():
-                    yield json.loads(rest)
-                rest = file.readline()
-                number += 1
-    except json.JSONDecodeError as error:
-        where = f"line {number}" if first != "[" else f"line {error.lineno}"
-        raise _damaged(path, f"{where}: {error.msg}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from None
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+            if error:
+                raise _no_json(path, error, number)
+            first = False
+            yield value
 
 
-def _is_json(path: Path) -> bool:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
-    return bool(suffixes) and suffixes[-1] in (".json", ".jsonl")
+def _values(path: Path, text: str) -> list[Any]:
+    """The values of a JSON text, one after the other; of a single list its items."""
+    decoder, values, at = json.JSONDecoder(), [], 0
+    while (at := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches everywhere
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(path, error) from None
+        values.append(value)
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        return io.TextIOWrapper(_zstd_stream(path), encoding="utf-8")
-    return path.open(encoding="utf-8-sig")
-
-
-def _zstd_stream(path: Path) -> IO[bytes]:
-    import zstandard
-
-    class WholeFrames(io.RawIOBase):
-        """The unpacked bytes; a file that ends inside a frame is an error, as it is for gzip."""
-
-        def __init__(self) -> None:
-            self._file = path.open("rb")
-            self._unpack = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = b""
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            while not self._ready:
-                packed = self._unpack.unused_data or self._file.read(1 << 20)
-                if self._unpack.eof:
-                    if not packed:
-                        return 0
-                    self._unpack = zstandard.ZstdDecompressor().decompressobj()  # the next frame
-                elif not packed:
-                    raise EOFError("the file ends inside a zstd frame")
-                try:
-                    self._ready = self._unpack.decompress(packed)
-                except zstandard.ZstdError as error:
-                    raise EOFError(str(error)) from None
-            size = min(len(buffer), len(self._ready))
-            buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-            return size
-
-        def close(self) -> None:
-            self._file.close()
-            super().close()
-
-    return io.BufferedReader(WholeFrames())
+def _no_json(path: Path, error: Exception, line: int = 0) -> UserError:
+    """The error for a text that is no JSON. line: of the file, where the error counts only its own."""
+    if isinstance(error, json.JSONDecodeError):
+        return damaged(path, f"line {line or error.lineno}: {error.msg}")
+    return damaged(path, f"line {line}: {error}" if line else error)
 
 
 def _plain_text(path: Path, line: Callable[[str], str] | None) -> Iterator[str]:
-    try:
-        if line is None:
-            yield path.read_bytes().decode("utf-8-sig")  # not read_text: it would rewrite line ends
-        else:
-            with path.open(encoding="utf-8-sig") as file:
-                yield from map(line, file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not plain text in UTF-8 ({error.reason} at byte {error.start})") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+    with open_text(path) as file:
+        for text in [file.read()] if line is None else file:
+            if "\0" in text:
+                raise UserError(f"{path} holds NUL characters, so it is no text in UTF-8; save it as UTF-8")
+            yield text if line is None else line(text)
 
 
 def _column(path: Path, field: str) -> Iterator[str]:
@@ -180,7 +156,7 @@ def _tables(path: Path) -> Iterator[tuple[Path, Any]]:
         except PermissionError:  # an OSError too, which is how pyarrow reports damage
             raise
         except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError, EOFError) as error:
-            raise _damaged(file, error) from None
+            raise damaged(file, error) from None
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -210,10 +186,6 @@ def _folder_files(folder: Path) -> list[Path]:
             "name a file, or the folder of one split"
         )
     try:
-        return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        return [folder / entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise _damaged(state, error) from None
-
-
-def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"{path} is truncated or damaged ({reason}); delete it and fetch it again")
+        raise damaged(state, error) from None

@@ -6,9 +6,10 @@ and renamed, and is found again by `identity`: a hash of everything that made it
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = [
     "disk_errors",
     "identity",
     "indexed_files",
+    "is_finite",
+    "not_finite",
     "read_json",
     "sha256_of_file",
     "sha256_of_tensor",
@@ -65,9 +68,26 @@ def directory_beside(directory: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically. Raises UserError for a number that JSON has no word for."""
+    if found := not_finite(value):
+        raise UserError(f"{path} is not written, because it would hold {found}; what made it has no result")
     with write_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def not_finite(value: Any) -> str | None:
+    """The first NaN or infinite number within lists and dictionaries, as "its.place = nan"; None if there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"= {value}"
+    members: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        members = value.items()
+    elif isinstance(value, (list, tuple)):
+        members = enumerate(value)
+    for name, member in members:
+        if found := not_finite(member):
+            return f"{name} {found}" if found.startswith("=") else f"{name}.{found}"
+    return None
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -89,11 +109,30 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(None, f"cannot write: {error}", str(path)) from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a tensor, cast to a dtype, holds neither NaN nor infinity. One pass, and no copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # NaN is the lowest and the highest of what holds one; 8-bit floats have no order in torch.
+    low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().half())
+    return bool(torch.isfinite(torch.stack([low, high]).to(dtype)).all())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, as_is: bool = False
+) -> None:
     """Write a safetensors file, atomically. Tensors are moved to the CPU and made contiguous.
 
-    Raises OSError when the disk refuses (full, read-only), with the file's name.
+    as_is: write NaN and infinity, too: a copy of what others wrote is checked where it is read.
+    Raises OSError when the disk refuses (full, read-only), with the file's name, and UserError, with the tensor's, for
+    values that are not finite.
     """
+    for name, tensor in tensors.items():
+        if not (as_is or is_finite(tensor)):
+            raise UserError(
+                f"{path.name} is not written: its tensor {name!r} holds values that are not finite; what it was "
+                "computed from is damaged, or the dtype too narrow: use bfloat16 or float32"
+            )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_beside(path) as beside, disk_errors(path):
         save_file(plain, beside, metadata=dict(metadata) if metadata else None)
@@ -121,13 +160,18 @@ def indexed_files(index: Path) -> dict[str, Path]:
     return {tensor: index.parent / name for tensor, name in names.items()}
 
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that hold a dense checkpoint's weights, and no others that lie beside them.
 
-    Those that model.safetensors.index.json names; without an index model*.safetensors; without these every
-    *.safetensors that is no prefix file. Raises UserError if there is none, or one that the index names is missing.
+    Those that model.safetensors.index.json names; without an index model.safetensors; without both model*.safetensors;
+    without any of these every *.safetensors that is no prefix file. Hidden files (`._*` of a Mac) never count.
+    Raises UserError if there is none, if one that the index names is missing, or if model.safetensors lies beside an
+    index that does not name it: every program would choose another of the two.
     """
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         file_of = indexed_files(index)
         for tensor, file in file_of.items():
@@ -137,9 +181,17 @@ def weight_files(directory: Path) -> list[Path]:
                     "checkpoint is incomplete, fetch it again"
                 )
         files = sorted(set(file_of.values()))
+        if files and (directory / SINGLE).is_file() and directory / SINGLE not in files:
+            raise UserError(
+                f"{directory} holds two sets of weights: {SINGLE}, and the files that {INDEX} names; remove the one "
+                "that is not the model's"
+            )
+    elif (directory / SINGLE).is_file():
+        files = [directory / SINGLE]
     else:
-        files = sorted(directory.glob("model*.safetensors"))
-        files = files or [file for file in sorted(directory.glob("*.safetensors")) if not _is_prefix(file)]
+        shown = [file for file in sorted(directory.glob("*.safetensors")) if not file.name.startswith(".")]
+        files = [file for file in shown if file.name.startswith("model")]
+        files = files or [file for file in shown if not _is_prefix(file)]
     if not files:
         raise UserError(
             f"{directory} holds no *.safetensors file with weights; convert the checkpoint with save_pretrained, or "
@@ -191,8 +243,8 @@ def checkpoint_fingerprint(directory: Path) -> str:
 
 def _sample(view: Any, shape: list[int]) -> torch.Tensor:
     """Up to 128 values from each of at most 16 rows of a tensor, read without loading the rest."""
-    if not shape:
-        return view[:].reshape(1)
+    if not shape or 0 in shape:
+        return view[...].flatten()
     rows = set(torch.linspace(0, shape[0] - 1, min(8, shape[0])).long().tolist())
     if len(shape) == 2:
         rows.update(range(min(8, shape[0])))

@@ -6,13 +6,14 @@ and the raw files that the former loading scripts downloaded.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from corpora.catalog import split_patterns
 from corpora.errors import UserError
+from corpora.files import data_files
 from corpora.paths import datasets_dir
 from corpora.readers import read_rows
 
@@ -27,13 +28,17 @@ class TaskData:
     """Where a task's data lie.
 
     folders: below datasets/; the first one that holds the scored split is read. splits: patterns by the split's name,
-    the scored one first. convert: from a raw file's row to the hub's (a row of the hub passes unchanged).
+    the scored one first. texts: the fields of a row that are text. convert: from a raw file's row to the hub's (a row
+    of the hub passes unchanged). check: raises ValueError for a row of the hub's form that has no right answer. Both
+    raise KeyError or TypeError for a row of another form.
     """
 
     hub_id: str
     folders: tuple[str, ...]
     splits: dict[str, tuple[str, ...]]
+    texts: tuple[str, ...] = ()
     convert: Callable[[Row], Row] = field(default=lambda row: row)
+    check: Callable[[Row], None] = field(default=lambda row: None)
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,56 @@ def _question_with_stem(row: Row) -> Row:
 
 def _boolq(row: Row) -> Row:
     """The raw answer is true or false; the hub's label 1 or 0."""
-    return row | {"label": int(row["label"])}
+    return row | {"label": {False: 0, True: 1}.get(row["label"], row["label"])}
 
 
 def _hellaswag(row: Row) -> Row:
     """The raw label is a number, the hub's a text."""
     return row | {"label": str(row["label"])}
+
+
+def _check_choices(row: Row) -> None:
+    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    if len(texts) != len(labels):
+        raise ValueError(f"it has {len(texts)} choices and {len(labels)} labels")
+    _check_answer(row, "answerKey", labels)
+
+
+def _check_winogrande(row: Row) -> None:
+    _check_answer(row, "answer", ("1", "2"))
+    if "_" not in row["sentence"]:
+        raise ValueError("its sentence has no gap, which is written _")
+
+
+def _check_hellaswag(row: Row) -> None:
+    _check_answer(row, "label", [str(i) for i in range(len(row["endings"]))])
+
+
+def _check_label(row: Row) -> None:
+    _check_answer(row, "label", (0, 1))
+
+
+def _check_lambada(row: Row) -> None:
+    start, _, word = row["text"].rpartition(" ")  # as lm-eval parts them
+    if not start.strip() or not word.strip():
+        raise ValueError("its text does not end in a last word behind a space")
+
+
+def _check_gsm8k(row: Row) -> None:
+    if not re.search(r"#### *[^\s#]", row["answer"]):
+        raise ValueError("its answer has no result behind ####")
+
+
+def _check_truthfulqa(row: Row) -> None:
+    for key in ("correct_answers", "incorrect_answers"):
+        if not any(answer.strip() for answer in row[key]):
+            raise ValueError(f"it has no {key}")
+
+
+def _check_answer(row: Row, key: str, allowed: Sequence[object]) -> None:
+    """Raise ValueError if a row's answer is none of those there are: test splits are published without answers."""
+    if row[key] not in allowed:
+        raise ValueError(f"its {key} is {row[key]!r}, but the answers are {', '.join(map(repr, allowed))}")
 
 
 def _splits(config: str, *, alone: bool = True, **raw: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -85,18 +134,24 @@ TASK_DATA: dict[str, TaskData] = {
         "allenai/openbookqa",
         ("openbookqa", "allenai/openbookqa"),
         _splits("main", test=("**/Main/test.jsonl", "test.jsonl"), train=("**/Main/train.jsonl", "train.jsonl")),
+        ("question_stem",),
         _question_with_stem,
+        _check_choices,
     ),
     "winogrande": TaskData(
         "allenai/winogrande",
         ("winogrande", "allenai/winogrande"),
         _splits("winogrande_xl", validation=("**/dev.jsonl",), train=("**/train_xl.jsonl",)),
+        ("sentence", "option1", "option2"),
+        check=_check_winogrande,
     ),
     "arc_easy": TaskData(
         "allenai/ai2_arc",
         ("ai2_arc", "allenai/ai2_arc"),
         _splits("ARC-Easy", alone=False, test=("**/ARC-Easy-Test.jsonl",), train=("**/ARC-Easy-Train.jsonl",)),
+        ("question",),
         _question_with_stem,
+        _check_choices,
     ),
     "arc_challenge": TaskData(
         "allenai/ai2_arc",
@@ -107,13 +162,17 @@ TASK_DATA: dict[str, TaskData] = {
             test=("**/ARC-Challenge-Test.jsonl",),
             train=("**/ARC-Challenge-Train.jsonl",),
         ),
+        ("question",),
         _question_with_stem,
+        _check_choices,
     ),
     "boolq": TaskData(
         "aps/super_glue",
         ("super_glue", "aps/super_glue"),
         _splits("boolq", alone=False, validation=("**/BoolQ/val.jsonl",), train=("**/BoolQ/train.jsonl",)),
+        ("question", "passage"),
         _boolq,
+        _check_label,
     ),
     "hellaswag": TaskData(
         "Rowan/hellaswag",
@@ -122,23 +181,37 @@ TASK_DATA: dict[str, TaskData] = {
             split: (*split_patterns("data", split), f"default/{split}/*.parquet", f"**/hellaswag_{raw}.jsonl")
             for split, raw in (("validation", "val"), ("train", "train"))
         },
+        ("activity_label", "ctx_a", "ctx_b"),
         _hellaswag,
+        _check_hellaswag,
     ),
     "lambada_openai": TaskData(
         "EleutherAI/lambada_openai",
         ("lambada_openai", "EleutherAI/lambada_openai"),
         _splits("default", test=("**/lambada_test_en.jsonl", "**/lambada_test.jsonl")),
+        ("text",),
+        check=_check_lambada,
     ),
     "piqa": TaskData(
         "baber/piqa",
         ("piqa", "baber/piqa"),
         _splits("plain_text", validation=("data/validation-*.parquet",), train=("data/train-*.parquet",)),
+        ("goal", "sol1", "sol2"),
+        check=_check_label,
     ),
     "gsm8k": TaskData(
-        "openai/gsm8k", ("gsm8k", "openai/gsm8k"), _splits("main", test=("**/test.jsonl",), train=("**/train.jsonl",))
+        "openai/gsm8k",
+        ("gsm8k", "openai/gsm8k"),
+        _splits("main", test=("**/test.jsonl",), train=("**/train.jsonl",)),
+        ("question", "answer"),
+        check=_check_gsm8k,
     ),
     "truthfulqa_gen": TaskData(
-        "truthfulqa/truthful_qa", ("truthful_qa", "truthfulqa/truthful_qa"), _splits("generation", validation=())
+        "truthfulqa/truthful_qa",
+        ("truthful_qa", "truthfulqa/truthful_qa"),
+        _splits("generation", validation=()),
+        ("question",),
+        check=_check_truthfulqa,
     ),
 }
 SAMPLE_TASKS_NAME = "sample-tasks"
@@ -201,29 +274,37 @@ def task_rows(name: str, data: TaskData, *, sample: bool) -> TaskRows:
         missing = _missing_shards(found)
         if missing:
             raise UserError(f"data of {name}: {folder} is incomplete, {missing[0]} is missing; {hint}")
-        here = [row for file in found for row in _converted(file, data.convert)]
+        here = [row for file in found for row in _converted(file, data)]
+        if found and not here:
+            raise UserError(f"data of {name}: {found[0]} holds no rows; {hint}")
         if here:
             rows[split] = here
             files += found
     scored = next(iter(data.splits))
-    if not rows.get(scored):
+    if scored not in rows:
         state = "is missing" if not folder.is_dir() else f"holds no {scored} split (for example {splits[scored][0]})"
         raise UserError(f"data of {name}: {folder} {state}; {hint}")
     return TaskRows(rows, tuple(files))
 
 
-def _converted(file: Path, convert: Callable[[Row], Row]) -> list[Row]:
-    """Rows of a file in the hub's form. Raises UserError, with the file and the row, for one of an unknown form."""
+def _converted(file: Path, data: TaskData) -> list[Row]:
+    """Rows of a file in the hub's form. Raises UserError, with the file and the row, for one of an unknown form, or
+    without a right answer: lm-eval would stop at it, or count it as answered wrongly."""
     rows: list[Row] = []
     for row in read_rows(file):
         try:
-            rows.append(convert(row))
-        except (KeyError, TypeError, ValueError) as error:
+            converted = data.convert(row)
+            for key in data.texts:
+                if not isinstance(converted[key], str):
+                    raise ValueError(f"its {key} is {converted[key]!r}, not text")
+            data.check(converted)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
-                f"{file}: row {len(rows) + 1} is of no form that is known for this task ({reason}); its fields are "
+                f"{file}: row {len(rows) + 1} is of no form that this task can use ({reason}); its fields are "
                 f"{', '.join(row)}; datasets/README.md names all forms"
             ) from None
+        rows.append(converted)
     return rows
 
 
@@ -239,9 +320,9 @@ def _missing_shards(files: list[Path]) -> list[Path]:
 
 
 def _first(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Files of the first pattern that finds any, in reading order; datasets.map's caches are no data."""
+    """Files of the first pattern that finds any, in reading order."""
     for pattern in patterns:
-        files = sorted(f for f in folder.glob(pattern) if f.is_file() and not f.name.startswith("cache-"))
+        files = data_files(folder, pattern)
         if files:
             return files
     return []

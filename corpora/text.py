@@ -11,6 +11,7 @@ shorter, which fails when the lengths are equal), and draws are bounded.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from corpora.catalog import CORPORA, TEXT_FILE, Corpus, corpus_directory, corpus_files
 from corpora.errors import UserError
-from corpora.readers import read_documents
-from corpora.storage import sha256_of_file
+from corpora.files import data_files, sha256_of_data
+from corpora.readers import is_plain_text, read_documents
 from corpora.tokens import cached_ids, encode, start_token_id, text_hash, tokenizer_fingerprint
 
 __all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_segments", "corpus_label", "documents",
@@ -34,6 +35,7 @@ __all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_
 
 C4_OLD = "c4-old"  # GPTQ's first C4 test: 256 random segments of the validation file instead of its first documents
 CORPUS_NAMES = (*(name for name, corpus in CORPORA.items() if corpus.calibration_text), C4_OLD)
+BLANK_LINES = re.compile(r"\n\s*\n")
 MOST_DRAWS = 10_000  # in a row without a document that is long enough; in C4 one in about 70 is
 
 
@@ -144,10 +146,10 @@ def text_identity(tokenizer: Any, corpus: str, *, samples: int, length: int) -> 
 
 
 def _within(path: Path) -> list[Path]:
-    """A file, or the files of a folder of `save_to_disk`, without those that `datasets.map` leaves there."""
+    """A file, or the files of a folder of `save_to_disk`."""
     if not path.is_dir():
         return [path]
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
+    return data_files(path, "**/*")
 
 
 def _hash(file: Path) -> str:
@@ -157,7 +159,7 @@ def _hash(file: Path) -> str:
 
 @lru_cache(maxsize=64)  # a plan names a text several times, and C4's file takes a second
 def _hash_of(file: Path, _size: int, _changed: int) -> str:
-    return sha256_of_file(file)
+    return sha256_of_data(file)
 
 
 def corpus_label(corpus: str) -> str:
@@ -208,11 +210,14 @@ def packed_documents(tokenizer: Any, corpus: str, *, samples: int, length: int, 
 
     The corpus' calibration documents in a random order; each stripped and opened by [BOS]; those longer than `length`
     tokens and empty ones are left out; the first `samples` that remain are joined and cut, the rest is dropped.
-    The order is that of `datasets.Dataset.shuffle` with the same seed.
+    The order is that of `datasets.Dataset.shuffle` with the same seed. The documents of a file of plain text are its
+    paragraphs, parted by blank lines.
     Raises UserError if the corpus is unknown, not there, or its documents do not fill one piece.
     """
     _check_pieces(corpus, samples, length)
-    texts = list(documents(corpus, "calibration"))
+    texts, what = documents(corpus, "calibration"), "documents"
+    if corpus not in CORPUS_NAMES and is_plain_text(Path(corpus)):
+        texts, what = BLANK_LINES.split("".join(texts)), "paragraphs, parted by blank lines,"
     start, kept = start_token_id(tokenizer), []
     for i in np.random.default_rng(seed).permutation(len(texts)):
         ids = [start, *encode(tokenizer, texts[i].strip())]
@@ -223,8 +228,8 @@ def packed_documents(tokenizer: Any, corpus: str, *, samples: int, length: int, 
     stream = torch.cat(kept) if kept else torch.empty(0, dtype=torch.long)
     if len(stream) < length:
         raise UserError(
-            f"{corpus} has {len(kept)} documents of at most {length} tokens for calibration, {len(stream)} tokens in "
-            f"all, which fill no piece of {length}; take random pieces instead (--set calibration.draw=segments)"
+            f"{corpus} has {len(kept)} {what} of at most {length} tokens for calibration, {len(stream)} tokens in all, "
+            f"which fill no piece of {length}; take random pieces instead (--set calibration.draw=segments)"
         )
     return stream[: len(stream) // length * length].view(-1, length)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from corpora.errors import UserError
+from corpora.files import refuse_half_characters
 from corpora.paths import outputs_dir
 from corpora.storage import identity, write_tensors
 
@@ -23,7 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` as it stands: no BOS, no EOS, no truncation, whatever the tokenizer's own template says."""
+    """Ids of `text` as it stands: no BOS, no EOS, no truncation, whatever the tokenizer's own template says.
+
+    Raises UserError for half of a character, which the readers refuse in files with the place: here it was typed.
+    """
+    refuse_half_characters(text, f"the text {text[:20]!r}…")
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
 
 

@@ -15,18 +15,21 @@ prefix it comes from the full-precision model.
 Only a slice of the logits exists at any time: the head is applied to a few hundred positions at once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from corpora.errors import UserError
 from corpora.text import Protocol, TokenStream, split_windows
 from eval.tasks.scoring import LOGITS_AT_ONCE, decoder_and_head
 from intactkv.attach import IntactModel
+from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
 
-__all__ = ["Windows", "cut_windows", "token_losses", "window_losses"]
+__all__ = ["Windows", "cut_windows", "perplexity_of", "token_losses", "window_losses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +61,23 @@ def cut_windows(
     return Windows(lead, split_windows(ids, stream.window, limit, protocol, stream.start_id), intact)
 
 
+def perplexity_of(losses: Tensor) -> float:
+    """exp of the mean of finite losses. Raises UserError where that is more than a float64 holds.
+
+    Such a mean is over 709 nats a token. Its logits are finite, but no text tells anything about the model any more.
+    """
+    mean = losses.double().mean()
+    if not math.isfinite(perplexity := float(mean.exp())):
+        raise UserError(
+            f"the mean loss is {float(mean):.1f} nats a token, beyond what exp can tell; the model is damaged: "
+            "check its checkpoint, or quantize with more bits"
+        )
+    return perplexity
+
+
 @torch.inference_mode()
 def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
-    """NLL of every counted target of some windows, in nats: (B, T − 1) float32."""
+    """NLL of every counted target of some windows, in nats: (B, T − 1) float32. Raises UserError for what is none."""
     device = input_embeddings(model.model).device
     fed = windows.fed[rows].to(device)
     ids = fed
@@ -71,10 +88,12 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     output = model.feed(ids, through=decoder, cache=cache)
     if model.kv is not None and cache.quantized_fraction == 0:
         raise RuntimeError(f"{model.kv} was asked for, but no token of the cache went through it")
+    what = f"losses of {model.name}, by window from {rows.start or 0} on and token"
     targets = fed[:, 1:]
     if head is None:
         logits = output.logits[:, -fed.shape[1] : -1].float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none")
+        found = nn.functional.cross_entropy(logits.transpose(1, 2), targets.to(logits.device), reduction="none")
+        return finite(found, what)
     hidden = output.last_hidden_state[:, -fed.shape[1] : -1].flatten(0, 1)
     flat = targets.flatten()
     at_once = max(1, LOGITS_AT_ONCE // head.out_features)
@@ -82,7 +101,7 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     for i in range(0, len(flat), at_once):
         logits = head(hidden[i : i + at_once]).float()
         losses.append(nn.functional.cross_entropy(logits, flat[i : i + at_once].to(logits.device), reduction="none"))
-    return torch.cat(losses).view_as(targets)
+    return finite(torch.cat(losses).view_as(targets), what)
 
 
 def window_losses(

@@ -6,19 +6,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corpora.errors import UserError
+
 __all__ = ["Processes"]
 
 
 class Processes:
-    """This process among those that share an evaluation. index: 0 writes records and prints; count: 1 when alone."""
+    """This process among those that share an evaluation. index: 0 writes records and prints; count: 1 when alone.
 
-    def __init__(self) -> None:
+    on_cpu: they compute there, whatever GPUs the machine has. Raises UserError if there are more than GPUs.
+    """
+
+    def __init__(self, on_cpu: bool = False) -> None:
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             # Without being told, it takes a launcher's processes without GPUs for one each.
-            self._state = PartialState(cpu=not torch.cuda.is_available())
+            on_cpu = on_cpu or not torch.cuda.is_available()
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            if not on_cpu and here > gpus:
+                raise UserError(
+                    f"{here} processes were started on a machine that shows {gpus} CUDA GPUs, and each needs its own; "
+                    f"start {gpus}, or give --device cpu"
+                )
+            self._state = PartialState(cpu=on_cpu)
         self.index: int = 0 if self._state is None else self._state.process_index
         self.count: int = 1 if self._state is None else self._state.num_processes
 

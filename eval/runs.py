@@ -11,7 +11,7 @@ from typing import Any
 from corpora.errors import UserError
 from corpora.machine import environment
 from corpora.paths import outputs_dir
-from corpora.storage import identity, read_json, write_json
+from corpora.storage import identity, not_finite, read_json, write_json
 
 __all__ = ["all_records", "record_of"]
 
@@ -31,7 +31,7 @@ def record_of(
 
     settings: all that decides the figures. name: readable part of the file name. run: returns the figures under their
     plain names. force: run even if there is a record. write: of several processes only the first one writes.
-    Raises UserError for a record that cannot be read.
+    Raises UserError for a record that cannot be read, or a figure that is no number.
     """
     key = identity({"format": FORMAT, "task": task, **settings})
     path = outputs_dir() / "runs" / f"{task}-{name.replace('/', '-')}-{key}.json"
@@ -64,4 +64,6 @@ def _checked(path: Path) -> dict[str, Any]:
     whole = isinstance(record, dict) and {"settings", "identity", "started", "format"} <= record.keys()
     if not whole or record["format"] != FORMAT:
         raise UserError(f"run record {path} is damaged; delete the file (or use --force) and run again")
+    if found := not_finite(record):  # written when a figure that is none was still stored
+        raise UserError(f"run record {path} holds {found}, which is no result; delete the file")
     return record | {"path": str(path)}

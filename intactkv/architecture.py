@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["ARCHITECTURES", "DOWN_PROJ", "LM_HEAD", "Architecture", "Feed", "architecture_of", "decoder_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "DOWN_PROJ",
+    "LM_HEAD",
+    "Architecture",
+    "Feed",
+    "architecture_of",
+    "decoder_of",
+    "pads_shift",
+]
 
 # The published programs' word for the last linear of the feed-forward part, whatever a family calls it.
 DOWN_PROJ = "down_proj"
@@ -149,6 +158,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": QWEN3,
     "opt": OPT,
 }
+
+
+# Model types that place a token by its slot in the batch, whatever position it is given; so pads shift it. Found by
+# running a small model of every causal type of transformers that takes a prefix, padded and alone. Tables of absolute
+# places go wrong behind any pad; distances (MPT's biases, GPT-Neo's windows) only where pads stand between two texts.
+ABSOLUTE_SLOTS = frozenset(
+    {
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+        *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "trocr", "xlm-roberta", "xlm-roberta-xl"),
+    }
+)
+RELATIVE_SLOTS = frozenset({"gpt_neo", "mpt", "roformer"})
+
+
+def pads_shift(config: "PreTrainedConfig", behind_prefix: bool) -> bool:
+    """Whether pads on the left would change what a model says about a row; its rows are run without them."""
+    kind = config.get_text_config(decoder=True).model_type
+    return kind in ABSOLUTE_SLOTS or (behind_prefix and kind in RELATIVE_SLOTS)
 
 
 def architecture_of(config: "PreTrainedConfig") -> Architecture:

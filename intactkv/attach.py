@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import decoder_of
+from intactkv.architecture import decoder_of, pads_shift
 from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
+from intactkv.finite import FiniteLogits, finite
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.vocabulary import known_ids
 
 __all__ = ["IntactModel", "attach", "default_batch_size"]
 
@@ -85,6 +87,16 @@ class IntactModel:
         """P, the number of prefix tokens; 0 without a prefix."""
         return 0 if self.prefix is None else len(self.prefix)
 
+    @property
+    def name(self) -> str:
+        """What messages call the model: where it came from, or its type."""
+        return self.model.name_or_path or f"the {self.model.config.model_type} model"
+
+    @property
+    def pads_shift(self) -> bool:
+        """Whether this model runs its rows without pads: those of one length share a batch."""
+        return pads_shift(self.model.config, self.prefix is not None)
+
     def new_cache(self, single_pass: bool = False) -> IntactCache:
         """A fresh cache that holds the prefix and applies the KV policy; `single_pass` if one pass is all it is for."""
         if self.prefix is None:
@@ -114,13 +126,15 @@ class IntactModel:
                     f"mask has {mask.shape[1]} columns; expected one for each of the "
                     f"{cache.get_seq_length() + ids.shape[1] - self.prefix_length} tokens behind the prefix"
                 )
+            if self.pads_shift:
+                raise UserError(self._no_pads())
             # Default positions count physical slots; with pads between prefix and text they would be wrong for RoPE.
             positions = (full.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None:
             arguments["position_ids"] = positions
         with prefix_attention(self.model):
-            return (through or self.model)(input_ids=ids, past_key_values=cache, **arguments)
+            return (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
@@ -132,12 +146,30 @@ class IntactModel:
         """
         rows = self._take_apart(input_ids, attention_mask)
         self._refuse_pushed_out(rows, 0)
-        logits = self.feed(rows.feed, rows.mask).logits.float()
-        if self.prefix is None:
-            logits = _to_columns(logits, rows, None, input_ids, attention_mask)
-        else:
-            logits = _to_columns(logits, rows, self.prefix.logits.to(logits), input_ids, attention_mask)
+        logits = self._logits(rows)
+        own = None if self.prefix is None else self.prefix.logits.to(logits)
+        logits = _to_columns(logits, rows, own, input_ids, attention_mask)
+        finite(logits.amax(dim=-1), f"logits of {self.name}, by row and column")
         return logits
+
+    def _logits(self, rows: _Rows) -> Tensor:
+        """Logits of the fed columns, (B, T, V) float32; what stands at pads means nothing."""
+        if not (self.pads_shift and bool(rows.pads.any())):
+            return self.feed(rows.feed, rows.mask).logits.float()
+        logits = torch.empty(0)
+        for pads in rows.pads.unique().tolist():
+            alike = rows.pads == pads
+            part = self.feed(rows.feed[alike, pads:]).logits.float()
+            if not len(logits):  # the fewest pads come first
+                logits = part.new_zeros(*rows.feed.shape, part.shape[-1])
+            logits[alike, pads:] = part
+        return logits
+
+    def _no_pads(self) -> str:
+        return (
+            f"a {self.model.config.model_type} model places tokens by their slot in the batch, so pads would shift "
+            "them; give it rows of equal length, or a batch of one"
+        )
 
     def generate(
         self,
@@ -155,7 +187,8 @@ class IntactModel:
         past_key_values: the cache of an earlier answer (`return_dict_in_generate=True`), to go on with a dialogue
             without feeding it again; the prompt must start with the tokens which that cache has seen.
         Raises UserError for prompts without the prefix, a prompt that equals the prefix (nothing to feed), a mixed
-        batch, a cache of another dialogue, or padding that would push the prefix out of a sliding window.
+        batch, a cache of another dialogue, padding that would push the prefix out of a sliding window, or any padding
+        for a model that places tokens by their slots.
         """
         self._refuse_options(options)
         rows = self._take_apart(input_ids, attention_mask)
@@ -165,12 +198,14 @@ class IntactModel:
                 "prepend=True to have that done"
             )
         self._refuse_pushed_out(rows, self._new_tokens(options, self.prefix_length + rows.feed.shape[1]))
+        if self.pads_shift and bool(rows.pads.any()):
+            raise UserError(self._no_pads())
 
         batch = rows.feed.shape[0]
         lead = rows.feed.new_empty(batch, 0)
         if self.prefix is not None:
             lead = self.prefix.ids.to(rows.feed)[None].expand(batch, -1)
-        ids = torch.cat([lead, rows.feed], dim=1)
+        ids = torch.cat([lead, known_ids(rows.feed, self.model)], dim=1)
         mask = torch.cat([torch.ones_like(lead), rows.mask], dim=1)
         cache = self.new_cache() if past_key_values is None else self._continued(past_key_values, ids)
         cache.tokens = None  # until it is known what an answer that may be interrupted leaves here
@@ -185,11 +220,14 @@ class IntactModel:
         cache.batch_repeat_interleave(
             max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
         )
+        given = options.pop("logits_processor", None) or ()
+        processors = LogitsProcessorList([FiniteLogits(self.name), *given])
         with prefix_attention(self.model):
             generate: Any = self.model.generate
             output = generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, **{"use_cache": True, **options}
-            )
+                input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors,
+                **{"use_cache": True, **options},
+            )  # fmt: skip
 
         sequences = output if isinstance(output, Tensor) else output.sequences
         if cache.intact_layers[0].held[0].shape[0] == 1:  # beams leave their last state, not the sequence that won
@@ -237,9 +275,9 @@ class IntactModel:
             )
         longest = max(text.numel() for text in texts)
         pads = torch.tensor([longest - text.numel() for text in texts], device=device)
-        filler = int(getattr(self.model.generation_config, "pad_token_id", None) or 0)
+        # Any id will do that the embedding has, which a configuration's pad_token_id may not be.
         feed = torch.stack(
-            [torch.nn.functional.pad(text, (int(pad), 0), value=filler) for text, pad in zip(texts, pads, strict=True)]
+            [torch.nn.functional.pad(text, (int(pad), 0)) for text, pad in zip(texts, pads, strict=True)]
         )
         columns = torch.arange(longest, device=device)
         return _Rows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)

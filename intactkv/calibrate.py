@@ -34,6 +34,7 @@ from intactkv.cache import IntactCache, KVPolicy
 from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, input_embeddings
 from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
+from intactkv.vocabulary import known_ids
 
 __all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "mean_losses", "sample_loss"]
 
@@ -171,7 +172,7 @@ def block_targets(twin: PreTrainedModel, sample: Sample) -> list[Tensor]:
     """What the full-precision twin's decoder blocks return at the loss positions: (positions, d) each."""
     device = input_embeddings(twin).device
     with outputs_of(decoder_of(twin).layers) as outputs:
-        decoder_of(twin)(input_ids=sample.ids[None].to(device), use_cache=False)
+        decoder_of(twin)(input_ids=known_ids(sample.ids, twin)[None].to(device), use_cache=False)
     return [output[0, sample.counted.to(output.device)] for output in outputs]
 
 

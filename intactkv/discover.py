@@ -9,7 +9,7 @@ The text runs behind nothing: random pieces, whose first token is whatever stand
 for what it says, not for where it stands. Runs on the full-precision model; an exact transform of the residual stream
 does not change the input of the feed-forward part's last linear, where it looks, so one discovery serves every recipe.
 Departs from the published code: a model without outlier tokens gets [BOS] alone (theirs stops); a [BOS] among the ids
-found is not put there twice.
+found is not put there twice; of ids with equal counts the smaller goes first (there: the one seen first).
 """
 
 from collections.abc import Callable

@@ -25,6 +25,7 @@ from intactkv.architecture import Architecture, architecture_of, decoder_of
 from intactkv.attach import IntactModel, default_batch_size
 from intactkv.attention import EXPLICIT
 from intactkv.cache import IntactCache
+from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
 
 __all__ = [
@@ -134,10 +135,12 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 def run_decoder(model: IntactModel, ids: Tensor, cache: IntactCache | None = None) -> Tensor:
     """One pass over (B, T) ids behind the model's prefix: what the head would read, (B, T, hidden size).
 
-    cache: one made by `new_cache`, to look at afterwards; by default nothing is kept.
+    cache: one made by `new_cache`, to look at afterwards; by default nothing is kept. Raises UserError for numbers that
+    are none.
     """
     device = input_embeddings(model.model).device
-    return model.feed(ids.to(device), through=decoder_of(model.model), cache=cache).last_hidden_state
+    hidden = model.feed(ids.to(device), through=decoder_of(model.model), cache=cache).last_hidden_state
+    return finite(hidden, f"hidden states of {model.name}, by row, token and channel")
 
 
 # Sites ----------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import directory_beside, read_json, write_json, write_tensors
+from corpora.storage import directory_beside, is_finite, read_json, write_json, write_tensors
 from intactkv.prefix import Prefix, build_prefix
 
 __all__ = ["CONFIG", "PREFIX_FILE", "is_adapter", "read_adapter", "write_adapter"]
@@ -210,6 +210,8 @@ def _read(directory: Path) -> _Adapter:
             f"{directory / WEIGHTS}: {MATRIX} has shape {tuple(matrix.shape)}; {CONFIG} says {tokens} tokens and "
             f"{layers} layers of {width} channels, which makes ({tokens}, {2 * layers * width})"
         )
+    if not is_finite(matrix):
+        raise UserError(f"{directory / WEIGHTS}: {MATRIX} holds values that are not finite; export the prefix again")
     states = matrix.view(tokens, 2 * layers, heads, width // heads).permute(1, 2, 0, 3)  # (2·L, H, P, D)
     parts = [state[None].contiguous() for state in states]
     return _Adapter(directory, tuple(parts[0::2]), tuple(parts[1::2]))

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from intactkv.architecture import decoder_of
 from intactkv.cache import IntactCache
+from intactkv.finite import finite
 from intactkv.observe import inputs_of
+from intactkv.vocabulary import known_ids
 
 __all__ = ["EPS", "MASSIVE", "MASSIVE_RATIO", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "hidden_magnitudes",
            "outlier_ratios", "outlier_tokens"]  # fmt: skip
@@ -48,22 +50,22 @@ def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | 
 
     cache: holds a prefix that the ids follow (`IntactModel.new_cache`); its own tokens are not among the T measured.
     The last row is the output of the last block before the final norm: transformers reports it after the norm, which
-    would hide the pivots, so it is taken from the norm's input.
+    would hide the pivots, so it is taken from the norm's input. Raises UserError for numbers that are none.
     """
     decoder = decoder_of(model)
     norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
     with inputs_of([] if norm is None else [norm]) as seen:
         output = model.base_model(
-            input_ids=ids[None].to(model.device),
+            input_ids=known_ids(ids, model)[None].to(model.device),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=True,
         )
     states = [*output.hidden_states[:-1], seen[-1] if seen else output.hidden_states[-1]]
     magnitudes = [state[0].float().abs().cpu() for state in states]
-    return Magnitudes(
-        torch.stack([m.amax(dim=-1) for m in magnitudes]), torch.stack([m.flatten().median() for m in magnitudes])
-    )
+    largest = torch.stack([m.amax(dim=-1) for m in magnitudes])
+    finite(largest, f"hidden states of {model.name_or_path or model.config.model_type}, by layer and token")
+    return Magnitudes(largest, torch.stack([m.flatten().median() for m in magnitudes]))
 
 
 def outlier_ratios(largest: Tensor) -> Tensor:

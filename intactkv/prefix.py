@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, sha256_of_tensor, write_tensors
+from corpora.storage import checkpoint_fingerprint, is_finite, sha256_of_tensor, write_tensors
 from intactkv.cache import IntactCache, KVPolicy
 
 if TYPE_CHECKING:
@@ -166,8 +166,23 @@ class Prefix:
                     "build the prefix with this model's full-precision twin"
                 )
 
+    def check_finite(self, whose: str) -> None:
+        """Raise UserError for keys, values or logits that are not finite. whose: for the message."""
+        parts = {"embeddings": (self.embeddings,), "keys": self.keys, "values": self.values, "logits": (self.logits,)}
+        for name, tensors in parts.items():
+            for layer, tensor in enumerate(tensors):
+                if not is_finite(tensor):
+                    where = f" of layer {layer}" if len(tensors) > 1 else ""
+                    raise UserError(
+                        f"{whose} has {name}{where} that are not finite: the weights behind it are damaged, or its "
+                        f"dtype {str(self.dtype).removeprefix('torch.')} is too narrow; check the checkpoint, or build "
+                        "it in float32"
+                    )
+
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, atomically; the model's identity is its metadata."""
+        """Write a safetensors file, atomically; the model's identity is its metadata. Raises UserError if the prefix is
+        not finite."""
+        self.check_finite(f"the prefix for {path}")
         tensors = {"ids": self.ids, "logits": self.logits, "embeddings": self.embeddings}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key, value
@@ -176,7 +191,7 @@ class Prefix:
 
     @classmethod
     def load(cls, path: str | Path) -> "Prefix":
-        """Read what `save` wrote. Raises UserError if the file is missing, truncated or no prefix."""
+        """Read what `save` wrote. Raises UserError if the file is missing, truncated, no prefix, or not finite."""
         path = Path(path)
         if not path.is_file():
             raise UserError(
@@ -191,7 +206,7 @@ class Prefix:
                         f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; build it again"
                     )
                 model = ModelIdentity.restore(header["model"])
-                return cls(
+                prefix = cls(
                     ids=file.get_tensor("ids"),
                     keys=tuple(file.get_tensor(f"layers.{i}.key") for i in range(model.n_layers)),
                     values=tuple(file.get_tensor(f"layers.{i}.value") for i in range(model.n_layers)),
@@ -204,6 +219,8 @@ class Prefix:
             raise UserError(
                 f"{path} is truncated or not a prefix file ({error}); build it again with `python -m intactkv build`"
             ) from None
+        prefix.check_finite(f"prefix file {path}")
+        return prefix
 
 
 @torch.inference_mode(mode=False)  # a caller's inference mode would make tensors that can never be trained
@@ -214,7 +231,7 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor, *, embeddi
     ids: P token ids, at positions 0…P − 1, usually starting with [BOS]. `model` must be unquantized, with every exact
     transform of the quantized model applied. embeddings: (P, width of the embedding table), what the model reads in the
     place of the tokens' own embeddings (trained ones). Raises UserError for no ids, ids outside the vocabulary, a model
-    in training mode, or a prefix that a sliding-window layer could not hold.
+    in training mode, a prefix that a sliding-window layer could not hold, or keys and values that are not finite.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu().clone()  # the caller may go on writing to its own
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -239,7 +256,7 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor, *, embeddi
     embedding = input_embeddings(model)
     read = {"input_ids": ids[None]} if embeddings is None else {"inputs_embeds": embeddings[None].to(embedding.dtype)}
     output = model(**{name: x.to(embedding.device) for name, x in read.items()}, past_key_values=cache, use_cache=True)
-    return Prefix(
+    prefix = Prefix(
         ids=ids,
         keys=tuple(layer.held[0].cpu().clone() for layer in cache.intact_layers),
         values=tuple(layer.held[1].cpu().clone() for layer in cache.intact_layers),
@@ -247,3 +264,5 @@ def build_prefix(model: PreTrainedModel, ids: Sequence[int] | Tensor, *, embeddi
         embeddings=embedding[ids.to(embedding.device)].float().cpu().clone(),
         model=identity_of(model),
     )
+    prefix.check_finite(f"the prefix {ids.tolist()} of {prefix.model.model_type}")
+    return prefix

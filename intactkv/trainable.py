@@ -5,9 +5,16 @@
         mean over layers of  s(A_l | P) / s(A_l | no prefix)   +   w · KL(model behind [BOS] ‖ model behind P)
 
 A_l is what layer l's attention returns on the real tokens; s is the mean of A² (`l2`) or its variance
-over tokens and channels (`var`). The published idea is s alone (`normalization="none"`, `kd_weight=0`), which rewards
-shrinking; the ratio and the distillation of the logits are ours. At the end one pass over P writes keys, values and
-logits: an ordinary `Prefix`, in the basis of the model that it was trained on.
+over tokens and channels (`var`). At the end one pass over P writes keys, values and logits: an ordinary `Prefix`, in
+the basis of the model that it was trained on.
+
+The idea is not the paper's. It comes from a fork of its code (pbcong/PrefixQuant, branch dev/trainable-prefix), which
+minimizes 0.4 × the standard deviation + 0.3 × (max − min) + 0.3 × the mean of the largest 5 % of |h|, averaged over the
+hidden states h that the layers pass on, + 0.01 × the mean of P². It starts from noise, normalizes every vector, and in
+the end takes the tokens whose embeddings are nearest to P. Ours minimizes what attention returns (`output="block"`:
+what the layers do), relative to the model without a prefix, and stays near the model's logits; it starts from the
+discrete prefix, and the trained vectors themselves are used. s alone (`normalization="none"`, `kd_weight=0`) rewards
+shrinking.
 
     start       the discrete prefix's embeddings, repeated up to L with its last token ([BOS]) last
     optimizer   AdamW, lr 1e-3 falling as a cosine to a tenth, no weight decay, gradients clipped to norm 1
@@ -31,6 +38,7 @@ from intactkv.observe import hooked, on_output
 from intactkv.pivots import EPS
 from intactkv.prefix import Prefix, build_prefix, identity_of, input_embeddings
 from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
+from intactkv.vocabulary import known_ids
 
 __all__ = ["Figures", "PrefixTraining", "TrainedPrefix", "starting_point", "statistics", "train_prefix"]
 
@@ -219,7 +227,7 @@ class _Objective:
         read: torch.nn.Module = self.model.get_input_embeddings()
         table = input_embeddings(self.model)
         front = embeddings.to(table.device, table.dtype)
-        whole = torch.cat([front, read(ids.to(table.device))])[None]
+        whole = torch.cat([front, read(known_ids(ids, self.model).to(table.device))])[None]
         blocks = list(decoder_of(self.model).layers)
         watched = [b.get_submodule(self.attention) for b in blocks] if self.training.output == "attention" else blocks
         outputs: list[Tensor] = []

@@ -1,7 +1,10 @@
-"""The table of named recipes: what each paper did, one row each (`python -m quantization --list` prints it)."""
+"""The table of named recipes: what each paper did, one row each (`python -m quantization --list` prints it).
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+`put_together` takes parts of several rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corpora.errors import UserError
@@ -25,9 +28,12 @@ from quantization.weights.rtn import RTN
 from quantization.weights.spqr import SpQR
 from quantization.weights.zeroquant import ZeroQuant
 
-__all__ = ["PUBLISHED_GROUP", "RECIPES", "NamedRecipe", "kv_policy", "named_recipe"]
+__all__ = ["PARTS", "PUBLISHED_GROUP", "RECIPES", "NamedRecipe", "kv_policy", "named_recipe", "put_together"]
 
 PUBLISHED_GROUP = 128  # gives way to a model's own default where 128 does not divide its channels
+# Fields of a recipe that `put_together` fills from others.
+PARTS = ("transforms", "weights", "activations", "attention", "tuning", "kv_cache")
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ def _gptq(bits: int) -> Recipe:
     return Recipe(weights=GPTQ(UniformGrid(bits, PUBLISHED_GROUP)))
 
 
-def _spqr(bits: int, group_size: int = 16, threshold: float = 0.25) -> Recipe:
-    weights = SpQR(UniformGrid(bits, group_size, "spqr-asym"), threshold=threshold)
+def _spqr(bits: int, group_size: int = 16, threshold: float = 0.25, damp: float = 0.01) -> Recipe:
+    weights = SpQR(UniformGrid(bits, group_size, "spqr-asym"), threshold=threshold, damp=damp)
     return Recipe(weights=weights, calibration=Calibration(seed=0))
 
 
@@ -60,6 +66,17 @@ def _awq(bits: int) -> Recipe:
 def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) -> Recipe:
     weights = OmniQuant(UniformGrid(bits, group_size, "intactkv-asym"), **settings)
     return Recipe(weights=weights, calibration=Calibration(corpus="wikitext2", samples=128, length=2048, seed=2))
+
+
+def _omniquant_w_and_a(bits: int, **settings: Any) -> Recipe:
+    """OmniQuant's W4A4 and W6A6: one grid per row of the weights, per token of every input, per head of q, k and v."""
+    grid = UniformGrid(bits, -1, "intactkv-asym")
+    return replace(
+        _omniquant(bits, -1, let=True, **settings),
+        activations=Activations(grid),
+        attention=AttentionProducts(grid, rows=False),
+        kv_cache=PerHead(bits),
+    )
 
 
 def _zeroquant(bits: int, attention_bits: int, input_bits: int | None, tuning: Distill | None = None) -> Recipe:
@@ -127,10 +144,15 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "rtn-w4": NamedRecipe(_rtn(4), AFFINE, "round to nearest, 4 bits"),
     "rtn-w3": NamedRecipe(_rtn(3), AFFINE, "round to nearest, 3 bits"),
     "rtn-w2": NamedRecipe(_rtn(2), AFFINE, "round to nearest, 2 bits"),
-    "gptq": NamedRecipe(_gptq(3), FRANTAR, "GPTQ as IntactKV used it: act-order, groups, true-sequential, 3 bits"),
+    "gptq": NamedRecipe(_gptq(3), FRANTAR, "GPTQ: act-order with groups of neighbours, true-sequential, 3 bits"),
     "gptq-w4": NamedRecipe(_gptq(4), FRANTAR, "the same, 4 bits"),
     "gptq-w3": NamedRecipe(_gptq(3), FRANTAR, "the same, 3 bits"),
     "gptq-w2": NamedRecipe(_gptq(2), FRANTAR, "the same, 2 bits"),
+    "gptq-autogptq": NamedRecipe(
+        Recipe(weights=GPTQ(UniformGrid(3, PUBLISHED_GROUP), static_groups=False)),
+        FRANTAR,
+        "GPTQ of IntactKV's tables, by AutoGPTQ: the same, but groups as act-order brings the channels",
+    ),
     "gptq-row": NamedRecipe(
         Recipe(
             weights=GPTQ(UniformGrid(4), true_sequential=False),
@@ -150,9 +172,12 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "gptq-bcq": NamedRecipe(
         Recipe(weights=GPTQToBCQ(UniformGrid(4, PUBLISHED_GROUP))), PARK, "GPTQ, stored in binary coding, 4 bits"
     ),
-    "spqr": NamedRecipe(_spqr(3), DETTMERS, "SpQR: 3 bits, groups of 16, about 1 % outliers: 4 bits in all"),
+    "spqr": NamedRecipe(_spqr(3), DETTMERS, "SpQR of qllm: 3 bits, groups of 16, about 1 % outliers: 4 bits in all"),
     "spqr-w4": NamedRecipe(_spqr(4), DETTMERS, "the same, 4 bits: 5 in all"),
     "spqr-w2": NamedRecipe(_spqr(2, 32, 0.5), DETTMERS, "the same, 2 bits, groups of 32: 3 in all"),
+    "spqr-authors": NamedRecipe(
+        _spqr(4, 16, 0.2, 1.0), DETTMERS, "SpQR by its authors' own command: 4 bits, groups of 16, damping 1, τ = 0.2"
+    ),
     "omniquant": NamedRecipe(_omniquant(3), SHAO, "OmniQuant as IntactKV used it: learned clipping, 3 bits"),
     "omniquant-w4": NamedRecipe(_omniquant(4), SHAO, "the same, 4 bits"),
     "omniquant-w3": NamedRecipe(_omniquant(3), SHAO, "the same, 3 bits"),
@@ -164,6 +189,12 @@ RECIPES: Mapping[str, NamedRecipe] = {
         SHAO,
         "learned clipping and scales, W4A4 without its A4: 4 bits, one grid per row",
     ),
+    "omniquant-w4a4": NamedRecipe(
+        _omniquant_w_and_a(4, aug_loss=True),
+        SHAO,
+        "learned clipping and scales, trained with rounded inputs, q, k, v: 4 bits, one grid per row and token",
+    ),
+    "omniquant-w6a6": NamedRecipe(_omniquant_w_and_a(6), SHAO, "the same, 6 bits, one target"),
     "zeroquant-w8a8": NamedRecipe(_zeroquant(8, 8, 8), YAO, "ZeroQuant: symmetric rows and tokens of 8 bits"),
     "zeroquant-w4-8a16": NamedRecipe(_zeroquant(4, 8, None), YAO, "4 bits in the MLP, 8 in attention; weights only"),
     "zeroquant-w4-8a8": NamedRecipe(_zeroquant(4, 8, 8), YAO, "the same with tokens of 8 bits"),
@@ -208,6 +239,9 @@ RECIPES: Mapping[str, NamedRecipe] = {
         _quarot(RTN, rotated=False), ASHKBOOS, "quarot-rtn without rotations, with the per-head cache"
     ),
     "rotate": NamedRecipe(Recipe((Rotate(),)), ASHKBOOS, "QuaRot's rotations alone, nothing quantized"),
+    "smooth": NamedRecipe(
+        replace(_w_and_a(8, 0.5), weights=None, activations=None), XIAO, "SmoothQuant's scales alone, nothing quantized"
+    ),
     "prefixquant-w4a4kv4-static": NamedRecipe(
         _prefixquant(4, True), CHEN, "PrefixQuant: rotated, static grids by their output error, behind outlier tokens"
     ),
@@ -231,6 +265,44 @@ def named_recipe(name: str) -> Recipe:
             f"unknown recipe {name!r}; choose from {', '.join(RECIPES)} (python -m quantization --list explains them)"
         )
     return RECIPES[name].recipe
+
+
+def put_together(recipe: Recipe, parts: Mapping[str, Sequence[str]]) -> Recipe:
+    """A recipe with parts of named ones in place of its own.
+
+    parts: names by field (`PARTS`); `none` takes a part away. Of transforms there may be several: those that rescale
+    come last. The calibration text is the recipe's while a part of its own reads text, else that of the first part put
+    in that does.
+    Raises UserError for a name without such a part, and for parts that cannot work together.
+    """
+    given: dict[str, list[Recipe]] = {}
+    for field, names in parts.items():
+        if NONE in names and len(names) > 1:
+            raise UserError(f"{field}: {NONE} takes them all away, so it stands alone; {', '.join(names)} were given")
+        given[field] = [named_recipe(name) for name in names if name != NONE]
+        for name in names:
+            if name != NONE and not getattr(named_recipe(name), field):
+                having = ", ".join(other for other, row in RECIPES.items() if getattr(row.recipe, field))
+                raise UserError(f"the recipe {name} has no {field} to take; choose from {NONE}, {having}")
+    bare: dict[str, Any] = {field: () if field == "transforms" else None for field in given}
+    calibrating = [row for rows in given.values() for row in rows if row.calibrates] + [
+        row for rows in given.values() for row in rows
+    ]
+    own = replace(recipe, **bare, prefix=NONE, calibrate_behind_prefix=False)
+    values: dict[str, Any] = {field: getattr(rows[-1], field) for field, rows in given.items() if rows}
+    if "transforms" in values:
+        steps = [step for row in given["transforms"] for step in row.transforms]
+        twice = [step.name for i, step in enumerate(steps) if step.name in [other.name for other in steps[:i]]]
+        if twice:
+            raise UserError(f"transforms: {twice[0]} was given twice; give it once")
+        values["transforms"] = tuple(sorted(steps, key=lambda step: step.rescales))
+    if calibrating and not own.calibrates:
+        values["calibration"] = calibrating[0].calibration
+    made = replace(own, **values)
+    if not made.makes_checkpoint:  # nothing is left that had another text than fp16
+        made = replace(made, calibration=Calibration())
+    behind = recipe.calibrate_behind_prefix and made.calibrates
+    return replace(made, prefix=recipe.prefix, calibrate_behind_prefix=behind)
 
 
 def kv_policy(name: str, bits: int | None) -> KVPolicy | CalibratedKV | None:

@@ -1,4 +1,8 @@
-# Sourced by the scripts that take the published arguments: errors, model directories, devices.
+# Sourced by the scripts that take the published arguments. Every script may be told by the environment, too:
+#   OPTIONS="--set a.b=c …"       any other options of the programs, for every step that runs the script's own recipe
+#   PROTOCOL, MMLU_PROTOCOL       how perplexity and MMLU are measured (default: as in the project that the call is of)
+#   CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED     the text that a method calibrates on
+#   MAX_MEMORY=65GiB              with DEVICE all: what a model may take of each GPU
 
 fail() { # one line, exit code 2
     echo "error: $*" >&2
@@ -11,9 +15,97 @@ enter_project() { # go to the checkout and use its environment; nothing here ask
     export HF_HUB_OFFLINE=1 PATH="$PWD/.venv/bin:$PATH"
 }
 
-model_directory() { # MODEL SIZE, where SIZE may be spelled 7b or vicuna-v1.5-7b
-    echo "modelzoo/$1/$1-${2#"$1"-}"
+# Models and methods ---------------------------------------------------------------------------------------------------
+
+model_path() { # PATH: absolute, links as they are: a model is called what its directory is called, in every script
+    realpath -ms -- "$1"
 }
+
+model_directory() { # MODEL SIZE, where SIZE may be spelled 7b or vicuna-v1.5-7b
+    model_path "modelzoo/$1/$1-${2#"$1"-}"
+}
+
+trained_prefix() { # MODEL_DIRECTORY METHOD BITS: where train.sh leaves what it has trained for them
+    echo "modelzoo/prefixes/$(basename "$1")-$2-w$3${GROUP_SIZE:+g$GROUP_SIZE}-cal.safetensors"
+}
+
+zoo_file() { # MODEL_DIRECTORY BITS GROUP_SIZE: the model's file of the AWQ zoo in modelzoo/llm-awq, if it is there
+    local name file names
+    name=$(basename "$1")
+    names=("$name")
+    # Vicuna's size and version stand the other way round in the zoo.
+    [[ ! $name =~ ^vicuna-(v[0-9.]+)-(.+)$ ]] || names+=("vicuna-${BASH_REMATCH[2]}-${BASH_REMATCH[1]}")
+    for name in "${names[@]}"; do
+        for file in "modelzoo/llm-awq/${names[0]%-*}/$name-w$2-g$3.pt" "modelzoo/llm-awq/$name-w$2-g$3.pt"; do
+            [ ! -f "$file" ] || { echo "$file"; return; }
+        done
+    done
+}
+
+choose_recipe() { # METHOD BITS MODEL_DIRECTORY: sets `recipe`, the options of that method; BITS 16 is of no weights
+    local group file
+    recipe=(--recipe "$1" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
+    case "$1:$2" in
+        fp16:16 | rotate:16 | kv[0-9]:16) ;;
+        *:16) fail "BITS 16 is full precision, METHOD '$1' is not; give the bits of its weights, such as 3, or fp16 16" ;;
+        fp16:* | rotate:* | kv[0-9]:*) fail "METHOD '$1' has weights in full precision, but BITS is '$2'; give 16" ;;
+        *) recipe+=(--bits "$2") ;;
+    esac
+    case $1 in awq*) ;; *) return ;; esac
+    group=${GROUP_SIZE:-$(python -c 'import sys
+from corpora.catalog import model_defaults
+print(model_defaults(sys.argv[1]).default_group_size)' "$3")}
+    file=$(zoo_file "$3" "$2" "$group")
+    if [ -n "$file" ] && [ "${#calibration[@]}" -gt 0 ]; then
+        echo "AWQ: $file is there, but CALIBRATION… asks for a search of its own: the file is not used" >&2
+    elif [ -n "$file" ]; then
+        echo "AWQ: scales and clip limits are those of $file, nothing is searched" >&2
+        recipe+=(--set "weights.file=$file")
+    fi
+}
+
+read_kv() { # KV_BITS: sets `kv`, the option of so many bits of the cache; 16 is full precision
+    kv=()
+    [ "$1" = 16 ] || kv=(--kv-bits "$1")
+}
+
+calibration=( # what the environment says of the text that methods calibrate on
+    ${CALIBRATION:+--calibration "$CALIBRATION"}
+    ${CALIBRATION_SAMPLES:+--calibration-samples "$CALIBRATION_SAMPLES"}
+    ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"}
+    ${SEED:+--seed "$SEED"}
+)
+read -ra options <<< "${OPTIONS:-}"
+
+calibrates() { # a recipe's options: whether it looks at text
+    case " $* " in
+        *" weights.file="*) return 1 ;;
+        *" activations.static=true "* | *" weights.weighted=true "* | *"-lkd "*) ;;
+        *" --kv "* | *" --weights "* | *" --transform "* | *" --activations "*) ;; # the program knows, and says so
+        *" --recipe fp16 "* | *" --recipe rotate "* | *" --recipe kv"* | *" --recipe quarot-rtn "*) return 1 ;;
+        *" --recipe rtn"* | *" --recipe bcq"* | *" --recipe zeroquant"*) return 1 ;;
+        *" --recipe "*) ;;
+        *) return 1 ;;
+    esac
+}
+
+choose_text() { # a recipe's options: sets `text` and `behind`, what the environment says of its calibration
+    text=("${calibration[@]}") behind=${BEHIND:-}
+    ! calibrates "$@" || return 0
+    [[ " $* " = *" --recipe "* && " $* " != *" --recipe fp16 "* ]] || set -- # nobody expects it of full precision
+    [ $# -eq 0 ] || [ "${#text[@]}" -eq 0 ] || echo "CALIBRATION… and SEED do not reach $*: it looks at no text" >&2
+    [ $# -eq 0 ] || [ -z "$behind" ] || echo "BEHIND does not reach $*: it looks at no text" >&2
+    text=() behind=
+}
+
+choose_method() { # METHOD BITS MODEL_DIRECTORY [KV_BITS]: sets `method`, all options of what is run once, without arms
+    choose_recipe "${@:1:3}"
+    read_kv "${4:-16}"
+    choose_text "${recipe[@]}" "${options[@]}"
+    method=("${recipe[@]}" "${kv[@]}" "${options[@]}" "${text[@]}")
+}
+
+# Devices --------------------------------------------------------------------------------------------------------------
 
 need_gpu() { # INDEX: fail unless this machine shows a GPU of that index
     local count
@@ -24,74 +116,21 @@ need_gpu() { # INDEX: fail unless this machine shows a GPU of that index
 device_option() { # DEVICE: cpu or one GPU index, as the programs' --device spells it
     case "$1" in
         cpu) echo cpu ;;
+        all) fail "device 'all' spreads a model that is evaluated; to quantize, train or draw give cpu or a GPU index" ;;
         *[!0-9]* | "") fail "device '$1' is not known; give cpu or a GPU index such as 0" ;;
         *) need_gpu "$1" && echo "cuda:$1" ;;
     esac
 }
 
-calibration=( # what the environment says of the text that methods calibrate on
-    ${CALIBRATION:+--calibration "$CALIBRATION"}
-    ${CALIBRATION_SAMPLES:+--calibration-samples "$CALIBRATION_SAMPLES"}
-    ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"}
-)
-
-quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calibrates behind that prefix
-    local device
-    device=$(device_option "$1")
-    python -m quantization --model "$2" --device "$device" "${@:3}" "${calibration[@]}" \
-        ${BEHIND:+--calibrate-behind-prefix --prefix "$BEHIND"}
-}
-
-arms() { # PROGRAM DEVICE PORT MODEL_DIRECTORY, then options: vanilla, with [B], and calibrated behind BEHIND
-    local prefixes=("--prefix none" "--prefix bos") prefix
-    [ -z "${BEHIND:-}" ] || prefixes+=("--prefix $BEHIND --calibrate-behind-prefix")
-    for prefix in "${prefixes[@]}"; do
-        # shellcheck disable=SC2086 # a prefix is several words
-        run_eval "$2" "$3" "$1" --model "$4" "${@:5}" "${calibration[@]}" $prefix ${LIMIT:+--limit "$LIMIT"}
-    done
-}
-
-perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options
-    arms ppl "$@" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"}
-    python -m eval table --model "$(basename "$3")" --costs # all finished runs of the model, to compare
-}
-
-task_scores() { # TASKS DEVICE PORT MODEL_DIRECTORY, then a recipe's options
-    arms tasks "${@:2}" --tasks "$1" ${DATA:+--data "$DATA"} ${FEWSHOT:+--fewshot "$FEWSHOT"} \
-        ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"}
-    python -m eval table tasks --model "$(basename "$4")"
-}
-
-paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precision and 3-bit weights, both arms
-    # The caller's array `scored` says what the program scores.
-    local number=$1 program=$2 device=$3 model methods=(rtn gptq omniquant awq) method recipe
-    model=$(realpath -m "$4")
-    [ $# -le 4 ] || methods=("${@:5}")
-    for method in "${methods[@]}"; do
-        [[ " rtn gptq omniquant awq " = *" $method "* ]] ||
-            fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
-    done
-    enter_project
-    local text=("${calibration[@]}" ${SEED:+--seed "$SEED"}) BEHIND='' # the paper's tables have no such arm
-    # In full precision the prefix changes nothing, and the table has no place for it.
-    run_eval "$device" 29500 "$program" --model "$model" "${scored[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
-    for method in "${methods[@]}"; do
-        recipe=(--recipe "$method" --bits 3) calibration=()
-        case $method in
-            gptq | awq) calibration=("${text[@]}") ;;
-            omniquant) calibration=("${text[@]}" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
-        esac
-        arms "$program" "$device" 29500 "$model" "${recipe[@]}" "${scored[@]}" > /dev/null
-    done
-    python -m eval table "$number" --model "$(basename "$model")"
-}
-
 run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
-    # DEVICE: cpu, one GPU index, or several joined by commas; indices count within CUDA_VISIBLE_DEVICES if that is set.
+    # DEVICE: cpu, one GPU index, or several joined by commas, which share the work; indices count within
+    # CUDA_VISIBLE_DEVICES if that is set. all: one model over all GPUs.
     local device=$1 port=$2
     shift 2
+    [ -z "${MAX_MEMORY:-}" ] || [ "$device" = all ] || fail "MAX_MEMORY is of DEVICE all, but DEVICE is '$device'"
     case "$device" in
         cpu) python -m eval "$@" --device cpu ;;
+        all) python -m eval "$@" --device cuda:all ${MAX_MEMORY:+--max-memory "$MAX_MEMORY"} ;;
         *,*)
             local visible=$device gpu
             for gpu in ${device//,/ }; do need_gpu "$gpu"; done
@@ -108,7 +147,111 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
             CUDA_VISIBLE_DEVICES=$visible accelerate launch --multi_gpu --num_processes $((${#commas} + 1)) \
                 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port "$port" -m eval "$@"
             ;;
-        *[!0-9]* | "") fail "device '$device' is not known; give cpu, a GPU index such as 0, or several: 0,1" ;;
+        *[!0-9]* | "") fail "device '$device' is not known; give cpu, a GPU index such as 0, several: 0,1, or all" ;;
         *) python -m eval "$@" --device "cuda:$device" ;;
     esac
+}
+
+# What is run and how it is measured -----------------------------------------------------------------------------------
+
+measure_as() { # PROJECT: intactkv, qllm or prefixquant; the environment may say otherwise
+    local name
+    for name in ${BESIDE:-}; do
+        [[ " full rtn gptq " = *" $name "* ]] || fail "BESIDE: '$name' is not known; choose from full, rtn, gptq"
+    done
+    protocol=gptq mmlu_protocol=lm-eval mmlu_shots=
+    case $1 in
+        intactkv) protocol=intactkv mmlu_protocol=hendrycks ;;
+        qllm) mmlu_shots=0 ;; # it leaves the number to lm-eval
+    esac
+    protocol=${PROTOCOL:-$protocol} mmlu_protocol=${MMLU_PROTOCOL:-$mmlu_protocol} mmlu_shots=${FEWSHOT:-$mmlu_shots}
+    echo "measured as in $1's tables unless PROTOCOL or MMLU_PROTOCOL is set: perplexity by --protocol $protocol," \
+        "MMLU by $mmlu_protocol"
+    scored=(--protocol "$protocol" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
+    asked=(${DATA:+--data "$DATA"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"})
+}
+
+quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calibrates behind that prefix
+    local device
+    device=$(device_option "$1")
+    choose_text "${@:3}" "${options[@]}"
+    python -m quantization --model "$2" --device "$device" "${@:3}" "${options[@]}" "${text[@]}" \
+        ${behind:+--calibrate-behind-prefix --prefix "$behind"}
+}
+
+arms() { # PROGRAM DEVICE PORT MODEL_DIRECTORY, then options: vanilla, with [B], and calibrated behind BEHIND
+    local prefixes=("--prefix none" "--prefix bos") prefix
+    choose_text "${@:5}" "${options[@]}"
+    [ -z "$behind" ] || prefixes+=("--prefix $behind --calibrate-behind-prefix")
+    for prefix in "${prefixes[@]}"; do
+        # shellcheck disable=SC2086 # a prefix is several words
+        run_eval "$2" "$3" "$1" --model "$4" "${@:5}" "${options[@]}" "${text[@]}" $prefix ${LIMIT:+--limit "$LIMIT"}
+    done
+}
+
+perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options
+    arms ppl "$@" "${scored[@]}"
+}
+
+task_scores() { # TASKS DEVICE PORT MODEL_DIRECTORY, then a recipe's options; only MMLU has a protocol to choose
+    local names=",$1," others
+    others=${names//,mmlu,/,} others=${others#,} others=${others%,}
+    [ -z "$others" ] || arms tasks "${@:2}" --tasks "$others" ${FEWSHOT:+--fewshot "$FEWSHOT"} "${asked[@]}"
+    [[ $names != *,mmlu,* ]] || arms tasks "${@:2}" --tasks mmlu --protocol "$mmlu_protocol" \
+        ${mmlu_shots:+--fewshot "$mmlu_shots"} "${asked[@]}"
+}
+
+row() { # a recipe's options: perplexity, and with TASKS those, of the script's `device` and `model`; no output
+    perplexities "$device" 29500 "$model" "$@" > /dev/null
+    [ -z "${TASKS:-}" ] || task_scores "$TASKS" "$device" 29500 "$model" "$@" > /dev/null
+}
+
+gptq_row() { # BITS GROUP_SIZE, then more options: GPTQ as in qllm, whose groups are of columns in their order by act-order
+    local dynamic=()
+    [ "$2" = -1 ] || dynamic=(--set "weights.static_groups=false")
+    row --recipe gptq-row --bits "$1" --group-size "$2" "${dynamic[@]}" "${@:3}"
+}
+
+rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names, full, rtn, gptq; what OPTIONS say of a recipe is not theirs
+    local name options=("${options[@]}") i
+    for i in "${!options[@]}"; do
+        case ${options[i]:-} in
+            --set | --weights | --transform | --activations | --kv | --kv-bits) unset "options[i]" "options[i+1]" ;;
+        esac
+    done
+    for name in ${BESIDE:-}; do
+        case $name in
+            full) row ;;
+            rtn) row --recipe rtn --bits "$1" --group-size "$2" ;;
+            gptq) gptq_row "$1" "$2" ;;
+        esac
+    done
+}
+
+show_rows() { # all finished runs of `model`, to compare
+    python -m eval table --model "$(basename "$model")" --costs
+    [ -z "${TASKS:-}" ] || python -m eval table tasks --model "$(basename "$model")"
+}
+
+paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precision and 3-bit weights, both arms
+    # The caller's array `told` says what the program scores.
+    local number=$1 program=$2 device=$3 model methods=(rtn gptq omniquant awq) method
+    model=$(model_path "$4")
+    [ $# -le 4 ] || methods=("${@:5}")
+    for method in "${methods[@]}"; do
+        [[ " rtn gptq omniquant awq " = *" $method "* ]] ||
+            fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
+    done
+    enter_project
+    measure_as intactkv
+    local BEHIND='' GROUP_SIZE='' # the paper's tables have no such arm, and one group size
+    if [ "$program" = ppl ]; then told=("${scored[@]}"); else told+=(--protocol "$mmlu_protocol" "${asked[@]}"); fi
+    # In full precision the prefix changes nothing, and the table has no place for it.
+    run_eval "$device" 29500 "$program" --model "$model" "${told[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
+    for method in "${methods[@]}"; do
+        choose_recipe "$method" 3 "$model"
+        [ "$method" != omniquant ] || recipe+=(${EPOCHS:+--set "weights.epochs=$EPOCHS"})
+        arms "$program" "$device" 29500 "$model" "${recipe[@]}" "${told[@]}" > /dev/null
+    done
+    python -m eval table "$number" --model "$(basename "$model")"
 }

@@ -1,11 +1,22 @@
 #!/usr/bin/env bash
-# SpQR's setting of four bits a weight in all: 3-bit codes, two-level grids, outliers kept; perplexity.
+# SpQR as in qllm's tables: 3-bit codes, two-level grids, outliers kept, 3.99 bits in all; perplexity and tasks.
 # Usage: run_spqr.sh DEVICE MODEL_PATH      for example: run_spqr.sh 0 modelzoo/llama-2/llama-2-7b
-# Environment: CORPUS, WINDOW, LIMIT, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults;
-# BEHIND=bos adds the weights that are calibrated behind that prefix.
+#   DEVICE  cpu, a GPU index, several joined by commas, or all
+# Environment: RECIPES="spqr spqr-w2" adds the published 3.07 bits (other recipes: quantization --list), BESIDE="full rtn
+# gptq" what stands beside them, at BITS="4 3" per row; TASKS=winogrande,piqa with DATA, FEWSHOT, BATCH_SIZE; CORPUS,
+# WINDOW, LIMIT and PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default lm-eval);
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED; BEHIND=bos adds the weights that are calibrated behind that
+# prefix; OPTIONS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -eq 2 ] || fail "usage: run_spqr.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-model=$(realpath "$2")
+device=$1 model=$(model_path "$2")
 enter_project
-perplexities "$1" 29500 "$model" --recipe spqr
+measure_as qllm
+for recipe in ${RECIPES:-spqr}; do
+    row --recipe "$recipe"
+done
+for bits in ${BITS:-4}; do
+    rows_beside "$bits" -1
+done
+show_rows

@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
-# ZeroQuant's table: W8A8, W4/8A16, W4/8A8, W4A4, and distilled W4/8A16 and W4A4; perplexity vanilla and with [B].
+# ZeroQuant's table: W8A8, W4/8A16, W4/8A8, W4A4, and distilled W4/8A16 and W4A4; perplexity and tasks, vanilla and [B].
 # Usage: run_zeroquant.sh DEVICE MODEL_PATH
 #        for example: run_zeroquant.sh 0 modelzoo/llama-3.1-instruct/llama-3.1-instruct-8b
-# Environment: CORPUS, WINDOW, LIMIT override the model's defaults; RUNS=4096 cuts matrices as the published code does.
-# Of the distillation: BLOCKS=all trains every block (default: the last, as published); STEPS, LR; CALIBRATION,
-# CALIBRATION_SAMPLES, CALIBRATION_LENGTH; BEHIND=bos adds the weights that are distilled behind that prefix.
+#   DEVICE  cpu, a GPU index, several joined by commas, or all
+# Environment: RUNS, into how many every matrix is cut (default: 4096 on llama-3.1-8b-instruct, as published; else 0, one
+# per row); BESIDE="full rtn gptq" at BITS=4; TASKS=boolq,mmlu with DATA, FEWSHOT, BATCH_SIZE; CORPUS, WINDOW, LIMIT and
+# PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default lm-eval); OPTIONS, MAX_MEMORY: see
+# common.sh. Of the distillation: BLOCKS=all trains every block (default: the last, as published); STEPS, LR;
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED; BEHIND=bos adds the weights distilled behind that prefix.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -eq 2 ] || fail "usage: run_zeroquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-model=$(realpath "$2")
+device=$1 model=$(model_path "$2")
 enter_project
-common=(
-    ${RUNS:+--set "weights.groups=$RUNS"} ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"}
-)
-distilled=(--set "tuning.blocks=${BLOCKS:-last}" ${STEPS:+--set "tuning.steps=$STEPS"} ${LR:+--set "tuning.lr=$LR"})
-text=("${calibration[@]}") behind=${BEHIND:-}
-calibration=() BEHIND='' # rounding alone looks at no text
+measure_as qllm
+name=$(basename "${model,,}") runs=0
+[[ $name != *llama-3.1-8b-instruct* && $name != *llama-3.1-instruct-8b* ]] || runs=4096
+runs=${RUNS:-$runs}
+[ "$runs" = 0 ] && echo "cut: one grid per row (RUNS=4096 is the published one)" || echo "cut: $runs runs of every matrix"
+cut=(--set "weights.groups=$runs")
 for recipe in zeroquant-w8a8 zeroquant-w4-8a16 zeroquant-w4-8a8 zeroquant-w4a4; do
-    arms ppl "$1" 29500 "$model" --recipe "$recipe" "${common[@]}" > /dev/null
+    row --recipe "$recipe" "${cut[@]}"
 done
-calibration=("${text[@]}") BEHIND=$behind
 for recipe in zeroquant-w4-8a16-lkd zeroquant-w4a4-lkd; do
-    arms ppl "$1" 29500 "$model" --recipe "$recipe" "${common[@]}" "${distilled[@]}" > /dev/null
+    row --recipe "$recipe" "${cut[@]}" --set "tuning.blocks=${BLOCKS:-last}" ${STEPS:+--set "tuning.steps=$STEPS"} \
+        ${LR:+--set "tuning.lr=$LR"}
 done
-python -m eval table --model "$(basename "$model")" --costs
+for bits in ${BITS:-4}; do
+    rows_beside "$bits" -1
+done
+show_rows

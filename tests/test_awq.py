@@ -470,9 +470,9 @@ def test_weights_and_activations_that_are_not_finite_are_refused_with_the_linear
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     weights = damaged(checkpoint(), tmp_path / "a", "model.layers.1.mlp.up_proj.weight", float("nan"))
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj holds values that are not finite"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight' holds values that are not finite"):
         awq(weights, AWQ(W3), tmp_path / "out-a")
-    norms = damaged(checkpoint(), tmp_path / "b", "model.layers.1.post_attention_layernorm.weight", float("inf"))
+    norms = damaged(checkpoint(), tmp_path / "b", "model.layers.1.post_attention_layernorm.weight", 3e38)
     with pytest.raises(UserError, match=r"not finite in front of model\.layers\.1\.mlp\.gate_proj"):
         awq(norms, AWQ(W3), tmp_path / "out-b")
 
@@ -480,8 +480,9 @@ def test_weights_and_activations_that_are_not_finite_are_refused_with_the_linear
 def test_a_model_whose_norms_stand_behind_is_refused_before_any_work(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="do_layer_norm_before"):
-        awq(checkpoint("opt", do_layer_norm_before=False), AWQ(W3), tmp_path / "out")
+    for option in ("do_layer_norm_before", "layer_norm_elementwise_affine"):
+        with pytest.raises(UserError, match=option):
+            awq(checkpoint("opt", **{option: False}), AWQ(W3), tmp_path / "out")
     assert not list(tmp_path.glob("out*/block*"))
 
 
@@ -657,7 +658,7 @@ def test_what_is_no_file_of_tensors_is_refused(
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"scale": [], "clip": [], "code": Path("x")}, tmp_path / "code.pt")  # a class: not safe to load
     for name in ("garbage", "empty", "cut", "list", "code"):
-        with pytest.raises(UserError, match=rf"{name}\.pt (cannot be read|is no file)") as caught:
+        with pytest.raises(UserError, match=rf"{name}\.pt is no (whole )?file") as caught:
             awq(checkpoint(), AWQ(W3, file=str(tmp_path / f"{name}.pt")), tmp_path / "out")
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"nowhere\.pt is not there"):
@@ -753,6 +754,18 @@ def test_only_the_search_of_an_awq_checkpoint_is_exported_where_its_dense_model_
     assert not out.exists()
 
 
+def test_a_search_behind_a_prefix_is_not_exported_without_it(
+    checkpoint: Callable[..., Path], run_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = Recipe(weights=AWQ(W3), prefix="bos", calibrate_behind_prefix=True)
+    source = quantize_checkpoint(checkpoint(), recipe, tmp_path / "q", segments=SEGMENTS, behind=torch.tensor([1]))
+    out = tmp_path / "a.pt"
+    code, _, errors = run_main(export_main, "--format", "awq-search", "--model", source, "--out", out)
+    assert code == 2
+    assert "was searched behind the prefix [1], without which its scales are wrong" in errors
+    assert not out.exists()
+
+
 # recipes and text -----------------------------------------------------------------------------------------------------
 
 
@@ -796,6 +809,23 @@ def test_documents_are_packed_in_the_order_of_the_datasets_library(
     assert pieces.shape == (len(expected) // length, length)
     assert pieces.flatten().tolist() == expected[: pieces.numel()]
     assert int((pieces == 1).sum()) > len(pieces)  # several documents in a piece
+
+
+def test_the_documents_of_a_plain_text_are_its_paragraphs(
+    tiny_tokenizer: Callable[..., Any], tmp_path: Path, intactkv_root: Path
+) -> None:
+    """The same pieces as from JSON lines that hold the paragraphs, whatever the line ends."""
+    tokenizer = tiny_tokenizer()
+    paragraphs = [f"Fox {i} runs.\nIt is {'very ' * (i % 5)}quick." for i in range(40)]
+    lines, plain = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
+    expected = packed_documents(tokenizer, str(lines), samples=12, length=50, seed=3)
+    for gap, end in (("\n\n", ""), ("\n \n\n", "\n"), ("\r\n\r\n", "\r\n")):
+        plain.write_bytes((gap.join(paragraphs) + end).encode())
+        assert torch.equal(packed_documents(tokenizer, str(plain), samples=12, length=50, seed=3), expected)
+    plain.write_text("\n".join(paragraphs))  # without blank lines it is one, and too long
+    with pytest.raises(UserError, match=r"a\.txt has 0 paragraphs, parted by blank lines, of at most 50 tokens"):
+        packed_documents(tokenizer, str(plain), samples=12, length=50, seed=3)
 
 
 def test_a_document_counts_with_its_start_token_and_is_never_cut_to_fit(

@@ -15,6 +15,7 @@ import torch
 from common import ROOT
 from matplotlib import pyplot as plt
 
+from corpora.sharegpt import VICUNA_PROMPT
 from intactkv.prefix import Prefix
 
 PARAGRAPH = "A paragraph about {} says one thing, then the other one, and so on. " * 4
@@ -136,6 +137,26 @@ def test_a_mistake_is_one_line(program, model, intactkv_root, changes, named):
     code, _, errors = program("intactkv", "calibrate", *recipe(model), *SMALL, *out, *changes)
     assert code == 2
     assert named in errors.splitlines()[-1]
+
+
+def test_a_model_without_a_chat_format_is_drawn_on_vicunas_as_published(program, model, intactkv_root, tiny_tokenizer):
+    """LLaMA-2, of the published call, is one; a prefix with which the conversations do not start gives no curve."""
+    turns = [{"from": role, "value": text} for role, text in (("human", "hi"), ("gpt", "abc " * 40))]
+    folder = intactkv_root / "datasets" / "ShareGPT_Vicuna_unfiltered"
+    folder.mkdir(parents=True)
+    file = folder / "ShareGPT_V4.3_unfiltered_cleaned_split.json"
+    file.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(3)]))
+    tiny_tokenizer().save_pretrained(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    stem = intactkv_root / "curve.png"
+    call = ("plot", "motivation", "--model", model, "--samples", 1, "--tokens", 240, "--group-size", 32, "--out", stem)
+    code, _, errors = program("eval", *call)
+    assert code == 0, errors
+    prefix = [1, *tiny_tokenizer()(VICUNA_PROMPT, add_special_tokens=False)["input_ids"]]
+    assert len(list(csv.DictReader(stem.with_suffix(".csv").open()))) == len(prefix) + 1
+    code, _, errors = program("eval", *call, "--prefix", "Hello")
+    assert code == 2
+    assert "the conversations of sharegpt do not start with its 6 tokens" in errors.splitlines()[-1]
 
 
 def test_the_motivation_curve_scores_every_size_on_the_same_tokens(program, model, intactkv_root):

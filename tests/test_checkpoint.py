@@ -166,7 +166,7 @@ def test_a_weight_that_is_not_finite_is_named(dense: Path) -> None:
     damaged = load_file(dense / "model.safetensors")[name]
     damaged[3, 5] = float("nan")
     rewrite(dense / "model.safetensors", **{name: damaged})
-    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.v_proj holds values that are not finite"):
+    with pytest.raises(UserError, match=r"v_proj\.weight' holds values that are not finite"):
         quantize_checkpoint(dense, RECIPE, dense.parent / "out")
 
 
@@ -272,7 +272,7 @@ def test_a_disk_that_refuses_ends_in_one_line_and_the_run_can_go_on(dense: Path,
     assert largest_block < limit  # blocks can be written, the ends cannot
     done = subprocess.run(
         [sys.executable, "-m", "quantization", "--model", dense, "--recipe", "rtn-w4", "--group-size", "32",
-         "--out", tmp_path / "out"],
+         "--device", "cpu", "--out", tmp_path / "out"],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "INTACTKV_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),

@@ -146,6 +146,20 @@ def test_the_table_of_models_agrees_with_the_catalogue() -> None:
         assert table[name][3] == f"`{name}/{name}-{first}`"
 
 
+PAGES = [page for pattern in ("*.md", "*/*.md", "scripts/**/*.sh", "corpora/*.py", "eval/**/*.py",
+                              "quantization/**/*.py") for page in ROOT.glob(pattern)]  # fmt: skip
+
+
+def test_every_model_that_a_page_a_script_or_a_program_names_is_one_of_the_catalogue() -> None:
+    models = {f"modelzoo/{name}/{name}-{size}" for name, family in FAMILIES.items() for size in family.sizes}
+    named = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named |= dict.fromkeys(re.findall(r"modelzoo/(?!prefixes|quantized)[\w.-]+/[a-z][\w.]*-[\w.-]*\w", text), page)
+    assert {path: page for path, page in named.items() if path not in models} == {}
+    assert len(named) > 3
+
+
 def run(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-X", "importtime", "-m", "corpora", *arguments]
     environment = {"INTACTKV_ROOT": str(root), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(root)}
@@ -184,6 +198,7 @@ def test_the_list_says_what_is_here(tmp_path: Path) -> None:
         (["prepare", "model", "llama-2"], "7b, 13b, 70b"),
         (["prepare", "model", "gpt", "7b"], "known are smollm2"),
         (["prepare", "data", "sample", "7b"], "one too many"),
+        (["prepare", "data", "sample\udcff"], r"the argument 'sample\udcff' is no text in UTF-8"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:

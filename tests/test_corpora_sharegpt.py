@@ -55,21 +55,54 @@ def test_turns_before_the_first_human_one_are_dropped() -> None:
     assert chat_turns(record("hello", "a", "b", first="gpt")) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "malformed",
-    [
-        "text",
-        {},
-        {"conversations": []},
-        {"conversations": [{"from": "gpt", "value": "a"}]},
-        {"conversations": [{"from": "human", "value": None}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]},
-        {"conversations": ["a", "b"]},
-    ],
-)
-def test_malformed_records_have_no_turns(malformed: object) -> None:
-    assert chat_turns(malformed) is None
+def test_an_empty_turn_adds_nothing(tokenizer) -> None:
+    """The published code builds a turn's text only if there is any; the system message stands before the first one."""
+    system = encode(tokenizer, VICUNA_SYSTEM)
+    user, assistant, a, b, c = encode(tokenizer, "USER: ASSISTANT: a b c")
+    assert vicuna_chat(tokenizer, ["a", "b", "", "c"]).ids.tolist() == [1, *system, user, a, assistant, b, c]
+    first = vicuna_chat(tokenizer, ["", "b", "a", "c"])
+    assert first.ids.tolist() == [1, *system, b, user, a, assistant, c]
+    assert first.ids[first.assistant].tolist() == [b, c]
+    assert vicuna_chat(tokenizer, ["a", "", "b"]).ids.tolist() == [1, *system, user, a, assistant, user, b, assistant]
+
+
+MALFORMED = [
+    ("text", "no turns in the field 'conversations'"),
+    ({}, "no turns"),
+    ({"conversations": []}, "no turns"),
+    ({"conversations": "none"}, "no turns"),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "no turn from 'human'"),
+    ({"conversations": [{"from": "human", "value": None}]}, "a turn that has no text in the field 'value'"),
+    ({"conversations": [{"from": "human", "value": "a"}] * 2}, "turns that do not alternate"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]}, "a turn from 'bing', known"),
+    ({"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}, "a turn from 'user'"),
+    ({"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}, "a turn from 'system'"),
+    ({"conversations": [{"from": "human", "value": "a \ud83d"}]}, "half of a character in a turn"),
+    ({"conversations": ["a", "b"]}, "a turn that has no text"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"value": "b"}]}, "a turn from None"),
+]
+
+
+@pytest.mark.parametrize(("malformed", "reason"), MALFORMED)
+def test_malformed_records_say_what_is_wrong(malformed: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        chat_turns(malformed)
+
+
+def test_records_that_are_left_out_are_counted_and_their_roles_named(
+    tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = record("a", "b " * 60)
+    strange = {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
+    file = tmp_path / "sharegpt.json"
+    file.write_text(json.dumps([good, strange, strange, {}, record("a", "b \ud83d")]))
+    named = "2 with a turn from 'user', known are 'human' and 'gpt'"
+    with pytest.raises(UserError, match=rf"of its 5 records 0 are too short, 4 malformed: {named}; 1 with "):
+        sharegpt_samples(tokenizer, file, samples=2)
+    file.write_text(json.dumps([good, good, strange, strange]))
+    samples = sharegpt_samples(tokenizer, file, samples=2, seed=1)
+    assert sum(samples.malformed.values()) == 2
+    assert f"malformed records were left out: {named}" in caplog.text
 
 
 def test_the_walk_takes_the_first_long_enough_records_of_the_shuffled_list(tokenizer, tmp_path: Path) -> None:
@@ -82,10 +115,11 @@ def test_the_walk_takes_the_first_long_enough_records_of_the_shuffled_list(token
     random.shuffle(order)
     taken, malformed, short = [], 0, 0
     for item in order:
-        turns = chat_turns(item)
-        if turns is None:
+        if item["conversations"] == "none":
             malformed += 1
-        elif len(turns[1].split()) <= 50:  # exactly 50 is not enough
+            continue
+        turns = chat_turns(item)
+        if len(turns[1].split()) <= 50:  # exactly 50 is not enough
             short += 1
         else:
             taken.append(vicuna_chat(tokenizer, turns).ids.tolist())
@@ -93,7 +127,7 @@ def test_the_walk_takes_the_first_long_enough_records_of_the_shuffled_list(token
             break
     samples = sharegpt_samples(tokenizer, file, samples=6)
     assert [chat.ids.tolist() for chat in samples.chats] == taken
-    assert (samples.malformed, samples.short) == (malformed, short)
+    assert (sum(samples.malformed.values()), samples.short) == (malformed, short)
 
 
 def test_too_few_records_and_no_file_are_told(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +137,6 @@ def test_too_few_records_and_no_file_are_told(tokenizer, tmp_path: Path, monkeyp
     file = tmp_path / "datasets/ShareGPT_Vicuna_unfiltered/ShareGPT_V4.3_unfiltered_cleaned_split.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps([record("a", "b " * 60), record("a", "b"), {}]))
-    with pytest.raises(UserError, match=r"gives 1 conversations .* 2 are asked for \(1 of its 3 records"):
+    with pytest.raises(UserError, match=r"gives 1 conversations .* 2 are asked for \(of its 3 records 1 are"):
         sharegpt_samples(tokenizer, samples=2)
     assert len(sharegpt_samples(tokenizer, samples=1).chats) == 1

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from corpora import text as corpora_text
 from corpora.errors import UserError
+from corpora.storage import sha256_of_file
 from corpora.text import (
     PROTOCOLS,
     calibration_segments,
@@ -16,6 +19,7 @@ from corpora.text import (
     evaluation_stream,
     protocol,
     split_windows,
+    text_identity,
 )
 from corpora.tokens import encode, start_token_id, tokenizer_fingerprint
 
@@ -70,6 +74,12 @@ def test_the_start_token_is_bos_or_else_eos_or_else_an_error() -> None:
     assert start_token_id(word_tokenizer(eos_token="</s>")) == 2
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         start_token_id(word_tokenizer(pad_token="</s>"))
+
+
+def test_a_text_with_half_of_a_character_is_refused() -> None:
+    """As it comes from a command line, or from a JSON file that no reader of ours read."""
+    with pytest.raises(UserError, match=r"holds half of a character \(\\ud83d, behind 'a '\)"):
+        encode(word_tokenizer(), "a \ud83d")
 
 
 # windows --------------------------------------------------------------------------------------------------------------
@@ -320,6 +330,31 @@ def test_cached_ids_are_used_and_a_damaged_cache_is_made_again(root: Path, monke
     assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
     monkeypatch.setattr(corpora_text, "encode", lambda *_: pytest.fail("the cache was not repaired"))
     assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_line_ends_change_neither_the_tokens_nor_the_identity_of_a_text(root: Path, name: str) -> None:
+    """Here a line end is a token."""
+    tokenizer = word_tokenizer("a b c")
+    tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex(r"\s"), "isolated")
+    tokenizer.add_tokens(["\n", "\r"])
+    lines = ["a b", "", "c a b"] if name == "text.txt" else ['{"text": "a b"}', '{"text": "c a"}']
+    plain = root / name
+    plain.write_bytes("\n".join([*lines, ""]).encode())
+    options = {"samples": 2, "length": 4}
+    truth = evaluation_stream(tokenizer, str(plain), window=3, protocol=INTACTKV)
+    made_of = text_identity(tokenizer, str(plain), **options)
+    assert made_of["files"] == [sha256_of_file(plain)]  # what was made from it before is found again
+    segments = calibration_segments(tokenizer, str(plain), seed=0, **options)
+    cached = cache_files(root)
+    for content in ("\r\n".join([*lines, ""]), "\r".join([*lines, ""]), "\ufeff" + "\n".join([*lines, ""])):
+        plain.write_bytes(content.encode())
+        stream = evaluation_stream(tokenizer, str(plain), window=3, protocol=INTACTKV)
+        assert stream.ids.tolist() == truth.ids.tolist()
+        assert stream.text_sha256 == truth.text_sha256
+        assert text_identity(tokenizer, str(plain), **options) == made_of
+        assert torch.equal(calibration_segments(tokenizer, str(plain), seed=0, **options), segments)
+    assert cache_files(root) == cached
 
 
 def test_a_padded_call_does_not_change_the_fingerprint() -> None:

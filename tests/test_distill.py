@@ -319,9 +319,9 @@ RECIPES = {
 }
 
 
-def made(source: Path, recipe: Recipe, out: Path) -> Path:
+def made(source: Path, recipe: Recipe, out: Path, segments: Tensor = SEGMENTS) -> Path:
     ids = PREFIX if recipe.calibrate_behind_prefix else None
-    return quantize_checkpoint(source, recipe, out, segments=SEGMENTS, behind=ids)
+    return quantize_checkpoint(source, recipe, out, segments=segments, behind=ids)
 
 
 def test_every_block_is_trained_on_what_full_precision_blocks_pass_on(
@@ -403,8 +403,19 @@ def test_weights_that_calibrate_and_text_that_leaves_nothing_to_learn_from_are_r
     with pytest.raises(UserError, match="gptq cannot do without its text"):
         made(source, Recipe(weights=GPTQ(UniformGrid(4)), tuning=QUICK), tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
-    with pytest.raises(UserError, match="4 of 4 samples held out"):
-        made(source, Recipe(weights=W3, tuning=replace(QUICK, held_out=4)), tmp_path / "out")
+    with pytest.raises(UserError, match="1 of 1 samples held out"):
+        made(source, Recipe(weights=W3, tuning=QUICK), tmp_path / "out", segments=SEGMENTS[:1])
+
+
+def test_a_text_with_no_more_samples_than_are_held_out_and_fewer_than_a_batch_is_learned_from(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tiny_checkpoint(tmp_path, "llama")
+    few = replace(QUICK, batch=8, held_out=4)
+    out = made(source, Recipe(weights=W3, tuning=few), tmp_path / "out")
+    assert "4 samples: a quarter is held out, not tuning.held_out=4" in caplog.text
+    same = made(source, Recipe(weights=W3, tuning=replace(few, held_out=1)), tmp_path / "one-held-out")
+    assert load_quantized(out)(SEGMENTS).logits.equal(load_quantized(same)(SEGMENTS).logits)
 
 
 # the real model -------------------------------------------------------------------------------------------------------

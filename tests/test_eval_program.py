@@ -7,11 +7,15 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from common import ROOT
+import torch
+from common import ROOT, SMOLLM2
 
+from corpora.errors import UserError
 from eval.__main__ import main
+from eval.processes import Processes
 
 # `accelerate launch` starts one process where there is no GPU.
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -148,6 +152,16 @@ def test_a_wrong_option_is_one_line_too(arguments, program):
     assert "--help" in err
 
 
+@pytest.mark.parametrize("words", [("ppl",), ("stats", "kv"), ("plot", "act"), ("tasks", "--tasks", "mmlu")])
+def test_the_help_that_is_named_knows_the_option(words, program):
+    code, out, err = program(*words, "--model", "m", "--no-such-option", 3)
+    named = " ".join(word for word in words if not word.startswith("--") and word != "mmlu")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: unrecognized arguments: --no-such-option 3; python -m eval {named} --help explains the options\n"
+    )
+
+
 def test_a_missing_model_and_a_prefix_of_another_model_are_refused(
     program, model, text, tiny_checkpoint, intactkv_root
 ):
@@ -216,6 +230,26 @@ def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactk
     assert second["windows"] == 7
 
 
+@pytest.mark.parametrize(("on_cpu", "gpus", "refused"), [(False, 1, True), (False, 2, False), (True, 1, False)])
+def test_processes_compute_where_they_were_told_and_never_share_a_gpu(monkeypatch, on_cpu, gpus, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    asked = []
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda cpu: asked.append(cpu) or Mock(process_index=0, num_processes=2)
+    )
+    if refused:
+        with pytest.raises(
+            UserError, match=r"2 processes were started on a machine that shows 1 CUDA GPUs.*--device cpu"
+        ):
+            Processes(on_cpu)
+    else:
+        Processes(on_cpu)
+    assert asked == ([] if refused else [on_cpu])
+
+
 @pytest.mark.parametrize(("arguments", "named"), [
     (["smollm2", "135m", "gptx", "3", "16", "ppl", "29500", "cpu"], "unknown recipe 'gptx'; choose from fp16"),
     (["smollm2", "135m", "rtn", "3", "16", "hela swag", "29500", "cpu"], "there is no task 'hela swag'; the nearest"),
@@ -227,6 +261,8 @@ def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactk
 def test_the_published_call_refuses_in_one_line(arguments, named):
     if not (ROOT / ".venv" / "bin" / "python").exists():
         pytest.skip("scripts/setup.sh has not made .venv")
+    if "smollm2" in arguments and not (SMOLLM2 / "config.json").is_file():
+        pytest.skip("scripts/prepare/model.sh smollm2 135m has not run")
     result = run(["bash", "scripts/eval/eval.sh", *arguments])
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1

@@ -13,6 +13,7 @@ from common import every
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
@@ -30,7 +31,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import load_quantized
-from quantization.runs.dense import DenseCheckpoint
+from quantization.runs.dense import DenseCheckpoint, empty_model
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import gptq as gptq_matrix
@@ -237,6 +238,8 @@ class Levels:
         (awq.pack, on_grid(4, 96), "group_size=96 is taken by no reader"),
         (awq.pack, quantize(matrix(20, 64), UniformGrid(4, 32)), "its 20 output channels are no multiple of 8"),
         (awq.pack, replace(on_grid(4), scale=torch.full((64, 3), 1e5)), "its scale 100000 is beyond float16"),
+        (awq.pack, quantize(1e-8 * matrix(), UniformGrid(4, 32)), "its scale 4.4e-09 becomes 0 in float16"),
+        (gptq.pack_v2, quantize(1e-8 * matrix(), UniformGrid(4, 32)), "its scale 4.4e-09 becomes 0 in float16"),
         (gptq.pack, Levels(), "weights of the kind 'levels'"),
         (awq.pack, Levels(), "weights of the kind 'levels'"),
         (compressed_tensors.pack, Levels(), "weights of the kind 'levels'"),
@@ -251,6 +254,35 @@ def test_what_a_format_cannot_hold_is_refused_in_one_line_with_a_way_out(
     assert message.startswith(f"model.layers.1.mlp.up_proj: {words}")
     assert "--format" in message
     assert "\n" not in message
+
+
+def test_a_group_of_zeros_needs_no_scale(tmp_path: Path) -> None:
+    """One that half precision cannot hold is that of zeros here, and of numbers when one code is moved."""
+    weight = on_grid(4)
+    codes, scale = weight.codes.clone(), weight.scale.clone()
+    codes[3, :32], scale[3, 0] = int(weight.zero_point[3, 0]), 1e-9
+    zeros = replace(weight, codes=codes, scale=scale)
+    packed = gptq.pack_v2(zeros, "w")
+    assert torch.equal(read_gptq(packed.tensors, 4, 0), with_half_scales(zeros))
+    assert 0 < packed.scale_change <= HALF
+    zeros.codes[3, 7] += 1
+    with pytest.raises(UserError, match=r"w: its scale 1\.0e-09 becomes 0 in float16"):
+        gptq.pack_v2(zeros, "w")
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1e-9, "all of its values become 0 in float16"), (1e6, "beyond float16")])
+def test_weights_that_the_dtype_of_an_export_cannot_hold_are_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, factor: float, said: str
+) -> None:
+    dense = tiny_checkpoint(tmp_path, "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = tensors_of(dense)
+    save_file(tensors | {name: tensors[name] * factor}, dense / "model.safetensors", {"format": "pt"})
+    source = quantized(dense, tmp_path / "q", 4, 32)
+    with pytest.raises(UserError, match=rf"{name}.*{said}.*--dtype bfloat16 or float32"):
+        export_checkpoint(source, tmp_path / "out", "dense", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    export_checkpoint(source, tmp_path / "out", "dense", dtype=torch.bfloat16)
 
 
 # directories ----------------------------------------------------------------------------------------------------------
@@ -311,7 +343,7 @@ def test_what_is_not_quantized_goes_out_as_it_is_stored(
     origin = checkpoint("qwen2", dtype=torch.bfloat16)  # has biases
     source = quantized(origin, tmp_path / "q", 4, 32, "gptq-sym")
     export_checkpoint(source, tmp_path / "out", format_name)
-    checkpoint, exported = DenseCheckpoint(origin), tensors_of(tmp_path / "out")
+    checkpoint, exported = DenseCheckpoint(origin).weights(empty_model(origin)), tensors_of(tmp_path / "out")
     whole = {name for name in tensors_of(origin) if "proj.weight" not in name}
     assert {"model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"} <= whole
     for name in whole:

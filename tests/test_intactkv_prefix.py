@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, SLIDING, plain_cache, plain_logits, random_ids
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -186,6 +186,33 @@ def test_a_failed_save_leaves_the_old_file(llama, tmp_path, monkeypatch):
         build_prefix(llama, IDS).save(path)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("part", ["keys", "values", "logits", "embeddings"])
+def test_a_prefix_that_is_not_finite_is_neither_saved_nor_read(llama, tmp_path, part):
+    prefix, path = build_prefix(llama, IDS), tmp_path / "prefix.safetensors"
+    prefix.save(path)
+    tensors, metadata = load_file(path), {"intactkv": json.dumps({"format": 1, "model": prefix.model.stored()})}
+    name = {"keys": "layers.1.key", "values": "layers.1.value"}.get(part, part)
+    tensors[name].view(-1)[5] = float("nan")
+    broken = getattr(prefix, part)
+    broken = (broken[0], tensors[name], *broken[2:]) if isinstance(broken, tuple) else tensors[name]
+    with pytest.raises(UserError, match=f"prefix for .* has {part}.* that are not finite"):
+        replace(prefix, **{part: broken}).save(tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=rf"prefix file .*prefix\.safetensors has {part}.* that are not finite"):
+        Prefix.load(path)
+
+
+def test_a_model_that_computes_no_finite_prefix_is_refused(tiny_model):
+    model = tiny_model("llama")
+    model.model.norm.weight[:] = float("nan")
+    with pytest.raises(UserError, match=r"the prefix \[1\] of llama has logits that are not finite.* float32"):
+        build_prefix(model, [BOS])
+    model.model.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="has values of layer 2 that are not finite"):
+        build_prefix(model, [BOS])
 
 
 def test_a_missing_file_is_refused_and_says_how_to_make_it(tmp_path):

@@ -25,6 +25,7 @@ from eval.mtbench.judge import (
     winner,
 )
 from eval.mtbench.judge_client import Reply
+from eval.mtbench.reasoning import left_open, opened_at_the_end, spoken
 
 SAMPLE = data_folder("sample")
 PROMPTS = SAMPLE / "judge_prompts.jsonl"
@@ -69,6 +70,40 @@ def test_the_first_number_in_double_brackets_counts_then_in_single_ones(judgment
 @pytest.mark.parametrize(("judgment", "name"), [("so [[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie"), ("A", "error")])
 def test_a_verdict_is_a_letter_in_double_brackets(judgment, name):
     assert verdict(judgment) == name
+
+
+REASONED = {  # what a judge wrote: its words behind the reasoning, and the mark that is missing
+    "<think>Format: [[5]]. Perhaps [[3]].</think> Rating: [[9]]": (" Rating: [[9]]", ""),
+    "<think>The form is [[5]], so": ("", "</think>"),
+    "It is opened by the prompt, [[4]] or so.\n</think>\n\n[[7]]": ("\n\n[[7]]", ""),
+    "<THINK effort='high'>[[1]]</Think>[[2]]": ("[[2]]", ""),
+    "<thinking>[[1]] </think> [[3]]</thinking>[[2]]": ("[[2]]", ""),
+    "<reasoning>[[1]]</reasoning>[[2]]": ("[[2]]", ""),
+    "<think>a <think>b</think> [[1]]</think>[[2]]": ("[[2]]", ""),
+    "<think></think>Well, [[6]]. <think>Or [[7]]?</think> Done.": ("Well, [[6]].  Done.", ""),
+    "Well, [[6]]. <think>Or [[7]]?": ("Well, [[6]]. ", "</think>"),
+    "[THINK][[1]][/THINK][[2]]": ("[[2]]", ""),
+    "◁think▷[[1]]◁/think▷[[2]]": ("[[2]]", ""),
+    "<seed:think>[[1]]": ("", "</seed:think>"),
+    "<|begin_of_thought|>[[1]]<|end_of_thought|>[[2]]": ("[[2]]", ""),
+    "<|channel|>analysis<|message|>[[1]]<|end|><|start|>assistant<|channel|>final<|message|>[[2]]": ("[[2]]", ""),
+    "I think that x < y and <thinker> is no mark: [[8]]": ("I think that x < y and <thinker> is no mark: [[8]]", ""),
+}
+
+
+@pytest.mark.parametrize("text", REASONED)
+def test_reasoning_decides_nothing(text):
+    said, missing = REASONED[text]
+    assert (spoken(text), left_open(text)) == (said, missing)
+    assert rating(text) == rating(said)
+    letters = text.replace("[[2]]", "[[B]]")
+    assert verdict(letters) == ("B" if "[[2]]" in text else "error")
+
+
+def test_the_mark_that_a_prompt_ends_with_is_found_and_no_other():
+    assert opened_at_the_end("a </think> b\nassistant\n<think>\n\n") == "<think>"
+    for prompt in ("", "is <think> a word", "<think>\n\n</think>\n", "[[5]]"):
+        assert opened_at_the_end(prompt) == ""
 
 
 @pytest.mark.parametrize(
@@ -186,6 +221,8 @@ def test_other_answers_of_the_same_model_are_judged_again(materials, tmp_path):
         (Reply("HTTP 503", "failed"), "failed", True),
         (Reply("I will not", "refused"), "refused", False),
         (Reply("No number.", "answered"), "no rating", False),
+        (Reply(" \n", "answered"), "empty", False),
+        (Reply("<think>Perhaps [[5]].", "answered"), "empty", False),
     ],
 )
 def test_what_has_no_score_counts_nowhere_and_only_failures_are_made_again(materials, tmp_path, reply, outcome, again):
@@ -199,7 +236,7 @@ def test_what_has_no_score_counts_nowhere_and_only_failures_are_made_again(mater
     assert (line["score"], line["outcome"], line["judgment"]) == (-1, outcome, reply.text)
     found = scores(list(file.rows.values()), lambda number: materials.questions[number].category)
     assert found["score"] == 6.0
-    assert found["unscored"] == {"no rating": 0, "refused": 0, "failed": 0} | {outcome: 1}
+    assert found["unscored"] == {"no rating": 0, "empty": 0, "refused": 0, "failed": 0} | {outcome: 1}
     asked = []
     judge_all(jobs, lambda _, user: (asked.append(user), Reply("[[2]]", "answered"))[1], file, {}, concurrency=2)
     assert asked == ([bad] if again else [])
@@ -222,6 +259,28 @@ def test_judgements_by_another_protocol_are_made_again(materials, tmp_path, prot
         lines = read_lines(path, "it")
         assert len(lines) == 32
         assert all(line.get("max_tokens") == protocol["max_tokens"] for line in lines if count and protocol)
+
+
+def test_lines_that_were_read_with_their_reasoning_are_read_anew_and_not_paid_again(materials, tmp_path):
+    single, pair = tmp_path / "j_single.jsonl", tmp_path / "j_pair.jsonl"
+    text = "<think>[[5]] or [[A]]</think> [[9]], so [[B]]"
+    answers = answers_of(materials, "a"), answers_of(materials, "b")
+    jobs = {single: single_jobs(materials, "j", "m", answers[0]), pair: pair_jobs(materials, "j", ("m", "n"), answers)}
+    for path, key, old in ((single, single_key, {"score": 5.0}),
+                           (pair, pair_key, {"g1_winner": "model_1", "g2_winner": "model_2"})):  # fmt: skip
+        file = LineFile(path, key)
+        judge_all(jobs[path], say(text), file, {}, concurrency=2)
+        expected = {number: dict(row) for number, row in file.rows.items()}
+        for row in list(file.rows.values())[::3]:
+            file.append(row | old)
+        asked: list[str] = []
+        again = LineFile(path, key)
+        judge_all(jobs[path], lambda _, user, asked=asked: asked.append(user), again, {}, concurrency=2)
+        assert asked == []
+        assert again.rows == LineFile(path, key).rows == expected
+        before = path.read_bytes()
+        judge_all(jobs[path], say("no"), again, {}, concurrency=2)
+        assert path.read_bytes() == before
 
 
 def test_a_judge_that_is_down_is_not_asked_for_ever(materials, tmp_path):

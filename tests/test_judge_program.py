@@ -20,6 +20,7 @@ from families import plain_logits
 from eval.__main__ import main
 from eval.mtbench.answers import question_file, read_questions
 from eval.mtbench.json_lines import read_lines
+from eval.mtbench.judge import rating
 from eval.mtbench.judge_client import local_judge
 from quantization.runs.opening import load_tokenizer
 
@@ -190,6 +191,29 @@ def test_a_radar_chart_shows_the_categories(program, endpoint, answers, tmp_path
     assert {row["score"] for row in rows} == {"7.0"}
 
 
+def test_fewer_than_three_categories_are_no_chart_and_nothing_is_judged_for_it(program, endpoint, answers, tmp_path):
+    code, out, err = program("--answers", answers(limit=4), "--plot", tmp_path / "radar.png")
+    assert (code, out) == (2, "")
+    assert "a radar chart needs at least 3 categories, these scores have 2" in error_line(err)
+    assert endpoint.requests == []
+
+
+def test_a_judge_that_says_nothing_is_told_apart(program, endpoint, answers, intactkv_root):
+    said = {"9001": grade(""), "9002": grade("<think>[[5]]"), "9003": grade("A good answer.")}
+    endpoint.answer = lambda n, body: next(
+        (answer for number, answer in said.items() if number in body["messages"][1]["content"]), grade("[[6]]")
+    )
+    code, out, err = program("--answers", answers(limit=4), "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    (found,) = record["models"].values()
+    assert found["unscored"] == {"no rating": 2, "empty": 4, "refused": 0, "failed": 0}
+    assert (record["empty"], found["score"]) == (4, 6)
+    assert "4 judgements are empty: the judge returned no text, or reasoning alone" in program(
+        "--answers", answers(limit=4)
+    )[1]  # fmt: skip
+
+
 BAD_CALLS: dict[str, tuple[list[object], str]] = {
     "one price": (["--price-in", 1], "--price-in and --price-out belong together"),
     "no calls at once": (["--concurrency", 0], "--concurrency 0"),
@@ -268,6 +292,31 @@ def test_a_local_judge_shows_the_flow_and_decides(program, answers, intactkv_roo
     assert code == 0, err
     pairs = read_lines(path.with_name("local-tiny-llama_pair.jsonl"), "it")
     assert {line["outcome"] for line in pairs} == {"scored"}
+
+
+def test_a_local_judges_unfinished_reasoning_is_closed_before_it_decides(local, tiny_tokenizer):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}\n<think>\n"
+    tiny_tokenizer(chat_template=template).save_pretrained(local)
+    endings = [f"Rating: [[{grade}]]" for grade in range(1, 11)]
+    judge = local_judge(local, torch.device("cpu"), 6, endings, lambda text: rating(text) > 0)
+    reply = judge("be fair", "[[5]]")
+    opening, _, end = reply.text.rpartition("</think>\n\n")
+    assert opening.startswith("<think>")
+    assert end in endings
+    assert rating(reply.text) == float(end[10:-2])
+
+
+def test_another_prompt_of_a_local_judge_is_another_protocol(program, answers, local, tiny_tokenizer, intactkv_root):
+    call = ("--answers", answers(limit=2), "--judge-model", f"local:{local}", "--max-tokens", 4)
+    path = intactkv_root / "outputs/mt_bench/model_judgment/local-tiny-llama_single.jsonl"
+    told = []
+    for template in ("{{ messages[0].content }}", "Judge! {{ messages[0].content }}"):
+        tiny_tokenizer(chat_template=template).save_pretrained(local)
+        code, _, err = program(*call)
+        assert code == 0, err
+        told.append({(line["judge_prompting"], line["tstamp"]) for line in read_lines(path, "it")})
+    assert len(told[0]) == len(told[1]) == 4
+    assert not told[0] & told[1]
 
 
 def test_a_local_judge_without_a_rating_of_its_own_gives_the_most_likely_one(local, tiny_model):

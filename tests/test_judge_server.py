@@ -131,6 +131,29 @@ def test_a_prompt_that_is_too_long_fails_alone_and_a_refusal_is_an_answer(endpoi
         assert client(endpoint)("s", "u").outcome == "refused"
 
 
+EMPTY: dict[str, Answer] = {
+    "no word": grade(""),
+    "all room reasoned away": (200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}, {}),
+    "reasoning in a field": grade(None, reasoning_content="It is a [[5]]."),
+    "reasoning in a field of another name": grade(None, reasoning="It is a [[5]]."),
+    "parts": grade([{"type": "thinking", "thinking": [{"type": "text", "text": "[[5]]"}]}]),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_a_judge_that_says_nothing_has_answered(endpoint, case):
+    endpoint.answer = lambda n, body: EMPTY[case]
+    reply = client(endpoint)("s", "u")
+    assert (reply.text, reply.outcome, len(endpoint.requests)) == ("", "answered", 1)
+
+
+def test_the_reasoning_of_a_server_is_no_part_of_the_text(endpoint):
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "[[5]]"}]}, {"type": "text", "text": "[[9]]"}]
+    for answer in (grade("[[9]]", reasoning_content="[[5]]"), grade(parts)):
+        endpoint.answer = lambda n, body, answer=answer: answer
+        assert client(endpoint)("s", "u").text == "[[9]]"
+
+
 def test_a_judge_that_is_not_there_fails(endpoint):
     endpoint.close()
     reply = client(endpoint, retries=1)("s", "u")

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from corpora.errors import UserError
+from eval.generation import Generation
 from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
@@ -63,7 +64,10 @@ def wrapper(tiny_model, tokenizer):
         kind, overrides = FAMILIES[family]
         model = tiny_model(kind, **overrides)
         prefix = build_prefix(model, lead) if intact else None
-        return IntactLM(attach(model, prefix, kv), tokenizer, lead, batch_size=batch_size, context=context)
+        return IntactLM(
+            attach(model, prefix, kv), tokenizer, lead, batch_size=batch_size, context=context,
+            generation=Generation((2,), pad=0),
+        )  # fmt: skip
 
     return make
 

@@ -106,6 +106,43 @@ def test_missing_files_are_named_with_the_way_out(intactkv_root: Path) -> None:
         read_mmlu(folder)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_questions(
+    tmp_path: Path, strict: bool, end: str, mark: str
+) -> None:
+    """Also where a question goes over several lines."""
+    rows = [["Which line?\nThe first,\nor the last?", "a\nb", "2", "3", "4", "D"], *ODD]
+    path = write(tmp_path, "anatomy", rows)
+    text = path.read_text(encoding="utf-8")  # in Python's text mode
+    path.write_bytes(text.encode())
+    plain = read_mmlu(tmp_path, strict=strict)
+    assert plain[0].test[0].options[0] == "a\nb"
+    path.write_bytes((mark + text.replace("\n", end)).encode())
+    assert read_mmlu(tmp_path, strict=strict) == plain
+
+
+def test_what_a_mac_leaves_beside_a_file_is_no_subject(tmp_path: Path) -> None:
+    path = write(tmp_path, "anatomy", GOOD)
+    for part in ("dev", "test"):
+        (tmp_path / part / f"._anatomy_{part}.csv").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    assert [subject.name for subject in read_mmlu(tmp_path)] == [path.name.removesuffix("_test.csv")]
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    ("naïve,1,2,3,4,A\n".encode("cp1252"), "is not plain text in UTF-8"),
+    ("naïve,1,2,3,4,A\n".encode("utf-16"), "is text in UTF-16"),
+    (b"only one column\nof text\n", "has 1 columns; expected 6"),
+    (b"\n\n\n", "No columns to parse"),
+])  # fmt: skip
+def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    path = write(tmp_path, "anatomy", GOOD)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} .*{named}"):
+        read_mmlu(tmp_path)
+
+
 # the groups -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ from chats import CONTEXT, QUESTIONS, SAMPLED, TEMPLATE, turns_of
 from families import plain_logits
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
+from eval.generation import Generation
 from eval.mtbench.answers import (
     CATEGORIES,
     Answerer,
@@ -23,6 +25,8 @@ from eval.mtbench.json_lines import LineFile, part_of, parts_of, read_lines
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import build_prefix
 
+OWN = Generation((2,), pad=0)
+
 
 @pytest.fixture
 def chat(tiny_tokenizer) -> Any:
@@ -34,10 +38,12 @@ def answerer(tiny_model, chat):
     """answerer(**settings) -> Answerer of a tiny model that ends some answers by itself."""
 
     def make(
-        model_type: str = "llama", *, seed: int = 42, max_new_tokens: int = 12, context: int = CONTEXT
-    ) -> Answerer:
+        model_type: str = "llama", *, seed: int = 42, max_new_tokens: int = 12, context: int = CONTEXT,
+        stops: bool = True,
+    ) -> Answerer:  # fmt: skip
         model = tiny_model(model_type, max_position_embeddings=context)
-        return Answerer(attach(model, None), chat, seed=seed, max_new_tokens=max_new_tokens, context=context)
+        own = Generation((2,) if stops else (), pad=0)
+        return Answerer(attach(model, None), chat, own, seed=seed, max_new_tokens=max_new_tokens, context=context)
 
     return make
 
@@ -112,21 +118,21 @@ def test_a_prefix_that_was_put_in_front_is_read_like_text(chat, tiny_model):
     model, lead = tiny_model("llama", max_position_embeddings=CONTEXT), (1, 20, 33, 50)
     template, said = chat.behind(lead), []
     for prefix in (build_prefix(model, lead), None):
-        one = Answerer(attach(model, prefix), template, seed=42, max_new_tokens=12, context=CONTEXT)
+        one = Answerer(attach(model, prefix), template, OWN, seed=42, max_new_tokens=12, context=CONTEXT)
         said.append(turns(one.lines(QUESTIONS, "m")))
     assert said[0] == said[1]
-    plain = Answerer(attach(model, None), chat, seed=42, max_new_tokens=12, context=CONTEXT)
+    plain = Answerer(attach(model, None), chat, OWN, seed=42, max_new_tokens=12, context=CONTEXT)
     assert said[0] != turns(plain.lines(QUESTIONS, "m"))
     room = len(template.ids(QUESTIONS[0].turns[:1])) + 5  # the prefix takes its place in the context
-    short = Answerer(attach(model, build_prefix(model, lead)), template, seed=42, max_new_tokens=12, context=room)
-    short.stops = []
+    short = Answerer(attach(model, build_prefix(model, lead)), template, Generation((), pad=0), seed=42,
+                     max_new_tokens=12, context=room)  # fmt: skip
     assert short.lines(QUESTIONS[:1], "m")[0]["tokens"][0] == 5
 
 
 def test_draws_follow_the_distribution_and_the_models_top_k(answerer):
     """4000 draws at temperature 0.7: frequencies within 4 standard errors of the softmax of the top three."""
     one = answerer()
-    one.top_k = 3
+    one.own = Generation((2,), pad=0, top_k=3)
     logits = torch.tensor([[0.5, 2.0, -1.0, 1.5, 1.0, 0.9]])
     count = 4000
     sampler = RowSampler([torch.Generator().manual_seed(0)], [one._warpers(0.7)])
@@ -160,8 +166,7 @@ def test_the_prompt_of_turn_two_holds_the_own_answer_and_no_temperature_is_passe
 def test_an_answer_stops_where_the_context_does(answerer, chat, model_type):
     question = QUESTIONS[4]
     context = len(chat.ids([question.turns[0]])) + 8
-    one = answerer(model_type, context=context)
-    one.stops = []  # nothing else ends it
+    one = answerer(model_type, context=context, stops=False)  # nothing else ends it
     (alone,) = one.lines([question], "m")
     assert alone["stopped"] == ["context", "context"]
     assert alone["tokens"] == [8, 0]
@@ -251,4 +256,19 @@ def test_a_damaged_file_of_questions_is_refused(tmp_path, text, named):
     path = tmp_path / "question.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=named):
+        read_questions(path)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_questions(tmp_path, end, mark):
+    path = tmp_path / "question.jsonl"
+    text = "".join(f'{{"question_id": {i}, "category": "math", "turns": ["é", "b"]}}\n' for i in (1, 2))
+    path.write_text(text, encoding="utf-8")
+    plain, digest = read_questions(path), sha256_of_data(path)
+    path.write_bytes((mark + text.replace("\n", end)).encode())
+    assert read_questions(path) == plain
+    assert sha256_of_data(path) == digest
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match=r"the file of questions .*question\.jsonl is text in UTF-16"):
         read_questions(path)

@@ -533,6 +533,7 @@ def test_what_a_model_has_no_place_for_is_refused_before_any_work(
     for weights, source, message in (
         (OmniQuant(W3, let=True, shift=True), checkpoint("llama"), r"input_layernorm of this llama model has none"),
         (OmniQuant(W3, let=True), checkpoint("opt", do_layer_norm_before=False), "do_layer_norm_before=false"),
+        (OmniQuant(W3, let=True), checkpoint("opt", layer_norm_elementwise_affine=False), "has no weights"),
         (OmniQuant(replace(W3, group_size=48)), checkpoint("llama"), "group_size=48 does not divide"),
     ):
         with pytest.raises(UserError, match=message):

@@ -230,6 +230,7 @@ def with_matrix(adapter: Path, change: Callable[[Tensor], Tensor], name: str = "
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "not finite": (lambda a: with_matrix(a, lambda m: m / 0), "prompt_embeddings holds values that are not finite"),
     "no configuration": (lambda a: (a / CONFIG).unlink(), "has no adapter_config.json, so it is no PEFT adapter"),
     "broken configuration": (lambda a: (a / CONFIG).write_text("{"), "is not readable JSON"),
     "a list": (lambda a: (a / CONFIG).write_text("[]"), "holds a None adapter"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.modeling_utils
 from families import random_ids
 
 from corpora.errors import UserError
@@ -11,8 +12,9 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.kv_cache.per_head import PerHead
-from quantization.model.placement import spread
+from quantization.model.placement import bytes_of, memory_of_each, spread
 from quantization.programs.options import chosen_device
+from quantization.runs.opening import load_model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -44,3 +46,46 @@ def test_all_gpus_are_for_programs_that_spread(monkeypatch):
     assert chosen_device("cuda:all", several=True) == torch.device("cuda:0")
     with pytest.raises(UserError, match="cuda:all is not known"):
         chosen_device("cuda:all")
+
+
+def test_of_no_gpu_a_spread_model_takes_more_than_it_may(monkeypatch, tiny_checkpoint, tmp_path):
+    """accelerate says what there is: two GPUs, and main memory, which has no limit of ours."""
+    there = {0: 80 * 2**30, 1: 10 * 2**30, "cpu": 100 * 2**30}
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: dict(there))
+    allowed = {0: 65 * 2**30, 1: 10 * 2**30, "cpu": 100 * 2**30}
+    assert memory_of_each(bytes_of("65GiB")) == allowed
+    source, asked = tiny_checkpoint(tmp_path, "llama"), {}
+
+    def opened(_, **options):
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", opened)
+    with pytest.raises(InterruptedError):
+        load_model(source, torch.float32, torch.device("cpu"), False, True, 65 * 2**30)
+    assert (asked["device_map"], asked["max_memory"]) == ("auto", allowed)
+
+
+def test_a_size_of_memory_that_is_none_or_has_nothing_to_act_on_is_refused(run_main, tiny_checkpoint, tmp_path):
+    from eval.__main__ import main
+
+    source = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(UserError, match="--max-memory much is no size; give one such as 65GiB"):
+        bytes_of("much")
+    for device in ("cpu", "auto"):
+        code, _, error = run_main(main, "ppl", "--model", source, "--device", device, "--max-memory", "65GiB")
+        assert (code, error.count("\n")) == (2, 1)
+        assert "--max-memory 65GiB is for a model that is spread: add --device cuda:all" in error
+
+
+def test_a_dense_model_that_no_memory_holds_is_read_from_its_files(checkpoint, monkeypatch):
+    """cuda:all takes the way from the files to the devices; here the CPU has room for the embeddings alone."""
+    place = transformers.modeling_utils._get_device_map
+    room = {"cpu": 150_000, "disk": 10**9}
+    monkeypatch.setattr("transformers.modeling_utils._get_device_map", lambda m, d, _, q: place(m, d, room, q))
+    directory, ids = checkpoint(), random_ids(12)[None]
+    parts = load_model(directory, torch.float32, torch.device("cpu"), spread_over_gpus=True)
+    assert {"cpu", "disk"} == {str(where) for where in parts.hf_device_map.values()}
+    whole = load_model(directory, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(parts(ids).logits, whole(ids).logits)

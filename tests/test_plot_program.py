@@ -334,6 +334,41 @@ def test_without_out_the_figures_lie_in_the_outputs_as_png_and_pdf(program, mode
     assert found == names_of(f"tiny-llama__pivots__{text_part(text)}", ("",), ("png", "pdf", "csv"))
 
 
+def values(directory: Path) -> dict[str, str]:
+    """What the figures of a directory show, by their part of the name."""
+    return {path.name.partition("__")[2]: path.read_text(encoding="utf-8") for path in directory.glob("*.csv")}
+
+
+@pytest.mark.parametrize("kind", ["pivots", "act", "attn", "linear-input", "outlier-count", "block-output-3d"])
+def test_figures_show_the_model_with_its_cache_rounded(kind, program, model, text, intactkv_root):
+    options, _, _ = KINDS[kind]
+    shown = []
+    for kv in ((), ("--kv-bits", 2), ("--kv", "rotated", "--kv-bits", 2)):
+        out = intactkv_root / f"figures{len(shown)}"
+        code, _, stderr = program(kind, "--model", model, "--corpus", text, *options, *kv, "--out", out,
+                                  "--format", "svg")  # fmt: skip
+        assert code == 0, stderr
+        shown.append(values(out))
+        names = {path.name.split("__")[0] for path in out.iterdir()}
+        assert names == {"tiny-llama" + {0: "", 1: "-KV-PerHead-2", 2: "-KV-Rotated-2"}[len(shown) - 1]}
+    assert shown[0].keys() == shown[1].keys() == shown[2].keys()
+    assert shown[0] != shown[1] != shown[2]
+
+
+def test_a_figure_of_a_method_that_calibrates_takes_its_text(program, model, text, intactkv_root):
+    out = intactkv_root / "figures"
+    for samples in (2, 3):
+        code, _, stderr = program("linear-input", "--model", model, "--corpus", text, *PIECES, "--recipe", "gptq",
+                                  "--group-size", 32, "--calibration", text, "--calibration-samples", samples,
+                                  "--calibration-length", 32, "--out", out, "--format", "svg")  # fmt: skip
+        assert code == 0, stderr
+    assert len({path.name.split("__")[0] for path in out.iterdir()}) == 2  # two checkpoints, each by its identity
+    code, _, stderr = program("act", "--model", model, "--corpus", text, *SMALL, "--recipe", "rtn",
+                              "--calibration-samples", 2)  # fmt: skip
+    assert code == 2
+    assert "calibrates on no text" in stderr
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "named"),
     [

@@ -200,7 +200,7 @@ def test_a_text_that_is_too_long_for_a_path_is_a_text(text: str, tiny_tokenizer:
     assert (choice.label, len(choice.ids)) == ("[T]", 1 + len(text))
 
 
-@pytest.mark.parametrize("form", ["ours", "dense", "compressed-tensors"])
+@pytest.mark.parametrize("form", ["ours", "dense"])
 def test_a_prefix_needs_no_full_precision_model(
     form: str,
     dense: Path,

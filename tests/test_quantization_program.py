@@ -78,6 +78,9 @@ def test_the_list_has_one_line_a_recipe_with_its_paper(program: Callable[..., tu
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert all(row.paper in line and row.note in line for line, row in zip(lines, RECIPES.values(), strict=True))
+    parts = {line.split()[0]: line.rpartition("[")[2] for line in lines}  # what --weights and the others can take
+    assert parts["smoothquant-w8a8"] == "transforms, weights, activations]"
+    assert (parts["kv4"], parts["fp16"]) == ("kv_cache]", "no parts]")
 
 
 # runs -----------------------------------------------------------------------------------------------------------------
@@ -86,14 +89,17 @@ def test_the_list_has_one_line_a_recipe_with_its_paper(program: Callable[..., tu
 def test_a_whole_run_writes_what_the_library_writes(dense: Path, intactkv_root: Path) -> None:
     out = intactkv_root / "made" / "w4"
     done = in_subprocess("--model", str(dense), "--recipe", "rtn", "--bits", "4", "--group-size", "32",
-                         "--set", "weights.grid.convention=gptq-sym", "--out", str(out), "--verbose")  # fmt: skip
+                         "--set", "weights.grid.convention=gptq-sym", "--out", str(out), "--device", "cpu",
+                         "--verbose")  # fmt: skip
     assert done.returncode == 0, done.stderr
     library = quantize_checkpoint(dense, Recipe(weights=RTN(UniformGrid(4, 32, "gptq-sym"))), intactkv_root / "library")
     assert {f.name: f.read_bytes() for f in out.glob("*.safetensors")} == {
         f.name: f.read_bytes() for f in library.glob("*.safetensors")
     }
     # 4 bits, and a float32 scale per 32 weights: symmetric, so no zero point
-    assert re.fullmatch(rf"rtn-w4g32  5\.00 bits per weight  \d+ s  \d+ MB  {re.escape(str(out))}\n", done.stdout)
+    assert re.fullmatch(
+        rf"rtn-w4g32-gptq-sym  5\.00 bits per weight  \d+ s  \d+ MB  {re.escape(str(out))}\n", done.stdout
+    )
     assert done.stderr.count("weight error") == 3  # --verbose: one line a block
 
 

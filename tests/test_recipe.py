@@ -19,7 +19,9 @@ from quantization.recipes.recipe import Calibration, Recipe, describe, with_sett
 from quantization.runs.identities import by_tokens
 from quantization.transforms.base import BlockTransform
 from quantization.weights.base import GridQuantizer
+from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
+from quantization.weights.spqr import SpQR
 
 GRID = UniformGrid(4, 32)
 
@@ -300,3 +302,20 @@ def test_a_block_with_other_linears_than_the_table_says_is_refused(tiny_model: C
     block.extra_proj = torch.nn.Linear(4, 4)
     with pytest.raises(UserError, match=r"model\.layers\.1 holds the linears .*extra_proj.* is not supported"):
         ARCHITECTURES["llama"].linears_of(block, "model.layers.1")
+
+
+# beside the authors' own code -----------------------------------------------------------------------------------------
+
+
+def test_the_published_settings_have_rows_beside_the_defaults() -> None:
+    """AutoGPTQ's BaseQuantizeConfig(group_size=128, desc_act=True) leaves static_groups off and true_sequential on;
+    IntactKV drew 128 × 2048 tokens of C4, seed 42. SpQR's README: --wbits 4 --groupsize 16 --qq_scale_bits 3
+    --qq_zero_bits 3 --qq_groupsize 16 --outlier_threshold=0.2 --permutation_order act_order --percdamp 1e0."""
+    grid = UniformGrid(3, 128)
+    published = GPTQ(grid, damp=0.01, act_order=True, static_groups=False, true_sequential=True)
+    text = Calibration("c4", samples=128, length=2048, seed=42)
+    assert named_recipe("gptq-autogptq") == Recipe(weights=published, calibration=text)
+    assert named_recipe("gptq") == Recipe(weights=replace(published, static_groups=True), calibration=text)
+    authors = SpQR(UniformGrid(4, 16, "spqr-asym"), 3, 3, 16, threshold=0.2, damp=1.0, act_order=True)
+    assert named_recipe("spqr-authors").weights == authors
+    assert named_recipe("spqr-w4").weights == replace(authors, threshold=0.25, damp=0.01)  # qllm's

@@ -1,5 +1,6 @@
 """The published calls: one line for every mistake, and the checkpoints that later calls find."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -74,6 +75,25 @@ def test_the_alpha_with_the_lowest_perplexity_comes_first_in_every_arm(
     for better, worse in zip(rows[::2], rows[1::2], strict=True):
         assert {better[3], worse[3]} == {"0.1", "0.9"}
         assert float(better[1]) < float(worse[1])
+
+
+@pytest.mark.slow
+def test_opt_is_measured_as_published_with_rtn_beside_it(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    model, text = tiny_checkpoint(tmp_path, "opt"), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    small = {"INTACTKV_ROOT": str(tmp_path), "CALIBRATION": str(text), "CALIBRATION_SAMPLES": "2",
+             "CALIBRATION_LENGTH": "16", "WINDOW": "32", "LIMIT": "2", "CORPUS": str(text),
+             "BITS": "3", "ACT_ORDER": "false", "BESIDE": "rtn"}  # fmt: skip
+    done = run("run_gptq", "cpu", str(model), **small)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(file.read_text()) for file in (tmp_path / "outputs" / "runs").glob("*.json")]
+    assert {record["settings"]["protocol"] for record in records} == {"gptq"}
+    methods = sorted((r["settings"]["recipe"]["weights"]["kind"], r["settings"]["prefix"]["label"]) for r in records)
+    assert methods == [("GPTQ", "[B]"), ("GPTQ", "none"), ("RTN", "[B]"), ("RTN", "none")]
+    act_order = {r["settings"]["recipe"]["weights"].get("act_order") for r in records}
+    assert act_order == {False, None}
+    assert "gptq-w3row" in done.stdout
+    assert "rtn-w3row" in done.stdout
 
 
 @pytest.mark.slow

@@ -297,11 +297,13 @@ def test_smoothed_and_plain_rows_are_published_pairs() -> None:
 # refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_norms_behind_what_they_should_feed_are_refused_before_any_work(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("option", ["do_layer_norm_before", "layer_norm_elementwise_affine"])
+def test_norms_that_take_no_scales_are_refused_before_any_work(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, option: str
 ) -> None:
-    dense = tiny_checkpoint(tmp_path, "opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match="do_layer_norm_before"):
+    """They stand behind what they should feed, or have no weights."""
+    dense = tiny_checkpoint(tmp_path, "opt", **{option: False})
+    with pytest.raises(UserError, match=option):
         quantize_checkpoint(dense, W8A8, tmp_path / "q", segments=SEGMENTS)
     assert not (tmp_path / "q").exists()
 

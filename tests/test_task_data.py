@@ -11,8 +11,9 @@ import pytest
 from corpora.errors import UserError
 from corpora.paths import datasets_dir
 from corpora.prepare import prepare_data
+from corpora.storage import identity, sha256_of_file
 from corpora.task_data import SAMPLE_TASKS, TASK_DATA, scored_files, task_directory, task_rows, unlisted_task
-from eval.tasks.lm_tasks import draw_for_share, load_tasks, task_runs
+from eval.tasks.lm_tasks import check_answers, draw_for_share, load_tasks, task_runs
 
 Row = dict[str, Any]
 
@@ -321,6 +322,109 @@ def test_a_row_of_an_unknown_form_is_named(intactkv_root: Path, name: str, row: 
     path = write_lines(datasets_dir() / file, [good, row])
     with pytest.raises(UserError, match=rf"{path}: {reason}"):
         task_rows(name, TASK_DATA[name], sample=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"[]"])
+def test_a_file_without_rows_is_named(intactkv_root: Path, content: bytes) -> None:
+    """Not taken for a split that is not here."""
+    path = write_lines(datasets_dir() / RAW["lambada_openai"][0], [])
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data of lambada_openai: {path} holds no rows; run 'bash"):
+        task_rows("lambada_openai", TASK_DATA["lambada_openai"], sample=False)
+
+
+# Rows without a right answer, as test splits are published, and rows that lack a part.
+UNANSWERED: dict[str, list[tuple[Row, str]]] = {
+    "openbookqa": [({"answerKey": ""}, "its answerKey is '', but the answers are 'A', 'B', 'C', 'D'"),
+                   ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "it has 2 choices and 1 labels"),
+                   ({"question_stem": None}, "its question_stem is None, not text")],
+    "winogrande": [({"answer": ""}, "its answer is '', but the answers are '1', '2'"),
+                   ({"answer": "0"}, "its answer is '0'"), ({"answer": None}, "its answer is None"),
+                   ({"sentence": "No gap."}, "its sentence has no gap"), ({"option2": None}, "its option2 is None")],
+    "arc_easy": [({"answerKey": "D"}, "its answerKey is 'D', but the answers are '1', '2', '3'")],
+    "arc_challenge": [({"answerKey": "A"}, "its answerKey is 'A', but the answers are '1', '2', '3'"),
+                      ({"answerKey": None}, "its answerKey is None")],
+    "boolq": [({"label": -1}, "its label is -1, but the answers are 0, 1"), ({"label": None}, "its label is None")],
+    "hellaswag": [({"label": ""}, "its label is '', but the answers are '0', '1', '2', '3'"),
+                  ({"label": "4"}, "its label is '4'"), ({"label": "-1"}, "its label is '-1'")],
+    "lambada_openai": [({"text": "and she liked the "}, "its text does not end in a last word"),
+                       ({"text": "dog"}, "its text does not end in a last word"), ({"text": 3}, "its text is 3")],
+    "piqa": [({"label": -1}, "its label is -1, but the answers are 0, 1"), ({"label": "0"}, "its label is '0'")],
+    "gsm8k": [({"answer": "It is 2."}, "its answer has no result behind ####"),
+              ({"answer": "2 ####"}, "its answer has no result")],
+    "truthfulqa_gen": [({"correct_answers": []}, "it has no correct_answers"),
+                       ({"incorrect_answers": [" "]}, "it has no incorrect_answers")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changed", "reason"),
+                         [(name, *case) for name in TASK_DATA for case in UNANSWERED[name]])  # fmt: skip
+def test_a_row_without_a_right_answer_is_named(intactkv_root: Path, name: str, changed: Row, reason: str) -> None:
+    """lm-eval stops at some of them with an exception of its own, and counts others as answered wrongly."""
+    folder, config, split, row = HUB[name]
+    path = datasets_dir() / folder / config / f"{split}-00000-of-00001.parquet"
+    write_parquet(path, [row])
+    assert task_rows(name, TASK_DATA[name], sample=False).splits == {split: [row]}
+    write_parquet(path, [changed_row := row | changed, changed_row])
+    with pytest.raises(UserError, match=rf"{path}: row 1 is of no form that this task can use \({reason}"):
+        task_rows(name, TASK_DATA[name], sample=False)
+
+
+# Tasks outside the table: rows of a split of the hub, and what is said of the second one.
+SCIQ = {"question": "What is ice?", "distractor1": "fire", "distractor2": "air", "distractor3": "sand",
+        "correct_answer": "water", "support": "Water freezes."}  # fmt: skip
+SWAG = {"startphrase": "A man cuts bread and", "label": 1,
+        **{f"ending{i}": ending for i, ending in enumerate(["flies.", "eats it.", "sings.", "is bread."])}}  # fmt: skip
+ELSEWHERE: dict[str, tuple[str, Row, Row, str]] = {
+    "swag": ("swag/regular/validation", SWAG, {"label": -1}, r"its answer is -1, which is none of its choices"),
+    "sciq": (
+        "sciq/data/test",
+        SCIQ,
+        {"distractor1": ""},
+        r"one of its choices \['', 'air', 'sand', 'water'\] is empty",
+    ),
+    "triviaqa": (
+        "trivia_qa/rc.nocontext/validation",
+        {"question": "What is ice?", "answer": {"aliases": ["water"], "value": "water"}},
+        {"answer": {"aliases": ["  "], "value": ""}},
+        r"its answer is '\s+'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_unanswered_question_of_any_task_is_named_before_it_is_scored(intactkv_root: Path, name: str) -> None:
+    place, row, changed, reason = ELSEWHERE[name]
+    write_parquet(datasets_dir() / f"{place}-00000-of-00001.parquet", [row, row | changed])
+    task = load_tasks(task_runs([name])[0], "local", 0)[0][name]
+    check_answers(name, task, 1)
+    with pytest.raises(UserError, match=rf"{name}: question 2 is of no form .*{reason}"):
+        check_answers(name, task, None)
+
+
+def test_data_that_a_task_file_cannot_read_at_all_are_one_error(intactkv_root: Path) -> None:
+    write_parquet(datasets_dir() / "swag/regular/validation-00000-of-00001.parquet", [{"startphrase": "A man"}])
+    with pytest.raises(UserError, match=r"the data of swag is of no form that lm-eval's task file can use \("):
+        load_tasks(task_runs(["swag"])[0], "local", 0)
+
+
+def test_a_field_that_only_some_rows_have_is_named(intactkv_root: Path) -> None:
+    """A table of them would hold None there, and the prompt the word "None"."""
+    path = datasets_dir() / RAW["winogrande"][0]
+    write_lines(path, [WINOGRANDE, {key: WINOGRANDE[key] for key in ("sentence", "option1", "answer")}])
+    with pytest.raises(UserError, match=rf"{path}: row 2 .*no 'option2'"):
+        task_rows("winogrande", TASK_DATA["winogrande"], sample=False)
+
+
+def test_line_ends_and_hidden_files_do_not_change_a_tasks_data(intactkv_root: Path) -> None:
+    path = write_lines(datasets_dir() / RAW["lambada_openai"][0], [LAMBADA])
+    run = task_runs(["lambada_openai"])[0]
+    plain = load_tasks(run, "local", 0)[1]
+    assert plain == identity({"files": [sha256_of_file(path)], "fetched": []})  # records from before are found again
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    (path.parent / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    assert load_tasks(run, "local", 0)[1] == plain
+    assert [file.name for file in scored_files(TASK_DATA["lambada_openai"])] == [path.name]
 
 
 def test_a_damaged_line_is_named(intactkv_root: Path) -> None:

@@ -29,6 +29,14 @@ def test_a_filter_is_part_of_a_metrics_name():
     assert _joined({"a": _scores(result)}, {"a": 5})["stderr"] == {"exact_match,strict-match": 0.1}
 
 
+def test_bigbench_is_big_bench_hard():
+    """The published page names no task; its value fits `bbh`, the harness' 27 tasks with three worked examples."""
+    runs = task_runs(["bigbench", "bbh"])
+    assert [run.name for run in runs] == ["bbh"]
+    assert len(runs[0].leaves) == 27
+    assert all(name.startswith("bbh_cot_fewshot_") for name, _ in runs[0].leaves)
+
+
 def test_a_task_whose_package_is_missing_names_it(monkeypatch):
     def needs_it(_path):
         raise ModuleNotFoundError("No module named 'langdetect'", name="langdetect")

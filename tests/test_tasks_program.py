@@ -23,6 +23,7 @@ PIQA = [{"goal": f"Open jar {i}", "sol1": f"Turn it {i} times", "sol2": "Wait" *
         for i in range(7)]  # fmt: skip
 LAMBADA = [{"text": f"He saw dog {i} and {i} cats and called the dog"} for i in range(5)]
 GSM8K = [{"question": f"{i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(3)]
+UNANSWERED = {"sentence": "Ann met Eve because _ was late.", "option1": "Ann", "option2": "Eve", "answer": ""}
 SUBJECTS = {"anatomy": 4, "astronomy": 2}
 
 
@@ -249,6 +250,11 @@ BAD_INPUT = {
     "no batch": (["--tasks", "piqa", "--batch-size", "0"], "--batch-size 0"),
     "the tokenizer's BOS behind a prefix": (["--tasks", "piqa", "--bos", "tokenizer", "--prefix", "bos"],
                                             "--bos tokenizer is for runs without a prefix"),
+    "a protocol that no task has": (["--tasks", "piqa,lambada_openai", "--protocol", "hendrycks"],
+                                    "--protocol hendrycks is one of mmlu, but --tasks are piqa, lambada_openai"),
+    "a single subject has lm-eval's protocol": (["--tasks", "mmlu_anatomy", "--protocol", "hendrycks"],
+                                                "--protocol hendrycks is one of mmlu"),
+    "unanswered questions": (["--tasks", "winogrande"], "winogrande/dev.jsonl: row 1 is of no form"),
     "unknown protocol": (["--tasks", "mmlu", "--protocol", "mine"], "--help"),
     "no name": ([], "--tasks"),
 }  # fmt: skip
@@ -257,6 +263,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_gets_one_line_and_exit_code_2(case, program, model, data, intactkv_root, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_lines(data / "winogrande/dev.jsonl", [UNANSWERED])
     arguments, named = BAD_INPUT[case]
     code, out, err = program(*arguments, "--model", model)
     assert (code, out) == (2, "")

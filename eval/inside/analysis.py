@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv.architecture import architecture_of
+from intactkv.finite import finite
 from intactkv.observe import hooked, on_input
+from intactkv.vocabulary import known_ids
 
 __all__ = ["first_token_share", "position_share"]
 
@@ -27,7 +29,7 @@ def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence
 
     H = Σ x xᵀ over all tokens, so tr H = Σ ‖x‖² and the share of a token is its ‖x‖². An even share is 1/T a token.
     segments: (N, T) ids; positions: those of each segment. Returns shares in 0…1, (blocks,), by the name of the set's
-    first linear.
+    first linear. Raises UserError for numbers that are none.
     """
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
@@ -46,5 +48,7 @@ def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence
     with hooked(on_input(linear, partial(look, name, index)) for name, index, linear in watched):
         for segment, of_segment in zip(segments, positions, strict=True):
             chosen[:] = of_segment
-            decoder(input_ids=segment[None].to(model.device), use_cache=False)
+            decoder(input_ids=known_ids(segment, model)[None].to(model.device), use_cache=False)
+    for name, per_token in energy.items():
+        finite(per_token, f"inputs of {name} in {model.name_or_path or model.config.model_type}, by block and token")
     return {name: (owned[name] / per_token.sum(-1)).float() for name, per_token in energy.items()}

@@ -27,6 +27,7 @@ from eval.inside.pairs import Pair, weight_of
 from eval.inside.statistics import Loss, TokenLoss, spread
 from eval.perplexity import Windows
 from eval.tasks.scoring import LOGITS_AT_ONCE
+from intactkv.finite import finite
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.model.inputs import path_in_front
 
@@ -183,6 +184,8 @@ class LogitLoss:
         for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
             full, changed = heads[0](expected[rows]).float(), heads[1](hidden[rows]).float()
+            for logits, model in ((full, pair.reference), (changed, pair.quantized)):
+                finite(logits.amax(dim=-1), f"logits of {model.name}, by position")
             full_log, changed_log = full.log_softmax(-1), changed.log_softmax(-1)
             self.kl += float((full_log.exp() * (full_log - changed_log)).sum(dtype=torch.float64))
             self.agreed += float((full.argmax(-1) == changed.argmax(-1)).sum())

@@ -10,7 +10,6 @@ of the questions, nor on the batch it is made in (up to the rounding of a padded
 Top-k, top-p and min-p are those of the model's generation_config, as `generate` would apply them.
 """
 
-import copy
 import hashlib
 import secrets
 import time
@@ -31,6 +30,7 @@ from transformers import (
 
 from corpora.errors import UserError
 from corpora.paths import CHECKOUT
+from eval.generation import Generation
 from eval.mtbench.chat_templates import ChatTemplate
 from eval.mtbench.json_lines import read_lines
 from intactkv.attach import IntactModel
@@ -65,7 +65,6 @@ OTHER_TEMPERATURE = 0.7  # of a category that is not in the table
 GREEDY = 1e-4  # below this temperature nothing is drawn
 CHOICE = 0  # one answer a question
 TURNS = 2
-DEFAULT_TOP_K = 50  # what transformers takes when a generation_config names none
 QUESTION_SETS = ("sample", "mt_bench")
 
 
@@ -199,30 +198,23 @@ class RowSampler(LogitsProcessor):
 
 
 class Answerer:
-    """A model that answers questions. context: positions it has, None if that is not known.
-
-    The sampling settings are taken out of the model's generation_config and applied here.
-    """
+    """A model that answers questions. context: positions it has, None if that is not known. generation: its own
+    settings, the only ones that it generates by."""
 
     def __init__(
-        self, model: IntactModel, template: ChatTemplate, *, seed: int, max_new_tokens: int, context: int | None
+        self,
+        model: IntactModel,
+        template: ChatTemplate,
+        generation: Generation,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        context: int | None,
     ) -> None:
         self.model, self.template, self.seed = model, template, seed
         self.max_new_tokens, self.context = max_new_tokens, context
-        own = model.model.generation_config
-        assert own is not None
-        self.top_k = DEFAULT_TOP_K if own.top_k is None else own.top_k
-        self.top_p, self.min_p = own.top_p, own.min_p
-        plain = copy.deepcopy(own)
-        plain.do_sample = False
-        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-                     "max_length"):  # fmt: skip
-            setattr(plain, name, None)  # they would only be warned about
-        model.model.generation_config = plain
-        stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        self.stops = sorted({int(i) for i in [*stops, template.tokenizer.eos_token_id] if i is not None})
-        pad = template.tokenizer.pad_token_id
-        self.pad = int(pad if pad is not None else (self.stops or [0])[0])
+        self.own = generation
+        generation.rule(model.model)
 
     def lines(self, questions: Sequence[Question], model_id: str) -> list[dict[str, Any]]:
         """The lines of a batch of questions, in FastChat's form, with the tokens and the end of every turn."""
@@ -265,15 +257,15 @@ class Answerer:
         """What the model says to each prompt. Rows without a generator are greedy.
 
         Rows that have the same room for an answer share a batch: one near the end of the context would be pushed beyond
-        it by the longer answers of others.
+        it by the longer answers of others. So do only rows of one length, where the model stands no pads.
         """
         answers = [Answer("", 0, "context")] * len(prompts)  # of a prompt that leaves no room
-        rooms: dict[int, list[int]] = {}
+        rooms: dict[tuple[int, int], list[int]] = {}
         for i, prompt in enumerate(prompts):
             room = self.max_new_tokens if self.context is None else min(self.max_new_tokens, self.context - len(prompt))
             if room > 0:
-                rooms.setdefault(room, []).append(i)
-        for room, rows in rooms.items():
+                rooms.setdefault((room, len(prompt) if self.model.pads_shift else 0), []).append(i)
+        for (room, _), rows in rooms.items():
             sampler = RowSampler([generators[i] for i in rows], [self._warpers(temperatures[i]) for i in rows])
             generated = self._generate([prompts[i] for i in rows], room, LogitsProcessorList([sampler]))
             for i, ids in zip(rows, generated, strict=True):
@@ -285,34 +277,32 @@ class Answerer:
         warpers = LogitsProcessorList()
         if temperature >= GREEDY:
             warpers.append(TemperatureLogitsWarper(temperature))
-            if self.top_k:
-                warpers.append(TopKLogitsWarper(self.top_k))
-            if self.top_p is not None and self.top_p < 1:
-                warpers.append(TopPLogitsWarper(self.top_p))
-            if self.min_p is not None:
-                warpers.append(MinPLogitsWarper(self.min_p))
+            if self.own.top_k:
+                warpers.append(TopKLogitsWarper(self.own.top_k))
+            if self.own.top_p is not None and self.own.top_p < 1:
+                warpers.append(TopPLogitsWarper(self.own.top_p))
+            if self.own.min_p is not None:
+                warpers.append(MinPLogitsWarper(self.own.min_p))
         return warpers
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], room: int, processors: LogitsProcessorList) -> list[list[int]]:
         """The new tokens of every prompt, pads and all that follows a stop token included."""
         longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        ids = torch.tensor([[self.own.pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         sequences = self.model.generate(
             ids,
             mask,
             do_sample=False,  # the processors have drawn already
             max_new_tokens=room,
-            eos_token_id=self.stops or None,
-            pad_token_id=self.pad,
             logits_processor=processors,
         )
         return sequences[:, longest:].tolist()
 
     def cut(self, ids: list[int], room: int) -> Answer:
         """The answer in new tokens: cut at the first stop token, special tokens' texts deleted, stripped."""
-        end = next((i for i, token in enumerate(ids) if token in self.stops), None)
+        end = next((i for i, token in enumerate(ids) if token in self.own.stops), None)
         text = self.template.tokenizer.decode(ids[:end])
         for special in sorted(filter(None, self.template.tokenizer.all_special_tokens), key=len, reverse=True):
             text = text.replace(special, "")

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from corpora.chat import TODAY, asks_the_clock, rendered, template_source
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_SYSTEM
-from corpora.tokens import encode, start_token_id
+from corpora.storage import identity
+from corpora.tokens import encode, start_token_id, text_hash, tokenizer_fingerprint
 
 __all__ = ["TEMPLATES", "ChatTemplate", "chat_template", "vicuna_text"]
 
@@ -31,6 +33,21 @@ class ChatTemplate:
     tokenizer: Any
     text: Callable[[Sequence[str]], str]
     lead: tuple[int, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """What decides a prompt besides the dialogue, for records: an edit of the template or the tokenizer shows here.
+
+        prompt: of the ids of a dialogue, in which also special tokens and what a template includes show.
+        """
+        own = self.name == "tokenizer"
+        clock = {"date": TODAY.date().isoformat()} if own and asks_the_clock(self.tokenizer) else {}
+        return {
+            "template": self.name,
+            "template_source": text_hash(template_source(self.tokenizer) or "") if own else None,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "prompt": identity({"ids": self.ids(["What is a prefix?"])}),
+            **clock,
+        }
 
     def behind(self, lead: Sequence[int]) -> "ChatTemplate":
         """The same template with other tokens in front."""
@@ -73,23 +90,10 @@ def chat_template(word: str, tokenizer: Any, model_name: str) -> ChatTemplate:
                 "its tokenizer_config.json"
             )
         return ChatTemplate(word, tokenizer, lambda turns: vicuna_text(turns, end))
-    if not tokenizer.chat_template:
+    if template_source(tokenizer) is None:
         raise UserError(
             f"the tokenizer of {model_name} has no chat template; put chat_template.jinja of its chat model beside it, "
             "or choose --template vicuna_v1.1"
         )
-
-    def text(turns: Sequence[str]) -> str:
-        from jinja2 import TemplateError
-
-        roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError) as error:
-            raise UserError(
-                f"the chat template of {model_name} cannot write a dialogue of {len(turns)} turns "
-                f"({str(error).splitlines()[0]}); choose --template vicuna_v1.1"
-            ) from None
-
-    return ChatTemplate(word, tokenizer, text)
+    way_out = "choose --template vicuna_v1.1, or mend the template"
+    return ChatTemplate(word, tokenizer, lambda turns: rendered(tokenizer, turns, opened=True, way_out=way_out))

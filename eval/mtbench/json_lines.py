@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
+from corpora.files import open_text
 from corpora.storage import write_beside
 
 __all__ = ["LineFile", "only_writer", "part_of", "parts_of", "read_lines"]
@@ -23,12 +24,8 @@ __all__ = ["LineFile", "only_writer", "part_of", "parts_of", "read_lines"]
 def read_lines(path: Path, what: str, fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The objects of a file that is expected to be whole. Raises UserError for one that is not, naming `what` it is."""
     rows = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} is missing") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise UserError(f"{what} {path} is not a text file of JSON lines") from None
+    with open_text(path, what) as file:
+        text = file.read()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

@@ -18,6 +18,7 @@ from typing import Any
 from corpora.errors import UserError
 from eval.mtbench.json_lines import LineFile, read_lines
 from eval.mtbench.judge_client import Judge, Reply
+from eval.mtbench.reasoning import spoken
 
 __all__ = [
     "ENDINGS",
@@ -56,7 +57,8 @@ ENDINGS = {
 
 def rating(judgment: str) -> float:
     """The first number in double square brackets, else in single ones, else −1; −1 for one above 10, which FastChat
-    takes as it is."""
+    takes as it is. Reasoning does not count, which FastChat reads, too."""
+    judgment = spoken(judgment)
     for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
         if found := re.search(pattern, judgment):
             return grade if (grade := float(found[1])) <= HIGHEST else NO_SCORE
@@ -64,7 +66,8 @@ def rating(judgment: str) -> float:
 
 
 def verdict(judgment: str) -> str:
-    """A, B or tie, in FastChat's order of looking; "error" if the judge names none."""
+    """A, B or tie, in FastChat's order of looking; "error" if the judge names none. Reasoning does not count."""
+    judgment = spoken(judgment)
     return next((name for sign, name in (("A", "A"), ("B", "B"), ("C", "tie")) if f"[[{sign}]]" in judgment), "error")
 
 
@@ -121,7 +124,7 @@ def read_answers(path: Path) -> dict[int, list[str]]:
 class Job:
     """One judgement to make. users: one prompt, or two where the order is changed; line: its file's line, from replies.
 
-    same: whether a line of the file is this judgement, made on the same texts.
+    same: whether a line of the file is this judgement, made on the same texts. replies: where a line keeps the replies.
     """
 
     key: tuple[Any, ...]
@@ -129,6 +132,7 @@ class Job:
     users: tuple[str, ...]
     line: Callable[[list[Reply]], dict[str, Any]]
     same: Callable[[dict[str, Any]], bool]
+    replies: tuple[str, ...]
 
 
 def _prompt(
@@ -173,9 +177,10 @@ def _usage(replies: Iterable[Reply]) -> dict[str, int]:
 
 
 def _outcome(replies: Sequence[Reply], scored: bool) -> str:
-    """What became of a judgement: failed and refused go before scored and "no rating"."""
+    """What became of a judgement: failed and refused go first, then scored, empty (reasoning alone) or "no rating"."""
     said = {reply.outcome for reply in replies}
-    return next((word for word in ("failed", "refused") if word in said), "scored" if scored else "no rating")
+    unscored = "no rating" if all(spoken(reply.text).strip() for reply in replies) else "empty"
+    return next((word for word in ("failed", "refused") if word in said), "scored" if scored else unscored)
 
 
 def single_key(line: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -223,7 +228,7 @@ def _single_job(materials: Materials, judge: str, model: str, number: int, turn:
         }
 
     key = (number, model, (judge, prompt["name"]), turn)
-    return Job(key, prompt["system_prompt"], (user,), line, lambda row: row["user_prompt"] == user)
+    return Job(key, prompt["system_prompt"], (user,), line, lambda row: row["user_prompt"] == user, ("judgment",))
 
 
 def pair_jobs(
@@ -286,6 +291,7 @@ def _pair_job(
         users,
         line,
         lambda row: (row.get("g1_user_prompt"), row.get("g2_user_prompt")) == users,
+        ("g1_judgment", "g2_judgment"),
     )
 
 
@@ -308,9 +314,15 @@ def judge_all(
     A judgement that failed is on file as unscored and is made again next time; a refusal or an answer without a rating
     is what the judge has to say and stays. After `IN_A_ROW` failures in a row the judge is taken to be down.
     """
-    left = [job for job in jobs if not _is_made(job, file.rows.get(job.key), protocol)]
-    for _ in range(len(jobs) - len(left)):
+    left = []
+    for job in jobs:
+        line = file.rows.get(job.key)
+        if line is None or not _is_made(job, line, protocol):
+            left.append(job)
+            continue
         report()
+        if changed := _read_anew(job, line):
+            file.append(line | changed)
     failures, stop = 0, getattr(judge, "stop", lambda: None)
 
     def ask(job: Job) -> list[Reply]:
@@ -340,10 +352,19 @@ def judge_all(
                     keep(job, call.result())
 
 
-def _is_made(job: Job, line: dict[str, Any] | None, protocol: Mapping[str, Any]) -> bool:
-    if line is None or line.get("outcome") == "failed" or not job.same(line):
+def _is_made(job: Job, line: dict[str, Any], protocol: Mapping[str, Any]) -> bool:
+    if line.get("outcome") == "failed" or not job.same(line):
         return False
     return all(line.get(name, value) == value for name, value in protocol.items())
+
+
+def _read_anew(job: Job, line: dict[str, Any]) -> dict[str, Any]:
+    """What a line's replies say, where the line says something else: it was written when reasoning still counted."""
+    if line.get("outcome") == "refused" or not all(isinstance(line.get(name), str) for name in job.replies):
+        return {}
+    again = job.line([Reply(line[name], "answered") for name in job.replies])
+    told = ("score", "g1_winner", "g2_winner", "outcome")
+    return {name: again[name] for name in told if name in line and name in again and line[name] != again[name]}
 
 
 # scores ---------------------------------------------------------------------------------------------------------------
@@ -366,5 +387,5 @@ def scores(lines: Sequence[dict[str, Any]], category_of: Callable[[int], str]) -
             name: mean(line for line in valid if category_of(line["question_id"]) == name) for name in categories
         },
         "judgements": len(lines),
-        "unscored": {name: outcomes.count(name) for name in ("no rating", "refused", "failed")},
+        "unscored": {name: outcomes.count(name) for name in ("no rating", "empty", "refused", "failed")},
     }

@@ -20,6 +20,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from corpora.errors import UserError
+from eval.mtbench.reasoning import CLOSINGS, left_open, opened_at_the_end
 
 __all__ = ["ChatClient", "Judge", "Reply", "local_judge"]
 
@@ -135,6 +136,11 @@ def _reply(answer: Any) -> Reply:
     text = choice.message.content
     if text is None and choice.finish_reason == "content_filter":
         return Reply("the content filter withheld the answer", "refused", *counts)
+    reasoning = any(getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning"))
+    if text is None and (reasoning or choice.finish_reason == "length"):
+        text = ""  # its reasoning took all the room there was
+    if isinstance(text, list):  # of parts, some of them reasoning
+        text = "".join(part["text"] for part in text if part["type"] == "text")
     if not isinstance(text, str):
         raise TypeError("no text")
     return Reply(text, "answered", *counts)
@@ -176,10 +182,11 @@ def local_judge(
     """A local model as a judge: greedy, in its own chat template, system and user text in one turn.
 
     endings: the last lines that decide, all beginning alike ("Rating: [[1]]", …). is_decided: whether a text holds a
-    decision; where it holds none, the model's own text is followed by the ending that it finds most likely, token by
-    token, so that also a small model decides.
+    decision; where it holds none, the model's own text, its reasoning closed, is followed by the ending that it finds
+    most likely, token by token, so that also a small model decides.
     """
     from corpora.tokens import encode
+    from eval.generation import own_generation
     from eval.mtbench.answers import Answerer
     from eval.mtbench.chat_templates import chat_template
     from quantization.named import named_recipe
@@ -187,8 +194,10 @@ def local_judge(
 
     plan = plan_run(directory, named_recipe("fp16"), device=device)
     template = chat_template("auto", plan.tokenizer, plan.checkpoint.family_name)
-    answerer = Answerer(plan.load(), template, seed=0, max_new_tokens=max_tokens, context=plan.context)
+    generation = own_generation(directory, plan.tokenizer)
+    answerer = Answerer(plan.load(), template, generation, seed=0, max_new_tokens=max_tokens, context=plan.context)
     tokens = [encode(plan.tokenizer, f"\n\n{ending}") for ending in endings]
+    spare = max(len(encode(plan.tokenizer, closing)) for closing in CLOSINGS)
     alike = next(i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1)
     lead, tails = tokens[0][:alike], [ending[alike:] for ending in tokens]
     longest = max(map(len, tokens))
@@ -196,26 +205,29 @@ def local_judge(
     def generate(ids: list[int], room: int, cache: Any = None, **options: Any) -> tuple[list[int], Any]:
         output = answerer.model.generate(
             torch.tensor([ids]), past_key_values=cache, do_sample=False, max_new_tokens=room,
-            eos_token_id=answerer.stops or None, pad_token_id=answerer.pad, return_dict_in_generate=True, **options,
+            return_dict_in_generate=True, **options,
         )  # fmt: skip
         return output.sequences[0, len(ids) :].tolist(), output.past_key_values
 
     @torch.inference_mode()
     def judge(system: str, user: str) -> Reply:
-        ids = template.ids([f"{system}\n\n{user}"])
-        room = max_tokens if plan.context is None else min(max_tokens, plan.context - len(ids) - longest)
+        asked = [f"{system}\n\n{user}"]
+        ids, opening = template.ids(asked), opened_at_the_end(template.text(asked))
+        room = max_tokens if plan.context is None else min(max_tokens, plan.context - len(ids) - spare - longest)
         if room < 1:
             return Reply(f"the prompt of {len(ids)} tokens leaves no room in a context of {plan.context}", "failed")
         new, cache = generate(ids, room)
         said = answerer.cut(new, room)
-        if is_decided(said.text):
-            return Reply(said.text, "answered", len(ids), said.tokens)
+        text = f"{opening}{said.text}"
+        if is_decided(text):
+            return Reply(text, "answered", len(ids), said.tokens)
         own = new[: said.tokens - 1] if said.stopped == "end" else new
-        before = [*ids, *own, *lead]
+        closing = left_open(text)
+        before = [*ids, *own, *encode(plan.tokenizer, closing), *lead]
         chosen, _ = generate(before, longest, cache, logits_processor=LogitsProcessorList([
-            _OneOf(tails, len(before), answerer.pad)
+            _OneOf(tails, len(before), generation.pad)
         ]))  # fmt: skip
         (index,) = (i for i, tail in enumerate(tails) if chosen[: len(tail)] == tail)
-        return Reply(f"{said.text}\n\n{endings[index]}", "answered", len(ids), said.tokens + len(tokens[index]))
+        return Reply(f"{text}{closing}\n\n{endings[index]}", "answered", len(ids), said.tokens + len(tokens[index]))
 
     return judge

@@ -51,6 +51,10 @@ def judge_table(record: dict[str, Any], cost: str) -> Table:
         notes.append("sample: questions, references and judge prompts written for this project; not an MT-bench score")
     if settings["judge"].startswith("local-"):
         notes.append("a local judge shows the flow; a small model's grades say nothing about quality")
+    if empty := record.get("empty"):
+        notes.append(
+            f"{empty} judgements are empty: the judge returned no text, or reasoning alone; more --max-tokens may help"
+        )
     if record["missing"]:
         notes.append(f"{record['missing']} judgements were not tried")
     return (_score_table if settings["mode"] == "single" else _pair_table)(record, tuple(notes))

@@ -21,8 +21,8 @@ PUBLISHED_VIEW = View(elevation=30.0, azimuth=-60.0)
 
 def pivots_of(arm: Arm, row: int = 0) -> list[int]:
     """Positions of the pivot tokens among the fed tokens of one sequence, the prefix counted."""
-    cache = None if arm.model.prefix is None else arm.model.new_cache(single_pass=True)
-    return [arm.start + i for i in hidden_magnitudes(arm.model.model, arm.ids[row], cache).pivots()]
+    found = hidden_magnitudes(arm.model.model, arm.ids[row], arm.model.new_cache(single_pass=True))
+    return [arm.start + i for i in found.pivots()]
 
 
 def draw_activations(subject: Subject, layers: Sequence[int], log: bool, output: Output) -> None:

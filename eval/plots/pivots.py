@@ -13,7 +13,7 @@ def draw_pivots(subject: Subject, output: Output) -> None:
     """Draw max |hidden state|, token by layer, of the only sequence of the only arm."""
     (arm,) = subject.arms
     (ids,) = arm.ids
-    magnitudes = hidden_magnitudes(arm.model.model, ids)
+    magnitudes = hidden_magnitudes(arm.model.model, ids, arm.model.new_cache(single_pass=True))
     largest = magnitudes.largest  # (L + 1, T)
     names = [token_name(subject.tokenizer, int(i)) for i in ids]
 

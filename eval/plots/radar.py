@@ -1,29 +1,34 @@
 """Scores per category as a radar chart: one spoke a category, one line a model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from corpora.errors import UserError
 from eval.plots.canvas import GREY, SERIES, Output, literal, plt
 
-__all__ = ["draw"]
+__all__ = ["check_categories", "draw"]
 
 HIGHEST = 10.0  # of a judge's grade
 STYLES = ("-", "--", ":", "-.")  # when there are more models than colours
 THIN, THICK = 1.2, 5.0  # points: lines below are thicker, so that none is hidden where grades are equal
 
 
-def draw(scores: Mapping[str, Mapping[str, float | None]], output: Output, title: str = "") -> None:
-    """Draw and write the chart and its numbers.
-
-    scores: the mean grade, 0 to 10, by model and category; None where nothing was scored, which leaves a gap in the
-    line. Raises UserError for fewer than three categories: they span no area.
-    """
-    categories = list(dict.fromkeys(name for row in scores.values() for name in row))
+def check_categories(categories: Collection[str]) -> None:
+    """Raise UserError for fewer than three categories: they span no area."""
     if len(categories) < 3:
         raise UserError(
             f"a radar chart needs at least 3 categories, these scores have {len(categories)}: leave --plot out"
         )
+
+
+def draw(scores: Mapping[str, Mapping[str, float | None]], output: Output, title: str = "") -> None:
+    """Draw and write the chart and its numbers.
+
+    scores: the mean grade, 0 to 10, by model and category; None where nothing was scored, which leaves a gap in the
+    line. Raises UserError for fewer than three categories.
+    """
+    categories = list(dict.fromkeys(name for row in scores.values() for name in row))
+    check_categories(categories)
     angles = [2 * math.pi * i / len(categories) for i in range(len(categories))]
     figure, axes = plt.subplots(figsize=(6.0, 5.6), subplot_kw={"projection": "polar"})
     axes.set(theta_offset=math.pi / 2, theta_direction=-1)  # the first spoke points up, the others follow clockwise

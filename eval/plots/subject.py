@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from corpora.catalog import CORPORA, CalibrationText, model_defaults
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
 from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
 from corpora.storage import identity, sha256_of_file
 from corpora.text import calibration_segments, corpus_label, encode, evaluation_stream, protocol, start_token_id
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of
 from intactkv.attach import IntactModel, attach
+from quantization.labels import full_label
+from quantization.recipes.recipe import describe
 from quantization.runs.dense import read_config
 from quantization.runs.plan import Plan
 from quantization.runs.prefixes import PrefixChoice
@@ -206,7 +209,7 @@ def _corpus_part(corpus: str) -> str:
     """A corpus' name; a file's with digits of its content's hash, since another may be called the same."""
     file = Path(corpus)
     known = corpus in CORPORA or not file.is_file()
-    return corpus if known else f"{file.stem}-{sha256_of_file(file)[:8]}"
+    return corpus if known else f"{file.stem}-{sha256_of_data(file)[:8]}"
 
 
 def _prefix_part(choice: PrefixChoice) -> str:
@@ -220,15 +223,23 @@ def _prefix_part(choice: PrefixChoice) -> str:
 
 
 def _kv_words(plan: Plan) -> list[str]:
-    """The policy of the KV cache, if there is one."""
+    """The policy of the KV cache, if there is one; with digits of a hash where its bits do not settle it."""
     kv = plan.recipe.kv_cache
-    return [] if kv is None else [f"KV {type(kv).__name__} {getattr(kv, 'bits', '')}".strip()]
+    if kv is None:
+        return []
+    kind: Any = type(kv)
+    bits = getattr(kv, "bits", None)
+    words = f"KV {kind.__name__}" if bits is None else f"KV {kind.__name__} {bits}"
+    plain = bits is not None and describe(kv) == describe(kind(bits=bits))
+    return [words if plain else f"{words} {identity(describe(kv))}"]
 
 
 def _model_name(plan: Plan) -> str:
     """The model, and what a recipe makes of it."""
     recipe = plan.recipe
-    return " ".join([plan.checkpoint.name, *([recipe.label()] if recipe.makes_checkpoint else []), *_kv_words(plan)])
+    return " ".join(
+        [plan.checkpoint.name, *([full_label(recipe)] if recipe.makes_checkpoint else []), *_kv_words(plan)]
+    )
 
 
 def load_subject(plan: Plan, text: Text) -> Subject:

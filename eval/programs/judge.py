@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
+from corpora.files import data_files, sha256_of_data
 
 if TYPE_CHECKING:
     from eval.mtbench.judge import Job, Materials
@@ -79,7 +80,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Make the judgements that are missing, print the scores, and write the record if all were made."""
     from corpora.paths import outputs_dir
-    from corpora.storage import sha256_of_file
     from eval.mtbench.answers import QUESTION_SETS, question_file, read_questions
     from eval.mtbench.json_lines import LineFile, only_writer
     from eval.mtbench.judge import pair_key, read_answers, read_materials, single_key
@@ -99,6 +99,10 @@ def run(options: argparse.Namespace) -> None:
     references = options.references or _references(questions_file.parent / "reference_answer", name)
     materials = read_materials(read_questions(questions_file), prompts, references)
     jobs = _jobs(options, materials, name, answers, baseline)
+    if options.plot is not None:
+        from eval.plots.radar import check_categories
+
+        check_categories({materials.questions[number].category for given in answers.values() for number in given})
 
     kind, key = ("single", single_key) if baseline is None else ("pair", pair_key)
     path = outputs_dir() / "mt_bench" / "model_judgment" / f"{name.replace('/', '-')}_{kind}.jsonl"
@@ -113,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
     report |= {
         "judgement_file": str(path),
         "missing": len(jobs) - len(lines),
+        "empty": sum(line.get("outcome") == "empty" for line in lines),
         "usage": {count: sum(line.get("usage", {}).get(count, 0) for line in lines)
                   for count in ("prompt_tokens", "completion_tokens")},
     }  # fmt: skip
@@ -120,12 +125,12 @@ def run(options: argparse.Namespace) -> None:
         "judge": name,
         "mode": kind,
         "questions": word if word in QUESTION_SETS else questions_file.name,
-        "questions_sha256": sha256_of_file(questions_file),
-        "prompts_sha256": sha256_of_file(prompts),
+        "questions_sha256": sha256_of_data(questions_file),
+        "prompts_sha256": sha256_of_data(prompts),
         "references": references.stem if references else None,
-        "references_sha256": sha256_of_file(references) if references else None,
-        "answers_sha256": {path.stem: sha256_of_file(path) for path in options.answers},
-        "baseline": {options.baseline.stem: sha256_of_file(options.baseline)} if options.baseline else None,
+        "references_sha256": sha256_of_data(references) if references else None,
+        "answers_sha256": {path.stem: sha256_of_data(path) for path in options.answers},
+        "baseline": {options.baseline.stem: sha256_of_data(options.baseline)} if options.baseline else None,
         **protocol,
     }
     failed = sum(line.get("outcome") == "failed" for line in lines)
@@ -189,7 +194,7 @@ def _judge_name(word: str) -> str:
 
 def _references(folder: Path, judge: str) -> Path | None:
     """The judge's own reference answers, else the only ones there are; None without any."""
-    files = sorted(folder.glob("*.jsonl"))
+    files = data_files(folder, "*.jsonl")
     own = folder / f"{judge.replace('/', '-')}.jsonl"
     if own in files:
         return own
@@ -233,15 +238,22 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
     """
     import os
 
+    from corpora.storage import identity
+    from eval.generation import own_generation
+    from eval.mtbench.chat_templates import chat_template
     from eval.mtbench.judge import ENDINGS, is_decided
     from eval.mtbench.judge_client import ChatClient, local_judge
     from quantization.programs.options import chosen_device
     from quantization.runs.checkpoint import find_checkpoint
+    from quantization.runs.opening import load_tokenizer
 
     protocol: dict[str, Any] = {"max_tokens": options.max_tokens}
     if options.judge_model.startswith(LOCAL):
         directory = Path(options.judge_model.removeprefix(LOCAL))
-        protocol["judge_fingerprint"] = find_checkpoint(directory).fingerprint
+        checkpoint, tokenizer = find_checkpoint(directory), load_tokenizer(directory)
+        template = chat_template("auto", tokenizer, checkpoint.family_name)
+        protocol["judge_fingerprint"] = checkpoint.fingerprint
+        protocol["judge_prompting"] = identity(template.describe() | own_generation(directory, tokenizer).describe())
         decided = partial(is_decided, kind)
         device = chosen_device(options.device)
         return local_judge(directory, device, options.max_tokens, ENDINGS[kind], decided), protocol

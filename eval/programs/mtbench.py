@@ -10,9 +10,11 @@ from eval.programs.start import start
 from quantization.programs.options import add_plan_options, check_counts, check_out
 
 if TYPE_CHECKING:
-    from eval.mtbench.answers import Question
-    from eval.mtbench.chat_templates import ChatTemplate
+    from collections.abc import Callable
+
+    from eval.mtbench.answers import Answerer, Question
     from eval.processes import Processes
+    from intactkv.attach import IntactModel
     from quantization.runs.plan import Plan
 
 __all__ = ["add", "run"]
@@ -69,12 +71,21 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Answer every question that has no answer yet, and print what was done."""
     from contextlib import nullcontext
+    from functools import partial
 
     import torch
 
     from corpora.catalog import model_defaults
-    from corpora.storage import sha256_of_file
-    from eval.mtbench.answers import QUESTION_SETS, TEMPERATURES, behind_prefix, question_file, read_questions
+    from corpora.files import sha256_of_data
+    from eval.generation import own_generation
+    from eval.mtbench.answers import (
+        QUESTION_SETS,
+        TEMPERATURES,
+        Answerer,
+        behind_prefix,
+        question_file,
+        read_questions,
+    )
     from eval.mtbench.chat_templates import chat_template
     from eval.mtbench.json_lines import only_writer
     from eval.runs import record_of
@@ -93,10 +104,12 @@ def run(options: argparse.Namespace) -> None:
     questions = read_questions(file)[: options.limit]
     plain = chat_template(options.template, plan.tokenizer, plan.checkpoint.family_name)
     template = behind_prefix(plain, questions, plan.choice.ids, options.prepend)
+    generation = own_generation(plan.checkpoint.directory, plan.tokenizer)
     settings = _settings(plan, prepended=bool(template.lead)) | {
         "questions": word if word in QUESTION_SETS else file.name,
-        "questions_sha256": sha256_of_file(file),
-        "template": template.name,
+        "questions_sha256": sha256_of_data(file),
+        **template.describe(),
+        "generation": generation.describe(),
         "temperatures": TEMPERATURES,
         "max_new_tokens": options.max_new_tokens,
         "seed": options.answer_seed,
@@ -106,7 +119,15 @@ def run(options: argparse.Namespace) -> None:
         _refuse_other_settings(path, settings)
 
     def figures() -> dict[str, Any]:
-        return _answer(plan, template, questions, settings, path, options.batch_size, options.force, processes)
+        answerer = partial(
+            Answerer,
+            template=template,
+            generation=generation,
+            seed=options.answer_seed,
+            max_new_tokens=options.max_new_tokens,
+            context=plan.context,
+        )
+        return _answer(plan, answerer, questions, settings, path, options.batch_size, options.force, processes)
 
     with only_writer(path) if processes.is_first else nullcontext():
         # What the one that writes finds goes for all.
@@ -134,13 +155,10 @@ def _settings(plan: "Plan", *, prepended: bool) -> dict[str, Any]:
     if not description["prefix"]["intact"] and not prepended:
         description["prefix"] = {"label": "none", "ids": [], "file": None, "intact": False}
         description["recipe"] = {**description["recipe"], "prefix": "none"}
-    file = plan.checkpoint.directory / "generation_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    config.pop("transformers_version", None)
     more: dict[str, Any] = {"prepended": True} if prepended else {}
     if plan.search is not None:  # the description names the search, not what it found
         more["auto_ids"] = list(plan.choice.ids)
-    return description | {"generation_config": config, "context": plan.context} | more
+    return description | {"context": plan.context} | more
 
 
 def _answers_directory() -> Path:
@@ -200,7 +218,7 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _answer(
     plan: "Plan",
-    template: "ChatTemplate",
+    answerer: "Callable[[IntactModel], Answerer]",
     questions: "list[Question]",
     settings: dict[str, Any],
     path: Path,
@@ -216,7 +234,7 @@ def _answer(
 
     from corpora.machine import peak_memory_mb
     from corpora.storage import sha256_of_file, write_json
-    from eval.mtbench.answers import Answerer, answer_key
+    from eval.mtbench.answers import answer_key
     from eval.mtbench.json_lines import LineFile, part_of, parts_of
 
     if processes.is_first:
@@ -231,20 +249,14 @@ def _answer(
     mine = [left[first : first + batch_size] for first in processes.mine(range(0, len(left), batch_size))]
     tokens, started = 0, time.perf_counter()
     if mine:
-        answerer = Answerer(
-            plan.load(),
-            template,
-            seed=settings["seed"],
-            max_new_tokens=settings["max_new_tokens"],
-            context=plan.context,
-        )
+        loaded = answerer(plan.load())
         file = answers if processes.count == 1 else LineFile(part_of(path, processes.index), answer_key)
         done = len(questions) - sum(map(len, mine))  # before this run, or by other processes
         started = time.perf_counter()
         with tqdm(total=len(questions), initial=done, desc="answers", unit="question",
                   disable=not processes.is_first) as bar:  # fmt: skip
             for batch in mine:
-                for line in answerer.lines(batch, path.stem):
+                for line in loaded.lines(batch, path.stem):
                     file.append(line)
                     tokens += sum(line["tokens"])
                     bar.update()

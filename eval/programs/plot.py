@@ -252,15 +252,21 @@ def _motivation(options: argparse.Namespace) -> "Output":
     from corpora.catalog import CalibrationText, model_defaults
     from corpora.conversations import conversations
     from corpora.errors import UserError
+    from corpora.sharegpt import VICUNA_PROMPT
     from eval.inside.motivation import losses_by_size
     from eval.plots.motivation import draw_motivation
     from eval.plots.subject import token_name
     from intactkv.pivots import hidden_magnitudes
+    from quantization.labels import full_label
     from quantization.runs.checkpoint import find_checkpoint
 
-    if options.recipe is None and find_checkpoint(options.model).manifest is None:
+    checkpoint = find_checkpoint(options.model)
+    if options.recipe is None and checkpoint.manifest is None:
         options.recipe, options.bits = "rtn", options.bits or 3
-    options.prefix = options.prefix or "prompt"
+    if options.prefix is None:  # ShareGPT's conversations are in Vicuna's format, whatever the model's own may be
+        name = checkpoint.family_name
+        own = "vicuna" in name.lower() or model_defaults(name).default_conversations != "sharegpt"
+        options.prefix = "prompt" if own else VICUNA_PROMPT
 
     def size(plan: "Plan") -> CalibrationText:
         source = model_defaults(plan.checkpoint.family_name).default_conversations
@@ -274,6 +280,12 @@ def _motivation(options: argparse.Namespace) -> "Output":
     chats, _ = conversations(
         plan.tokenizer, text.corpus, samples=text.samples, held_out=0, max_length=text.length, min_assistant=50, seed=42
     )
+    for chat in chats:
+        if chat.ids[: len(plan.choice.ids)].tolist() != list(plan.choice.ids):
+            raise UserError(
+                f"--prefix {options.prefix}: the conversations of {text.corpus} do not start with its "
+                f"{len(plan.choice.ids)} tokens, so no curve over its size can be drawn; leave it out, or give bos"
+            )
     model = plan.load()
     assert model.prefix is not None
     twin = plan.twin()
@@ -282,7 +294,7 @@ def _motivation(options: argparse.Namespace) -> "Output":
     pivots = [i for i in hidden_magnitudes(twin, chats[0].ids).pivots() if i < len(model.prefix)]
     tokens = [token_name(plan.tokenizer, int(i)) for i in model.prefix.ids]
     caption = (
-        f"{plan.checkpoint.name} {plan.recipe.label()}: {len(chats)} conversations of {text.corpus}, at most "
+        f"{plan.checkpoint.name} {full_label(plan.recipe)}: {len(chats)} conversations of {text.corpus}, at most "
         f"{text.length} tokens"
     )
     draw_motivation(losses, tokens, pivots, caption, output)

@@ -18,7 +18,7 @@ def _text_options(
     parser: argparse.ArgumentParser, own: str, tokens: int | None, *, prefix: bool
 ) -> argparse._ArgumentGroup:
     """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
-    add_plan_options(parser, calibration=False, prefix=prefix, run=False)
+    add_plan_options(parser, prefix=prefix, run=False)
     text = parser.add_argument_group("text")
     text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
     length = str(tokens) if tokens else "the model's own, or 1024"
@@ -131,7 +131,7 @@ def calibration_options(parser: argparse.ArgumentParser) -> None:
 
 def motivation_options(parser: argparse.ArgumentParser) -> None:
     """Model, prefix and conversations of the motivation curve."""
-    add_plan_options(parser, calibration=False, run=False)
+    add_plan_options(parser, run=False)
     parser.set_defaults(corpus=None)
     text = parser.add_argument_group("conversations")
     text.add_argument("--samples", type=int, metavar="N", help="how many (default: 128; smollm2: 8)")

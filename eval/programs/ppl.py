@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         action="append",
         metavar="NAME|FILE",
         help="a corpus by name (python -m corpora lists them) or a text file; may be given several times "
-        "(default: the model's own, wikitext2 and c4 for most)",
+        "(default: the model's own; for most wikitext2 and c4, by the protocol gptq wikitext2 and c4-old)",
     )
     data.add_argument(
         "--protocol",
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     records: list[dict[str, Any]] = []
     model: list[Any] = []  # loaded once, when the first corpus without a finished run needs it
 
-    for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).default_corpora:
+    for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).corpora_of(rules.name):
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
         plan.check_fits(f"--window {options.window}", windows.lead.numel() + windows.fed.shape[1])
@@ -107,7 +107,7 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
     from tqdm import tqdm
 
     from corpora.machine import peak_memory_mb
-    from eval.perplexity import window_losses
+    from eval.perplexity import perplexity_of, window_losses
 
     mine = processes.mine(range(0, len(windows.fed), batch_size))
     started = time.perf_counter()
@@ -123,7 +123,7 @@ def _measure(model: Any, windows: Any, stream: Any, batch_size: int, device: Any
     seconds = time.perf_counter() - started
     tokens = windows.targets * len(windows.fed)
     return {
-        "perplexity": float(losses.mean().exp()),
+        "perplexity": perplexity_of(losses),
         "nll": float(losses.mean()),
         "window_nll": [round(loss, 6) for loss in losses.tolist()],
         "windows": len(windows.fed),

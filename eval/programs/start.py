@@ -22,7 +22,7 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
     from quantization.programs.options import ALL_GPUS, plan_of, show_log
 
     show_log()
-    processes = Processes()
+    processes = Processes(on_cpu=options.device == "cpu")
     if options.device == ALL_GPUS and processes.count > 1:
         raise UserError(
             f"--device {ALL_GPUS} spreads one model over all GPUs, which `accelerate launch` has dealt out among "

@@ -15,7 +15,8 @@ tasks:
   mmlu         57 subjects, 5 examples shown; --protocol says whose prompts
   qa           openbookqa, winogrande, arc_challenge, arc_easy, boolq, hellaswag, lambada_openai
   csqa         boolq, arc_challenge, arc_easy, hellaswag, piqa, winogrande
-  piqa, gsm8k, truthfulqa, bbh, and every other name of lm-eval's harness (lm_eval ls tasks)
+  bigbench     bbh, BIG-Bench Hard
+  piqa, gsm8k, truthfulqa, and every other name of lm-eval's harness (lm_eval ls tasks)
 
 examples:
   python -m eval tasks --tasks mmlu --model modelzoo/vicuna-v1.5/vicuna-v1.5-7b --recipe rtn-w3 --prefix bos
@@ -46,10 +47,9 @@ def add(commands: Any) -> None:
     group.add_argument("--fewshot", type=int, metavar="K", help="examples shown (default: the task's own; mmlu: 5)")
     group.add_argument(
         "--protocol",
-        default="hendrycks",
         choices=["hendrycks", "lm-eval"],
         help="of mmlu. hendrycks: the authors' and IntactKV's prompts, examples dropped past 2048 tokens (default); "
-        "lm-eval: the harness' own",
+        "lm-eval: the harness' own, as of all other tasks",
     )
     group.add_argument(
         "--bos",
@@ -74,6 +74,11 @@ def run(options: argparse.Namespace) -> None:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name one, for example --tasks qa")
+    if options.protocol == "hendrycks" and "mmlu" not in names:
+        raise UserError(
+            f"--protocol hendrycks is one of mmlu, but --tasks are {', '.join(names)}, which are asked as lm-eval's "
+            "harness asks them; leave it out, or name mmlu"
+        )
     plan, processes = start(options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     source = options.data or model_defaults(plan.checkpoint.family_name).default_task_data
@@ -86,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         processes,
         source=source,
         fewshot=options.fewshot,
-        protocol=options.protocol,
+        protocol=options.protocol or "hendrycks",
         bos_always=options.bos == "always",
         limit=options.limit,
         batch_size=options.batch_size,

@@ -14,7 +14,7 @@ from corpora.catalog import model_defaults
 from corpora.storage import identity
 from eval.tables.perplexities import caption_of, is_behind, prefix_label, weights_and_seed
 from eval.tables.published import BITS, FULL, METHODS, QUESTIONS, WHOLE_METHODS, PublishedTable, paper_name
-from eval.tables.tasks import QA_METRICS, qa_averages, task_caption
+from eval.tables.tasks import QA_AVERAGES, QA_METRICS, averages, task_caption
 from quantization.kv_cache import kv_bits
 from quantization.named import named_recipe
 from quantization.recipes.recipe import describe
@@ -229,7 +229,7 @@ def _scores(table: PublishedTable, records: Mapping[str, Mapping[str, Any]]) -> 
         return {"": records[""]["perplexity"]}
     if table.number == 2:
         return {"": 100 * records["mmlu"]["metrics"]["acc"]}
-    return qa_averages(records)
+    return averages(records, QA_AVERAGES)
 
 
 def one_per_model(table: PublishedTable, columns: Sequence[Column]) -> tuple[list[Column], list[Column]]:

@@ -18,6 +18,7 @@ from corpora.text import PROTOCOLS
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of, percent
 from eval.tables.render import render as render_tables
 from quantization.kv_cache import kv_label
+from quantization.labels import told
 
 __all__ = [
     "ARMS",
@@ -39,6 +40,7 @@ __all__ = [
     "render",
     "settings_of",
     "weights_and_seed",
+    "weights_label",
 ]
 
 
@@ -85,6 +87,11 @@ class Row:
     def visible(self) -> tuple[str, ...]:
         """What a reader of the table can tell rows apart by."""
         return self.caption, self.model, self.weights, self.kv, self.corpus, self.prefix
+
+
+def weights_label(settings: dict[str, Any]) -> str:
+    """The weights, as all arms call them, with what is other than in the named recipe of their kind."""
+    return told(settings["weights"].removesuffix("-behind"), settings["recipe"])
 
 
 def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
@@ -217,7 +224,7 @@ def _row(setting: Setting) -> Row:
     return Row(
         caption=caption_of(s),
         model=s["model"],
-        weights=s["weights"].removesuffix("-behind"),
+        weights=weights_label(s),
         kv=kv_label(s["kv"]),
         corpus=s["corpus"],
         prefix=prefix_label(s),

@@ -1,33 +1,52 @@
 """Tables of finished tasks (MMLU, question answering): every setting's vanilla arm above its IntactKV arm.
 
 Accuracies are percent, changes are points. Figures of different protocols, shots, data or limits never share a table.
-The question answering average is IntactKV's: acc_norm where the task defines it, else acc, plain mean of all seven
-tasks. Which metric the paper averages is inferred, so the mean of plain acc stands beside it.
+The averages are those of published tables (`AVERAGES`), plain means of all their tasks. IntactKV's takes acc_norm where
+the task defines it, else acc; that is inferred, so the mean of plain acc stands beside it.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of
+from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of, weights_label
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of
 from quantization.kv_cache import kv_label
 
-__all__ = ["MEAN_ACC", "QA_AVERAGE", "QA_METRICS", "in_percent", "qa_averages", "run_tables", "task_caption",
-           "task_tables"]  # fmt: skip
+__all__ = ["AVERAGES", "MEAN_ACC", "QA_AVERAGE", "QA_AVERAGES", "QA_METRICS", "Average", "averages", "in_percent",
+           "run_tables", "task_caption", "task_tables"]  # fmt: skip
 
-# The seven tasks of the average and the metric that counts.
-QA_METRICS: Mapping[str, str] = {
-    "openbookqa": "acc_norm",
-    "winogrande": "acc",
-    "arc_challenge": "acc_norm",
-    "arc_easy": "acc_norm",
-    "boolq": "acc",
-    "hellaswag": "acc_norm",
-    "lambada_openai": "acc",
-}
+
+@dataclass(frozen=True)
+class Average:
+    """A plain mean over tasks. metrics: the one that counts of each task."""
+
+    name: str
+    metrics: Mapping[str, str]
+
+
+def _normed(*tasks: str) -> dict[str, str]:
+    """acc_norm of the tasks that define it, acc of the others."""
+    plain = ("winogrande", "boolq", "lambada_openai")
+    return {task: "acc" if task in plain else "acc_norm" for task in tasks}
+
+
+QA_METRICS = _normed(
+    "openbookqa", "winogrande", "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai"
+)  # IntactKV, Table 3
+FOUR = ("boolq", "arc_challenge", "piqa", "winogrande")
+FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 QA_AVERAGE, MEAN_ACC = "QA average", "mean of plain acc"
+QA_AVERAGES = (Average(QA_AVERAGE, QA_METRICS), Average(MEAN_ACC, dict.fromkeys(QA_METRICS, "acc")))
+AVERAGES = (
+    *QA_AVERAGES,
+    Average("CSQA of 6", dict.fromkeys(("boolq", *FIVE), "acc")),  # qllm: GPTQ, SmoothQuant, ZeroQuant, KIVI, KVQuant
+    Average("CSQA of 5", dict.fromkeys(FIVE, "acc")),  # qllm: SpQR; PrefixQuant's "Average Acc"
+    Average("CSQA of 5, normed", _normed(*FIVE)),  # PrefixQuant's "Average Acc (with norm)"
+    Average("CSQA of 4", dict.fromkeys(FOUR, "acc")),  # qllm: LUT-GEMM
+)
 HEAD = ("model", "weights", "KV bits", "prefix", "arm")
 
 Scores = Mapping[int | None, Mapping[str, float]]  # of one arm: by calibration seed, then by head of the table
@@ -45,14 +64,12 @@ def _figures(record: Mapping[str, Any]) -> dict[str, float]:
     return {metric: in_percent(metric, value) for metric, value in record["metrics"].items()} | categories
 
 
-def qa_averages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The two averages of seven tasks in percent, from records by task name; empty unless all seven are there."""
-    if not QA_METRICS.keys() <= records.keys():
-        return {}
-    metrics = {task: records[task]["metrics"] for task in QA_METRICS}
+def averages(records: Mapping[str, Mapping[str, Any]], wanted: Sequence[Average] = AVERAGES) -> dict[str, float]:
+    """The averages in percent whose tasks are all there, by name, from records by task name."""
     return {
-        QA_AVERAGE: 100 * fmean(metrics[task][metric] for task, metric in QA_METRICS.items()),
-        MEAN_ACC: 100 * fmean(metrics[task]["acc"] for task in QA_METRICS),
+        average.name: 100 * fmean(records[task]["metrics"][metric] for task, metric in average.metrics.items())
+        for average in wanted
+        if all(task in records and metric in records[task]["metrics"] for task, metric in average.metrics.items())
     }
 
 
@@ -85,8 +102,8 @@ def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
                         f"{record['seconds']:.0f}" if first else "",
                     )
                 )
-        averages = qa_averages({record["settings"]["task_name"]: record for record in mine})
-        lines += [(name, "", Figure(value), None, "", "") for name, value in averages.items()]
+        means = averages({record["settings"]["task_name"]: record for record in mine})
+        lines += [(name, "", Figure(value), None, "", "") for name, value in means.items()]
         s = mine[0]["settings"]
         prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or s["prefix"]["label"] == "none" else ", vanilla")
         who = f"{s['model']}, weights {s['weights']}, KV bits {kv_label(s['kv'])}, prefix {prefix}"
@@ -107,8 +124,7 @@ def task_tables(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> 
 def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) -> Table:
     columns = _task_columns(records)
     metrics = _metrics(records, columns)
-    questions = any(task in QA_METRICS for task, _ in columns)
-    averages = (QA_AVERAGE, MEAN_ACC) if questions else ()
+    means = [average for average in AVERAGES if average.metrics.keys() <= {task for task, _ in columns}]
     newest = {record["settings"]["task_name"]: columns[_data(record)] for record in records}
 
     def scores(mine: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -117,9 +133,9 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
         found = {
             f"{column} {metric}": value for column, record in runs.items() for metric, value in _figures(record).items()
         }
-        return found | qa_averages({task: runs[column] for task, column in newest.items() if column in runs})
+        return found | averages({task: runs[column] for task, column in newest.items() if column in runs})
 
-    heads = (*metrics, *averages)
+    heads = (*metrics, *(average.name for average in means))
     named = [(setting, _words(setting.settings)) for setting in settings_of(records, task_caption, over_seeds)]
     seen = Counter(words for _, words in named)
     lines: list[tuple[Cell, ...]] = []
@@ -134,9 +150,9 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
     if errors:
         span = " to ".join(dict.fromkeys((f"{min(errors):.1f}", f"{max(errors):.1f}")))
         notes.append(f"standard error of a single accuracy over its questions: {span} points")
-    if questions:
-        chosen = ", ".join(f"{task} {metric}" for task, metric in QA_METRICS.items())
-        notes.append(f"{QA_AVERAGE}: plain mean of {chosen}; n/a unless all seven are there")
+    for average in means:
+        chosen = ", ".join(f"{task} {metric}" for task, metric in average.metrics.items())
+        notes.append(f"{average.name}: plain mean of {chosen}; n/a unless all are there")
     return Table(f"Tasks, accuracy in %, change in points ({caption})", (*HEAD, *heads), tuple(lines), len(HEAD),
                  tuple(notes))  # fmt: skip
 
@@ -162,7 +178,7 @@ def _metrics(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], s
 
 def _words(s: dict[str, Any]) -> tuple[str, ...]:
     """What stands in the first columns of a setting's lines."""
-    return s["model"], s["weights"].removesuffix("-behind"), kv_label(s["kv"]), prefix_label(s)
+    return s["model"], weights_label(s), kv_label(s["kv"]), prefix_label(s)
 
 
 def _lines(by_arm: Mapping[str, Scores], heads: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:

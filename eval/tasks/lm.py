@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from corpora.errors import UserError
 from corpora.tokens import encode, start_token_id
+from eval.generation import Generation
 from eval.tasks.scoring import score_continuations
 from intactkv.attach import IntactModel
 
@@ -37,6 +38,7 @@ class IntactLM(HFLM):
     """lm-eval's view of a model, a prefix and a KV policy.
 
     lead: ids that open every row; behind an intact prefix they must be the prefix's.
+    generation: the model's own settings, the only ones that it generates by; None if it is to score alone.
     context: positions that the model has, the lead included.
     counts: what happened to the rows: `rows`, `behind_prefix`, `truncated` (too long for the context).
     """
@@ -49,6 +51,7 @@ class IntactLM(HFLM):
         *,
         batch_size: int,
         context: int,
+        generation: Generation | None = None,
         accelerator: Any = None,
     ):
         if model.prefix is not None and model.prefix.ids.tolist() != list(lead):
@@ -60,7 +63,9 @@ class IntactLM(HFLM):
         super().__init__(
             pretrained=model.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=context
         )
-        self.intact = model
+        self.intact, self.generation = model, generation
+        if generation is not None:
+            generation.rule(model.model)
         self.lead = list(lead)
         self.counts: Counter[str] = Counter()
         if accelerator is not None:
@@ -104,7 +109,8 @@ class IntactLM(HFLM):
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
         self.counts["rows"] += len(rows)
         longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
+        assert self.generation is not None
+        ids = torch.full((len(rows), longest), self.generation.pad)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             ids[index, longest - len(row) :] = torch.tensor(row)
@@ -197,11 +203,17 @@ class IntactLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Generate behind the prefix; greedy where the task names no temperature. (B, L) to (B, L + new tokens)."""
+        pads = (options["attention_mask"] == 0).sum(dim=1).tolist()
+        if self.intact.pads_shift and any(pads):
+            return self._row_by_row(context, pads, max_length, stop, **options)
         temperature = options.pop("temperature", 0.0)
         sample = options.pop("do_sample", None)
         sample = temperature > 0 if sample is None else bool(sample)
-        if sample and temperature > 0:
-            options["temperature"] = temperature
+        if sample:
+            assert self.generation is not None
+            options = self.generation.sampling() | options
+            if temperature > 0:
+                options["temperature"] = temperature
         self.counts["behind_prefix"] += len(context) if self.intact.prefix is not None else 0
         return self.intact.generate(
             context,
@@ -209,6 +221,16 @@ class IntactLM(HFLM):
             max_length=max_length,
             do_sample=sample,
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], len(context)),
-            pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
+
+    def _row_by_row(self, context: Tensor, pads: list[int], max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """`_model_generate` for a model that stands no pads: each row alone, laid out as if they had shared a batch."""
+        assert self.generation is not None
+        options.pop("attention_mask")
+        rows = []
+        for row, count in zip(context, pads, strict=True):
+            alone, mask = row[None, count:], torch.ones(1, len(row) - count, dtype=torch.long, device=row.device)
+            answer = self._model_generate(alone, max_length - count, stop, attention_mask=mask, **options)[0]
+            rows.append(torch.cat([row[:count], answer.to(row)]))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.generation.pad)

@@ -17,18 +17,20 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
 from corpora.mmlu import LETTERS, SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
-from corpora.storage import identity, sha256_of_file
+from corpora.storage import identity
 from corpora.task_data import TASK_DATA, task_rows, unlisted_task
 from eval.tasks.lm import IntactLM
 
-__all__ = ["GROUPS", "TaskRun", "load_tasks", "run_tasks", "task_runs"]
+__all__ = ["GROUPS", "TaskRun", "check_answers", "load_tasks", "run_tasks", "task_runs"]
 
 datasets.disable_progress_bars()  # one bar a program: ours
 
@@ -48,11 +50,12 @@ FILES = {
     "gsm8k": "gsm8k/gsm8k.yaml",
     "truthfulqa_gen": "truthfulqa/truthfulqa_gen.yaml",
 }
-# A word that stands for several tasks, each with a record of its own.
+# A word that stands for other tasks, each with a record of its own.
 GROUPS = {
     "qa": ("openbookqa", "winogrande", "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai"),
     "csqa": ("boolq", "arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande"),
     "truthfulqa": ("truthfulqa_gen",),
+    "bigbench": ("bbh",),  # BIG-Bench Hard: which of BIG-Bench's tasks the qllm pages mean is inferred from the score
 }
 
 
@@ -146,7 +149,7 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             if shots:
                 _check_examples(name, config, splits, shots)
             _with_rows(config, splits)
-        with _needs(name):
+        with _needs(name), _usable(f"the data of {name}"):
             task = ConfigurableTask(config=config)
         if shots and shots > (there := _examples(task)):
             raise UserError(f"{name}: --fewshot {shots} is more than the {there} examples that its data have to show")
@@ -157,7 +160,7 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
         tasks[name] = task
     if not tasks:
         raise UserError(f"the sample has no questions of {run.name}; it has those of {', '.join(mmlu)}")
-    return tasks, identity({"files": [sha256_of_file(file) for file in files], "fetched": fetched})
+    return tasks, identity({"files": [sha256_of_data(file) for file in files], "fetched": fetched})
 
 
 @contextlib.contextmanager
@@ -172,6 +175,47 @@ def _needs(name: str) -> Iterator[None]:
         ) from None
     except FileNotFoundError as error:
         raise UserError(f"the task {name} needs something that is not here ({error}); choose another task") from None
+
+
+# What a task file raises, in Python or in a template, at a row that is not as it expects.
+BAD_ROW = (LookupError, ValueError, TypeError, AttributeError, SyntaxError, TemplateError)
+
+
+@contextlib.contextmanager
+def _usable(what: str) -> Iterator[None]:
+    """Turn what a task file raises at data of another form into a UserError. what: the task, or a question of it."""
+    try:
+        yield
+    except BAD_ROW as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{what} is of no form that lm-eval's task file can use ({reason}); take such rows out of the data, or "
+            "give those of a split or revision that has answers"
+        ) from error
+
+
+def check_answers(name: str, task: ConfigurableTask, limit: int | None) -> None:
+    """Raise UserError for a question among the first `limit` that has no right answer, or an empty choice.
+
+    lm-eval stops at some of them with an exception of its own, and counts the others as answered wrongly. Tasks that
+    score by a function of their own, and texts whose every token counts, have no answer in this sense.
+    """
+    if task.config.process_results is not None or task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return
+    for number, row in enumerate(itertools.islice(task.eval_docs, limit), start=1):
+        with _usable(f"{name}: question {number}"):
+            gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+            choices = task.doc_to_choice(row) if task.OUTPUT_TYPE == "multiple_choice" else None
+            if choices is not None and not all(choices):
+                raise ValueError(f"one of its choices {choices} is empty")
+            for answer in gold if isinstance(gold, list) else [gold]:
+                if choices is None:
+                    right = bool(str(answer).strip())
+                else:
+                    right = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
+                if not right:
+                    among = "" if choices is None else f", which is none of its choices {choices}"
+                    raise ValueError(f"its answer is {answer!r}{among}")
 
 
 def _hendrycks(source: str) -> dict[str, tuple[dict[str, list[dict[str, Any]]], list[Path]]]:
@@ -264,6 +308,8 @@ def run_tasks(lm: IntactLM, tasks: dict[str, Task], limit: int | None) -> dict[s
         for task in tasks.values():
             if task.config.num_fewshot:
                 draw_for_share(task, lm.rank, lm.world_size)
+    for name, task in tasks.items():
+        check_answers(name, task, limit)
     with contextlib.redirect_stdout(sys.stderr):  # it prints that it bootstraps; ours is the table, or the JSON
         results = evaluate(
             lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from intactkv.architecture import ARCHITECTURES
 from intactkv.attach import IntactModel
+from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
 
 __all__ = ["LOGITS_AT_ONCE", "Answer", "decoder_and_head", "score_continuations"]
@@ -50,7 +51,7 @@ def score_continuations(
     prefix every text starts with the prefix's ids; they are taken off, and what the last of them predicts is the
     stored full-precision logits. continuations: per text the alternatives, as token ids; each ends one token behind
     the text, so the first of n tokens is predicted at the text's position −n.
-    Texts are padded on the right, where causal attention needs no mask.
+    Texts are padded on the right, where causal attention needs no mask. Raises UserError for numbers that are none.
     """
     skipped = model.prefix_length
     device = input_embeddings(model.model).device
@@ -90,6 +91,7 @@ def score_continuations(
             logits = model.prefix.logits[-1:].float().cpu()
             top = torch.cat([logits.argmax(-1), top])
             likelihood = torch.cat([logits.log_softmax(-1).gather(1, mine[:1]), likelihood])
+        finite(likelihood, f"log-likelihoods by {model.name}, by token and continuation")
         answers.append(
             [
                 Answer(

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_data
 from corpora.machine import peak_memory_mb
 from corpora.mmlu import SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
-from corpora.storage import identity, sha256_of_file
+from corpora.storage import identity
 from corpora.tokens import start_token_id, tokenizer_fingerprint
+from eval.generation import own_generation
 from eval.processes import Processes
 from eval.runs import record_of
 from eval.tasks import mmlu
@@ -81,6 +83,7 @@ class TaskRunner:
         self.limit = limit
         self.batch_size = batch_size
         self.lead = lead_of(plan, bos_always)
+        self.generation = own_generation(plan.checkpoint.directory, plan.tokenizer)
         self._lm: IntactLM | None = None
 
     def prepare(self, run: TaskRun) -> Prepared:
@@ -97,14 +100,13 @@ class TaskRunner:
             short = next((s for s in subjects if len(s.dev) < shots), None)
             if short is not None:
                 raise UserError(f"--fewshot {shots}: {short.files[0]} has only {len(short.dev)} examples to show")
-            data = identity({"files": [sha256_of_file(file) for subject in subjects for file in subject.files]})
+            data = identity({"files": [sha256_of_data(file) for subject in subjects for file in subject.files]})
         else:
             fewshot = MMLU_SHOTS if run.name == "mmlu" and self.fewshot is None else self.fewshot
             tasks, data = load_tasks(run, self.source, fewshot)
             shots = max(int(task.config.num_fewshot) for task in tasks.values())
-            if self.plan.tokenizer.eos_token_id is None and any(
-                t.OUTPUT_TYPE == "generate_until" for t in tasks.values()
-            ):
+            generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
+            if generates and self.plan.tokenizer.eos_token_id is None:
                 raise UserError(
                     f"{run.name} generates its answers, and the tokenizer {self.plan.tokenizer.name_or_path!r} has no "
                     "EOS token to end one; set eos_token in its tokenizer_config.json"
@@ -122,6 +124,8 @@ class TaskRunner:
         }
         if not hendrycks:
             settings["lm_eval"] = version("lm_eval")  # whose task files make the prompts
+            if generates:
+                settings["generation"] = self.generation.describe()
 
         def measure(lm: IntactLM) -> dict[str, Any] | None:
             return self._hendrycks(lm, subjects, shots) if hendrycks else run_tasks(lm, tasks, self.limit)
@@ -165,6 +169,7 @@ class TaskRunner:
                 self.plan.load(),
                 self.plan.tokenizer,
                 self.lead,
+                generation=self.generation,
                 batch_size=self.batch_size,
                 context=self.plan.context or DEFAULT_CONTEXT,
                 accelerator=self.processes.accelerator(),

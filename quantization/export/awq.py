@@ -44,7 +44,7 @@ def pack(weight: StoredWeight, name: str) -> Packed:
         )
     if len(codes) % 8:
         raise refuse(name, f"its {len(codes)} output channels are no multiple of 8, of which AWQ's format makes a word")
-    scales, change = half_scale(grid.scale, name)
+    scales, change = half_scale(grid, name)
     tensors = {
         "qweight": _interleaved(codes.T),
         "qzeros": _interleaved(zero_point.T),

@@ -42,21 +42,27 @@ def recovered_limits(weight: Tensor, rounded: QuantizedTensor) -> Tensor:
 def export_search(source: Path, out: Path) -> str:
     """Write the search behind an AWQ checkpoint as the file `out`, which gives the same checkpoint again.
 
-    Returns what it holds and how to apply it. Raises UserError if AWQ's own search did not make the checkpoint, the
-    dense one behind it is not at hand, or `out` exists.
+    Returns what it holds and how to apply it. Raises UserError if AWQ's own search did not make the checkpoint, it ran
+    behind a prefix, the dense checkpoint is not at hand, or `out` exists.
     """
     if out.suffix != ".pt":
         raise UserError(f"--out {out}: a search is a file that ends in .pt")
     manifest = read_source(source, out)
     if (manifest["recipe"]["weights"] or {}).get("kind") != "AWQ" or manifest["recipe"]["transforms"]:
         raise UserError(f"{source} ({manifest['label']}) was not made by AWQ alone, so it holds no search to export")
+    if manifest["needs_prefix"] is not None:
+        raise UserError(
+            f"{source} was searched behind the prefix {manifest['needs_prefix']}, without which its scales are wrong, "
+            "and a search's file cannot name one; export a search that ran without --calibrate-behind-prefix"
+        )
     dense = dense_directory(find_checkpoint(source), "its weights tell the clip limits", "export where it is")
-    reader, model, results = DenseCheckpoint(dense), empty_model(dense), {}
+    model, results = empty_model(dense), {}
+    weights = DenseCheckpoint(dense).weights(model)
     architecture = architecture_of(model.config)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config)
         stored = read_block(block_file(source, index))
-        reader.load_into(module, block.name, torch.device("cpu"))
+        weights.load_into(module, block.name, torch.device("cpu"))
         rescale_all(module, stored.rescalings, block.head_size)
         limits = {}
         for name, linear in block.linears().items():

@@ -62,7 +62,7 @@ def _pack(weight: StoredWeight, name: str, offset: int) -> Packed:
             "and its readers undo differently",
             "use --format gptq-v2 or compressed-tensors",
         )
-    scales, change = half_scale(grid.scale, name)
+    scales, change = half_scale(grid, name)
     tensors = {
         "qweight": pack_words(codes.T, scheme.bits, axis=0),
         "qzeros": pack_words(zero_point.T - offset, scheme.bits, axis=1),

@@ -8,7 +8,7 @@ out as they are. Real ones, and codes that are no uniform grid, have no place in
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -123,19 +123,27 @@ def pack_words(values: Tensor, bits: int, axis: int) -> Tensor:
     return (words if axis == 1 else words.T).contiguous()
 
 
-def half_scale(scale: Tensor, name: str) -> tuple[Tensor, float]:
+def half_scale(weight: QuantizedTensor, name: str) -> tuple[Tensor, float]:
     """Scales in float16, as GPTQ's and AWQ's formats keep them, and their largest relative change.
 
-    Raises UserError for a scale beyond float16.
+    Raises UserError for a scale beyond float16, or one that becomes 0 there and was not that of a group of zeros.
     """
+    scale = weight.scale.float()
     half = scale.to(torch.float16)
+    lost = half == 0
     if not bool(torch.isfinite(half).all()):
         raise refuse(
             name,
             f"its scale {float(scale.max()):g} is beyond float16 ({torch.finfo(torch.float16).max:g}), in which the "
             "format keeps scales",
         )
-    return half, float(((half.float() - scale.float()) / scale.float()).abs().max())
+    if bool(lost.any()) and bool(replace(weight, scale=scale * lost).dequantize().any()):
+        raise refuse(
+            name,
+            f"its scale {float(scale[lost].max()):.1e} becomes 0 in float16, in which the format keeps scales",
+            "use --format compressed-tensors, quantize with --set weights.grid.scale_dtype=float16",
+        )
+    return half, float(torch.where(lost, 0, (half.float() - scale) / scale).abs().max())
 
 
 def common_scheme(schemes: Mapping[str, Scheme], what: str) -> Scheme:

@@ -34,7 +34,7 @@ from quantization.runs.checkpoint import (
     read_block,
     read_manifest,
 )
-from quantization.runs.dense import empty_model
+from quantization.runs.dense import check_values, empty_model
 from quantization.runs.plan import plan_run
 
 __all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]
@@ -211,18 +211,30 @@ def _packed_blocks(
                 "rotate"
             )
         tensors = {
-            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            name: _narrowed(tensor, dtype, name) if dtype is not None and tensor.is_floating_point() else tensor
             for name, tensor in block.parameters.items()
         }
         for name, parts in block.linears.items():
             packed = export.format.pack(restore(*parts), name)
             if packed.scheme is None:
-                tensors[f"{name}.weight"] = packed.tensors["weight"].to(export.dtype)
+                tensors[f"{name}.weight"] = _narrowed(packed.tensors["weight"], export.dtype, f"{name}.weight")
                 continue
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
             export.schemes[name] = packed.scheme
             export.scale_change = max(export.scale_change, packed.scale_change)
         yield tensors
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in the export's dtype. Raises UserError if a value becomes infinite there, or all of them 0."""
+    check_values(tensor, name, dtype)
+    narrow = tensor.to(dtype)
+    if bool(tensor.any()) and not bool(narrow.any()):
+        raise UserError(
+            f"{name}: all of its values become 0 in {_word(dtype)} (the largest is {float(tensor.abs().max()):.1e}); "
+            "choose --dtype bfloat16 or float32"
+        )
+    return narrow
 
 
 class _Shards:
@@ -289,6 +301,7 @@ def _write_config(
         "basis": manifest["basis"],
         "needs_prefix": manifest["needs_prefix"],
         "needs_kv": manifest.get("needs_kv"),
+        "label": manifest["label"],
     }
     write_json(directory / "config.json", config)
     return config

@@ -7,7 +7,8 @@ RTN (W8A8), SmoothQuant, ZeroQuant, QuaRot and PrefixQuant differ in the grid's 
 Linears that read the same tensor share a quantizer. The head's input is never quantized.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from quantization.grids.uniform import UniformGrid, split_groups
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer, put_in_front
 
-__all__ = ["Activations", "input_ranges", "quantize_inputs"]
+__all__ = ["Activations", "at_work", "input_ranges", "quantize_inputs"]
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,14 @@ def quantize_inputs(block: DecoderBlock, quantizers: Mapping[tuple[str, ...], In
     """Put the quantizers to work."""
     for names, quantizer in quantizers.items():
         put_in_front(block.module, names, quantizer=quantizer)
+
+
+@contextmanager
+def at_work(block: DecoderBlock, inputs: Mapping[tuple[str, ...], InputQuantizer]) -> Iterator[None]:
+    """Let these quantizers of inputs round, for a while."""
+    paths = [put_in_front(block.module, names, quantizer=quantizer) for names, quantizer in inputs.items()]
+    try:
+        yield
+    finally:
+        for path in paths:
+            path.quantizer = None

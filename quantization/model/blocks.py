@@ -6,11 +6,11 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,24 @@ from intactkv.architecture import Architecture, Feed
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 
-__all__ = ["CalibrationStream", "DecoderBlock"]
+__all__ = ["CalibrationStream", "DecoderBlock", "Rounding"]
+
+
+class Rounding(Protocol):
+    """What rounds beside the weights when the model runs (`quantization.model.rounding`)."""
+
+    @property
+    def kv(self) -> KVPolicy | None:
+        """Of new keys and values; a cache has it."""
+        ...
+
+    def at_work(self, block: "DecoderBlock") -> AbstractContextManager[None]:
+        """Let everything else of the block be rounded, for a while."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,8 @@ class DecoderBlock:
 
     rescalings: what `rescale` applied so far; the checkpoint keeps them. kv: tensors of a KV policy with ranges of its
     own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
-    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks.
+    this block (outliers, repaired Hessians); numbers of the same name are summed over blocks. rounding: what rounds
+    beside the weights when the model runs, for quantizers that train with it at work (`WeightQuantizer.sees_rounding`).
     """
 
     index: int
@@ -44,6 +59,7 @@ class DecoderBlock:
     rescalings: list[Rescaling] = field(default_factory=list)
     kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    rounding: Rounding | None = None
 
     @property
     def name(self) -> str:
@@ -71,23 +87,35 @@ class DecoderBlock:
                 )
 
     def feeds(self) -> tuple[Feed, ...]:
-        """What scales can be moved through, in the order of computation."""
-        return self.architecture.feeds_of(self.config)
+        """What scales can be moved through, in the order of computation. Raises UserError if there is a part without
+        weights to move them to."""
+        feeds = self.architecture.feeds_of(self.config)
+        for feed in feeds:
+            if getattr(self.module.get_submodule(feed.producer), "weight", None) is None:
+                raise UserError(
+                    f"{self.name}.{feed.producer} has no weights (as with layer_norm_elementwise_affine=false), so no "
+                    "scales can move to it; use a method without scales, such as gptq or rtn"
+                )
+        return feeds
 
     def rescale(self, step: Rescaling) -> None:
         """Apply an equivalent rescaling to the weights and remember it.
 
         Raises UserError if an online rotation stands between the two: their scales cannot move through it.
         """
-        for name in step.consumers:
-            path = path_of(self.module.get_submodule(name))
-            if path is not None and path.rotation is not None:
-                raise UserError(
-                    f"{self.name}: scales of {step.producer} cannot move to {name}, because a rotation stands between "
-                    "them; rescale without that pair, or rotate with head_mix=none and online_down=false"
-                )
+        paths = {name: path_of(self.module.get_submodule(name)) for name in step.consumers}
+        self.check_scales(step.producer, [n for n, path in paths.items() if path is not None and path.rotation])
         rescale(self.module, step, self.head_size)
         self.rescalings.append(step)
+
+    def check_scales(self, producer: str, rotated: Collection[str]) -> None:
+        """Raise UserError for scales that would have to move from a producer to linears whose input is rotated."""
+        if rotated:
+            raise UserError(
+                f"{self.name}: scales of {producer} cannot move to {next(iter(rotated))}, because a rotation stands "
+                "between them; rescale without that pair, or rotate without it (--set transforms.rotate.head_mix=none, "
+                "--set transforms.rotate.online_down=false)"
+            )
 
     def report(self, **figures: float) -> None:
         """Add to the figures of this block."""
@@ -297,7 +325,8 @@ class CalibrationStream:
         for module in self._blocks:
             module.forward = skip
         try:
-            model(input_ids=ids.to(input_embeddings(model).device), past_key_values=cache, use_cache=True)
+            ids = known_ids(ids, model).to(input_embeddings(model).device)
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
         except _Reached:
             pass
         finally:

@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantization.programs.kv_options import add_kv_options, with_kv
+from quantization.programs.recipe_options import (
+    CALIBRATION,
+    WEIGHTS,
+    add_recipe_options,
+    check_agreement,
+    fields_of,
+    given_parts,
+    with_model_defaults,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +41,7 @@ __all__ = [
 ]
 
 PREFIX_SUFFIX = ".safetensors"
+ALL_GPUS = "cuda:all"
 
 
 def add_plan_options(
@@ -93,33 +103,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         help="where to compute (default: auto, a GPU if there is one)"
         + ("; cuda:all spreads a model that is larger than one GPU over all of them" if several else ""),
     )
-
-
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """--recipe and the fields of its weights."""
-    group = parser.add_argument_group("recipe")
-    group.add_argument(
-        "--recipe",
-        default=None,
-        metavar="NAME",
-        help="a named recipe; python -m quantization --list explains them (default: fp16, nothing quantized)",
-    )
-    group.add_argument("--bits", type=int, metavar="B", help="bits of the weights, short for --set weights.grid.bits=B")
-    group.add_argument(
-        "--group-size",
-        type=int,
-        metavar="G",
-        help="input channels per scale, -1 for one scale per row (default: the recipe's, or the model's "
-        "own where that has one)",
-    )
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="settings",
-        metavar="FIELD=VALUE",
-        help="any other field by its dotted name, for example weights.grid.convention=gptq-sym",
-    )
+    if several:
+        parser.add_argument(
+            "--max-memory",
+            metavar="SIZE",
+            help=f"with --device {ALL_GPUS}: what the model may take of each GPU, as 65GiB; the rest goes to main "
+            "memory (default: as much as there is)",
+        )
 
 
 def add_calibration_options(parser: argparse.ArgumentParser) -> None:
@@ -183,27 +173,26 @@ def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -
     parser.add_argument("--text-seed", type=int, default=default, metavar="S", help=f"{what} (default: {default})")
 
 
-def _setting(field: str, value: object) -> list[str]:
-    return [] if value is None else [f"{field}={value}"]
-
-
 def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
     """The recipe that the options spell, with the model's own group size. Raises UserError for what cannot be."""
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.named import named_recipe
+    from quantization.named import named_recipe, put_together
     from quantization.recipes.recipe import with_settings
     from quantization.runs.plan import needed_prefix
     from quantization.runs.prefixes import searched_in
 
     if not hasattr(options, "recipe"):
         return named_recipe("fp16")
-    recipe = named_recipe(options.recipe or "fp16")
+    check_agreement(options)
+    parts, left = given_parts(options)
+    recipe = put_together(named_recipe(options.recipe or "fp16"), parts)
+    spelled = " ".join([options.recipe or "fp16", *(f"with {field} {'+'.join(n)}" for field, n in parts.items())])
     if recipe.weights is None and (options.bits is not None or options.group_size is not None):
         raise UserError(
-            f"--bits and --group-size set the grid of the weights, but the recipe "
-            f"{options.recipe or 'fp16'} quantizes none; name one that does, for example --recipe rtn"
+            f"--bits and --group-size set the grid of the weights, but the recipe {spelled} quantizes none; name one "
+            "that does, for example --recipe rtn"
         )
     # Prefix and KV policy first: a setting may need the one or reach into the other.
     if getattr(options, "prefix", None) is not None:
@@ -212,50 +201,22 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     elif recipe.prefix == "none":
         recipe = replace(recipe, prefix=needed_prefix(checkpoint))
     recipe = with_kv(recipe, options, checkpoint)
-    settings = [
-        *_setting("weights.grid.bits", options.bits),
-        *_setting("weights.grid.group_size", options.group_size),
-    ]
-    calibration = [
-        *_setting("calibration.corpus", getattr(options, "calibration", None)),
-        *_setting("calibration.samples", getattr(options, "calibration_samples", None)),
-        *_setting("calibration.length", getattr(options, "calibration_length", None)),
-        *_setting("calibration.seed", getattr(options, "seed", None)),
-    ]
+    settings, calibration = fields_of(options, WEIGHTS), fields_of(options, CALIBRATION)
     # Whether a method calibrates may depend on its fields.
-    chosen = with_settings(recipe, [s for s in options.settings if s.startswith(("weights.", "activations."))])
+    chosen = with_settings(recipe, [s for s in left if s.startswith(("weights.", "activations."))])
     if calibration and not chosen.calibrates:
         raise UserError(
-            f"the recipe {options.recipe or 'fp16'} calibrates on no text, so {calibration[0].replace('.', ' ', 1)} "
+            f"the recipe {spelled} calibrates on no text, so {calibration[0].replace('.', ' ', 1)} "
             "has nothing to act on; leave it out"
         )
     recipe = with_settings(
-        recipe, _with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *options.settings])
+        recipe, with_model_defaults(chosen, checkpoint.family_name, [*settings, *calibration, *left])
     )
     if any(setting.startswith("calibration.corpus=") for setting in (*calibration, *options.settings)):
         recipe = replace(recipe, prefix=searched_in(recipe.prefix, recipe.calibration.corpus))
     if getattr(options, "calibrate_behind_prefix", False):
         recipe = replace(recipe, calibrate_behind_prefix=True)
     return recipe
-
-
-def _with_model_defaults(recipe: "Recipe", model: str, settings: list[str]) -> list[str]:
-    """Settings with the model's own group size and calibration text in front, where it has other than the published."""
-    from corpora.catalog import model_defaults
-    from quantization.named import PUBLISHED_GROUP
-
-    own, front = model_defaults(model), []
-    if recipe.weights is not None and recipe.weights.grid.group_size == PUBLISHED_GROUP != own.default_group_size:
-        front.append(f"weights.grid.group_size={own.default_group_size}")
-    if recipe.calibrates and own.default_calibration is not None:
-        text = own.default_calibration
-        front += [
-            f"calibration.corpus={text.corpus}",
-            f"calibration.samples={text.samples}",
-            f"calibration.length={text.length}",
-            "calibration.draw=segments",
-        ]
-    return [*front, *settings]
 
 
 def plan_of(
@@ -274,12 +235,17 @@ def plan_of(
     Raises UserError for options that cannot be.
     """
     from corpora.errors import UserError
+    from quantization.model.placement import bytes_of
     from quantization.runs.checkpoint import find_checkpoint
-    from quantization.runs.pipeline import check_makes_something
+    from quantization.runs.dense import empty_model
+    from quantization.runs.pipeline import check_makes_something, check_recipe
     from quantization.runs.plan import plan_run
 
     if device is None:
         device = chosen_device(options.device, several=several, planned=options.plan)
+    spread, size = several and options.device == ALL_GPUS, getattr(options, "max_memory", None)
+    if size is not None and not spread:
+        raise UserError(f"--max-memory {size} is for a model that is spread: add --device {ALL_GPUS}, or leave it out")
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         checkpoint,
@@ -288,13 +254,16 @@ def plan_of(
         dtype=chosen_dtype(getattr(options, "dtype", None)),
         vanilla=getattr(options, "vanilla", False),
         packed=getattr(options, "packed", False),
-        spread=several and options.device == ALL_GPUS,
+        spread=spread,
+        max_memory=None if size is None else bytes_of(size),
         quantizes=makes in ("run", "checkpoint"),
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
     if makes == "checkpoint":
         check_makes_something(options.model, plan.recipe)
+    if checkpoint.manifest is None and plan.recipe.makes_checkpoint:  # now, and not behind a discovery and a text
+        check_recipe(empty_model(checkpoint.directory), plan.recipe)
     if makes != "discovery":  # whose text is not among these options
         stop_at_plan(options, plan, makes, shown)
     return plan
@@ -340,9 +309,6 @@ def check_counts(**least: tuple[int | None, int]) -> None:
     for name, (value, allowed) in least.items():
         if value is not None and value < allowed:
             raise UserError(f"--{name.replace('_', '-')} {value}: give {allowed} or more")
-
-
-ALL_GPUS = "cuda:all"
 
 
 def chosen_device(name: str, *, several: bool = False, planned: bool = False) -> "torch.device":

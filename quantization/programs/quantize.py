@@ -1,12 +1,15 @@
 """python -m quantization: write a quantized checkpoint, or list the recipes."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from corpora.errors import Parser
 from quantization.programs.options import add_plan_options, plan_of, show_log
 
 __all__ = ["quantize"]
+
+log = logging.getLogger(__name__)
 
 
 def quantize_parser(listing: bool) -> argparse.ArgumentParser:
@@ -24,7 +27,9 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
             "--out", type=Path, metavar="DIR", help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)"
         )
         parser.add_argument("--verbose", action="store_true", help="one log line per block on stderr")
-    parser.add_argument("--list", action="store_true", help="print the named recipes, one a line, and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="print the named recipes with their parts, one a line, and stop"
+    )
     return parser
 
 
@@ -36,7 +41,14 @@ def quantize(arguments: list[str]) -> None:
         return
     show_log(options.verbose)
     plan = plan_of(options, makes="checkpoint")
+    asked = options.kv is not None or options.kv_bits is not None
+    if asked and plan.recipe.kv_cache is not None and "kv_cache" not in plan.recipe.weights_identity():
+        log.warning(
+            "--kv and --kv-bits change nothing in this checkpoint: such a cache is chosen when the model runs; give "
+            "them to that program, too"
+        )
 
+    from quantization.labels import full_label
     from quantization.runs.checkpoint import read_cost
 
     out = plan.written(plan.recipe, options.out)
@@ -44,17 +56,18 @@ def quantize(arguments: list[str]) -> None:
     bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "
     repaired = int(cost["figures"].get("repaired_hessians", 0))
     print(
-        f"{plan.recipe.label()}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
+        f"{full_label(plan.recipe)}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
         + (f"{repaired} Hessians needed more damping  " if repaired else "")
         + str(out)
     )
 
 
 def list_recipes() -> None:
-    """One recipe a line: name, paper, note."""
-    from quantization.named import RECIPES
+    """One recipe a line: name, paper, note, and the parts that other recipes can take of it."""
+    from quantization.named import PARTS, RECIPES
 
     width = max(map(len, RECIPES))
     papers = max(len(row.paper) for row in RECIPES.values())
     for name, row in RECIPES.items():
-        print(f"{name:<{width}}  {row.paper:<{papers}}  {row.note}")
+        parts = ", ".join(part for part in PARTS if getattr(row.recipe, part)) or "no parts"
+        print(f"{name:<{width}}  {row.paper:<{papers}}  {row.note}  [{parts}]")

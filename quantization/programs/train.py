@@ -220,7 +220,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-loss-norm", choices=["baseline", "none"], default="baseline",
                        help="divide each layer's by that without a prefix, or not (default: baseline)")  # fmt: skip
     group.add_argument("--prefix-kd-weight", type=float, default=1.0, metavar="W",
-                       help="of KL(model behind [BOS] ‖ model behind the prefix); 0 is the published idea (default: 1)",
+                       help="of KL(model behind [BOS] ‖ model behind the prefix); 0 leaves it out (default: 1)",
                        )  # fmt: skip
     group.add_argument("--prefix-output", choices=["attention", "block"], default="attention",
                        help="whose outputs (default: attention)")  # fmt: skip

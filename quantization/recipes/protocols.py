@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from intactkv.architecture import Feed
 from intactkv.cache import KVPolicy, LayeredPolicy, LayerPolicy
 from quantization.grids.stored import Grid, StoredWeight
 from quantization.model.blocks import DecoderBlock
@@ -36,6 +37,14 @@ class Transform(Protocol):
         """Raise UserError for a block without weights (meta device) that it cannot do."""
         ...
 
+    def rescaled_feeds(self, block: DecoderBlock) -> Sequence[Feed]:
+        """The pairs between which it moves scales."""
+        ...
+
+    def rotated_inputs(self, block: DecoderBlock) -> Sequence[str]:
+        """The linears that it puts an online rotation in front of."""
+        ...
+
     def transform_block(self, block: DecoderBlock) -> None:
         """Rewrite the block's weights in place."""
         ...
@@ -59,6 +68,8 @@ class WeightQuantizer(Protocol):
     # The calibration text that it wants: passed on by quantized blocks (errors accumulate, the method can repair them),
     # by full-precision blocks, or both.
     reads: ClassVar[Literal["quantized", "full", "both"]]
+    # Whether it trains with what the recipe rounds beside the weights at work (`DecoderBlock.rounding`).
+    sees_rounding: ClassVar[bool]
 
     @property
     def grid(self) -> Grid:
@@ -87,6 +98,10 @@ class WeightQuantizer(Protocol):
 
     def check(self, block: DecoderBlock) -> None:
         """Raise UserError for a block without weights (meta device) whose shapes it cannot do."""
+        ...
+
+    def rescaled_feeds(self, block: DecoderBlock) -> Sequence[Feed]:
+        """The pairs between which it moves scales."""
         ...
 
     def quantize_block(self, block: DecoderBlock) -> Mapping[str, StoredWeight]:
@@ -137,8 +152,8 @@ class BlockTuning(Protocol):
         """Whether it looks at calibration text."""
         ...
 
-    def check(self, block: DecoderBlock, weights: WeightQuantizer | None) -> None:
-        """Raise UserError for a block without weights (meta device), or a quantizer of weights, that it cannot do."""
+    def check(self, weights: WeightQuantizer | None) -> None:
+        """Raise UserError for a quantizer of weights that it cannot do."""
         ...
 
     def tune_block(

@@ -64,6 +64,8 @@ class Recipe:
             )
         if self.calibrate_behind_prefix and self.prefix == "none":
             raise UserError("calibrate_behind_prefix=true needs a prefix; choose one, for example --prefix bos")
+        if self.tuning is not None:
+            self.tuning.check(self.weights)
         order = [step.rescales for step in self.transforms]
         if order != sorted(order):
             raise UserError(
@@ -100,6 +102,13 @@ class Recipe:
         return any(step.rescales for step in (*self.transforms, self.weights) if step)
 
     @property
+    def trains_rounded(self) -> bool:
+        """Whether the weights' training sees rounded inputs, attention products and KV cache, as the model will. Only
+        inputs by their own ranges: static ones are those of the finished block."""
+        seen = self.tuning is None and self.weights is not None and self.weights.sees_rounding
+        return seen and self.activations is not None and not self.activations.static
+
+    @property
     def changes_kv(self) -> bool:
         """Whether keys and values are in another basis than the dense checkpoint's."""
         return any(t.changes_kv for t in self.transforms) or (self.weights is not None and self.weights.rescales)
@@ -122,7 +131,7 @@ class Recipe:
         for name in ("activations", "attention", "tuning"):
             if (part := getattr(self, name)) is not None:
                 made_of[name] = describe(part)
-        if self.kv_calibrates or (self.tuning is not None and self.kv_cache is not None):
+        if self.kv_calibrates or ((self.tuning is not None or self.trains_rounded) and self.kv_cache is not None):
             made_of["kv_cache"] = describe(self.kv_cache)
         if self.weights is not None and self.weights.files:
             made_of["files"] = [sha256_of_file(file) for file in self.weights.files]
@@ -132,7 +141,10 @@ class Recipe:
         return made_of
 
     def label(self) -> str:
-        """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision."""
+        """Short readable name of the weights: `rtn-w4g64`, or `full` when they are full precision.
+
+        A part of every record's identity, so it stays what it is; `quantization.labels` says more for readers.
+        """
         words = [step.name for step in self.transforms]
         words.append("full" if self.weights is None else self.weights.label)
         words += [part.label for part in (self.activations, self.attention) if part is not None]

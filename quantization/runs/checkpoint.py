@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint, read_json, sha256_of_file, write_tensors
@@ -31,7 +31,14 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
-from quantization.runs.dense import DenseCheckpoint, empty_model, open_tensors, read_config, tied_names
+from quantization.runs.dense import (
+    DenseCheckpoint,
+    check_values,
+    empty_model,
+    open_tensors,
+    read_generation_config,
+    tied_names,
+)
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 
@@ -96,12 +103,14 @@ def read_cost(directory: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory and what it is. manifest: of a quantized checkpoint, None for a dense one."""
+    """A model directory and what it is. manifest: of a quantized checkpoint, None for a dense one. exported: the label
+    of the quantized weights whose plain numbers a dense one holds."""
 
     directory: Path
     name: str
     fingerprint: str  # of the dense checkpoint, also for a quantized one
     manifest: dict[str, Any] | None
+    exported: str | None = None
 
     @property
     def family_name(self) -> str:
@@ -115,8 +124,9 @@ def find_checkpoint(directory: Path) -> Checkpoint:
         manifest = read_manifest(directory)
         name = f"{manifest['source']['name']}/{directory.name}"
         return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
-    DenseCheckpoint(directory)
-    return Checkpoint(directory, Path(os.path.abspath(directory)).name, checkpoint_fingerprint(directory), None)
+    exported = DenseCheckpoint(directory).exported
+    name = Path(os.path.abspath(directory)).name
+    return Checkpoint(directory, name, checkpoint_fingerprint(directory), None, exported)
 
 
 BUILT_THERE = (
@@ -132,8 +142,8 @@ def dense_directory(checkpoint: Checkpoint, why: str, way_out: str = BUILT_THERE
     """
     directory, manifest = checkpoint.directory, checkpoint.manifest
     if manifest is None:
-        config = read_config(directory)
-        if not any(hasattr(config, name) for name in ("quantization_config", "intactkv")):
+        if checkpoint.exported is None:
+            DenseCheckpoint(directory).refuse_layout()
             return directory
     else:
         dense = directory.parent / manifest["source"]["directory"]
@@ -149,6 +159,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if (
             file.is_file()
             and file.suffix in (".json", ".txt", ".model", ".jinja")
+            and not file.name.startswith(".")
             and "index" not in file.name
             and file.name != "prepared.json"
         ):
@@ -287,8 +298,7 @@ def load_quantized(
         model.tie_weights()
     _check_sums(directory)  # behind the reader's own messages, which say more
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.generation_config = read_generation_config(directory)
     if recipe.get("attention") is not None:
         restored(recipe["attention"], PARTS).install(model)
     model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]
@@ -320,11 +330,13 @@ def _check_sums(directory: Path) -> None:
 
 def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> list[str]:
     """Assign a state to an empty model; only a tied head may be missing. Returns what is missing."""
+    for name, tensor in state.items():
+        check_values(tensor, f"{directory}: the tensor {name!r}, in {str(tensor.dtype).removeprefix('torch.')},")
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{directory} does not fit its config.json ({error})") from None
-    lost = sorted(set(missing) - tied_names(model))
+    lost = sorted(set(missing) - tied_names(model).keys())
     if unexpected or lost:
         raise UserError(
             f"{directory} is damaged: missing {lost[:3]}, unexpected {sorted(unexpected)[:3]}; delete the "

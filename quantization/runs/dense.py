@@ -1,28 +1,54 @@
-"""Dense checkpoints: read lazily, tensor by tensor, and the empty model that their configuration describes."""
+"""Dense checkpoints: the one reader of their files, and the empty model that their configuration describes.
 
+Which files count, which tensor is which parameter, that none is missing and every one is finite and floating is decided
+here, for the quantizer, the full-precision model and the prefix alike. A tensor is read when it is asked for.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import weight_files
-from intactkv.architecture import architecture_of
+from corpora.storage import is_finite, read_json, weight_files
+from intactkv.architecture import ARCHITECTURES, architecture_of
 
-__all__ = ["DenseCheckpoint", "empty_model", "open_tensors", "read_config", "tied_names"]
+__all__ = [
+    "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "open_tensors",
+    "read_config", "read_generation_config", "said_by", "tied_names",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+# What dense models are stored in, by safetensors' names. Everything else is some program's quantization.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What old files hold besides the weights, and every reader computes anew.
+COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$")
 
 
 class DenseCheckpoint:
-    """Lazy reader of a dense Hugging Face checkpoint: a tensor is read when asked for, never the whole file.
+    """The files of a dense Hugging Face checkpoint, by their headers.
 
-    Raises UserError if the directory, its configuration or its safetensors files are missing or truncated.
+    exported: the label of quantized weights that an export of ours wrote, None for any other checkpoint.
+    Raises UserError if the directory, its configuration or its safetensors files are missing or truncated, or if two
+    files hold the same tensor.
     """
 
     def __init__(self, directory: Path):
+        if directory.is_file():
+            raise UserError(
+                f"{directory} is a file, not a model; give the directory that holds config.json and weights"
+            )
         if not directory.is_dir():
             raise UserError(
                 f"model directory {directory} is missing; `python -m corpora` lists the models and how to get them"
@@ -30,49 +56,192 @@ class DenseCheckpoint:
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
         self.directory = directory
+        self._config = read_json(directory / "config.json", "the model configuration")
+        if not isinstance(self._config, dict):
+            raise UserError(f"{directory / 'config.json'} is not a model configuration; fetch the checkpoint again")
+        ours = self._config.get("intactkv")
+        self.exported: str | None = ours.get("label", "exported") if isinstance(ours, dict) else None
         self._file_of: dict[str, Path] = {}
         for file in weight_files(directory):
             with open_tensors(file) as tensors:
-                self._file_of.update(dict.fromkeys(tensors.keys(), file))
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    if name in self._file_of:
+                        raise UserError(
+                            f"{directory}: {self._file_of[name].name} and {file.name} both hold the tensor {name!r}; "
+                            "remove the file that is not the model's"
+                        )
+                    self._file_of[name] = file
 
     def stored_name(self, name: str) -> str | None:
-        """The name under which a parameter is stored, None if it is not; old files lack the leading `model.`."""
-        for candidate in (name, name.removeprefix("model.")):
+        """The name under which a parameter is stored, None if it is not; old files lack the leading `model.`, those of
+        a model within another have it twice."""
+        for candidate in (name, name.removeprefix("model."), f"model.{name}"):
             if candidate in self._file_of:
                 return candidate
         return None
 
-    def tensor(self, name: str) -> Tensor:
-        """One parameter, in its stored dtype, on the CPU. Raises UserError if the checkpoint lacks it."""
-        stored, file = self._located(name)
-        with open_tensors(file) as tensors:
-            return tensors.get_tensor(stored)
+    def check(self) -> None:
+        """Raise UserError, by the headers alone, for what no model can be loaded from."""
+        self.refuse_layout()
+        if self._config.get("model_type") in ARCHITECTURES:
+            self.weights(empty_model(self.directory))
 
-    def _located(self, name: str) -> tuple[str, Path]:
-        stored = self.stored_name(name)
-        if stored is None:
-            raise UserError(f"{self.directory} lacks the tensor {name!r}; the checkpoint is incomplete, fetch it again")
-        return stored, self._file_of[stored]
-
-    def check(self, model: nn.Module) -> None:
-        """Compare names and shapes with an empty model's, from the files' headers. Raises UserError for the first that
-        does not fit; only a tied head may be missing."""
-        for name, parameter in model.state_dict().items():
-            if name in tied_names(model) and self.stored_name(name) is None:
-                continue
-            stored, file = self._located(name)
-            with open_tensors(file) as tensors:
-                shape = tuple(tensors.get_slice(stored).get_shape())
-            if shape != tuple(parameter.shape):
+    def refuse_layout(self) -> None:
+        """Raise UserError for weights in the layout of another program, by its name."""
+        for key in ("quantization_config", "compression_config"):
+            if layout := self._config.get(key):
+                method = layout.get("quant_method") if isinstance(layout, dict) else None
+                give = "dense checkpoint that it was made from"
+                if self.exported is not None:
+                    give = "quantized checkpoint that it was exported from, or that one's dense model"
                 raise UserError(
-                    f"{self.directory}: the tensor {name!r} has shape {shape}, config.json asks for "
-                    f"{tuple(parameter.shape)}; the checkpoint and its configuration belong to different models"
+                    f"{self.directory} is quantized already, in the layout of {method or 'another program'} ({key} in "
+                    f"its config.json), which is for other runtimes; give the {give}"
                 )
 
+    def weights(self, model: PreTrainedModel) -> "Weights":
+        """The parameters of a model without weights, as they are stored; compared by name, shape and dtype.
+
+        Only one of two tied matrices may be missing. What is left over is logged, unless it is known to be harmless.
+        Raises UserError for the first parameter that does not fit, and for what only a quantized checkpoint has.
+        """
+        self.refuse_layout()
+        names: dict[str, str] = {}
+        expected = dict(model.state_dict())
+        for head, embedding in tied_names(model).items():
+            pair = [stored for stored in map(self.stored_name, (head, embedding)) if stored]
+            if len(pair) == 1:
+                del expected[head]
+                names[embedding] = pair[0]
+        names |= {name: stored for name in expected if name not in names and (stored := self.stored_name(name))}
+        known = (*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+        unused = self._file_of.keys() - set(names.values())
+        left = sorted(name for name in unused if not any(re.search(pattern, name) for pattern in known))
+        self.refuse_quantized(names.values(), left)
+        for name in expected:
+            if name not in names:
+                raise self.lacks(name, left)
+        headers = self.headers(names.values())
+        for name, parameter in expected.items():
+            shape, dtype = headers[names[name]]
+            check_dtype(dtype, f"{self.directory}: the tensor {names[name]!r}")
+            self.check_shape(name, shape, tuple(parameter.shape))
+        self.name_left_over(left)
+        dtypes = [FLOATS[headers[stored][1]] for stored in names.values()]
+        return Weights(self, names, reduce(torch.promote_types, dtypes))
+
+    def refuse_quantized(self, used: Iterable[str], left: Iterable[str]) -> None:
+        """Raise UserError for a left over tensor that belongs to one weight, beside it or in its place."""
+        used = set(used)
+        for name in left:
+            owner, _, part = name.rpartition(".")
+            beside = owner in used or ("_" in part and f"{owner}.{part.partition('_')[0]}" in used)
+            if beside or part == "qweight" or part.endswith("_packed"):
+                raise UserError(
+                    f"{self.directory} is quantized already, by another program: it holds {name!r}, without which its "
+                    "weights are wrong and which nothing here reads; give the dense checkpoint"
+                )
+
+    def lacks(self, name: str, left: Iterable[str] = ()) -> UserError:
+        """The error for a parameter that is not there. left: tensors that are no parameter's."""
+        strange = next(iter(left), None)
+        reason = "the checkpoint is incomplete, fetch it again"
+        if strange is not None:
+            reason = f"it holds {strange!r}, which is no name of its model: save it again with its save_pretrained"
+        elif "head" in name:
+            reason = "it was saved without its head (AutoModel): save it with AutoModelForCausalLM, or fetch it again"
+        return UserError(f"{self.directory} lacks the tensor {name!r}; {reason}")
+
+    def check_shape(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        """Raise UserError for a parameter of another shape than its model's."""
+        if shape != expected:
+            raise UserError(
+                f"{self.directory}: the tensor {name!r} has shape {shape}, config.json asks for {expected}; the "
+                "checkpoint and its configuration belong to different models"
+            )
+
+    def name_left_over(self, names: Iterable[str]) -> None:
+        """Log the tensors that no part of the model reads, once."""
+        _name_left_over(self.directory, tuple(names))
+
+    def names(self) -> list[str]:
+        """All stored names."""
+        return list(self._file_of)
+
+    def headers(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of stored tensors."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file, stored in self.by_file(names).items():
+            with open_tensors(file) as tensors:
+                views = {name: tensors.get_slice(name) for name in stored}
+                found |= {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+        return found
+
+    def by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
+        """Stored names by the file that holds them."""
+        files: dict[Path, list[str]] = {}
+        for name in names:
+            files.setdefault(self._file_of[name], []).append(name)
+        return files
+
+
+@cache  # a run may look at a checkpoint several times
+def _name_left_over(directory: Path, names: tuple[str, ...]) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        log.warning("%s holds %d tensors that its model does not read: %s", directory, len(names), shown)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model in a dense checkpoint. names: where each is stored; a tied head that is not stored has
+    none.
+
+    dtype: in which all are read: the narrowest that holds every stored value. A block whose norms are wider than its
+    linears computes in the norms' dtype, whatever quantizes it.
+    """
+
+    checkpoint: DenseCheckpoint
+    names: Mapping[str, str]
+    dtype: torch.dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter, on the CPU. Raises UserError if a value of it is not finite."""
+        stored = self.names[name]
+        (file,) = self.checkpoint.by_file([stored])
+        with open_tensors(file) as tensors:
+            tensor: Tensor = tensors.get_tensor(stored)
+        check_values(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
+        return tensor.to(self.dtype)
+
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
-        """Give an empty module its parameters, named `prefix.…` in the checkpoint."""
+        """Give an empty module its parameters, named `prefix.…` in the model."""
         state = {name: self.tensor(f"{prefix}.{name}").to(device) for name in module.state_dict()}
         module.load_state_dict(state, strict=True, assign=True)
+
+
+def check_dtype(dtype: str, what: str) -> None:
+    """Raise UserError for what is not stored as a floating point number of 16 bits or more."""
+    if dtype not in FLOATS:
+        raise UserError(
+            f"{what} is stored as {dtype}, so it is quantized by another program; give the dense checkpoint "
+            f"({', '.join(FLOATS)})"
+        )
+
+
+def check_values(tensor: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    """Raise UserError for NaN and infinity. dtype: what it will be cast to, where large values may become infinite."""
+    if is_finite(tensor, dtype):
+        return
+    if dtype is not None and is_finite(tensor):
+        raise UserError(
+            f"{what} holds {float(tensor.abs().max()):.3g}, which is beyond {str(dtype).removeprefix('torch.')}; "
+            "choose --dtype bfloat16 or float32"
+        )
+    raise UserError(
+        f"{what} holds values that are not finite; the checkpoint is damaged, or overflowed its dtype: fetch it again, "
+        "or convert it from a wider one"
+    )
 
 
 def open_tensors(file: Path) -> Any:
@@ -82,29 +251,67 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
 
 
+def said_by(error: BaseException) -> str:
+    """What a library's exception says, in one line: its first, with the next where that only announces it."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first
+
+
 def read_config(directory: Path) -> PreTrainedConfig:
-    """A checkpoint's configuration. Raises UserError if transformers does not know it."""
+    """A checkpoint's configuration. Raises UserError if transformers does not know it, or needs code of the directory
+    for it, and for a value that it cannot take."""
+    file = directory / "config.json"
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"{directory / 'config.json'} is not a configuration that transformers knows ({str(error).splitlines()[0]})"
-        ) from None
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except AttributeError as error:  # the name of a dtype is looked up in torch
+        name = str(error).rpartition("attribute ")[2]
+        raise UserError(f"{file}: dtype {name} is none of torch's; write float32, float16 or bfloat16") from None
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
+        raise UserError(f"{file} is not a configuration that transformers knows ({said_by(error)})") from None
+
+
+def read_generation_config(directory: Path) -> GenerationConfig:
+    """How a checkpoint's model generates: generation_config.json, or what an old config.json says of it.
+
+    Raises UserError if the file is damaged."""
+    there = (directory / "generation_config.json").is_file()
+    try:
+        if there:
+            return GenerationConfig.from_pretrained(directory)
+        return GenerationConfig.from_pretrained(directory, config_file_name="config.json", _from_model_config=True)
+    except (ValueError, TypeError, OSError, AttributeError) as error:
+        file = directory / ("generation_config.json" if there else "config.json")
+        raise UserError(f"{file} does not say how to generate ({said_by(error)}); mend it, or remove it") from None
 
 
 def empty_model(directory: Path) -> PreTrainedModel:
     """The model of a directory's configuration without weights (meta device); its buffers are real."""
     config = read_config(directory)
     architecture_of(config)  # refuses what is no supported causal language model
-    with init_empty_weights(include_buffers=False):
-        return (
-            AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval().requires_grad_(False)
-        )
+    return empty_model_of(config)
 
 
-def tied_names(model: nn.Module) -> set[str]:
-    """Parameters that a checkpoint need not hold, because they are the input embeddings."""
+def empty_model_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """The same of a configuration of any causal language model that transformers knows.
+
+    Raises UserError if it knows none."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype or torch.float32, trust_remote_code=False
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise UserError(
+            f"transformers makes no causal language model of model_type {config.model_type!r} ({said_by(error)})"
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Heads that a checkpoint need not hold, and the input embeddings that they are; either stands for both."""
     config = model.config
     assert isinstance(config, PreTrainedConfig)
-    head = architecture_of(config).head
-    return {f"{head}.weight"} if config.get_text_config(decoder=True).tie_word_embeddings else set()
+    if config.model_type not in ARCHITECTURES or not config.get_text_config(decoder=True).tie_word_embeddings:
+        return {}
+    names = architecture_of(config)
+    return {f"{names.head}.weight": f"{names.embeddings[0]}.weight"}

@@ -1,45 +1,154 @@
 """Checkpoints as models where a run computes: dense, quantized, or dense and rescaled as a quantized one was."""
 
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.errors import UserError
-from intactkv.architecture import architecture_of
+from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.model.blocks import DecoderBlock
-from quantization.model.placement import spread
+from quantization.model.placement import memory_of_each, spread
 from quantization.model.rescale import rescale_all
 from quantization.runs.checkpoint import block_file, is_quantized, load_quantized, read_block, read_manifest
+from quantization.runs.dense import (
+    DenseCheckpoint,
+    check_dtype,
+    check_values,
+    empty_model_of,
+    open_tensors,
+    read_config,
+    read_generation_config,
+    said_by,
+)
 
 __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside the weights. Raises UserError if there is none."""
+    """The tokenizer that stands beside the weights. Raises UserError if there is none, or if a special token of it is
+    the empty text."""
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(
-            f"{directory} holds no tokenizer that transformers can open ({str(error).splitlines()[0]}); "
+            f"{directory} holds no tokenizer that transformers can open ({said_by(error)}); "
             "copy tokenizer.json and tokenizer_config.json beside the weights"
         ) from None
+    for name, token in tokenizer.special_tokens_map.items():
+        if token == "":
+            raise UserError(
+                f"{directory / 'tokenizer_config.json'}: {name} is empty, which is no token; name one, or write null"
+            )
+    return tokenizer
 
 
 def load_model(
-    directory: Path, dtype: torch.dtype, device: torch.device, packed: bool = False, spread_over_gpus: bool = False
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool = False,
+    spread_over_gpus: bool = False,
+    max_memory: int | None = None,
 ) -> PreTrainedModel:
-    """A dense or quantized checkpoint as a model in evaluation mode."""
-    if is_quantized(directory):
-        model = load_quantized(directory, packed=packed, dtype=dtype, device="cpu" if spread_over_gpus else device)
-        return spread(model) if spread_over_gpus else model
+    """A dense or quantized checkpoint as a model in evaluation mode. max_memory: bytes it may take of each GPU."""
+    memory = None if max_memory is None else memory_of_each(max_memory)
+    if not is_quantized(directory):
+        return _load_dense(directory, dtype, device, spread_over_gpus, memory)
+    model = load_quantized(directory, packed=packed, dtype=dtype, device="cpu" if spread_over_gpus else device)
+    return spread(model, memory) if spread_over_gpus else model
+
+
+def _load_dense(
+    directory: Path, dtype: torch.dtype, device: torch.device, spread_over_gpus: bool, memory: dict[Any, int] | None
+) -> PreTrainedModel:
+    """A dense checkpoint, of any type that transformers knows, as our own reader takes it.
+
+    transformers builds it from the tensors that the reader chose: it knows how every type stores its parts, what stays
+    in float32 and where each goes. Its rules of which files and names count have no part in it. Of types outside the
+    architecture table the reader does not know the names; there it is transformers that tells what is missing.
+    """
+    checkpoint, config = DenseCheckpoint(directory), read_config(directory)
+    checkpoint.refuse_layout()
+    empty = empty_model_of(config)
+    loader: Any = type(empty)
+    known = config.model_type in ARCHITECTURES
+    names = checkpoint.weights(empty).names if known else {name: name for name in checkpoint.names()}
+    damaged: list[str] = []
     # With a device map the weights go from the file to their GPU, and the whole model is never in main memory.
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, device_map="auto" if spread_over_gpus else None
-    )
-    if not spread_over_gpus:
+    scratch = tempfile.TemporaryDirectory() if spread_over_gpus else None  # for what no memory holds
+    placed = {} if scratch is None else {"device_map": "auto", "max_memory": memory, "offload_folder": scratch.name}
+    with ExitStack() as files, _no_report():
+        views: dict[str, Any] = {}
+        for file, stored in checkpoint.by_file(names.values()).items():
+            tensors = files.enter_context(open_tensors(file))
+            views |= {name: _Stored(tensors.get_slice(name), f"{directory}: the tensor {name!r}", dtype, damaged)
+                      for name in stored}  # fmt: skip
+        state = {name: views[stored] for name, stored in names.items()}
+        model, found = loader.from_pretrained(
+            None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, **placed,
+        )  # fmt: skip
+    if damaged:
+        raise UserError(min(damaged))
+    _check_found(checkpoint, model, names.keys(), found)
+    if scratch is None:
         torch.nn.Module.to(model, device)
+    else:
+        model.__dict__["intactkv_scratch"] = scratch  # removed with the model
+    model.name_or_path = model.config.name_or_path = str(directory)
+    model.generation_config = read_generation_config(directory)
     return model.eval().requires_grad_(False)
+
+
+class _Stored:
+    """A stored tensor as transformers' loader takes it: read, and looked at, where it is indexed."""
+
+    def __init__(self, view: Any, what: str, dtype: torch.dtype, damaged: list[str]):
+        self.view, self.what, self.dtype, self.damaged = view, what, dtype, damaged
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self.view[index]
+        try:  # an error here would come out as one of transformers', in other words
+            check_dtype(self.view.get_dtype(), self.what)
+            check_values(tensor, self.what, self.dtype)
+        except UserError as error:
+            self.damaged.append(str(error))
+        return tensor
+
+
+def _check_found(
+    checkpoint: DenseCheckpoint, model: PreTrainedModel, stored: Iterable[str], found: Mapping[str, Any]
+) -> None:
+    """Raise UserError for what transformers did not find, and log what it did not need."""
+    left = sorted(found["unexpected_keys"])
+    checkpoint.refuse_quantized(set(stored) - set(left), left)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in sorted(parameters & set(found["missing_keys"])):
+        raise checkpoint.lacks(name, left)
+    for name, shape, expected in sorted(found["mismatched_keys"]):
+        checkpoint.check_shape(name, tuple(shape), tuple(expected))
+    checkpoint.name_left_over(left)
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """transformers' table of what is missing or left over: the lines of our own reader say it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def shown(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 def is_rescaled(quantized: Path) -> bool:

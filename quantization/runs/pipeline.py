@@ -13,7 +13,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from quantization.model.activations import quantize_inputs
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer, restore_paths
 from quantization.model.rescale import Rescaling, rescale_all
+from quantization.model.rounding import BlockRounding
 from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
@@ -48,10 +50,10 @@ from quantization.runs.checkpoint import (
     write_block,
     write_ends,
 )
-from quantization.runs.dense import DenseCheckpoint, empty_model
+from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 
-__all__ = ["check_makes_something", "identity_at", "partial_of", "quantize_checkpoint"]
+__all__ = ["check_makes_something", "check_recipe", "identity_at", "partial_of", "quantize_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,13 @@ def check_makes_something(source: Path, recipe: Recipe) -> None:
     """Raise UserError for a source that is quantized already, or a recipe that leaves it as it is."""
     if is_quantized(source):
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
+    dense = DenseCheckpoint(source)
+    dense.refuse_layout()
+    if dense.exported is not None:
+        raise UserError(
+            f"{source} is an export of ours: its numbers are those of quantized weights already; give the dense "
+            "checkpoint that these were made from"
+        )
     if not recipe.makes_checkpoint:
         raise UserError(
             "this recipe leaves the model as it is, so there is nothing to write; name one that quantizes weights or "
@@ -117,7 +126,8 @@ def quantize_checkpoint(
         if out.exists():
             _refuse_other(out, manifest)
             return out
-        model = _empty_model_for(dense, recipe)
+        model = _empty_model_for(source, recipe)
+        weights = dense.weights(model)
         partial = partial_of(out)
         if partial.exists() and identity_at(partial) != manifest["identity"]:
             if not is_quantized(partial) and any(partial.iterdir()):
@@ -136,7 +146,7 @@ def quantize_checkpoint(
             write_json(partial / "config.json", config | {"tie_word_embeddings": False})
         done = sum(block_file(partial, index).is_file() for index in range(model.config.num_hidden_layers))
         started = time.perf_counter()
-        _work_off(dense, model, recipe, partial, segments, behind, torch.device(device))
+        _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
         sums = {file.name: sha256_of_file(file) for file in sorted(partial.glob("*.safetensors"))}
@@ -145,23 +155,30 @@ def quantize_checkpoint(
     return out
 
 
-def _empty_model_for(dense: DenseCheckpoint, recipe: Recipe) -> PreTrainedModel:
-    """The model without weights, after everything that can be refused without reading them."""
-    model = empty_model(dense.directory)
-    architecture = architecture_of(model.config)
-    dense.check(model)
-    for index, module in enumerate(architecture.blocks_of(model)):
-        block = DecoderBlock(index, module, architecture, model.config)
-        for part in (*recipe.transforms, recipe.weights, recipe.activations):
-            if part is not None:
-                part.check(block)
-        if recipe.tuning is not None:
-            recipe.tuning.check(block, recipe.weights)
+def _empty_model_for(source: Path, recipe: Recipe) -> PreTrainedModel:
+    """The model without weights, after everything that the recipe refuses without reading them."""
+    model = empty_model(source)
+    check_recipe(model, recipe)
     return model
 
 
+def check_recipe(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise UserError for a recipe that a model's blocks, which need no weights, cannot take."""
+    architecture = architecture_of(model.config)
+    for index, module in enumerate(architecture.blocks_of(model)):
+        block = DecoderBlock(index, module, architecture, model.config)
+        rotated = {name for step in recipe.transforms for name in step.rotated_inputs(block)}
+        for part in (*recipe.transforms, recipe.weights):
+            if part is not None:
+                part.check(block)
+                for feed in part.rescaled_feeds(block):  # parts that rescale stand behind those that rotate
+                    block.check_scales(feed.producer, [name for name in feed.consumers if name in rotated])
+        if recipe.activations is not None:
+            recipe.activations.check(block)
+
+
 def _work_off(
-    dense: DenseCheckpoint,
+    weights: Weights,
     model: PreTrainedModel,
     recipe: Recipe,
     partial: Path,
@@ -177,7 +194,7 @@ def _work_off(
     stream = None
     if recipe.calibrates:
         assert segments is not None
-        for name, tensor in _ends(dense, ends, recipe, model).items():
+        for name, tensor in _ends(weights, ends, recipe, model).items():
             owner, _, parameter = name.rpartition(".")
             setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
         stream = CalibrationStream(model, architecture, segments, behind)
@@ -187,7 +204,7 @@ def _work_off(
         if stream is None and block_file(partial, index).is_file():
             continue
         started = time.perf_counter()
-        dense.load_into(block.module, block.name, device)
+        weights.load_into(block.module, block.name, device)
         error = _process_block(block, recipe, partial)
         log.info(
             "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
@@ -199,12 +216,12 @@ def _work_off(
         )
         block.module.to_empty(device="meta")
         _return_memory()
-    write_ends(partial, _ends(dense, ends, recipe, model))
+    write_ends(partial, _ends(weights, ends, recipe, model))
 
 
-def _ends(dense: DenseCheckpoint, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:
+def _ends(weights: Weights, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:
     """Embeddings, final norm and head, transformed; without a head that is tied."""
-    ends = {name: dense.tensor(name) for name in names if dense.stored_name(name)}
+    ends = {name: weights.tensor(name) for name in names if name in weights.names}
     for transform in recipe.transforms:
         ends = transform.transform_ends(ends, model.config)
     return ends
@@ -237,6 +254,7 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     but its codes, rescalings and ranges are read back: choosing them is the expensive part.
     """
     stream, tuning = block.stream, recipe.tuning
+    passes_rounded = tuning is not None or recipe.trains_rounded
     method = tuning or recipe.weights
     reads = "quantized" if method is None else method.reads
     finished = block_file(partial, block.index).is_file()
@@ -259,26 +277,29 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     quantized: Mapping[str, StoredWeight] = {}
     if stored is not None:
         _rescale_as(block, stored.rescalings[by_transforms:])
-        quantized = _read_back(block, stored, tuning is not None)
-    else:
-        if tuning is None and recipe.weights is not None:
-            quantized = recipe.weights.quantize_block(block)
+    elif tuning is None and recipe.weights is not None:
+        quantized = recipe.weights.quantize_block(_with_rounding(block, recipe))
     if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
         stream.seed(block)
-    if stored is None:  # ranges are those of the full-precision block, rescaled as its weights were
+    if stored is not None:  # behind the last `seed`, which rounds nothing
+        quantized = _read_back(block, stored, passes_rounded)
+    else:  # ranges are those of the full-precision block, rescaled as its weights were
         if recipe.activations is not None:
             inputs = recipe.activations.fit_block(block)
         if isinstance(recipe.kv_cache, CalibratedKV):
             block.kv.update(recipe.kv_cache.fit_block(block))
         if tuning is not None:
             quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
-    error = _relative_error(block.linears(), quantized)
+    error = _relative_error(block, quantized)
     _set_weights(block.linears(), quantized)
     # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
-    if tuning is not None:
+    if passes_rounded:
         quantize_inputs(block, inputs)
     if stream is not None:
-        stream.advance(block, stream.targets if reads == "full" else None, _policy_of(block, recipe))
+        policy = _policy_of(block, recipe) if passes_rounded else None
+        products = recipe.attention if recipe.trains_rounded else None
+        with nullcontext() if products is None else products.at_work(block):
+            stream.advance(block, stream.targets if reads == "full" else None, policy)
         if reads != "quantized":
             stream.full, stream.targets = stream.targets, []
     if stored is None:
@@ -289,8 +310,16 @@ def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
 
 def _policy_of(block: DecoderBlock, recipe: Recipe) -> KVPolicy | None:
     """What a trained block's text meets in the cache."""
-    kv = recipe.kv_cache if recipe.tuning is not None else None
+    kv = recipe.kv_cache
     return kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
+
+
+def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:
+    """The block with what a quantizer of weights may train with at work; a KV policy with ranges comes only later."""
+    if not recipe.trains_rounded or recipe.activations is None:
+        return block
+    kv = None if isinstance(recipe.kv_cache, CalibratedKV) else recipe.kv_cache
+    return replace(block, rounding=BlockRounding(recipe.activations.fit_block(block), recipe.attention, kv))
 
 
 def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:
@@ -322,12 +351,19 @@ def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWe
         linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
 
 
-def _relative_error(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> float:
-    """‖Ŵ − W‖ / ‖W‖ over all linears of a block."""
-    error = sum(
-        float((weight.dequantize() - linears[name].weight.float()).square().sum()) for name, weight in quantized.items()
-    )
-    norm = sum(float(linears[name].weight.float().square().sum()) for name in quantized)
+def _relative_error(block: DecoderBlock, quantized: Mapping[str, StoredWeight]) -> float:
+    """‖Ŵ − W‖ / ‖W‖ over all linears of a block. Raises UserError for a linear that became nothing but zeros."""
+    linears, error, norm = block.linears(), 0.0, 0.0
+    for name, weight in quantized.items():
+        exact, rounded = linears[name].weight.float(), weight.dequantize()
+        if bool(exact.any()) and not bool(rounded.any()):
+            raise UserError(
+                f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for "
+                f"values up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
+                "weights.grid.scale_dtype=float32"
+            )
+        error += float((rounded - exact).square().sum())
+        norm += float(exact.square().sum())
     return (error / norm) ** 0.5 if norm else 0.0
 
 

@@ -24,6 +24,7 @@ from intactkv.attach import IntactModel, attach
 from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
 from quantization.kv_cache import Grids
+from quantization.labels import full_label
 from quantization.recipes.protocols import CalibratedKV, restored
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
@@ -36,7 +37,7 @@ from quantization.runs.checkpoint import (
     read_cost,
     read_manifest,
 )
-from quantization.runs.dense import read_config
+from quantization.runs.dense import DenseCheckpoint, read_config
 from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
@@ -81,6 +82,7 @@ class Plan:
     packed: bool
     context: int | None  # positions the model has, None if its configuration does not say
     spread: bool = False  # over all GPUs, for a model larger than one
+    max_memory: int | None = None  # bytes that it may take of each of them, None for all there are
 
     # What is known without running anything ---------------------------------------------------------------------------
 
@@ -103,8 +105,8 @@ class Plan:
         return self.artefact.basis if self.recipe.rescales else self.artefact_of(self.recipe.twin).basis
 
     def directory_of(self, recipe: Recipe) -> Path:
-        """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}; its own directory if it
-        makes none."""
+        """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}, where one of any label
+        is found by its identity; its own directory if it makes none."""
         if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
             return self.checkpoint.directory
         return self._directory(recipe, self.artefact_of(recipe))
@@ -127,7 +129,7 @@ class Plan:
             prefix = {"label": self.named.label, "ids": list(self.named.ids), "file": file and sha256_of_file(file)}
         return {
             "model": self.checkpoint.family_name,
-            "weights": manifest["label"] if manifest is not None else recipe.label(),
+            "weights": manifest["label"] if manifest is not None else self.checkpoint.exported or recipe.label(),
             "made_of": made_of,
             "recipe": manifest["recipe"] if manifest is not None else describe(recipe),
             "kv": describe(recipe.kv_cache),
@@ -180,7 +182,11 @@ class Plan:
         )
 
     def _directory(self, recipe: Recipe, artefact: Artefact) -> Path:
-        return modelzoo_dir() / "quantized" / self.checkpoint.name / f"{recipe.label()}-{artefact.identity}"
+        zoo, name = modelzoo_dir() / "quantized" / self.checkpoint.name, artefact.identity
+        for known in sorted(zoo.glob(f"*-{name}")) + sorted(zoo.glob(f"*-{name}.partial")):
+            if identity_at(known) == name:  # whatever it was called in front of that
+                return known.with_name(known.name.removesuffix(".partial"))
+        return zoo / f"{full_label(recipe)}-{name}"
 
     # What is read or made when it is asked for ------------------------------------------------------------------------
 
@@ -221,7 +227,7 @@ class Plan:
 
     def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
-        return load_model(directory, self.dtype, self.device, packed, self.spread)
+        return load_model(directory, self.dtype, self.device, packed, self.spread, self.max_memory)
 
     def _open_dense(self, directory: Path) -> PreTrainedModel:
         return self._open(directory)
@@ -312,10 +318,14 @@ class Plan:
             needed, word = list(choice.ids) if self.recipe.calibrate_behind_prefix else None, self.recipe.prefix
         if needed is not None and (self.vanilla or list(choice.ids) != [int(i) for i in needed]):
             tokens = f"a prefix of {len(needed)} tokens" if needed else "a prefix"
-            raise UserError(
-                f"{self.checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it; run it "
-                f"with --prefix {word} and without --vanilla"
-            )
+            calibrated = f"{self.checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it"
+            if choice.word == word and not self.vanilla:
+                raise UserError(
+                    f"{calibrated}; --prefix {word} stands for other tokens now ({len(choice.ids)} of them), because "
+                    "the chat template or the tokenizer has changed or printed another date; put back the old one, "
+                    "give a prefix file of the old tokens, or quantize again"
+                )
+            raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
 
 
 def plan_run(
@@ -327,15 +337,16 @@ def plan_run(
     vanilla: bool = False,
     packed: bool = False,
     spread: bool = False,
+    max_memory: int | None = None,
     quantizes: bool = True,
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs. dtype: None takes float32 on a CPU and the checkpoint's own
-    elsewhere. quantizes: false where only the full-precision twin will be asked for, which mostly needs no text.
-    Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized
-    already.
+    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
+    a CPU and the checkpoint's own elsewhere. quantizes: false where only the full-precision twin will be asked for,
+    which mostly needs no text. Raises UserError for a combination that cannot be, such as a recipe for weights that are
+    quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
     directory, manifest = checkpoint.directory, checkpoint.manifest
@@ -364,7 +375,11 @@ def plan_run(
         search = default_search(checkpoint, tokenizer, context, *found)
     else:
         named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
-    plan = Plan(checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread)
+    if manifest is None and (named is None or named.file is None):  # a file's prefix fits other programs' layouts, too
+        DenseCheckpoint(directory).check()
+    plan = Plan(
+        checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
+    )
     if quantizes:
         _ = plan.text  # which must be there
     if named is not None or vanilla:

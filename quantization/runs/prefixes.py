@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from corpora.chat import rendered, template_source
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from corpora.sharegpt import VICUNA_PROMPT
@@ -96,10 +97,10 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int]:
     """[BOS] + system prompt + the opening of the user's turn: what every conversation of the model starts with."""
-    if tokenizer.chat_template:
+    if template_source(tokenizer) is not None:
         # The tokens that two conversations share are the part that does not depend on what the user says.
         first, second = (
-            encode(tokenizer, str(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)))
+            encode(tokenizer, rendered(tokenizer, [text], opened=False, way_out='give the text itself: --prefix "…"'))
             for text in ("apples", "Zebras")
         )
         same = [a == b for a, b in zip(first, second, strict=False)]

@@ -59,7 +59,7 @@ def sizes_of(directory: Path, unties: bool) -> Sizes:
     blocks = architecture.blocks_of(model)
     counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
     linears = [architecture.linears_of(block, architecture.block_name(i)) for i, block in enumerate(blocks)]
-    tied = set() if unties else tied_names(model)
+    tied = {} if unties else tied_names(model)
     total = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
     return Sizes(
         all=total,

@@ -1,10 +1,12 @@
 """What most transforms have in common: nothing happens outside the blocks, and no module is exchanged."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from intactkv.architecture import Feed
 from quantization.model.blocks import DecoderBlock
 
 __all__ = ["BlockTransform"]
@@ -24,6 +26,14 @@ class BlockTransform:
 
     def check(self, block: DecoderBlock) -> None:
         """Every block will do."""
+
+    def rescaled_feeds(self, block: DecoderBlock) -> Sequence[Feed]:
+        """None."""
+        return ()
+
+    def rotated_inputs(self, block: DecoderBlock) -> Sequence[str]:
+        """None."""
+        return ()
 
     def transform_ends(self, ends: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
         """They stay as they are."""

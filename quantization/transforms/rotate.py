@@ -86,6 +86,11 @@ class Rotate(BlockTransform):
         if self.head_mix != "none":
             plan(_query_heads(block), self.head_mix)
 
+    def rotated_inputs(self, block: DecoderBlock) -> list[str]:
+        """W_o, where heads are mixed, and W_down."""
+        names = block.architecture
+        return [names.output] * (self.head_mix != "none") + [names.down] * self.online_down
+
     def transform_block(self, block: DecoderBlock) -> None:
         """Rewrite the linears, make the norms plain, put the online rotations in front of W_o and W_down."""
         names, size, linears = block.architecture, block.head_size, block.linears()

@@ -94,13 +94,13 @@ class Smooth(BlockTransform):
         """Smooth every feed, the last first: those of linears' rows change the columns' maxima that the
         norms in front of them are weighed against."""
         inputs = input_maxima(block)
-        for feed in reversed(self._feeds(block)):
+        for feed in reversed(self.rescaled_feeds(block)):
             scale = smoothing_scale(block, feed, inputs, self.alpha)
             if self.power_of_two:
                 scale = torch.ldexp(torch.ones_like(scale), scale.log2().round())
             block.rescale(Rescaling(feed.producer, feed.consumers, scale))
 
-    def _feeds(self, block: DecoderBlock) -> list[Feed]:
+    def rescaled_feeds(self, block: DecoderBlock) -> list[Feed]:
         """norm → linears; linear → linear where the fields ask for it."""
         linears, attention = block.linears(), f"{block.architecture.attention}."
 

@@ -55,7 +55,8 @@ class Distill:
     """Fine-tune every parameter of a block until, rounded, it gives the full-precision block's output.
 
     steps: of `batch` samples each. lr, weight_decay, eps: of AdamW; lr stays constant. blocks: "all" (the paper) or
-    "last" (the published figures). held_out: samples that decide which state is kept.
+    "last" (the published figures). held_out: samples that decide which state is kept; a quarter of a text that has no
+    more than those.
     """
 
     steps: int = 600
@@ -81,12 +82,12 @@ class Distill:
         if not self.weight_decay >= 0:
             raise UserError(f"tuning.weight_decay={self.weight_decay:g} is not allowed; give 1e-5, as published, or 0")
 
-    def check(self, block: DecoderBlock, weights: WeightQuantizer | None) -> None:
+    def check(self, weights: WeightQuantizer | None) -> None:
         """Weights must be rounded by themselves alone. Raises UserError for a quantizer that looks at text."""
         if weights is not None and (weights.calibrates or weights.rescales):
             raise UserError(
                 f"distillation rounds the weights anew in every step, which {weights.name} cannot do without its text; "
-                "use a method that needs none, such as zeroquant or rtn"
+                "use a method that needs none, such as --weights rtn-w4, or do without distillation (--set tuning=none)"
             )
 
     def tune_block(
@@ -105,7 +106,13 @@ class Distill:
         if self.blocks == "last" and block.index + 1 < block.config.get_text_config(decoder=True).num_hidden_layers:
             return {} if weights is None else weights.quantize_block(block)
         stream = _stream(block)
-        training, held_out = split_samples(len(stream.full), self.held_out, block.name)
+        count = len(stream.full)
+        few = self.held_out >= count  # the published text has 128
+        if few:
+            log.warning(
+                "%s  %d samples: a quarter is held out, not tuning.held_out=%d", block.name, count, self.held_out
+            )
+        training, held_out = split_samples(count, max(1, count // 4) if few else self.held_out, block.name)
         student = Student(block, weights, inputs, kv)
         error, first = student.squared_error()
         descent = train(

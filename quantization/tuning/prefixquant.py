@@ -119,7 +119,7 @@ class PrefixQuantTuning:
         """The full-precision blocks' text, too, where the target is made of it."""
         return "both" if self.epochs and self.target != "quant_input" else "quantized"
 
-    def check(self, block: DecoderBlock, weights: WeightQuantizer | None) -> None:
+    def check(self, weights: WeightQuantizer | None) -> None:
         """Weights must be chosen by their grid alone. Raises UserError."""
         if weights is None:
             return
@@ -127,7 +127,7 @@ class PrefixQuantTuning:
         if weights.name != "rtn" or not isinstance(grid, UniformGrid):
             raise UserError(
                 f"prefixquant chooses the weights itself, on a grid that only rtn leaves to it; {weights.name} cannot "
-                "stand in front of it"
+                "stand in front of it: use --weights rtn-w4, or take the search away (--set tuning=none)"
             )
         if grid.rule.zero_point == "real" or grid.clip_search or grid.scale_dtype != "float32":
             raise UserError(

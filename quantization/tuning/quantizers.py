@@ -3,8 +3,7 @@
 Ŵ = s · (clamp(round(W/s) + z, 0, top) − z)      inputs, keys and values by quantizers of their own
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -24,8 +23,9 @@ from quantization.grids.uniform import (
     split_groups,
 )
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
+from quantization.model.activations import at_work
 from quantization.model.blocks import CalibrationStream, DecoderBlock
-from quantization.model.inputs import InputQuantizer, put_in_front
+from quantization.model.inputs import InputQuantizer
 from quantization.recipes.protocols import CalibratedKV
 
 __all__ = ["Quantizers", "at_work", "first_samples", "joint_error", "min_max", "output_error", "stream_of"]
@@ -98,17 +98,6 @@ def min_max(block: DecoderBlock, grid: UniformGrid) -> dict[str, Fit]:
         weight = finite(linear.weight.data, f"{block.name}.{name}").float()
         fits[name] = fit_finite(split_groups(weight, grid.group_size), grid, f"{block.name}.{name}")
     return fits
-
-
-@contextmanager
-def at_work(block: DecoderBlock, inputs: Mapping[tuple[str, ...], InputQuantizer]) -> Iterator[None]:
-    """Let these quantizers of inputs round, for a while."""
-    paths = [put_in_front(block.module, names, quantizer=quantizer) for names, quantizer in inputs.items()]
-    try:
-        yield
-    finally:
-        for path in paths:
-            path.quantizer = None
 
 
 def output_error(

@@ -6,8 +6,10 @@
     static keys        likewise                                               rows of softmax(q kᵀ/√D), per KV head
     weights            likewise, per group of a row                           that group's part of the linear's output
 
-f is always on the scale that the range gave, 1 is always a candidate, and queries meet the prefix and the causal mask
-(the published code multiplies the best scale so far, and attends to everything).
+f is always on the scale that the range gave, 1 is always a candidate, and queries meet the prefix and the causal mask.
+Departs from the published code: it multiplies the best scale so far; its fine search of static inputs and its search of
+keys attend to everything, without mask and prefix; its search of weights in groups views the groups transposed, so that
+each is weighed by channels of others (ours makes 0.22 to 0.43 × its error).
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from intactkv.cache import LayerPolicy
 from quantization.grids.uniform import Fit, UniformGrid, encode, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
 from quantization.kv_cache.base import split_heads
+from quantization.model.attention import masked
 from quantization.model.blocks import DecoderBlock
 from quantization.tuning.quantizers import Quantizers, at_work, output_error, stream_of
 
@@ -167,14 +170,7 @@ def attention_rows(sample: Attended, key: Tensor) -> Tensor:
     """softmax(q kᵀ · scaling) of one sample with these keys (1, KV heads, P + T, D): (heads, T, P + T), float32."""
     query, key = sample.query[0].float(), key[0].float()
     scores = query @ key.repeat_interleave(len(query) // len(key), dim=0).transpose(1, 2) * sample.scaling
-    if sample.mask is None:
-        tokens, seen = scores.shape[-2:]
-        allowed = torch.ones(tokens, seen, dtype=torch.bool, device=scores.device).tril(seen - tokens)
-        return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    mask = sample.mask[0, ..., : scores.shape[-1]]
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (scores + mask).softmax(-1)
+    return masked(scores, None if sample.mask is None else sample.mask[0]).softmax(-1)
 
 
 @torch.no_grad()

@@ -231,8 +231,8 @@ class AWQ(GridQuantizer):
                 for name, linear in linears.items()
             }
 
-    def searched_feeds(self, block: DecoderBlock) -> list[Feed]:
-        """The feeds whose scales are searched: v → o only with one value head per query head, or `grouped_values`."""
+    def rescaled_feeds(self, block: DecoderBlock) -> list[Feed]:
+        """The pairs whose scales are searched: v → o only with one value head per query head, or `grouped_values`."""
         linears = block.linears()
 
         def is_grouped(feed: Feed) -> bool:
@@ -247,7 +247,7 @@ class AWQ(GridQuantizer):
         """Find all scales, rescale the block, then find the clip limits of the rescaled weights."""
         inputs, calls = self._observe(block)
         steps = []
-        for feed in self.searched_feeds(block):
+        for feed in self.rescaled_feeds(block):
             producer = block.module.get_submodule(feed.producer)
             channels = len(producer.get_parameter("weight"))
             seen = inputs[feed.consumers[0]]
@@ -271,7 +271,7 @@ class AWQ(GridQuantizer):
 
     def _observe(self, block: DecoderBlock) -> tuple[dict[str, Inputs], dict[str, list[Call]]]:
         """Run the text through the block once: the inputs of every linear, the calls of every measured module."""
-        stream, feeds = block.stream, self.searched_feeds(block)
+        stream, feeds = block.stream, self.rescaled_feeds(block)
         assert stream is not None, "AWQ without a file calibrates, but no calibration text was given"
         stride = max(1, sum(hidden.shape[1] for hidden in stream.hidden) // CLIP_TOKENS)
         alone = {feed.inside for feed in feeds if feed.inside in feed.consumers}
@@ -317,7 +317,7 @@ class AWQ(GridQuantizer):
 
     def _from_file(self, block: DecoderBlock) -> ZooBlock:
         """What the file says of the block. Raises UserError if it does not fit, or leaves something out."""
-        scales = [feed.producer for feed in self.searched_feeds(block)]
+        scales = [feed.producer for feed in self.rescaled_feeds(block)]
         limits = [name for name in block.linears() if self.clip and is_clipped(name)]
         return read_zoo(Path(self.file), block, self.grid, scales, limits)
 

@@ -105,9 +105,11 @@ def _load(path: Path, modified: int) -> tuple[list[ScaleEntry], list[ClipEntry]]
     """
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read by torch.load's safe loader ({said}); fetch the file again") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
+        raise UserError(
+            f"{path} is no whole file of tensors that torch.save wrote, or holds code, which is not read; give a .pt "
+            "of the AWQ model zoo, or fetch it again"
+        ) from None
     try:
         scales = [
             (str(producer), tuple(map(str, consumers)), _floats(s)) for producer, consumers, s in content["scale"]

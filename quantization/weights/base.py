@@ -1,8 +1,10 @@
 """What most weight quantizers have in common: no files, no rescaling, groups that must fit the channels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from intactkv.architecture import Feed
 from quantization.grids.stored import Grid
 from quantization.model.blocks import DecoderBlock
 
@@ -22,6 +24,7 @@ class GridQuantizer:
     reads: ClassVar[Literal["quantized", "full", "both"]] = "quantized"
     calibrates: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
+    sees_rounding: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -36,3 +39,7 @@ class GridQuantizer:
     def check(self, block: DecoderBlock) -> None:
         """Groups of channels must fill every row. Raises UserError, with the linear's name."""
         block.check_groups(self.grid.group_size)
+
+    def rescaled_feeds(self, block: DecoderBlock) -> Sequence[Feed]:
+        """None."""
+        return ()

@@ -10,10 +10,12 @@ sample a step. The prefix of calibration behind one is converted to LET's basis;
 
 Departs from the reference: float32 instead of fp16 autocast; the lowest-loss epoch is kept, the start included; the
 range always contains 0, so that z is a code (no change for groups of both signs); gradients pass the rounding of z,
-too. Weights only: activations are not quantized here.
+too. Where a recipe rounds inputs (W4A4), F rounds them, queries, keys and values while it learns, as the model will;
+static inputs are fitted to the finished block, so training does not see them.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
+from intactkv.architecture import Feed
 from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, train
 from quantization.grids.straight_through import fit_through, on_grid, straight
 from quantization.grids.uniform import (
@@ -37,7 +40,14 @@ from quantization.grids.uniform import (
 )
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.weights.base import GridQuantizer
-from quantization.weights.omniquant_let import Pair, check_pairs, initial_pairs, prefix_in_basis, transformed
+from quantization.weights.omniquant_let import (
+    Pair,
+    check_pairs,
+    initial_pairs,
+    learned_feeds,
+    prefix_in_basis,
+    transformed,
+)
 
 __all__ = ["Learned", "OmniQuant", "clipped_fit", "fake_quantize", "learn", "start", "student"]
 
@@ -151,6 +161,7 @@ class OmniQuant(GridQuantizer):
     shift: bool = False
     name: ClassVar[str] = "omniquant"
     reads: ClassVar[Literal["quantized", "full", "both"]] = "both"
+    sees_rounding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.grid.convention not in CONVENTIONS or self.grid.clip_search:
@@ -193,6 +204,10 @@ class OmniQuant(GridQuantizer):
         if self.let:
             check_pairs(block, self.shift)
 
+    def rescaled_feeds(self, block: DecoderBlock) -> list[Feed]:
+        """LET's, but for query ↔ key, whose scales no rotation of an input touches."""
+        return learned_feeds(block) if self.let else []
+
     def quantize_block(self, block: DecoderBlock) -> dict[str, QuantizedTensor]:
         """Every linear of the block; `figures` gets the loss before and after training, the mean over samples."""
         for name, linear in block.linears().items():
@@ -226,17 +241,18 @@ def learn(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[flo
         with repeatable(stream.hidden[i].device):
             return _sample_loss(block, student(block, learned, method.grid), targets, i)
 
-    descent = train(
-        [
-            Group(learned.equivalence, method.let_lr, method.weight_decay),
-            Group(learned.clipping, method.lwc_lr, method.weight_decay),
-        ],
-        Schedule(method.epochs * count, every(count, method.epochs * count)),
-        in_order(loss, range(count), 1),
-        lambda: _mean_loss(block, student(block, learned, method.grid), targets),
-        block.name,
-        way_out="lower weights.lwc_lr or weights.let_lr, or give other text",
-    )
+    with nullcontext() if block.rounding is None else block.rounding.at_work(block):
+        descent = train(
+            [
+                Group(learned.equivalence, method.let_lr, method.weight_decay),
+                Group(learned.clipping, method.lwc_lr, method.weight_decay),
+            ],
+            Schedule(method.epochs * count, every(count, method.epochs * count)),
+            in_order(loss, range(count), 1),
+            lambda: _mean_loss(block, student(block, learned, method.grid), targets),
+            block.name,
+            way_out="lower weights.lwc_lr or weights.let_lr, or give other text",
+        )
     return descent.held_out[0], min(descent.held_out)
 
 
@@ -249,7 +265,7 @@ def _sample_loss(
     """Eq. 1 for one sample: the sum of the mean squared distances to its targets."""
     stream = _stream(block)
     weights, seeded = student
-    cache = stream.new_cache(block, seeded=seeded)
+    cache = stream.new_cache(block, None if block.rounding is None else block.rounding.kv, seeded)
     output = stream.forward(block, stream.hidden[i].float(), weights, cache)
     return torch.stack([mse_loss(output, of_sample[i].float()) for of_sample in targets]).sum()
 

@@ -6,8 +6,8 @@
 
 A `Pair` holds what is learned, its `step` is the rescaling that it stands for; `quantization.model.rescale` applies
 it, while training and when the result is merged. No pair in front of the feed-forward part's last linear. While
-activations are not quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by rounding
-noise only.
+queries and keys are not quantized, q ↔ k has nothing to gain (a row's grid scales with the row), and its s moves by
+rounding noise only.
 
 Departs from the reference: log s is learned, so s stays positive without truncation; both members of a rotary pair
 share one s (otherwise q·k changes with the distance), query heads that share a KV head share theirs, norms of q and k
@@ -27,7 +27,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling, rescaled
 from quantization.transforms.smooth import input_maxima, of_producer, smoothing_scale
 
-__all__ = ["Pair", "check_pairs", "initial_pairs", "prefix_in_basis", "transformed"]
+__all__ = ["Pair", "check_pairs", "initial_pairs", "learned_feeds", "prefix_in_basis", "transformed"]
 
 REMEMBER = 0.99  # of the centre that the shifts start from, per sample
 
@@ -61,7 +61,7 @@ class Pair:
         return [self.log_scale] if self.shift is None else [self.log_scale, self.shift]
 
 
-def _feeds(block: DecoderBlock) -> list[Feed]:
+def learned_feeds(block: DecoderBlock) -> list[Feed]:
     """norm → linears and v → o; nothing is learned for up → down (fc1 → fc2)."""
     attention = f"{block.architecture.attention}."
     linears = block.linears()
@@ -71,7 +71,7 @@ def _feeds(block: DecoderBlock) -> list[Feed]:
 def check_pairs(block: DecoderBlock, shift: bool) -> None:
     """Raise UserError if the block has no place for the scales, or for the shifts if they are wanted."""
     names = {name for name, _ in block.module.named_parameters()}
-    for feed in _feeds(block):
+    for feed in learned_feeds(block):
         lacking = [name for name in (feed.producer, *feed.consumers) if f"{name}.bias" not in names]
         if shift and lacking:
             raise UserError(
@@ -85,7 +85,7 @@ def initial_pairs(block: DecoderBlock, alpha: float, shift: bool) -> tuple[Pair,
     """The pairs of a block as training starts: SmoothQuant's s = max|x|^α / max|W|^(1−α), 1 for q ↔ k; δ the centre of
     x, if `shift`: (max + min)/2, averaged over samples as they come (.99 old, .01 new)."""
     inputs, centres, pairs = input_maxima(block), _centres(block) if shift else {}, []
-    for feed in _feeds(block):
+    for feed in learned_feeds(block):
         channels = block.module.get_parameter(f"{feed.producer}.weight").shape[0]
         delta = of_producer(centres[feed.consumers[0]], channels, block.head_size) if shift else None
         scale = smoothing_scale(block, feed, inputs, alpha)

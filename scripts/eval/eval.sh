@@ -5,22 +5,25 @@
 #   KV_BITS 2 to 8, or 16 for full precision
 #   TASK    ppl, mmlu (5 shots), qa (seven tasks, no shots), or any task of lm-eval: gsm8k, piqa, bbh, …
 #   PORT    of accelerate, used with several GPUs
-#   DEVICE  cpu, a GPU index, or several joined by commas
-# Environment: GROUP_SIZE, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults, as do
+#   DEVICE  cpu, a GPU index, several joined by commas, or all: one model over all GPUs
+# Environment: GROUP_SIZE, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED override the model's defaults, as do
 # CORPUS and WINDOW for ppl, DATA=local|sample|hub, FEWSHOT and BATCH_SIZE for tasks; LIMIT windows, or questions of a
-# task; BEHIND=bos adds the weights that are calibrated behind that prefix.
+# task; PROTOCOL (default intactkv), MMLU_PROTOCOL (default hendrycks); BEHIND=bos adds the weights that are calibrated
+# behind that prefix; OPTIONS, MAX_MEMORY: see common.sh. awq takes the model's file of the AWQ zoo from modelzoo/llm-awq/
+# (MODEL-w3-g128.pt, there or in its family's folder), if it is there.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 8 ] || fail "usage: eval.sh MODEL SIZE METHOD BITS KV_BITS TASK PORT DEVICE (got $# of 8 arguments)"
 enter_project
-model=$(model_directory "$1" "$2") method=$3 bits=$4 kv_bits=$5 task=$6 port=$7 device=$8
-
-recipe=(--recipe "$method" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
-[ "$bits" = 16 ] || recipe+=(--bits "$bits")
-[ "$kv_bits" = 16 ] || recipe+=(--kv-bits "$kv_bits")
-
+model=$(model_directory "$1" "$2") task=$6
+choose_recipe "$3" "$4" "$model"
+read_kv "$5"
+recipe+=("${kv[@]}")
+measure_as intactkv
 if [ "$task" = ppl ]; then
-    perplexities "$device" "$port" "$model" "${recipe[@]}"
+    perplexities "$8" "$7" "$model" "${recipe[@]}"
+    python -m eval table --model "$(basename "$model")" --costs # all finished runs of the model, to compare
 else
-    task_scores "$task" "$device" "$port" "$model" "${recipe[@]}"
+    task_scores "$task" "$8" "$7" "$model" "${recipe[@]}"
+    python -m eval table tasks --model "$(basename "$model")"
 fi

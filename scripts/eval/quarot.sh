@@ -2,17 +2,16 @@
 # Table 5 of IntactKV: perplexity in full precision, of QuaRot (W4A4KV4) and of QuaRot with IntactKV_[B], beside the
 # published figures.
 # Usage: quarot.sh MODEL SIZE DEVICE      for example: quarot.sh llama-2 7b 0
-#   DEVICE  cpu, a GPU index, or several joined by commas
+#   DEVICE  cpu, a GPU index, several joined by commas, or all
 # Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text to calibrate on; CORPUS, WINDOW,
-# LIMIT what is scored (the table shows c4; by default wikitext2 is scored, too); BEHIND=bos adds the weights that are
-# calibrated behind that prefix.
+# LIMIT what is scored (the table shows c4; by default wikitext2 is scored, too), PROTOCOL (default intactkv); BEHIND=bos
+# adds the weights that are calibrated behind that prefix; OPTIONS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 3 ] || fail "usage: quarot.sh MODEL SIZE DEVICE (got $# of 3 arguments)"
 enter_project
-model=$(model_directory "$1" "$2") device=$3
-scored=(${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
-
-run_eval "$device" 29500 ppl --model "$model" "${scored[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
-arms ppl "$device" 29500 "$model" --recipe quarot ${SEED:+--seed "$SEED"} "${scored[@]}"
+model=$(model_directory "$1" "$2")
+measure_as intactkv
+run_eval "$3" 29500 ppl --model "$model" "${scored[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
+perplexities "$3" 29500 "$model" --recipe quarot
 python -m eval table 5 --model "$(basename "$model")"

@@ -3,18 +3,21 @@
 # Usage: stats.sh MODEL SIZE METHOD BITS DEVICE      for example: stats.sh llama-2 7b rtn 3 0
 #   METHOD  a recipe that quantizes weights: rtn, gptq, awq, omniquant, spqr, bcq, …          BITS  of the weights
 #   DEVICE  cpu or a GPU index
-# Environment: CORPUS, GROUP_SIZE, WINDOW, and of methods that calibrate CALIBRATION, CALIBRATION_SAMPLES,
-# CALIBRATION_LENGTH override the model's defaults; KV_BITS the 4 bits of the cache.
+# Environment: CORPUS, GROUP_SIZE, WINDOW, PROTOCOL (default intactkv), LIMIT windows, and of methods that calibrate
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED override the model's defaults; KV_BITS the 4 bits of the
+# cache; OPTIONS of the method: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 5 ] || fail "usage: stats.sh MODEL SIZE METHOD BITS DEVICE (got $# of 5 arguments)"
 enter_project
 device=$(device_option "$5")
-common=(--model "$(model_directory "$1" "$2")" --device "$device" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
-recipe=(--recipe "$3" --bits "$4" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"} "${calibration[@]}")
+model=$(model_directory "$1" "$2")
+choose_method "$3" "$4" "$model"
+measure_as intactkv
+common=(--model "$model" --device "$device" "${scored[@]}" ${LIMIT:+--limit "$LIMIT"})
 
 python -m eval stats pivots "${common[@]}"
-python -m eval stats linears "${common[@]}" "${recipe[@]}"
-python -m eval stats linears "${common[@]}" "${recipe[@]}" --prefix bos
-python -m eval stats distance "${common[@]}" "${recipe[@]}" --prefix bos
+python -m eval stats linears "${common[@]}" "${method[@]}"
+python -m eval stats linears "${common[@]}" "${method[@]}" --prefix bos
+python -m eval stats distance "${common[@]}" "${method[@]}" --prefix bos
 python -m eval stats kv "${common[@]}" --kv-bits "${KV_BITS:-4}" --prefix bos

@@ -2,10 +2,14 @@
 # OmniQuant, weight-only: learnable weight clipping.
 # Usage: omniquant.sh FAMILY SIZE BITS GROUP_SIZE DEVICE      for example: omniquant.sh llama-2 7b 3 128 0
 #   GROUP_SIZE  input channels per scale, -1 for one scale per row     DEVICE  cpu or a GPU index
-# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults; BEHIND=bos calibrates
-# behind that prefix. The checkpoint goes to modelzoo/quantized/, where eval.sh with the same arguments finds it.
+# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED override the model's defaults; BEHIND=bos
+# calibrates behind that prefix; OPTIONS: see common.sh. The checkpoint goes to modelzoo/quantized/, where eval.sh with
+# the same arguments (and GROUP_SIZE) finds it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 5 ] || fail "usage: omniquant.sh FAMILY SIZE BITS GROUP_SIZE DEVICE (got $# of 5 arguments)"
 enter_project
-quantize "$5" "$(model_directory "$1" "$2")" --recipe omniquant --bits "$3" --group-size "$4"
+model=$(model_directory "$1" "$2")
+GROUP_SIZE=$4
+choose_recipe omniquant "$3" "$model"
+quantize "$5" "$model" "${recipe[@]}"

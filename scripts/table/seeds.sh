@@ -5,15 +5,16 @@
 #   METHOD  a named recipe that calibrates, rtn-w8a8 (on static grids), or gptq-w4row (gptq, 4 bits, one grid per row)
 #           (default: gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row)
 # Environment: SEEDS of the text to calibrate on (default "42 1 2 3"); EPOCHS of OmniQuant (default: the recipe's); CORPUS,
-# WINDOW, LIMIT, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults.
+# WINDOW, LIMIT, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults, PROTOCOL the intactkv
+# one; OPTIONS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: seeds.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
-device=$1 model=$(realpath -m "$2")
+device=$1 model=$(model_path "$2")
 shift 2
 enter_project
-text=("${calibration[@]}")
-scored=(${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
+measure_as intactkv
+BEHIND=bos given=("${calibration[@]}")
 
 [ $# -gt 0 ] || set -- gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row
 for method in "$@"; do
@@ -24,8 +25,8 @@ for method in "$@"; do
         *) recipe=(--recipe "$method") ;;
     esac
     for seed in ${SEEDS:-42 1 2 3}; do
-        BEHIND=bos calibration=("${text[@]}" --seed "$seed")
-        arms ppl "$device" 29500 "$model" "${recipe[@]}" "${scored[@]}" > /dev/null
+        calibration=("${given[@]}" --seed "$seed")
+        row "${recipe[@]}"
     done
 done
 python -m eval table --model "$(basename "$model")" --over-seeds

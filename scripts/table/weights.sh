@@ -3,33 +3,33 @@
 # behind [B]; perplexity, and what quantizing took.
 # Usage: weights.sh DEVICE MODEL_PATH [METHOD]…      for example: weights.sh 0 modelzoo/llama-2/llama-2-7b gptq awq
 #   METHOD  rtn, gptq, awq, omniquant, spqr, bcq (default: all)
-# Environment: EPOCHS of OmniQuant (default: the recipe's), and what eval.sh takes: CORPUS, WINDOW, LIMIT, CALIBRATION,
-# CALIBRATION_SAMPLES, CALIBRATION_LENGTH.
+# Environment: EPOCHS of OmniQuant (default: the recipe's), and what eval.sh takes: CORPUS, WINDOW, LIMIT, PROTOCOL,
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED; OPTIONS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: weights.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
-device=$1 model=$(realpath "$2")
+device=$1 model=$(model_path "$2")
 shift 2
 enter_project
-text=("${calibration[@]}")
 
 [ $# -gt 0 ] || set -- rtn gptq awq omniquant spqr bcq
 for method in "$@"; do
-    BEHIND=bos calibration=("${text[@]}") settings=()
-    grids=("--bits 4" "--bits 3" "--bits 4 --group-size -1")
-    recipes=("$method")
+    [[ " rtn gptq awq omniquant spqr bcq " = *" $method "* ]] ||
+        fail "method '$method' is not in the table; choose from rtn, gptq, awq, omniquant, spqr, bcq"
+done
+measure_as intactkv
+BEHIND=bos
+for method in "$@"; do
+    grids=("--bits 4" "--bits 3" "--bits 4 --group-size -1") recipes=("$method") settings=()
     case $method in
-        rtn | bcq) BEHIND='' calibration=() ;; # they look at no text
-        gptq | awq) ;;
         omniquant) settings=(${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
         spqr) recipes=(spqr spqr-w2) grids=("") ;; # groups of its own: four and three bits a weight in all
-        *) fail "method '$method' is not in the table; choose from rtn, gptq, awq, omniquant, spqr, bcq" ;;
     esac
     for recipe in "${recipes[@]}"; do
         for grid in "${grids[@]}"; do
             # shellcheck disable=SC2086 # a grid is several words
-            perplexities "$device" 29500 "$model" --recipe "$recipe" $grid "${settings[@]}" > /dev/null
+            row --recipe "$recipe" $grid "${settings[@]}"
         done
     done
 done
-python -m eval table --model "$(basename "$model")" --costs
+show_rows

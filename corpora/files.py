@@ -1,0 +1,166 @@
+"""Data files at one boundary: which files of a folder are data, how a text file is opened, and what its hash is.
+
+A text file is UTF-8, with or without a byte order mark. Its line ends (\\n, \\r\\n, \\r) are read as \\n, as Python's
+text mode does, and its hash does not depend on them either: a text that was saved on another system is the same text.
+Line ends that JSON writes with a backslash are part of the text and stay.
+"""
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from corpora.errors import UserError
+
+__all__ = ["damaged", "data_files", "open_text", "refuse_half_characters", "sha256_of_data", "suffix_of"]
+
+PACKED = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")
+NOT_UNPACKED = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
+# Byte order marks of encodings that are not read. UTF-32's little-endian mark begins with that of UTF-16.
+OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
+
+
+def data_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder` that match a pattern, sorted, without those that are no data: hidden ones (a Mac leaves
+    a ._NAME beside every NAME, hub clients a .cache folder) and cache-*.arrow, which `datasets.map` leaves."""
+    return sorted(
+        file
+        for file in folder.glob(pattern)
+        if file.is_file()
+        and not file.name.startswith("cache-")
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+
+
+def suffix_of(path: Path) -> str:
+    """What a file holds by its name, in small letters: ".json" of A.JSON, and of a.json.gz, which is unpacked."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextmanager
+def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
+    """A text file, open for reading; .gz and .zst are unpacked. what: it should be, for messages.
+
+    Raises UserError, with the file's name, if it is missing, no file, damaged, packed in another way, or not UTF-8;
+    also for what is found while the caller reads.
+    """
+    name = f"{what} {path}" if what else str(path)
+    packing = path.suffix.lower()
+    if packing in NOT_UNPACKED:
+        raise UserError(f"{name} is packed as {packing}, which is not read; unpack it, or pack it as .gz or .zst")
+    try:
+        with _unpacked(path, packing) as binary:
+            start = binary.peek(4)[:4]
+            encoding = next((code for mark, code in OTHER_MARKS.items() if start.startswith(mark)), None)
+            if encoding is not None:
+                raise UserError(f"{name} is text in {encoding}, which is not read; save it as UTF-8")
+            with io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
+                yield file
+    except FileNotFoundError:
+        raise UserError(f"{name} is missing") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder; name a file of it") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{name} is not plain text in UTF-8 ({error.reason}, byte 0x{byte:02x}); save it as UTF-8"
+        ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise damaged(name, error) from None
+
+
+def sha256_of_data(path: Path) -> str:
+    """SHA-256 of a data file, in hexadecimal: of a text file as `open_text` reads it, of any other its bytes.
+
+    A text file with plain \\n and no byte order mark has the hash of its bytes.
+    """
+    if path.suffix.lower() in (*PACKED, *TABLES, *NOT_UNPACKED):
+        from corpora.storage import sha256_of_file  # late: it imports torch, which programs need not for their --help
+
+        return sha256_of_file(path)
+    digest = hashlib.sha256()
+    # Latin-1 gives one character a byte and back, so that Python's text mode sees to the line ends of any text.
+    with path.open(encoding="latin-1") as file:
+        chunk = file.read(1 << 20).removeprefix("\xef\xbb\xbf")
+        while chunk:
+            digest.update(chunk.encode("latin-1"))
+            chunk = file.read(1 << 20)
+    return digest.hexdigest()
+
+
+def refuse_half_characters(value: Any, where: str) -> None:
+    """Raise UserError if a text, or one inside a JSON value, holds half of a character: JSON can write one (\\ud83d),
+    but no tokenizer reads it."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            refuse_half_characters(part, where)
+    if not isinstance(value, str):
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        near = value[max(0, error.start - 30) : error.start].encode(errors="ignore").decode()
+        raise UserError(
+            f"{where} holds half of a character (\\u{ord(value[error.start]):04x}, behind {near!r}), which is no text; "
+            "take it out, or write the whole character"
+        ) from None
+
+
+def damaged(what: object, reason: object) -> UserError:
+    """The error for a file that cannot be read to its end: a text that is silently shorter gives another number."""
+    return UserError(f"{what} is truncated or damaged ({reason}); mend it, or fetch it again")
+
+
+def _unpacked(path: Path, packing: str) -> Any:
+    """The bytes of a file as a buffered reader."""
+    if packing == ".gz":
+        return gzip.open(path)
+    if packing == ".zst":
+        return io.BufferedReader(_ZstdFile(path))
+    return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """The unpacked bytes of a .zst file; one that ends inside a frame is an error, as it is for gzip."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._file = path.open("rb")
+        self._library = zstandard
+        self._unpack = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._unpack.unused_data or self._file.read(1 << 20)
+            if self._unpack.eof:
+                if not packed:
+                    return 0
+                self._unpack = self._library.ZstdDecompressor().decompressobj()  # the next frame
+            elif not packed:
+                raise EOFError("the file ends inside a zstd frame")
+            try:
+                self._ready = self._unpack.decompress(packed)
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,120 @@
+"""Readable names of recipes: what a checkpoint's directory and a row of a table are called in front of any hash.
+
+    gptq-w3g128                          methods, bits and groups: `Recipe.label`, which records are stored under
+    gptq-w3g128-no-static_groups         and every other field that is not as in the first named recipe of this kind
+
+Of a kind are recipes with the same parts; where no named recipe has them, each part is compared with the first one of
+its own kind. Works on descriptions, so that tables name the recipes of stored records, too.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantization.named import RECIPES
+from quantization.recipes.recipe import Recipe, describe
+
+__all__ = ["differences", "full_label", "told"]
+
+PARTS = ("transforms", "weights", "activations", "attention", "tuning")
+IN_LABEL = ("bits", "group_size", "attention_bits", "groups", "static")  # fields that `Recipe.label` tells
+BY_VALUE = ("convention", "scale_dtype")  # values that need no name beside them
+
+Part = Mapping[str, Any]
+
+
+def full_label(recipe: Recipe) -> str:
+    """The readable name of a recipe's weights, with what is other than in the named recipe of its kind."""
+    return told(recipe.label(), describe(recipe))
+
+
+def told(label: str, recipe: Mapping[str, Any]) -> str:
+    """A label with what is other in a described recipe; `-behind` stays where it is."""
+    return "-".join([label, *differences(recipe)])
+
+
+def differences(recipe: Mapping[str, Any]) -> list[str]:
+    """Words for the fields of a described recipe that are not as in the first named recipe of its kind."""
+    parts = _parts(recipe)
+    of_kind = _rows().get(tuple(map(_kind, parts)))
+    words = []
+    for i, part in enumerate(parts):
+        base = of_kind[i] if of_kind is not None else _first().get(_kind(part))
+        if base is None:  # no named recipe has such a part: what it is stands in its label
+            continue
+        usual = dict(_leaves(base))
+        words += [_word(name, value) for name, value in _leaves(part) if name in usual and value != usual[name]]
+    return words
+
+
+def _parts(recipe: Mapping[str, Any]) -> list[Part]:
+    """The described parts, transforms one by one; those that a record does not know are None."""
+    found: list[Part] = []
+    for name in PARTS:
+        part = recipe.get(name)
+        found += part if isinstance(part, list) else [part] if part else []
+    return found
+
+
+def _kind(part: Part) -> tuple[str, bool]:
+    return part["kind"], bool(part.get("static"))
+
+
+@cache
+def _rows() -> dict[tuple[tuple[str, bool], ...], list[Part]]:
+    """The parts of the first named recipe of every kind."""
+    rows: dict[tuple[tuple[str, bool], ...], list[Part]] = {}
+    for row in RECIPES.values():
+        parts = _parts(describe(row.recipe))
+        rows.setdefault(tuple(map(_kind, parts)), parts)
+    return rows
+
+
+@cache
+def _first() -> dict[tuple[str, bool], Part]:
+    """The first part of every kind."""
+    first: dict[tuple[str, bool], Part] = {}
+    for parts in _rows().values():
+        for part in parts:
+            first.setdefault(_kind(part), part)
+    return first
+
+
+@cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    """Defaults of the classes that named recipes are made of: descriptions leave out fields that came later."""
+    kinds: dict[str, dict[str, Any]] = {}
+
+    def look(part: Any) -> None:
+        kinds[type(part).__name__] = {f.name: f.default for f in fields(part) if f.init and f.default is not MISSING}
+        if hasattr(part, "grid"):
+            look(part.grid)
+
+    for row in RECIPES.values():
+        for name in PARTS:
+            part = getattr(row.recipe, name)
+            for one in part if isinstance(part, tuple) else [part] * (part is not None):
+                look(one)
+    return kinds
+
+
+def _leaves(part: Part, front: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields of a described part that its label does not tell, those of its grid as `grid.…`, with their values."""
+    for name, value in {**_defaults().get(part["kind"], {}), **part}.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+        elif name not in ("kind", *IN_LABEL):
+            yield front + name, value
+
+
+def _word(name: str, value: Any) -> str:
+    leaf = name.rpartition(".")[2]
+    if isinstance(value, bool):
+        return leaf if value else f"no-{leaf}"
+    if leaf in BY_VALUE:
+        return str(value)
+    if isinstance(value, str):  # a file by its name alone: the word becomes part of a path
+        return f"{leaf}-{Path(value).stem or 'none'}"
+    return f"{leaf}{value:g}"

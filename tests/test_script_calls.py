@@ -1,0 +1,407 @@
+"""What the scripts call: every published call, and the arguments of the programs that it becomes.
+
+No program runs: the scripts see a `python` that writes down what it is asked for.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from common import ROOT
+
+from corpora.catalog import FAMILIES, model_defaults
+from eval.__main__ import parser as eval_parser
+from quantization.named import RECIPES
+from quantization.programs.options import chosen_recipe
+from quantization.programs.quantize import quantize_parser
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import Checkpoint
+
+FAKE = """#!/usr/bin/env bash
+case "$*" in
+    *device_count*) echo 8 ;;
+    "-c "*) PYTHONPATH={root} exec {python} "$@" ;;
+    *) printf '%s\\x1f' "${{@:2}}" >> "$CALLS"; echo >> "$CALLS" ;;
+esac
+case "$*" in *--json*) echo '{{"perplexity": 1.0}}' ;; esac
+"""
+Call = list[str]
+Calls = Callable[..., list[Call]]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the scripts, with that python in its environment."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE.format(root=ROOT, python=sys.executable))
+    python.chmod(0o755)
+    return tmp_path
+
+
+def run(project: Path, call: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    script, *arguments = call.split()
+    environment = {name: value for name, value in os.environ.items() if name not in ("LIMIT", "WINDOW", "CORPUS")}
+    return subprocess.run(
+        ["bash", f"scripts/{script}.sh", *arguments],
+        cwd=project,
+        env=environment | {"CALLS": str(project / "calls")} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def calls(project: Path) -> Calls:
+    """calls("script argument…", **variables) -> the programs that it ran, each as its words."""
+
+    def made(call: str, **variables: str) -> list[Call]:
+        (project / "calls").unlink(missing_ok=True)
+        done = run(project, call, **variables)
+        assert done.returncode == 0, done.stderr
+        return [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+
+    return made
+
+
+def recipe_of(call: Call) -> Recipe:
+    """The recipe that a call's options spell for a model of the zoo, as its program reads them."""
+    program, *words = call
+    parsed = (eval_parser() if program == "eval" else quantize_parser(False)).parse_args(words)
+    return chosen_recipe(parsed, Checkpoint(parsed.model, parsed.model.name, "", None))
+
+
+def rows(made: list[Call]) -> list[str]:
+    """Program, recipe's options and prefix of what a script ran, without its tables; each recipe must be one."""
+    found = []
+    for call in made:
+        if "table" in call:
+            continue
+        recipe_of(call)
+        words = call[call.index("--recipe") :] if "--recipe" in call else []
+        end = next((i for i, word in enumerate(words) if word in ("--protocol", "--tasks", "--prefix")), len(words))
+        prefix = f" / {call[call.index('--prefix') + 1]}" if "--prefix" in call else ""
+        behind = " behind" if "--calibrate-behind-prefix" in call else ""
+        found.append(" ".join([call[1] if call[0] == "eval" else call[0], *words[1:end]]) + prefix + behind)
+    return found
+
+
+def protocols(made: list[Call]) -> set[str]:
+    return {f"{call[1]} {call[call.index('--protocol') + 1]}" for call in made if "--protocol" in call}
+
+
+def said_of_recipes(project: Path, test: str) -> list[str]:
+    """The recipes, as $name, of which a line of bash with the scripts' functions is true."""
+    source = f"source scripts/common.sh; for name in $NAMES; do ({test}) 2> /dev/null && echo $name; done; true"
+    done = subprocess.run(["bash", "-c", source], cwd=project, env=os.environ | {"NAMES": " ".join(RECIPES)},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    return done.stdout.split()
+
+
+def test_the_scripts_know_which_methods_have_weights_and_look_at_text_as_the_table_of_recipes_does(
+    project: Path,
+) -> None:
+    calibrating = [name for name, row in RECIPES.items() if row.recipe.calibrates]
+    assert said_of_recipes(project, "calibrates --recipe $name --bits 3") == calibrating
+    whole = [name for name, row in RECIPES.items() if row.recipe.weights is None]
+    assert said_of_recipes(project, "choose_recipe $name 16 model") == whole
+
+
+SIXTEEN = [
+    ("eval/eval llama-2 7b rtn 16 16 ppl 29500 cpu", "BITS 16 is full precision, METHOD 'rtn' is not"),
+    ("eval/eval llama-2 7b fp16 3 16 ppl 29500 cpu", "METHOD 'fp16' has weights in full precision, but BITS is '3'"),
+    ("eval/gen_mtbench_answer vicuna-v1.5 7b awq 16 cpu", "METHOD 'awq' is not"),
+    ("eval/gen_mtbench_answer vicuna-v1.5 7b fp16 4 cpu", "METHOD 'fp16'"),
+    ("eval/stats llama-2 7b gptq 16 cpu", "METHOD 'gptq' is not"),
+    ("train/train vicuna-v1.5 7b rtn 16 cpu", "METHOD 'rtn' is not"),
+    ("quantization/auto_gptq vicuna-v1.5 vicuna-v1.5-7b 16 128 cpu", "METHOD 'gptq' is not"),
+    ("quantization/llm_awq vicuna-v1.5 7b 16 128 cpu", "METHOD 'awq' is not"),
+    ("quantization/omniquant llama-2 7b 16 128 cpu", "METHOD 'omniquant' is not"),
+]
+
+
+@pytest.mark.parametrize(("call", "named"), SIXTEEN)
+def test_sixteen_bits_and_a_method_for_weights_are_refused(project: Path, call: str, named: str) -> None:
+    done = run(project, call)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert named in done.stderr
+    assert not (project / "calls").exists()
+
+
+MODEL = "modelzoo/llama-2/llama-2-7b"
+INSTRUCT = "modelzoo/llama-3.1-instruct/llama-3.1-instruct-8b"
+CUT = "--set weights.groups=4096"
+
+
+def arms(program: str, recipe: str, *prefixes: str) -> list[str]:
+    return [f"{program} {recipe} / {prefix}" for prefix in prefixes or ("none", "bos")]
+
+
+# The calls of the published pages: what they become, and by which protocol.
+PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
+    "quantization/auto_gptq vicuna-v1.5 vicuna-v1.5-7b 3 128 cpu": (
+        ["quantization gptq --group-size 128 --bits 3"], set(),
+    ),
+    "quantization/llm_awq vicuna-v1.5 7b 3 128 0": (["quantization awq --group-size 128 --bits 3"], set()),
+    "eval/eval llama-2 7b awq 3 16 ppl 29500 0": (arms("ppl", "awq --bits 3"), {"ppl intactkv"}),
+    "eval/eval vicuna-v1.5 7b awq 3 16 mmlu 29500 0": (arms("tasks", "awq --bits 3"), {"tasks hendrycks"}),
+    "eval/eval vicuna-v1.5 7b awq 3 16 qa 29500 0": (arms("tasks", "awq --bits 3"), set()),
+    "eval/eval llama-2 7b awq 3 4 ppl 29500 0": (arms("ppl", "awq --bits 3 --kv-bits 4"), {"ppl intactkv"}),
+    "eval/eval vicuna-v1.5 7b awq 3 4 mmlu 29500 0": (arms("tasks", "awq --bits 3 --kv-bits 4"), {"tasks hendrycks"}),
+    "eval/eval vicuna-v1.5 7b awq 3 4 qa 29500 0": (arms("tasks", "awq --bits 3 --kv-bits 4"), set()),
+    "eval/gen_mtbench_answer vicuna-v1.5 7b awq 3 0": (arms("mtbench", "awq --bits 3", "none", "prompt") * 3, set()),
+    "eval/quarot llama-2 7b 0": (["ppl", *arms("ppl", "quarot")], {"ppl intactkv"}),
+    "visualization/motivation llama-2 7b 0": (["plot rtn --bits 3"], set()),
+    "visualization/plot_act llama-2 7b 0": (["plot fp16"] * 3, set()),
+    f"run_gptq 0 {MODEL}": (
+        arms("ppl", "gptq-row --bits 4 --group-size -1 --set weights.act_order=true"), {"ppl gptq"},
+    ),
+    f"run_smoothquant 0 {MODEL}": (
+        [row for bits in ("w8a8", "w6a6") for method in ("rtn", "smoothquant")
+         for row in arms("ppl", f"{method}-{bits}-qllm")], {"ppl gptq"},
+    ),
+    f"run_lutgemm 0 {MODEL} 3": (
+        arms("ppl", "bcq-row --bits 4 --group-size -1 --set weights.rounds=3"), {"ppl gptq"},
+    ),
+    f"run_spqr 0 {MODEL}": (arms("ppl", "spqr"), {"ppl gptq"}),
+    f"run_zeroquant 0 {INSTRUCT}": (
+        [row for name in ("w8a8", "w4-8a16", "w4-8a8", "w4a4") for row in arms("ppl", f"zeroquant-{name} {CUT}")]
+        + [row for name in ("w4-8a16", "w4a4")
+           for row in arms("ppl", f"zeroquant-{name}-lkd {CUT} --set tuning.blocks=last")], {"ppl gptq"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", PUBLISHED)
+def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call: str) -> None:
+    made = calls(call)
+    ran, by = PUBLISHED[call]
+    assert rows(made) == ran
+    assert protocols(made) == by
+
+
+def test_train_and_the_figures_of_prefixquant_are_called_as_published(calls: Calls) -> None:
+    (call,) = calls("train/train vicuna-v1.5 7b awq 3 0")
+    assert call[:2] == ["intactkv", "calibrate"]
+    assert " ".join(call[call.index("--recipe") :]) == (
+        "--recipe awq --bits 3 --prefix prompt --out modelzoo/prefixes/vicuna-v1.5-7b-awq-w3-cal.safetensors"
+    )
+    made = calls(f"run_prefixquant 0 {MODEL}")
+    recipe = "prefixquant-w4a4kv4-static"
+    assert rows([call for call in made if "plot" not in call]) == ["ppl", *arms("ppl", recipe, "none", "auto")]
+    assert protocols(made) == {"ppl gptq"}
+    figures = [call[2] for call in made if "plot" in call]
+    assert figures == ["linear-input", "linear-output", "outlier-layers", "outlier-count", "outlier-position",
+                       "outlier-content", "layer-input-3d", "block-output-3d"]  # fmt: skip
+
+
+def test_gptqs_protocol_has_its_own_draw_of_c4_and_the_sample_stays_what_smollm2_is_measured_on() -> None:
+    own = {name: [model_defaults(f"{name}-7b").corpora_of(by) for by in ("intactkv", "gptq")] for name in FAMILIES}
+    assert own.pop("smollm2") == [("sample",)] * 2
+    assert all(both == [("wikitext2", "c4"), ("wikitext2", "c4-old")] for both in own.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "own", "other"),
+    [(f"run_gptq 0 {MODEL}", "gptq", "intactkv"), ("eval/eval llama-2 7b rtn 3 16 ppl 29500 0", "intactkv", "gptq")],
+)
+def test_the_protocol_is_chosen_and_printed(project: Path, call: str, own: str, other: str) -> None:
+    for given, protocol in (({}, own), ({"PROTOCOL": other}, other)):
+        done = run(project, call, **given)
+        assert f"perplexity by --protocol {protocol}, MMLU by" in done.stdout
+
+
+def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_theirs(calls: Calls) -> None:
+    made = [call for call in calls(f"run_gptq 0 {MODEL}", TASKS="boolq,mmlu,gsm8k") if call[1] == "tasks"]
+    told = {call[call.index("--tasks") + 1]: call for call in made}
+    assert set(told) == {"boolq,gsm8k", "mmlu"}
+    assert "--fewshot" not in told["boolq,gsm8k"]
+    assert " ".join(told["mmlu"]).count("--protocol lm-eval --fewshot 0") == 1
+    (mine,) = {call[call.index("--protocol") + 1] for call in calls(f"run_gptq 0 {MODEL}", TASKS="mmlu",
+               MMLU_PROTOCOL="hendrycks") if call[1] == "tasks"}  # fmt: skip
+    assert mine == "hendrycks"
+
+
+@pytest.mark.parametrize("script", ["run_gptq", "run_lutgemm", "run_spqr", "run_zeroquant", "run_smoothquant",
+                                    "run_prefixquant"])  # fmt: skip
+def test_every_method_is_scored_on_the_tasks_that_are_named(calls: Calls, script: str) -> None:
+    made = calls(f"{script} cpu {MODEL}", TASKS="piqa,winogrande", DATA="sample", BATCH_SIZE="2", LIMIT="3", PLOTS="0")
+    of = {program: [row.removeprefix(program) for row in rows(made) if row.startswith(program)]
+          for program in ("ppl", "tasks")}  # fmt: skip
+    assert of["ppl"] == of["tasks"]
+    scored = [call for call in made if call[1] == "tasks"]
+    assert all("--tasks piqa,winogrande" in " ".join(call) and "--limit 3" in " ".join(call) for call in scored)
+    assert ["table", "tasks"] in [call[1:3] for call in made]
+
+
+def test_rows_of_the_published_tables_that_no_default_makes(project: Path, calls: Calls) -> None:
+    made = rows(calls("run_gptq cpu modelzoo/opt/opt-125m", BITS="4 3", ACT_ORDER="false", BESIDE="full rtn"))
+    assert made == [
+        row
+        for bits in (4, 3)
+        for row in (
+            *arms("ppl", f"gptq-row --bits {bits} --group-size -1 --set weights.act_order=false"),
+            "ppl / none",
+            "ppl / bos",
+            *arms("ppl", f"rtn --bits {bits} --group-size -1"),
+        )
+    ]
+    made = rows(calls(f"run_lutgemm cpu {INSTRUCT}", BITS="3", GROUP_SIZE="128", BESIDE="rtn gptq"))
+    assert made == [
+        *arms("ppl", "bcq-row --bits 3 --group-size 128 --set weights.rounds=30"),
+        *arms("ppl", "rtn --bits 3 --group-size 128"),
+        *arms("ppl", "gptq-row --bits 3 --group-size 128 --set weights.static_groups=false"),
+    ]
+    made = rows(calls(f"run_spqr cpu {INSTRUCT}", RECIPES="spqr spqr-w2"))
+    assert made == [*arms("ppl", "spqr"), *arms("ppl", "spqr-w2")]
+    made = rows(calls(f"run_zeroquant cpu {MODEL}"))  # cut for another model's shapes
+    assert {row.split(" --set ")[1].split(" / ")[0] for row in made} == {"weights.groups=0"}
+    assert "BESIDE: 'awq' is not known" in run(project, f"run_gptq cpu {MODEL}", BESIDE="awq").stderr
+
+
+def test_spqr_at_three_bits_has_the_published_numbers() -> None:
+    weights = RECIPES["spqr-w2"].recipe.weights
+    found = (weights.grid.bits, weights.scale_bits, weights.zero_bits, weights.grid.group_size, weights.scale_group)
+    assert found == (2, 3, 3, 32, 16)  # b_w, b_s, b_z, β1, β2
+
+
+@pytest.mark.parametrize(("rounds", "coding"), [("", 30), ("0", 0), ("1", 1), ("3", 3)])
+def test_the_third_argument_of_lutgemm_is_the_number_of_rounds(calls: Calls, rounds: str, coding: int) -> None:
+    weights = recipe_of(calls(f"run_lutgemm cpu {MODEL} {rounds}")[0]).weights
+    assert (weights.rounds, weights.grid.bits, weights.grid.group_size) == (coding, 4, -1)
+
+
+def test_options_reach_every_step_of_the_recipe_and_what_stands_beside_keeps_its_own(calls: Calls) -> None:
+    given = {"OPTIONS": "--set weights.damp=0.5 --dtype float16"}
+    for call in (f"run_gptq cpu {MODEL}", "eval/eval llama-2 7b gptq 3 16 ppl 29500 cpu",
+                 "eval/gen_mtbench_answer llama-2 7b gptq 3 cpu", "eval/stats llama-2 7b gptq 3 cpu",
+                 "train/train llama-2 7b gptq 3 cpu"):  # fmt: skip
+        ran = [" ".join(words) for words in calls(call, **given) if "--recipe" in words]
+        assert ran, call
+        assert all(given["OPTIONS"] in words for words in ran), call
+    (made,) = calls("quantization/auto_gptq llama-2 7b 3 128 cpu", OPTIONS="--set weights.damp=0.5")
+    assert recipe_of(made).weights.damp == 0.5
+    beside = [" ".join(c) for c in calls(f"run_gptq cpu {MODEL}", BESIDE="rtn", **given) if "rtn" in c]
+    assert all("--dtype float16" in call and "damp" not in call for call in beside)
+    assert len(beside) == 2
+
+
+def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> None:
+    given = {
+        "RECIPE": "prefixquant-w4a8kv4-dynamic", "TRAINABLE": "1", "PREFIX_LEN": "8", "PREFIX_EPOCHS": "20", "FT": "1",
+        "EPOCHS": "10", "CALIBRATION": "c4", "CALIBRATION_SAMPLES": "512", "CALIBRATION_LENGTH": "1024", "SEED": "42",
+        "TRAIN_OPTIONS": "--prefix-lr 1e-3 --batch-size 4", "MSE_INIT_SIZE": "8", "TASKS": "piqa", "BATCH_SIZE": "16",
+        "OPTIONS": "--group-size 128 --set weights.grid.convention=gptq-asym", "MAX_MEMORY": "65GiB", "PLOTS": "0",
+    }  # fmt: skip
+    training, *scored = [" ".join(call) for call in calls(f"run_prefixquant all {MODEL}", **given)]
+    assert training.startswith("intactkv train-prefix --model")
+    for words in ("--device cuda:0", "--prefix-len 8 --prefix-epochs 20 --corpus c4 --samples 512 --length 1024",
+                  "--training-seed 42", "--prefix-lr 1e-3 --batch-size 4", given["OPTIONS"]):  # fmt: skip
+        assert words in training
+    out = training.split("--out ")[1]
+    quantized = [call for call in scored if "--recipe" in call]
+    assert [call.split("--prefix ")[1].split()[0] for call in quantized] == ["none"] * 2 + [out] * 4
+    assert all(given["OPTIONS"] in call and "--seed 42" in call for call in quantized)
+    assert all("tuning.epochs=10" in call for call in quantized if "-ft " in call)
+    assert sum("-ft " in call for call in quantized) == 2
+    assert all("--device cuda:all --max-memory 65GiB" in call for call in scored if "eval table" not in call)
+
+
+def test_all_gpus_are_for_what_is_evaluated(project: Path) -> None:
+    refused = run(project, "quantization/auto_gptq llama-2 7b 3 128 all")
+    assert "device 'all' spreads a model that is evaluated" in refused.stderr
+    done = run(project, f"run_gptq 0 {MODEL}", MAX_MEMORY="65GiB")
+    assert (done.returncode, "MAX_MEMORY is of DEVICE all" in done.stderr) == (2, True)
+
+
+def test_a_linked_model_is_one_model_by_the_name_of_its_link(project: Path, calls: Calls) -> None:
+    place = project / "modelzoo" / "llama-2"
+    place.mkdir(parents=True)
+    (project / "elsewhere").mkdir()
+    (place / "llama-2-7b").symlink_to(project / "elsewhere")
+    for call in ("eval/eval llama-2 7b rtn 3 16 ppl 29500 cpu", f"run_gptq cpu {MODEL}",
+                 f"run_spqr cpu ./modelzoo/../{MODEL}/", f"table/table1 cpu {MODEL} rtn",
+                 f"table/weights cpu {MODEL} rtn", f"table/seeds cpu {MODEL} gptq-w3",
+                 f"visualization/prefixquant cpu {MODEL}"):  # fmt: skip
+        ran = [words for words in calls(call) if words[1] != "table"]
+        assert {words[words.index("--model") + 1] for words in ran} == {str(place / "llama-2-7b")}, call
+
+
+def test_answers_are_also_made_behind_the_prefix_that_train_has_trained(project: Path, calls: Calls) -> None:
+    train, answer = (f"{script} vicuna-v1.5 7b awq 3 cpu" for script in ("train/train", "eval/gen_mtbench_answer"))
+    for group in ({}, {"GROUP_SIZE": "64"}):
+        (trained,) = calls(train, **group)
+        out = project / trained[trained.index("--out") + 1]
+        before = calls(answer, SEEDS="42", **group)
+        assert [call[call.index("--prefix") + 1] for call in before] == ["none", "prompt"]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+        after = calls(answer, SEEDS="42", **group)
+        assert [call[call.index("--prefix") + 1] for call in after] == ["none", "prompt", str(out.relative_to(project))]
+
+
+@pytest.mark.parametrize("name", ["vicuna-v1.5/vicuna-v1.5-7b", "vicuna-v1.5-7b", "vicuna-7b-v1.5"])
+def test_awq_takes_the_file_of_the_zoo_where_the_published_code_keeps_it(
+    project: Path, calls: Calls, name: str
+) -> None:
+    file = project / "modelzoo" / "llm-awq" / f"{name}-w3-g128.pt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    setting = f"weights.file={file.relative_to(project)}"
+    for call in ("eval/eval vicuna-v1.5 7b awq 3 16 ppl 29500 cpu", "train/train vicuna-v1.5 7b awq 3 cpu",
+                 "eval/gen_mtbench_answer vicuna-v1.5 7b awq 3 cpu",
+                 "quantization/llm_awq vicuna-v1.5 7b 3 128 cpu"):  # fmt: skip
+        assert f"AWQ: scales and clip limits are those of {file.relative_to(project)}" in run(project, call).stderr
+        assert all(setting in made for made in calls(call) if made[1] != "table"), call
+    others = calls("eval/eval vicuna-v1.5 7b awq 4 16 ppl 29500 cpu")  # of other bits
+    others += calls("eval/eval vicuna-v1.5 7b rtn 3 16 ppl 29500 cpu")
+    others += calls("eval/eval vicuna-v1.5 7b awq 3 16 ppl 29500 cpu", CALIBRATION="c4")  # a search
+    assert not [made for made in others if setting in made]
+
+
+@pytest.mark.parametrize("script", ["eval/stats", "eval/eval", "train/train", "eval/gen_mtbench_answer"])
+def test_what_is_said_of_calibration_reaches_methods_that_calibrate_and_no_other(
+    project: Path, calls: Calls, script: str
+) -> None:
+    rest = "3 16 ppl 29500 cpu" if script == "eval/eval" else "3 cpu"
+    given = {"CALIBRATION_SAMPLES": "2", "SEED": "7"}
+    for method, reached in (("gptq", True), ("rtn", False), ("bcq", False)):
+        call = f"{script} llama-2 7b {method} {rest}"
+        ran = [" ".join(words) for words in calls(call, **given) if "--recipe" in words]
+        assert {"--calibration-samples 2 --seed 7" in words for words in ran} == {reached}
+        assert ("do not reach --recipe" in run(project, call, **given).stderr) is not reached
+
+
+def test_figures_take_a_quantized_model_its_cache_and_its_text(calls: Calls) -> None:
+    given = {"METHOD": "gptq", "BITS": "3", "KV_BITS": "2", "CALIBRATION_SAMPLES": "2"}
+    for call in ("plot_act llama-2 7b cpu", "motivation llama-2 7b cpu", f"prefixquant cpu {MODEL}"):
+        for made in calls(f"visualization/{call}", **given):
+            recipe = recipe_of(made)
+            assert (recipe.weights.name, recipe.kv_cache.bits, recipe.calibration.samples) == ("gptq", 2, 2)
+
+
+def test_mt_bench_is_fetched_with_intactkvs_own_reference_answers(project: Path) -> None:
+    sources = {}
+    for variable, files in (("MTBENCH_SOURCE", ("mt_bench/question.jsonl", "mt_bench/reference_answer/gpt-4.jsonl",
+                                                "judge_prompts.jsonl")),
+                            ("INTACTKV_SOURCE", ("mt_bench/reference_answer/gpt-4-0125-preview.jsonl",))):  # fmt: skip
+        for file in files:
+            place = project / variable / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(file)
+        sources[variable] = f"file://{project / variable}"
+    fake = project / ".venv" / "bin" / "python"
+    shutil.copy(shutil.which("true") or "/bin/true", fake)  # the check of their form is not this test's
+    done = run(project, "prepare/mtbench", **sources)
+    assert done.returncode == 0, done.stderr
+    there = {str(path.relative_to(project / "fastchat/data/mt_bench"))
+             for path in (project / "fastchat").rglob("*.jsonl")}  # fmt: skip
+    assert there == {"question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl",
+                     "reference_answer/gpt-4-0125-preview.jsonl"}  # fmt: skip
+    assert "No checked hash of these files is known here" in done.stdout
