@@ -176,11 +176,11 @@ def test_a_plan_hands_a_trained_prefix_to_calibration(
     assert plan_run(source, recipe, device=CPU).describe()["made_of"] != plan.describe()["made_of"]
 
 
-def test_a_prefix_of_another_basis_is_refused_before_any_work(
+def test_a_trained_prefix_of_another_basis_is_refused_before_any_work(
     tiny_checkpoint: Callable[..., Path], intactkv_root: Path
 ) -> None:
     source, file = tiny_checkpoint(intactkv_root, "llama"), intactkv_root / "plain.safetensors"
-    build_prefix(dense(source), PREFIX).save(file)
+    replace(build_prefix(dense(source), PREFIX), calibrated={"best_step": 1}).save(file)
     with pytest.raises(UserError, match="basis is 'plain' in the prefix"):
         plan_run(source, Recipe((Rotate(),), RTN(ROW), prefix=str(file)), device=CPU)
     assert not (intactkv_root / "modelzoo" / "quantized").exists()
