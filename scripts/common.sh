@@ -248,7 +248,8 @@ paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precisio
     enter_project
     measure_as intactkv
     local BEHIND='' GROUP_SIZE='' # the paper's tables have no such arm, and one group size
-    if [ "$program" = ppl ]; then told=("${scored[@]}"); else told+=(--protocol "$mmlu_protocol" "${asked[@]}"); fi
+    if [ "$program" = ppl ]; then told=("${scored[@]}"); else told+=("${asked[@]}"); fi
+    [[ " ${told[*]} " != *" mmlu "* ]] || told+=(--protocol "$mmlu_protocol")
     # In full precision the prefix changes nothing, and the table has no place for it.
     run_eval "$device" 29500 "$program" --model "$model" "${told[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
     for method in "${methods[@]}"; do
