@@ -30,6 +30,8 @@ class Processes:
                     f"{here} processes were started on a machine that shows {gpus} CUDA GPUs, and each needs its own; "
                     f"start {gpus}, or give --device cpu"
                 )
+            if on_cpu:  # its barriers name a GPU of the process' own index wherever they see any
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
             self._state = PartialState(cpu=on_cpu)
         self.index: int = 0 if self._state is None else self._state.process_index
         self.count: int = 1 if self._state is None else self._state.num_processes

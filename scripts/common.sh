@@ -92,9 +92,12 @@ calibrates() { # a recipe's options: whether it looks at text
 choose_text() { # a recipe's options: sets `text` and `behind`, what the environment says of its calibration
     text=("${calibration[@]}") behind=${BEHIND:-}
     ! calibrates "$@" || return 0
-    [[ " $* " = *" --recipe "* && " $* " != *" --recipe fp16 "* ]] || set -- # nobody expects it of full precision
-    [ $# -eq 0 ] || [ "${#text[@]}" -eq 0 ] || echo "CALIBRATION… and SEED do not reach $*: it looks at no text" >&2
-    [ $# -eq 0 ] || [ -z "$behind" ] || echo "BEHIND does not reach $*: it looks at no text" >&2
+    local name=" $*"
+    name=${name#* --recipe } name=${name%% *}
+    if [[ " $* " = *" --recipe "* && $name != fp16 ]]; then # nobody expects it of full precision
+        [ "${#text[@]}" -eq 0 ] || echo "CALIBRATION… and SEED do not reach $name: it looks at no text" >&2
+        [ -z "$behind" ] || echo "BEHIND does not reach $name: it looks at no text" >&2
+    fi
     text=() behind=
 }
 
@@ -245,7 +248,8 @@ paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precisio
     enter_project
     measure_as intactkv
     local BEHIND='' GROUP_SIZE='' # the paper's tables have no such arm, and one group size
-    if [ "$program" = ppl ]; then told=("${scored[@]}"); else told+=(--protocol "$mmlu_protocol" "${asked[@]}"); fi
+    if [ "$program" = ppl ]; then told=("${scored[@]}"); else told+=("${asked[@]}"); fi
+    [[ " ${told[*]} " != *" mmlu "* ]] || told+=(--protocol "$mmlu_protocol")
     # In full precision the prefix changes nothing, and the table has no place for it.
     run_eval "$device" 29500 "$program" --model "$model" "${told[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
     for method in "${methods[@]}"; do

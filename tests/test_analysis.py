@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from corpora.errors import UserError
 from eval.inside.analysis import first_token_share, position_share
 from eval.inside.distances import COLUMNS, layerwise_distance, linear_statistics
 from eval.inside.kv_report import kv_report
@@ -209,9 +210,9 @@ def test_no_hook_is_left_behind_also_after_a_failure(llama):
     wrong = Windows(torch.tensor([1]), torch.tensor([[5, 5000]]), False)
     for report in (layerwise_distance, linear_statistics, kv_report):
         report(pair, windows())
-        with pytest.raises(IndexError):
+        with pytest.raises(UserError, match="token ids 5000"):
             report(pair, wrong)
-    with pytest.raises(IndexError):
+    with pytest.raises(UserError, match="token ids 5000"):
         pivot_report(llama, wrong.fed)
     assert hooks_of(llama, changed) == before
 

@@ -229,7 +229,7 @@ def test_the_search_finds_what_trying_every_ratio_in_the_whole_full_precision_mo
         stored = read_block(block_file(out, block.index))
         steps = {step.producer: step for step in stored.rescalings}
         smallest_losses = 0.0
-        for feed in method.searched_feeds(block):
+        for feed in method.rescaled_feeds(block):
             measured = block.module.get_submodule(feed.inside)
             _, expected = seen_by(measured, run)
             x, _ = seen_by(block.module.get_submodule(feed.consumers[0]), run)

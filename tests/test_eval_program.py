@@ -234,6 +234,7 @@ def test_two_processes_share_the_windows_and_agree_with_one(model, text, intactk
 def test_processes_compute_where_they_were_told_and_never_share_a_gpu(monkeypatch, on_cpu, gpus, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     asked = []
@@ -248,6 +249,7 @@ def test_processes_compute_where_they_were_told_and_never_share_a_gpu(monkeypatc
     else:
         Processes(on_cpu)
     assert asked == ([] if refused else [on_cpu])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if on_cpu else "0")
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

@@ -23,13 +23,13 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def broken(intactkv_root: Path, tiny_checkpoint, tiny_tokenizer):
-    """broken(tensor, value) -> a checkpoint of which one tensor is multiplied by that."""
+    """broken(tensor) -> a checkpoint of which one tensor is so large that products with it overflow float32."""
 
-    def make(tensor: str, value: float) -> Path:
+    def make(tensor: str) -> Path:
         directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=2048)
         tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
         tensors = load_file(directory / WEIGHTS)
-        tensors[tensor] = tensors[tensor] * value
+        tensors[tensor] = tensors[tensor] / tensors[tensor].abs().max() * 3e38
         save_file(tensors, directory / WEIGHTS, {"format": "pt"})
         return directory
 
@@ -50,13 +50,13 @@ LOOKS = {
     "attention": ("plot", "attn", "--corpus"),
     "hessian": ("plot", "hessian", "--calibration-samples", 2, "--calibration-length", 64, "--calibration"),
 }
-DAMAGES = {"NaN": ("model.norm.weight", math.nan), "infinite": ("lm_head.weight", math.inf)}
+DAMAGES = {"NaN": "model.layers.1.mlp.down_proj.weight", "infinite": "lm_head.weight"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_model_that_computes_no_numbers_has_no_result(call, damage, broken, text, run_main, intactkv_root):
-    model = broken(*DAMAGES[damage])
+    model = broken(DAMAGES[damage])
     (intactkv_root / "datasets/gsm8k").mkdir(parents=True)
     row = {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}
     (intactkv_root / "datasets/gsm8k/test.jsonl").write_text(json.dumps(row) + "\n")
@@ -73,11 +73,11 @@ def test_a_model_that_computes_no_numbers_has_no_result(call, damage, broken, te
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_nothing_is_told_of_the_inside_of_such_a_model(look, broken, text, run_main, intactkv_root):
-    model = broken("model.layers.1.mlp.up_proj.weight", math.nan)
+    model = broken("model.layers.1.mlp.up_proj.weight")
     code, out, err = run_main(main, *LOOKS[look], text, "--model", model)
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert (code, out) == (2, "")
-    assert "NaN" in line
+    assert "NaN" in line or "infinite" in line
     assert not [file for file in (intactkv_root / "outputs").rglob("*") if file.suffix in (".json", ".csv", ".png")]
 
 
@@ -112,6 +112,19 @@ def test_a_perplexity_beyond_float64_is_refused_and_one_within_is_not():
     assert perplexity_of(torch.tensor([700.0, 706.0])) == pytest.approx(math.exp(703.0))
     with pytest.raises(UserError, match=r"mean loss is 800\.0 nats a token"):
         perplexity_of(torch.tensor([800.0, 800.0]))
+
+
+def test_a_task_whose_perplexity_is_beyond_float64_is_refused(broken, run_main, intactkv_root):
+    folder = intactkv_root / "datasets/lambada_openai/data"
+    folder.mkdir(parents=True)
+    row = {"text": "He saw a dog and some cats and called the dog"}
+    (folder / "lambada_test_en.jsonl").write_text(json.dumps(row) + "\n")
+    model = broken("lm_head.weight", 1e5)  # logits that are finite and of no use
+    code, out, err = run_main(main, "tasks", "--tasks", "lambada_openai", "--data", "local", "--model", model)
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (code, out) == (2, "")
+    assert "a score of lambada_openai is beyond float64" in line
+    assert not list((intactkv_root / "outputs").glob("runs/*"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -9,6 +9,7 @@ from families import FAMILIES, random_ids
 from torch import Tensor
 from torch.testing import assert_close
 
+from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.pivots import Magnitudes, hidden_magnitudes, outlier_ratios, outlier_tokens
 from intactkv.prefix import build_prefix
@@ -97,7 +98,7 @@ def test_a_value_is_massive_only_above_100_and_above_1000_times_its_layers_media
 def test_looking_leaves_no_hook_behind_also_after_a_failure(tiny_model):
     model = tiny_model("llama")
     hidden_magnitudes(model, text_with(0))
-    with pytest.raises(IndexError):
+    with pytest.raises(UserError, match="token ids 5000"):
         hidden_magnitudes(model, torch.tensor([1, 5000]))
     assert not any(module._forward_pre_hooks for module in model.modules())
 

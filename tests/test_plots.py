@@ -153,9 +153,9 @@ def test_looking_leaves_no_hook_and_no_setting_behind_also_after_a_failure(tiny_
     before = model.config._attn_implementation
     wrong = torch.tensor([[1, 5000]])
     sites = (BLOCK_OUTPUT, *output_sites(architecture_of(model.config), pre_rope=False))
-    with pytest.raises(IndexError):
+    with pytest.raises(UserError, match="token ids 5000"):
         token_maxima(attach(model, None), wrong, sites)
-    with pytest.raises(IndexError):
+    with pytest.raises(UserError, match="token ids 5000"):
         attention_mass(attach(model, None), wrong, [0])
     assert model.config._attn_implementation == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from eval.__main__ import main as eval_main
+from eval.generation import own_generation
 from eval.tasks.lm import IntactLM
 from intactkv.__main__ import main
 from intactkv.attach import attach
@@ -258,7 +259,8 @@ def test_stock_lm_eval_gives_our_scores(form: str, quantized: Path, adapter: Pat
     out = intactkv_root / "export"
     export_checkpoint(quantized, out, form)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    ours = IntactLM(attach(loaded(out), read_adapter(adapter)), tokenizer, (BOS,), batch_size=4, context=256)
+    ours = IntactLM(attach(loaded(out), read_adapter(adapter)), tokenizer, (BOS,), batch_size=4, context=256,
+                    generation=own_generation(out, tokenizer))  # fmt: skip
     options: dict[str, Any] = {"batch_size": 4, "device": "cpu", "dtype": "float32", "max_length": 256}
     theirs = HFLM(str(out), peft=str(adapter), add_bos_token=False, **options)
     (expected, greedy), (found, theirs_greedy) = likelihoods(ours, PAIRS), likelihoods(theirs, PAIRS)

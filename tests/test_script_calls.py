@@ -375,7 +375,7 @@ def test_what_is_said_of_calibration_reaches_methods_that_calibrate_and_no_other
         call = f"{script} llama-2 7b {method} {rest}"
         ran = [" ".join(words) for words in calls(call, **given) if "--recipe" in words]
         assert {"--calibration-samples 2 --seed 7" in words for words in ran} == {reached}
-        assert ("do not reach --recipe" in run(project, call, **given).stderr) is not reached
+        assert (f"do not reach {method}: it looks at no text" in run(project, call, **given).stderr) is not reached
 
 
 def test_figures_take_a_quantized_model_its_cache_and_its_text(calls: Calls) -> None:

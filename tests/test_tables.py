@@ -313,6 +313,16 @@ def test_table_5_takes_what_quantizes_as_the_recipe_does_and_full_precision():
         paper_tables(1, records[2:], ["llama-2-7b"], "--dtype float16")
 
 
+def test_table_5_takes_omniquant_with_quantized_inputs():
+    kv = describe(named_recipe("omniquant-w4a4").kv_cache)
+    records = [perplexity(21.0, "omniquant-w4a4", group=-1, kv=kv), perplexity(15.0, "omniquant-let", group=-1)]
+    (table,) = paper_tables(5, records, ["llama-2-7b"])
+    assert lines([table])["OmniQuant"]["ours: llama-2-7b, c4, one grid per row"] == "21"
+    record = perplexity(21.0, "omniquant-w4a4", group=-1, kv=kv, weights={"alpha": 0.75})
+    (table,) = paper_tables(5, [record], ["llama-2-7b"])
+    assert any("alpha=0.75 (recipe: 0.5)" in note for note in table.notes)
+
+
 @pytest.mark.parametrize("change", [
     {"kv": None}, {"kv": {"kind": "Rotated", "bits": 3, "keep": 0.95}}, {"kv": {"kind": "PerHead", "bits": 4}},
     {"kv": {"kind": "Rotated", "bits": 4, "keep": 0.95, "v_bits": 3}},
@@ -320,7 +330,7 @@ def test_table_5_takes_what_quantizes_as_the_recipe_does_and_full_precision():
     {"weights": {"kind": "RTN"}}, {"weights": {"grid": {"bits": 3}}}, {"group": 64},
 ])  # fmt: skip
 def test_what_quantizes_otherwise_has_no_place_in_table_5(change):
-    with pytest.raises(UserError, match="of the recipe quarot"):
+    with pytest.raises(UserError, match="of the recipe omniquant-w4a4 or quarot"):
         paper_tables(5, [quarot(8.4, **change)], ["llama-2-7b"], "--dtype float16")
 
 

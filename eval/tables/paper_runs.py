@@ -90,7 +90,7 @@ def what_fits(table: PublishedTable) -> str:
     """What a run must be to have a place, in words."""
     perplexities = "perplexities by protocol intactkv"
     if table.number == 5:
-        return f"{perplexities}, of full precision or of the recipe {', '.join(table.recipes.values())}"
+        return f"{perplexities}, of full precision or of the recipe {' or '.join(table.recipes.values())}"
     measured = {1: perplexities, 2: "mmlu with 5 shots by protocol hendrycks"}
     runs = measured.get(table.number, "the seven question answering tasks, all of them, without shots")
     return f"{runs}, of full precision or of {', '.join(METHODS)} at {BITS} bits, with a 16-bit KV cache"
@@ -171,11 +171,13 @@ def _method(table: PublishedTable, settings: Mapping[str, Any]) -> str | None:
             return FULL
         known = table.recipes is METHODS and weights["kind"] in METHODS and weights["grid"]["bits"] == BITS
         return weights["kind"] if known else None
-    for method, name in table.recipes.items():
-        named = describe(named_recipe(name))
-        if _quantizes(recipe, kv) == _quantizes(named, named["kv_cache"]):
-            return method
-    return None
+    return next((method for method, name in table.recipes.items() if _quantizes_as(name, recipe, kv)), None)
+
+
+def _quantizes_as(name: str, recipe: Mapping[str, Any], kv: Mapping[str, Any] | None) -> bool:
+    """Whether a described recipe quantizes what the named one does."""
+    named = describe(named_recipe(name))
+    return _quantizes(recipe, kv) == _quantizes(named, named["kv_cache"])
 
 
 def _quantizes(recipe: Mapping[str, Any], kv: Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -253,13 +255,14 @@ def one_per_model(table: PublishedTable, columns: Sequence[Column]) -> tuple[lis
 def departures(settings: Mapping[str, Any]) -> list[str]:
     """What a run's method does otherwise than its named recipe; the group size and the calibration text apart."""
     recipe = settings["recipe"]
-    weights, more = recipe.get("weights"), recipe.get("transforms")
+    weights = recipe.get("weights")
     if weights is None:
         return []
-    # Only Table 5 has transforms, and only one recipe with them.
-    published = describe(named_recipe(WHOLE_METHODS["QuaRot"] if more else METHODS[weights["kind"]]))
+    # Only Table 5 has more than weights.
+    whole = next((name for name in WHOLE_METHODS.values() if _quantizes_as(name, recipe, settings["kv"])), None)
+    published = describe(named_recipe(whole or METHODS[weights["kind"]]))
     words = _changed(weights, published["weights"])
-    if more:
+    if whole:
         for name in ("transforms", "activations"):
             words += _changed({name: recipe[name]}, {name: published[name]})
         words += _changed({"kv_cache": settings["kv"]}, {"kv_cache": published["kv_cache"]})

@@ -30,7 +30,8 @@ GROUP_SIZE = 128
 FULL = "FP16"
 # The quantizers by their names, which are also how a record's recipe spells their kind, and their named recipes.
 METHODS: Mapping[str, str] = {"RTN": "rtn-w3", "GPTQ": "gptq-autogptq", "OmniQuant": "omniquant-w3", "AWQ": "awq-w3"}
-WHOLE_METHODS: Mapping[str, str] = {"QuaRot": "quarot"}  # that quantize more than weights
+# Those that quantize more than weights.
+WHOLE_METHODS: Mapping[str, str] = {"OmniQuant": "omniquant-w4a4", "QuaRot": "quarot"}
 
 # How many questions the published accuracies are of, by task: MMLU's test files, and the splits that lm-eval scores.
 QUESTIONS: Mapping[str, int] = {

@@ -311,9 +311,15 @@ def run_tasks(lm: IntactLM, tasks: dict[str, Task], limit: int | None) -> dict[s
     for name, task in tasks.items():
         check_answers(name, task, limit)
     with contextlib.redirect_stdout(sys.stderr):  # it prints that it bootstraps; ours is the table, or the JSON
-        results = evaluate(
-            lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
-        )
+        try:
+            results = evaluate(
+                lm, {"tasks": tasks, "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+            )
+        except OverflowError as error:  # of exp, in a perplexity
+            raise UserError(
+                f"a score of {', '.join(list(tasks)[:3])} is beyond float64 ({error}); the model is damaged: check its "
+                "checkpoint, or quantize with more bits"
+            ) from None
     if results is None:
         return None
     sizes = {name: int(results["n-samples"][name]["effective"]) for name in tasks}

@@ -15,7 +15,7 @@ from corpora.machine import peak_memory_mb
 from corpora.mmlu import SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
 from corpora.storage import identity
 from corpora.tokens import start_token_id, tokenizer_fingerprint
-from eval.generation import own_generation
+from eval.generation import Generation, own_generation
 from eval.processes import Processes
 from eval.runs import record_of
 from eval.tasks import mmlu
@@ -83,7 +83,7 @@ class TaskRunner:
         self.limit = limit
         self.batch_size = batch_size
         self.lead = lead_of(plan, bos_always)
-        self.generation = own_generation(plan.checkpoint.directory, plan.tokenizer)
+        self.generation: Generation | None = None  # read when a task generates
         self._lm: IntactLM | None = None
 
     def prepare(self, run: TaskRun) -> Prepared:
@@ -125,6 +125,7 @@ class TaskRunner:
         if not hendrycks:
             settings["lm_eval"] = version("lm_eval")  # whose task files make the prompts
             if generates:
+                self.generation = own_generation(self.plan.checkpoint.directory, self.plan.tokenizer)
                 settings["generation"] = self.generation.describe()
 
         def measure(lm: IntactLM) -> dict[str, Any] | None:

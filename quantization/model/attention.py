@@ -41,7 +41,7 @@ class AttentionProducts:
     """The grid of queries and, with rows, of softmax rows."""
 
     grid: UniformGrid
-    rows: bool = field(default=True, metadata={"added": True})  # see `recipe.added`
+    rows: bool = field(default=True, metadata={"before": (True,)})  # see `recipe.added`
 
     def __post_init__(self) -> None:
         if self.grid.group_size != -1:
