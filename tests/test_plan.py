@@ -25,8 +25,9 @@ from quantization.recipes.recipe import Calibration, Recipe, added, describe
 from quantization.runs.auto_prefix import Search
 from quantization.runs.checkpoint import find_checkpoint
 from quantization.runs.identities import artefact_of, by_tokens
+from quantization.runs.kept import stored_kv
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.runs.plan import plan_run, stored_kv
+from quantization.runs.plan import plan_run
 from quantization.runs.preview import preview
 from quantization.transforms.rotate import Rotate
 from quantization.weights.awq import AWQ

@@ -44,7 +44,7 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     from corpora.errors import UserError
     from quantization.kv_cache import Grids
     from quantization.named import kv_policy
-    from quantization.runs.plan import stored_kv
+    from quantization.runs.kept import stored_kv
 
     name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
     given = {field: value for field in FIELDS if (value := getattr(options, field, None)) is not None}

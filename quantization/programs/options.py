@@ -180,7 +180,7 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from corpora.errors import UserError
     from quantization.named import named_recipe, put_together
     from quantization.recipes.recipe import with_settings
-    from quantization.runs.plan import needed_prefix
+    from quantization.runs.kept import needed_prefix
     from quantization.runs.prefixes import searched_in
 
     if not hasattr(options, "recipe"):

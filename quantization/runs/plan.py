@@ -21,7 +21,6 @@ from corpora.paths import modelzoo_dir
 from corpora.storage import identity, sha256_of_file
 from corpora.text import calibration_segments, packed_documents, text_identity
 from intactkv.attach import IntactModel, attach
-from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
 from quantization.kv_cache import Grids
 from quantization.labels import full_label
@@ -39,6 +38,7 @@ from quantization.runs.checkpoint import (
 )
 from quantization.runs.dense import DenseCheckpoint, read_config
 from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix
+from quantization.runs.kept import bound_kv, stored_as
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
@@ -50,7 +50,7 @@ from quantization.runs.prefixes import (
     stored_prefix,
 )
 
-__all__ = ["Plan", "needed_prefix", "plan_run", "stored_kv"]
+__all__ = ["Plan", "plan_run"]
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class Plan:
         source = self.written(self.recipe)
         prefix = self.intact_prefix() if intact else None
         model = self._open(source, self.packed)
-        return attach(model, prefix, _bound(self.recipe, model))
+        return attach(model, prefix, bound_kv(self.recipe, model))
 
     def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
@@ -356,7 +356,7 @@ def plan_run(
             f"{recipe.label()}, or leave --recipe out"
         )
     if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
-        recipe = replace(recipe, kv_cache=_stored_as(recipe.kv_cache, checkpoint))
+        recipe = replace(recipe, kv_cache=stored_as(recipe.kv_cache, checkpoint))
     if vanilla and recipe.prefix == "none":
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
@@ -409,51 +409,3 @@ def _with_file(plan: Plan, named: PrefixChoice, prefix: Prefix) -> Plan:
         plan = replace(plan, named=replace(named, file=None))
     check_belongs(prefix, plan.checkpoint.directory, (plan.checkpoint.fingerprint, basis))
     return plan
-
-
-def needed_prefix(checkpoint: Checkpoint) -> str:
-    """The word of the prefix that a quantized checkpoint was calibrated behind, `none` if there is none; it is told."""
-    manifest = checkpoint.manifest
-    if manifest is None or manifest["needs_prefix"] is None:
-        return "none"
-    word = str(manifest["recipe"]["prefix"])
-    log.info("%s was calibrated behind --prefix %s, and runs behind it", checkpoint.name, word)
-    return word
-
-
-def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
-    """The calibrated KV policy whose tensors a quantized checkpoint holds; None if it holds none."""
-    described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
-    policy = None if described is None else restored(described, PARTS)
-    if policy is not None and not isinstance(policy, CalibratedKV):
-        log.info(
-            "%s was first run with the KV policy %s; without --kv and --kv-bits the cache has full precision",
-            checkpoint.name,
-            policy,
-        )
-        return None
-    return policy
-
-
-def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
-    """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
-    own = stored_kv(checkpoint)
-    if own is None:
-        raise UserError(
-            f"{type(wanted).__name__} needs ranges of keys and values, which {checkpoint.name} does not hold; quantize "
-            "it with that KV policy (for example --kv static --kv-bits 4), or choose another, such as --kv per_head"
-        )
-    # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
-    kind: Any = type(own)
-    if wanted not in (own, kind(own.bits)):
-        raise UserError(
-            f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
-            "quantize it anew"
-        )
-    return own
-
-
-def _bound(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
-    """The recipe's KV policy, with the tensors that the model's checkpoint holds if it is a calibrated one."""
-    kv = recipe.kv_cache
-    return kv.bound(model.__dict__["intactkv_kv"]) if isinstance(kv, CalibratedKV) else kv

@@ -1,0 +1,64 @@
+"""What a quantized checkpoint brings to a run that does not say otherwise: its prefix and its calibrated KV policy."""
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from corpora.errors import UserError
+from intactkv.cache import KVPolicy
+from quantization.recipes.protocols import CalibratedKV, restored
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import PARTS, Checkpoint
+
+__all__ = ["bound_kv", "needed_prefix", "stored_as", "stored_kv"]
+
+log = logging.getLogger(__name__)
+
+
+def needed_prefix(checkpoint: Checkpoint) -> str:
+    """The word of the prefix that a quantized checkpoint was calibrated behind, `none` if there is none; it is told."""
+    manifest = checkpoint.manifest
+    if manifest is None or manifest["needs_prefix"] is None:
+        return "none"
+    word = str(manifest["recipe"]["prefix"])
+    log.info("%s was calibrated behind --prefix %s, and runs behind it", checkpoint.name, word)
+    return word
+
+
+def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
+    """The calibrated KV policy whose tensors a quantized checkpoint holds; None if it holds none."""
+    described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
+    policy = None if described is None else restored(described, PARTS)
+    if policy is not None and not isinstance(policy, CalibratedKV):
+        log.info(
+            "%s was first run with the KV policy %s; without --kv and --kv-bits the cache has full precision",
+            checkpoint.name,
+            policy,
+        )
+        return None
+    return policy
+
+
+def stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
+    """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
+    own = stored_kv(checkpoint)
+    if own is None:
+        raise UserError(
+            f"{type(wanted).__name__} needs ranges of keys and values, which {checkpoint.name} does not hold; quantize "
+            "it with that KV policy (for example --kv static --kv-bits 4), or choose another, such as --kv per_head"
+        )
+    # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
+    kind: Any = type(own)
+    if wanted not in (own, kind(own.bits)):
+        raise UserError(
+            f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
+            "quantize it anew"
+        )
+    return own
+
+
+def bound_kv(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
+    """The recipe's KV policy, with the tensors that the model's checkpoint holds if it is a calibrated one."""
+    kv = recipe.kv_cache
+    return kv.bound(model.__dict__["intactkv_kv"]) if isinstance(kv, CalibratedKV) else kv
