@@ -238,11 +238,7 @@ def token_maxima(model: IntactModel, ids: Tensor, sites: Sequence[Site], **optio
 
     observe(model, ids, sites, look, **options)
     for site in sites:
-        if not bool(maxima[site.name].isfinite().all()):
-            raise UserError(
-                f"{site.label}: some values are not finite; the checkpoint is damaged, or its dtype too narrow: use "
-                "bfloat16 or float32"
-            )
+        finite(maxima[site.name], f"{site.label} of {model.name}, by block, row and token")
     return maxima
 
 

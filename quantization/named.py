@@ -282,8 +282,11 @@ def put_together(recipe: Recipe, parts: Mapping[str, Sequence[str]]) -> Recipe:
         given[field] = [named_recipe(name) for name in names if name != NONE]
         for name in names:
             if name != NONE and not getattr(named_recipe(name), field):
-                having = ", ".join(other for other, row in RECIPES.items() if getattr(row.recipe, field))
-                raise UserError(f"the recipe {name} has no {field} to take; choose from {NONE}, {having}")
+                first = next(other for other, row in RECIPES.items() if getattr(row.recipe, field))
+                raise UserError(
+                    f"the recipe {name} has no {field} to take; name one that has, such as {first} (python -m "
+                    f"quantization --list shows the parts of all), or {NONE}"
+                )
     bare: dict[str, Any] = {field: () if field == "transforms" else None for field in given}
     calibrating = [row for rows in given.values() for row in rows if row.calibrates] + [
         row for rows in given.values() for row in rows

@@ -46,9 +46,9 @@ choose_recipe() { # METHOD BITS MODEL_DIRECTORY: sets `recipe`, the options of t
     local group file
     recipe=(--recipe "$1" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
     case "$1:$2" in
-        fp16:16 | rotate:16 | kv[0-9]:16) ;;
+        fp16:16 | rotate:16 | smooth:16 | kv[0-9]:16) ;;
         *:16) fail "BITS 16 is full precision, METHOD '$1' is not; give the bits of its weights, such as 3, or fp16 16" ;;
-        fp16:* | rotate:* | kv[0-9]:*) fail "METHOD '$1' has weights in full precision, but BITS is '$2'; give 16" ;;
+        fp16:* | rotate:* | smooth:* | kv[0-9]:*) fail "METHOD '$1' has weights in full precision, but BITS is '$2'; give 16" ;;
         *) recipe+=(--bits "$2") ;;
     esac
     case $1 in awq*) ;; *) return ;; esac

@@ -23,13 +23,14 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def broken(intactkv_root: Path, tiny_checkpoint, tiny_tokenizer):
-    """broken(tensor) -> a checkpoint of which one tensor is so large that products with it overflow float32."""
+    """broken(tensor) -> a checkpoint of which one tensor is so large (its largest value at `top`) that products with it
+    overflow float32."""
 
-    def make(tensor: str) -> Path:
+    def make(tensor: str, top: float = 3e38) -> Path:
         directory = tiny_checkpoint(intactkv_root / "modelzoo", "llama", max_position_embeddings=2048)
         tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
         tensors = load_file(directory / WEIGHTS)
-        tensors[tensor] = tensors[tensor] / tensors[tensor].abs().max() * 3e38
+        tensors[tensor] = tensors[tensor] / tensors[tensor].abs().max() * top
         save_file(tensors, directory / WEIGHTS, {"format": "pt"})
         return directory
 

@@ -99,8 +99,12 @@ def test_what_is_behind_a_prefix_stays_behind_it_while_anything_reads_text() -> 
 @pytest.mark.parametrize(
     ("start", "parts", "said"),
     [
-        ("rtn-w4", {"weights": ["kv4"]}, "the recipe kv4 has no weights to take; choose from none, rtn, rtn-w4"),
-        ("rtn-w4", {"transforms": ["gptq"]}, "the recipe gptq has no transforms to take; choose from none, smooth"),
+        ("rtn-w4", {"weights": ["kv4"]}, "the recipe kv4 has no weights to take; name one that has, such as rtn "),
+        (
+            "rtn-w4",
+            {"transforms": ["gptq"]},
+            "the recipe gptq has no transforms to take; name one that has, such as smooth",
+        ),
         ("rtn-w4", {"activations": ["rtn-w4"]}, "the recipe rtn-w4 has no activations to take"),
         ("rtn-w4", {"weights": ["gptw"]}, "unknown recipe 'gptw'"),
         ("rtn-w4", {"transforms": ["rotate", "quarot"]}, "rotate was given twice"),
