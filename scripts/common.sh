@@ -75,7 +75,7 @@ calibration=( # what the environment says of the text that methods calibrate on
     ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"}
     ${SEED:+--seed "$SEED"}
 )
-read -ra options <<< "${OPTIONS:-}"
+read -r -d "" -a options <<< "${OPTIONS:-}" || true # also over several lines
 
 calibrates() { # a recipe's options: whether it looks at text
     case " $* " in

@@ -20,7 +20,7 @@ recipe=${RECIPE:-prefixquant-w4a4kv4-static} prefix=${PREFIX:-auto}
 measure_as prefixquant
 if [ "${TRAINABLE:-0}" = 1 ]; then
     trained=modelzoo/prefixes/$(basename "$model")-$recipe-trained.safetensors
-    read -ra training <<< "${TRAIN_OPTIONS:-}"
+    read -r -d "" -a training <<< "${TRAIN_OPTIONS:-}" || true
     # Its keys and values must be in the basis of the quantized model: it is trained on the recipe's own twin.
     python -m intactkv train-prefix --model "$model" --device "$device" --recipe "$recipe" --prefix "$prefix" \
         ${PREFIX_LEN:+--prefix-len "$PREFIX_LEN"} ${PREFIX_EPOCHS:+--prefix-epochs "$PREFIX_EPOCHS"} \

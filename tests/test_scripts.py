@@ -114,3 +114,12 @@ def test_the_published_gptq_call_makes_what_the_evaluation_finds(tmp_path: Path)
     line = [line for line in done.stdout.splitlines() if "gptq-w3g64" in line][-1]  # every run prints its own first
     assert "n/a" not in line  # vanilla, IntactKV, and calibrated behind the prefix
     assert len(list((tmp_path / "outputs" / "runs").glob("*.json"))) == 3
+
+
+def test_options_may_stand_on_several_lines() -> None:
+    """Not on the first alone: the others would be dropped without a word."""
+    done = subprocess.run(
+        ["bash", "-euc", 'source scripts/common.sh; printf "%s " "${options[@]}"'], cwd=ROOT, capture_output=True,
+        text=True, check=True, env=os.environ | {"OPTIONS": "--bits 4\n    --group-size 64\n--k-bits 8"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["--bits", "4", "--group-size", "64", "--k-bits", "8"]
