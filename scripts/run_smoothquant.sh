@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ -z "${ALPHAS:-}" ] || [ -n "${HELD_OUT:-}" ] ||
     fail "ALPHAS asks for a search, but HELD_OUT is not set; give a text that is not evaluated: HELD_OUT=NAME|FILE"
 device=$1 model=$(model_path "$2")
-read -ra recipes <<< "${RECIPES:-rtn-w8a8-qllm smoothquant-w8a8-qllm rtn-w6a6-qllm smoothquant-w6a6-qllm}"
+read -r -d "" -a recipes <<< "${RECIPES:-rtn-w8a8-qllm smoothquant-w8a8-qllm rtn-w6a6-qllm smoothquant-w6a6-qllm}" || true
 enter_project
 static=(${STATIC:+--set "activations.static=$STATIC"})
 

@@ -16,7 +16,7 @@ model=$(model_directory "$1" "$2")
 choose_method "$3" "$4" "$model"
 trained=$(trained_prefix "$model" "$3" "$4")
 if [ -n "${PREFIXES:-}" ]; then
-    read -ra prefixes <<< "$PREFIXES"
+    read -r -d "" -a prefixes <<< "$PREFIXES" || true
 elif [ -f "$trained" ]; then
     echo "arms: vanilla, [P], [P] trained: $trained"
     prefixes=(none prompt "$trained")
