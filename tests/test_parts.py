@@ -235,6 +235,8 @@ CONTRADICTIONS = {
     "behind": (("--recipe", "gptq", "--prefix", "bos", "--calibrate-behind-prefix", "--set",
                 "calibrate_behind_prefix=false"), "--calibrate-behind-prefix true and"),
     "cache bits": (("--recipe", "rtn", "--kv-bits", 4, "--set", "kv_cache.bits=3"), "--kv-bits 4 and --set"),
+    "bits of values": (("--recipe", "kv4", "--v-bits", 2, "--set", "kv_cache.v_bits=3"), "--v-bits 2 and"),
+    "groups": (("--recipe", "kv4", "--kv-group-size", 8, "--set", "kv_cache.group_size=16"), "--kv-group-size 8 and"),
     "cache": (("--recipe", "rtn", "--kv", "static", "--kv-bits", 4, "--set", "kv_cache=kv4"), "and --set kv_cache=kv4"),
     "no cache of bits": (("--recipe", "rtn", "--kv", "none", "--kv-bits", 4), "--kv none keeps the cache"),
     "weights": (("--weights", "rtn", "--set", "weights=gptq"), "--weights rtn and --set weights=gptq"),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GPTQ as IntactKV used it: act-order with static groups, true-sequential, seed 42.
+# GPTQ: act-order with static groups, true-sequential, seed 42. OPTIONS="--set weights.static_groups=false" for groups in
+# the order of rounding, as in IntactKV's published rows (eval.sh: METHOD gptq-autogptq).
 # Usage: auto_gptq.sh FAMILY MODEL BITS GROUP_SIZE DEVICE      for example: auto_gptq.sh vicuna-v1.5 vicuna-v1.5-7b 3 128 0
 #   GROUP_SIZE  input channels per scale, -1 for one scale per row     DEVICE  cpu or a GPU index
 # Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED override the model's defaults; BEHIND=bos
