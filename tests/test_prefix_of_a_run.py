@@ -97,10 +97,12 @@ def test_discovered_tokens_serve_in_any_basis(
 ) -> None:
     caplog.set_level("INFO")
     file, built = intactkv_root / "found.safetensors", intactkv_root / "built.safetensors"
-    call = ("--model", dense, "--corpus", text, "--samples", 4, "--length", 64, "--threshold", 2, "--out", file)
+    call = ("--model", dense, "--corpus", text, "--samples", 4, "--length", 64, "--threshold", 2, "--device", "cpu",
+            "--out", file)  # fmt: skip
     code, _, err = run_main(intactkv, "discover", *call)
     assert code == 0, err
-    code, _, err = run_main(intactkv, "build", "--model", dense, "--recipe", "rotate", "--prefix", file, "--out", built)
+    call = ("--model", dense, "--recipe", "rotate", "--prefix", file, "--device", "cpu", "--out", built)
+    code, _, err = run_main(intactkv, "build", *call)
     assert code == 0, err
     assert "are in another basis than the model's" in caplog.text
     ours, theirs = Prefix.load(built), Prefix.load(file)

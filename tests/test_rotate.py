@@ -314,7 +314,7 @@ def test_a_planned_run_brings_the_rotated_twins_prefix(family, packed, tiny_chec
     assert 0 < float((model.score(text) - expected).norm() / expected.norm()) < 0.1  # 8 bits
     # From the quantized checkpoint alone, its twin is found again.
     made = next((intactkv_root / "modelzoo" / "quantized").rglob("quantization.json")).parents[1]
-    directory = next(path for path in made.iterdir() if "rtn" in path.name)
+    directory = next(path for path in made.iterdir() if "rtn" in path.name and path.is_dir())
     again = plan_run(directory, Recipe(prefix="bos", kv_cache=Rotated(8, keep=1.0)), device=torch.device("cpu"))
     assert torch.equal(again.load().score(text), model.score(text))
 
