@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
 
 __all__ = ["TODAY", "asks_the_clock", "rendered", "template_source"]
 
@@ -58,17 +58,16 @@ def rendered(tokenizer: Any, turns: Sequence[str], *, opened: bool, way_out: str
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
     except (TemplateError, ArithmeticError, AttributeError, ImportError, LookupError, RecursionError, TypeError,
             ValueError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         turn = "1 turn" if len(turns) == 1 else f"{len(turns)} turns"
         raise UserError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot write a dialogue of {turn} "
-            f"({reason}); {way_out}"
+            f"({said_by(error)}); {way_out}"
         ) from None
     return str(text)
 
 
 class _Clock:
-    """Stands where transformers' templates look for the time."""
+    """Stands where transformers' templates look for the time: a function that is handed to them does not reach them."""
 
     @staticmethod
     def now() -> datetime:

@@ -8,7 +8,7 @@ import logging
 import pickle
 from pathlib import Path
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
 from corpora.storage import indexed_files, write_json, write_tensors
 
 __all__ = ["bin_files", "bin_to_safetensors"]
@@ -46,8 +46,9 @@ def bin_to_safetensors(directory: Path) -> None:
         except FileNotFoundError:
             raise UserError(f"{file} is missing, though the index of the checkpoint names it; fetch it again") from None
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{file} is damaged or holds more than tensors ({reason}); fetch it again") from None
+            raise UserError(
+                f"{file} is damaged or holds more than tensors ({said_by(error)}); fetch it again"
+            ) from None
         if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
             raise UserError(f"{file} is no table of tensors; give the checkpoint's own pytorch_model.bin")
         # Tied weights share memory, which safetensors refuses: each gets its own copy.

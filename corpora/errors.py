@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "UserError", "run_program"]
+__all__ = ["Parser", "UserError", "run_program", "said_by"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +30,12 @@ class Parser(argparse.ArgumentParser):
 
 class UserError(ValueError):
     """Something that the user gave is wrong; the message is complete as it stands."""
+
+
+def said_by(error: BaseException) -> str:
+    """What a library's exception says, in one line: its first, with the next where that only announces it."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first
 
 
 def run_program(main: Callable[[], None]) -> None:

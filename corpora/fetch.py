@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
 from corpora.storage import read_json, sha256_of_file, write_json
 
 __all__ = ["PREPARED", "file_hashes", "hub_download", "prepare_directory", "wheel_member"]
@@ -157,9 +157,8 @@ def hub_download(
             allow_patterns=list(patterns),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"{hub_id} could not be fetched from the hub ({reason}). Run this command again where the hub can be "
-            f"reached (after 'hf auth login' if the repository asks for it), or copy its files "
+            f"{hub_id} could not be fetched from the hub ({said_by(error)}). Run this command again where the hub can "
+            f"be reached (after 'hf auth login' if the repository asks for it), or copy its files "
             f"({', '.join(patterns)}) to {target}"
         ) from None

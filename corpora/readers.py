@@ -164,7 +164,7 @@ def _batches(file: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
             yield from table.iter_batches()
         return

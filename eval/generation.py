@@ -17,8 +17,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json
-from quantization.runs.dense import read_config
+from quantization.runs.dense import read_config, read_generation_config
 
 __all__ = ["Generation", "own_generation"]
 
@@ -60,15 +59,8 @@ def own_generation(directory: Path, tokenizer: Any) -> Generation:
     Raises UserError for a file that transformers refuses, or a value that cannot be meant.
     """
     vocabulary = read_config(directory).get_text_config(decoder=True).vocab_size
-    file = directory / "generation_config.json"
-    if not file.is_file():
-        file = directory / "config.json"
-    content = read_json(file, "the generation settings")
-    try:
-        own = GenerationConfig.from_dict(content)
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is no generation configuration ({reason}); mend or delete it") from None
+    file, own = directory / "generation_config.json", read_generation_config(directory)
+    file = file if file.is_file() else directory / "config.json"
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
         raise UserError(f"{file}: eos_token_id {own.eos_token_id!r} is no token id and no list of them; mend it")

@@ -10,7 +10,7 @@ import torch
 from chats import QUESTIONS, TEMPLATE, turns_of, write_questions
 from common import every
 from lm_eval.api.instance import Instance
-from transformers import LogitsProcessorList
+from transformers import AutoConfig, Gemma3Config, GenerationConfig, LogitsProcessorList
 
 from corpora.errors import UserError
 from eval.__main__ import main
@@ -149,7 +149,7 @@ def test_ids_that_the_embedding_lacks_neither_end_nor_pad(model: Path, tiny_toke
         ({"min_p": "a"}, r"min_p is 'a'"),
         ({"eos_token_id": "</s>"}, r"eos_token_id '</s>' is no token id"),
         ({"eos_token_id": [2, True]}, r"eos_token_id \[2, True\] is no token id"),
-        ({"max_new_tokens": -1}, r"generation_config\.json is no generation configuration .*max_new_tokens"),
+        ({"max_new_tokens": -1}, r"generation_config\.json does not say how to generate .*max_new_tokens"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(settings: dict[str, Any], named: str, checkpoint: Callable, tmp_path_factory):
@@ -161,8 +161,16 @@ def test_what_cannot_be_meant_is_one_line(settings: dict[str, Any], named: str, 
         own_generation(model, tokenizer)
     for text in ("[]", "{", '"a"'):
         (model / "generation_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"generation_config\.json is (no generation conf|not readable)"):
+        with pytest.raises(UserError, match=r"generation_config\.json does not say how to generate"):
             own_generation(model, tokenizer)
+
+
+def test_ends_are_found_where_transformers_finds_them(tmp_path: Path, tiny_tokenizer: Callable) -> None:
+    """Without a file of its own a model of several parts says them in the configuration of its text part."""
+    Gemma3Config(text_config={"eos_token_id": [7, 9], "vocab_size": 101}).save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    assert {7, 9} <= set(GenerationConfig.from_model_config(AutoConfig.from_pretrained(tmp_path)).eos_token_id)
+    assert {7, 9} <= set(own_generation(tmp_path, tokenizer).stops)
 
 
 def test_generated_answers_have_it_in_their_identity_and_nothing_else_does(

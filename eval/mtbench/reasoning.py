@@ -22,15 +22,25 @@ CLOSINGS = tuple(dict.fromkeys(mark.format(tag) for *_, mark in MARKS for tag in
 _ANY = re.compile("|".join(f"(?P<open{i}>{a})|(?P<close{i}>{b})" for i, (a, b, _) in enumerate(MARKS)), re.IGNORECASE)
 
 
+def _told(found: re.Match[str]) -> tuple[bool, str]:
+    """Whether a mark opens reasoning, and the mark that closes it, or is it."""
+    (name,) = (name for name, mark in found.groupdict().items() if mark and name[-1].isdigit())
+    return name.startswith("open"), MARKS[int(name[-1])][2].format((found["tag"] or found["end"] or "").lower())
+
+
 def _read(text: str) -> tuple[str, str]:
-    """What stands outside the reasoning, and the mark that an unfinished one lacks ("" if there is none)."""
+    """What stands outside the reasoning, and the mark that an unfinished one lacks ("" if there is none).
+
+    Unfinished reasoning begins a line; within one, a mark without its other half is a word of the answer.
+    """
     parts: list[str] = []
     at, missing = 0, ""
-    for found in _ANY.finditer(text):
-        (name,) = (name for name, mark in found.groupdict().items() if mark and name[-1].isdigit())
-        opens, closing = name.startswith("open"), MARKS[int(name[-1])][2]
-        closing = closing.format((found["tag"] or found["end"] or "").lower())
+    marks = [(found, *_told(found)) for found in _ANY.finditer(text)]
+    for number, (found, opens, closing) in enumerate(marks):
         if opens and not missing:
+            ends = any(not other and mark == closing for _, other, mark in marks[number + 1 :])
+            if not ends and text[: found.start()].rpartition("\n")[2].strip():
+                continue  # a word about such a mark, as of one in the answer that is judged
             parts.append(text[at : found.start()])
             missing = closing
         elif not opens and closing == missing:

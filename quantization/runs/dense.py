@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
 from corpora.storage import is_finite, read_json, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "open_tensors",
-    "read_config", "read_generation_config", "said_by", "tied_names",
+    "read_config", "read_generation_config", "tied_names",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -249,12 +249,6 @@ def open_tensors(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
-
-
-def said_by(error: BaseException) -> str:
-    """What a library's exception says, in one line: its first, with the next where that only announces it."""
-    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{first} {more[0]}" if first.endswith(":") and more else first
 
 
 def read_config(directory: Path) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.model.blocks import DecoderBlock
 from quantization.model.placement import memory_of_each, spread
@@ -24,7 +24,6 @@ from quantization.runs.dense import (
     open_tensors,
     read_config,
     read_generation_config,
-    said_by,
 )
 
 __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
