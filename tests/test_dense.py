@@ -206,9 +206,14 @@ def test_a_file_of_another_day_beside_the_model_is_read_by_nobody(dense: Path, c
     for name in ("model_old.safetensors", "model-00001-of-00002.safetensors", "consolidated.safetensors"):
         shutil.copy(checkpoint(seed=5) / "model.safetensors", dense / name)
     (dense / "._model.safetensors").write_bytes(b"\0\5\x16\7" * 9)
-    (dense / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')
     assert checkpoint_fingerprint(dense) == before
     both_read(dense, expected)
+
+
+def test_an_adapter_beside_the_model_leaves_open_whether_it_counts(dense: Path) -> None:
+    """transformers would read it on top of the weights."""
+    (dense / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    both_refuse(dense, r"holds a PEFT adapter \(adapter_config\.json\), .* merge it \(merge_and_unload")
 
 
 def test_a_single_file_beside_shards_leaves_open_which_is_meant(

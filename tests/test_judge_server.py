@@ -41,6 +41,32 @@ def test_a_call_speaks_the_protocol(endpoint):
     assert endpoint.headers[0]["authorization"] == "Bearer secret-key"
 
 
+def test_a_model_that_knows_other_settings_is_asked_as_it_wants(endpoint):
+    """As OpenAI's reasoning models answer: one complaint a setting, and the next call says both."""
+
+    def answer(number, body):
+        if "max_tokens" in body:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        if "temperature" in body:
+            return error(400, "Unsupported value: 'temperature' does not support 0 with this model.")
+        return grade()
+
+    endpoint.answer = answer
+    judge = client(endpoint, max_tokens=77)
+    assert [judge("s", "u").outcome for _ in range(2)] == ["answered"] * 2
+    assert [sorted(set(body) - {"model", "messages"}) for body in endpoint.requests] == [
+        ["max_tokens", "temperature"], ["max_completion_tokens", "temperature"], ["max_completion_tokens"],
+        ["max_completion_tokens"],
+    ]  # fmt: skip
+    assert endpoint.requests[-1]["max_completion_tokens"] == 77
+
+
+def test_another_complaint_about_a_setting_fails_and_is_not_asked_for_ever(endpoint):
+    endpoint.answer = lambda n, body: error(400, "temperature and max_completion_tokens are both wrong")
+    assert client(endpoint)("s", "u").outcome == "failed"
+    assert len(endpoint.requests) == 3
+
+
 HICCUPS: dict[str, Answer] = {
     "rate limit": error(429),
     "server error": error(500),

@@ -24,10 +24,13 @@ from eval.mtbench.reasoning import CLOSINGS, left_open, opened_at_the_end
 
 __all__ = ["ChatClient", "Judge", "Reply", "local_judge"]
 
+log = logging.getLogger(__name__)
+
 PAUSE = 1.0  # seconds before the first repetition; doubles
 LONGEST_PAUSE = 60.0
 LONGEST_RETRY_AFTER = 600.0  # a server that asks for more has failed
 RETRIED = (408, 409, 425, 429)  # and every 5xx
+UNSUPPORTED = 400  # also where a parameter is one that the model does not know
 HOPELESS = (401, 403, 404, 405)  # the key, the model's name or the address is wrong: no call will succeed
 
 
@@ -67,7 +70,8 @@ class ChatClient:
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it has a line for every call
         http = DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
         self._client = OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0, http_client=http)
-        self.model, self.timeout, self.retries, self.max_tokens = model, timeout, retries, max_tokens
+        self.model, self.timeout, self.retries = model, timeout, retries
+        self._settings: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -97,9 +101,10 @@ class ChatClient:
         import openai
 
         answer: Any = None
+        settings = self._settings
         try:
             answer = self._client.chat.completions.create(
-                model=self.model, temperature=0, max_tokens=self.max_tokens,
+                model=self.model, **settings,
                 messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
             )  # fmt: skip
             return _reply(answer)
@@ -107,6 +112,8 @@ class ChatClient:
             status, after = error.status_code, error.response.headers.get("Retry-After")
             message = error.body.get("message") if isinstance(error.body, dict) else None
             text = self._shown(f"HTTP {status}: {message or error.response.reason_phrase}")
+            if status == UNSUPPORTED and self._says_otherwise(settings, str(message)):
+                return self._ask(system, user)
         except openai.APITimeoutError:
             raise _Again(f"no answer within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
@@ -121,6 +128,24 @@ class ChatClient:
                 "name of the model and --base-url"
             )
         return Reply(text, "failed")
+
+    def _says_otherwise(self, used: dict[str, Any], complaint: str) -> bool:
+        """Say a setting as the endpoint wants it, from now on. False if the complaint is about something else.
+
+        OpenAI's reasoning models know no max_tokens and no temperature but their own.
+        """
+        if self._settings is not used:  # another call was told so meanwhile
+            return True
+        settings = dict(used)
+        if "max_completion_tokens" in complaint and "max_tokens" in settings:
+            settings["max_completion_tokens"] = settings.pop("max_tokens")
+        elif "temperature" in complaint and "temperature" in settings:
+            del settings["temperature"]
+            log.warning("the judge %s takes no temperature of 0; it grades at its own, so grades vary", self.model)
+        if settings == used:
+            return False
+        self._settings = settings
+        return True
 
     def _shown(self, text: str) -> str:
         """A line of at most 300 characters, without the key."""

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from corpora.errors import UserError, said_by
 from corpora.storage import is_finite, read_json, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
+from intactkv.peft import CONFIG, is_adapter
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "open_tensors",
@@ -52,6 +53,11 @@ class DenseCheckpoint:
         if not directory.is_dir():
             raise UserError(
                 f"model directory {directory} is missing; `python -m corpora` lists the models and how to get them"
+            )
+        if is_adapter(directory):  # transformers would read it on top of the weights, other programs would not
+            raise UserError(
+                f"{directory} holds a PEFT adapter ({CONFIG}), which is not read as part of a model; merge it "
+                "(merge_and_unload, save_pretrained) and give the result, or move the adapter's files elsewhere"
             )
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
