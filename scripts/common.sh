@@ -76,12 +76,18 @@ calibration=( # what the environment says of the text that methods calibrate on
     ${SEED:+--seed "$SEED"}
 )
 read -r -d "" -a options <<< "${OPTIONS:-}" || true # also over several lines
+read -r -d "" -a beside <<< "${BESIDE:-}" || true
+for word in "${beside[@]}"; do # now, and not behind hours of other rows
+    [[ " full rtn gptq " = *" $word "* ]] || fail "BESIDE: '$word' is not known; choose from full, rtn, gptq"
+done
+prefixes=(none bos) # the arms of every row: vanilla, and with [B]
 
 calibrates() { # a recipe's options: whether it looks at text
+    local part='(weights|transforms?|activations|attention|kv|kv_cache|tuning)'
+    [[ ! " $* " =~ (--$part[\ =]|[\ =]$part=) ]] || return 0 # the program knows, and says so
     case " $* " in
         *" weights.file="*) return 1 ;;
         *" activations.static=true "* | *" weights.weighted=true "* | *"-lkd "*) ;;
-        *" --kv "* | *" --weights "* | *" --transform "* | *" --activations "*) ;; # the program knows, and says so
         *" --recipe fp16 "* | *" --recipe rotate "* | *" --recipe kv"* | *" --recipe quarot-rtn "*) return 1 ;;
         *" --recipe rtn"* | *" --recipe bcq"* | *" --recipe zeroquant"*) return 1 ;;
         *" --recipe "*) ;;
@@ -158,10 +164,6 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
 # What is run and how it is measured -----------------------------------------------------------------------------------
 
 measure_as() { # PROJECT: intactkv, qllm or prefixquant; the environment may say otherwise
-    local name
-    for name in ${BESIDE:-}; do
-        [[ " full rtn gptq " = *" $name "* ]] || fail "BESIDE: '$name' is not known; choose from full, rtn, gptq"
-    done
     protocol=gptq mmlu_protocol=lm-eval mmlu_shots=
     case $1 in
         intactkv) protocol=intactkv mmlu_protocol=hendrycks ;;
@@ -169,7 +171,7 @@ measure_as() { # PROJECT: intactkv, qllm or prefixquant; the environment may say
     esac
     protocol=${PROTOCOL:-$protocol} mmlu_protocol=${MMLU_PROTOCOL:-$mmlu_protocol} mmlu_shots=${FEWSHOT:-$mmlu_shots}
     echo "measured as in $1's tables unless PROTOCOL or MMLU_PROTOCOL is set: perplexity by --protocol $protocol," \
-        "MMLU by $mmlu_protocol"
+        "MMLU by $mmlu_protocol" >&2
     scored=(--protocol "$protocol" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
     asked=(${DATA:+--data "$DATA"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"})
 }
@@ -182,14 +184,14 @@ quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calib
         ${behind:+--calibrate-behind-prefix --prefix "$behind"}
 }
 
-arms() { # PROGRAM DEVICE PORT MODEL_DIRECTORY, then options: vanilla, with [B], and calibrated behind BEHIND
-    local prefixes=("--prefix none" "--prefix bos") prefix
+arms() { # PROGRAM DEVICE PORT MODEL_DIRECTORY, then options: behind each of `prefixes`, and calibrated behind BEHIND
+    local prefix made
     choose_text "${@:5}" "${options[@]}"
-    [ -z "$behind" ] || prefixes+=("--prefix $behind --calibrate-behind-prefix")
+    made=("$1" --model "$4" "${@:5}" "${options[@]}" "${text[@]}" ${LIMIT:+--limit "$LIMIT"})
     for prefix in "${prefixes[@]}"; do
-        # shellcheck disable=SC2086 # a prefix is several words
-        run_eval "$2" "$3" "$1" --model "$4" "${@:5}" "${options[@]}" "${text[@]}" $prefix ${LIMIT:+--limit "$LIMIT"}
+        run_eval "$2" "$3" "${made[@]}" --prefix "$prefix"
     done
+    [ -z "$behind" ] || run_eval "$2" "$3" "${made[@]}" --prefix "$behind" --calibrate-behind-prefix
 }
 
 perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options
@@ -215,14 +217,16 @@ gptq_row() { # BITS GROUP_SIZE, then more options: GPTQ as in qllm, whose groups
     row --recipe gptq-row --bits "$1" --group-size "$2" "${dynamic[@]}" "${@:3}"
 }
 
-rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names, full, rtn, gptq; what OPTIONS say of a recipe is not theirs
-    local name options=("${options[@]}") i
-    for i in "${!options[@]}"; do
-        case ${options[i]:-} in
-            --set | --weights | --transform | --activations | --kv | --kv-bits) unset "options[i]" "options[i+1]" ;;
+rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names; what OPTIONS say of a recipe and its bits is not theirs
+    local name given=("${options[@]}") options=() i
+    for ((i = 0; i < ${#given[@]}; i++)); do
+        case ${given[i]%%=*} in
+            --recipe | --set | --weights | --transform | --activations | --bits | --group-size | --kv | --kv-bits | \
+                --k-bits | --v-bits | --kv-group-size) [[ ${given[i]} = *=* ]] || i=$((i + 1)) ;; # and its value
+            *) options+=("${given[i]}") ;;
         esac
     done
-    for name in ${BESIDE:-}; do
+    for name in "${beside[@]}"; do
         case $name in
             full) row ;;
             rtn) row --recipe rtn --bits "$1" --group-size "$2" ;;
@@ -253,7 +257,7 @@ paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precisio
     # In full precision the prefix changes nothing, and the table has no place for it.
     run_eval "$device" 29500 "$program" --model "$model" "${told[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
     for method in "${methods[@]}"; do
-        choose_recipe "$method" 3 "$model"
+        choose_recipe "${method/#gptq/gptq-autogptq}" 3 "$model" # the paper's GPTQ is AutoGPTQ's
         [ "$method" != omniquant ] || recipe+=(${EPOCHS:+--set "weights.epochs=$EPOCHS"})
         arms "$program" "$device" 29500 "$model" "${recipe[@]}" "${told[@]}" > /dev/null
     done

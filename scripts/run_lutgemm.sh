@@ -13,7 +13,7 @@ device=$1 model=$(model_path "$2") rounds=${3:-30}
 [[ $rounds =~ ^[0-9]+$ ]] || fail "ROUNDS '$rounds' is no number; give 0, 1, … or the published 30"
 enter_project
 measure_as qllm
-echo "$rounds rounds of alternating fits, BITS ${BITS:-4}"
+echo "ROUNDS $rounds (0 greedy, 1 refined, 2 and more alternating), BITS ${BITS:-4}" >&2
 for bits in ${BITS:-4}; do
     row --recipe bcq-row --bits "$bits" --group-size "${GROUP_SIZE:--1}" --set "weights.rounds=$rounds"
     rows_beside "$bits" "${GROUP_SIZE:--1}"

@@ -29,20 +29,15 @@ if [ "${TRAINABLE:-0}" = 1 ]; then
         "${calibration[@]}" "${options[@]}" --out "$trained"
     prefix=$trained
 fi
-score() { # a recipe's options
-    run_eval "$device" 29500 ppl --model "$model" "${scored[@]}" ${LIMIT:+--limit "$LIMIT"} "$@" > /dev/null
-    [ -n "${TASKS:-}" ] || return 0
-    run_eval "$device" 29500 tasks --model "$model" --tasks "$TASKS" --protocol "$mmlu_protocol" "${asked[@]}" \
-        ${FEWSHOT:+--fewshot "$FEWSHOT"} ${LIMIT:+--limit "$LIMIT"} "$@" > /dev/null
-}
-device=$1
-search=("${options[@]}" "${calibration[@]}" ${MSE_INIT_SIZE:+--set "tuning.mse_init_size=$MSE_INIT_SIZE"})
-score
-for arm in none "$prefix"; do
-    score --recipe "$recipe" --prefix "$arm" "${search[@]}"
-done
+device=$1 BEHIND='' # there is no such arm: the recipes are calibrated behind the prefix
+search=(${MSE_INIT_SIZE:+--set "tuning.mse_init_size=$MSE_INIT_SIZE"})
+prefixes=(none) beside=(full)
+rows_beside # full precision, once
+prefixes=(none "$prefix")
+row --recipe "$recipe" "${search[@]}"
 if [ "${FT:-0}" = 1 ]; then
-    score --recipe "$recipe-ft" --prefix "$prefix" "${search[@]}" ${EPOCHS:+--set "tuning.epochs=$EPOCHS"}
+    prefixes=("$prefix")
+    row --recipe "$recipe-ft" "${search[@]}" ${EPOCHS:+--set "tuning.epochs=$EPOCHS"}
 fi
 show_rows
 if [ "${PLOTS:-1}" = 1 ]; then

@@ -34,14 +34,13 @@ searched() { # RECIPE: a line for every alpha and arm
     done
 }
 
+measure_as qllm
 if [ -n "${ALPHAS:-}" ]; then
-    measure_as qllm >&2 # and on stdout only lines to sort
     for recipe in "${recipes[@]}"; do
         case $recipe in smoothquant-*) searched "$recipe" | LC_ALL=C sort -k 6 -k 2,2g ;; esac
     done
     exit
 fi
-measure_as qllm
 for recipe in "${recipes[@]}"; do
     smooth=()
     case $recipe in smoothquant-*) smooth=(${ALPHA:+--set "transforms.smooth.alpha=$ALPHA"}) ;; esac

@@ -17,7 +17,10 @@ measure_as qllm
 name=$(basename "${model,,}") runs=0
 [[ $name != *llama-3.1-8b-instruct* && $name != *llama-3.1-instruct-8b* ]] || runs=4096
 runs=${RUNS:-$runs}
-[ "$runs" = 0 ] && echo "cut: one grid per row (RUNS=4096 is the published one)" || echo "cut: $runs runs of every matrix"
+case $runs in
+    0) echo "cut: one grid per row (RUNS=4096 is the published one)" >&2 ;;
+    *) echo "cut: $runs runs of every matrix" >&2 ;;
+esac
 cut=(--set "weights.groups=$runs")
 for recipe in zeroquant-w8a8 zeroquant-w4-8a16 zeroquant-w4-8a8 zeroquant-w4a4; do
     row --recipe "$recipe" "${cut[@]}"

@@ -321,9 +321,14 @@ def test_every_program_that_quantizes_knows_the_parts_and_the_cache(
 def test_a_cache_that_no_checkpoint_holds_is_told(
     call: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = "change nothing in this checkpoint"
+    said = "nothing of it is in this checkpoint"
+    of_their_own = ("--k-bits", 8, "--v-bits", 4, "--kv-group-size", -1)
     assert call("--recipe", "rtn-w4", *GROUPS, "--kv-bits", 4, reads=False)[0] == 0
-    assert said in caplog.text
+    assert f"--kv-bits: {said}" in caplog.text
+    assert call("--recipe", "rtn-w3", *GROUPS, *of_their_own, reads=False)[0] == 0
+    assert f"--k-bits, --v-bits, --kv-group-size: {said}" in caplog.text
+    assert call("--recipe", "rtn-w2", *GROUPS, "--set", "kv_cache=kv4", reads=False)[0] == 0
+    assert f"--set kv_cache=kv4: {said}" in caplog.text
     caplog.clear()
     assert call("--recipe", "rtn-w4", *GROUPS, "--kv", "static", "--kv-bits", 4)[0] == 0  # it holds the ranges
     assert call("--recipe", "quarot", reads=True)[0] == 0  # nobody asked

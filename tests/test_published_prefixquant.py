@@ -24,7 +24,7 @@ WINOGRANDE = [{"sentence": f"Ann met {i} Eves as _ was late.", "option1": "Ann",
 SMALL = ("--set", "tuning.epochs=2", "--set", "tuning.mse_init_size=2", "--set", "tuning.batch=2")
 
 
-def test_the_published_command_runs_as_it_is_written_out(
+def test_the_programs_of_the_published_command_run_one_by_one(
     tiny_checkpoint: Callable[..., Path], intactkv_root: Path, text: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
     model = tiny_checkpoint(

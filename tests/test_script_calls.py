@@ -3,22 +3,27 @@
 No program runs: the scripts see a `python` that writes down what it is asked for.
 """
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from common import ROOT
 
 from corpora.catalog import FAMILIES, model_defaults
 from eval.__main__ import parser as eval_parser
+from eval.tables.paper_runs import departures
 from quantization.named import RECIPES
 from quantization.programs.options import chosen_recipe
 from quantization.programs.quantize import quantize_parser
-from quantization.recipes.recipe import Recipe
+from quantization.programs.train import add_train_options
+from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import Checkpoint
 
 FAKE = """#!/usr/bin/env bash
@@ -113,6 +118,21 @@ def test_the_scripts_know_which_methods_have_weights_and_look_at_text_as_the_tab
     assert said_of_recipes(project, "choose_recipe $name 16 model") == whole
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["--set weights=gptq", "--weights gptq-w3", "--weights=gptq-w3", "--set transforms=smooth", "--transform smooth",
+     "--set kv_cache=static", "--kv static", "--set attention=omniquant-w4a4", "--activations rtn-w8a8",
+     "--set activations=prefixquant-w4a4kv4-static", "--set tuning=zeroquant-w4a4-lkd"],
+)  # fmt: skip
+def test_parts_of_other_recipes_get_the_text_and_the_program_decides(project: Path, calls: Calls, part: str) -> None:
+    given = {"OPTIONS": part, "CALIBRATION_SAMPLES": "2", "SEED": "7", "BEHIND": "bos"}
+    call = "eval/eval llama-2 7b rtn 3 16 ppl 29500 cpu"
+    vanilla, intact, behind = (" ".join(words) for words in calls(call, **given) if "--recipe" in words)
+    assert all(f"{part} --calibration-samples 2 --seed 7" in words for words in (vanilla, intact, behind))
+    assert "--prefix bos --calibrate-behind-prefix" in behind
+    assert "no text" not in run(project, call, **given).stderr
+
+
 SIXTEEN = [
     ("eval/eval llama-2 7b rtn 16 16 ppl 29500 cpu", "BITS 16 is full precision, METHOD 'rtn' is not"),
     ("eval/eval llama-2 7b fp16 3 16 ppl 29500 cpu", "METHOD 'fp16' has weights in full precision, but BITS is '3'"),
@@ -186,6 +206,13 @@ def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call
     assert protocols(made) == by
 
 
+def test_the_tables_of_the_paper_run_its_methods_as_it_did(calls: Calls) -> None:
+    for table in ("table1", "table2", "table3"):
+        made = [recipe_of(call) for call in calls(f"table/{table} cpu {MODEL}") if "--recipe" in call]
+        assert [recipe.method for recipe in made] == [m for m in ("rtn", "gptq", "omniquant", "awq") for _ in range(2)]
+        assert [departures({"recipe": describe(recipe), "kv": None}) for recipe in made] == [[]] * 8
+
+
 def test_train_and_the_figures_of_prefixquant_are_called_as_published(calls: Calls) -> None:
     (call,) = calls("train/train vicuna-v1.5 7b awq 3 0")
     assert call[:2] == ["intactkv", "calibrate"]
@@ -194,7 +221,7 @@ def test_train_and_the_figures_of_prefixquant_are_called_as_published(calls: Cal
     )
     made = calls(f"run_prefixquant 0 {MODEL}")
     recipe = "prefixquant-w4a4kv4-static"
-    assert rows([call for call in made if "plot" not in call]) == ["ppl", *arms("ppl", recipe, "none", "auto")]
+    assert rows([call for call in made if "plot" not in call]) == ["ppl / none", *arms("ppl", recipe, "none", "auto")]
     assert protocols(made) == {"ppl gptq"}
     figures = [call[2] for call in made if "plot" in call]
     assert figures == ["linear-input", "linear-output", "outlier-layers", "outlier-count", "outlier-position",
@@ -214,7 +241,17 @@ def test_gptqs_protocol_has_its_own_draw_of_c4_and_the_sample_stays_what_smollm2
 def test_the_protocol_is_chosen_and_printed(project: Path, call: str, own: str, other: str) -> None:
     for given, protocol in (({}, own), ({"PROTOCOL": other}, other)):
         done = run(project, call, **given)
-        assert f"perplexity by --protocol {protocol}, MMLU by" in done.stdout
+        assert f"perplexity by --protocol {protocol}, MMLU by" in done.stderr
+        assert done.stdout == ""  # it is the programs'
+
+
+@pytest.mark.parametrize("call", ["run_lutgemm cpu model 1", "run_zeroquant cpu model", "run_smoothquant cpu model",
+                                  "eval/gen_mtbench_answer llama-2 7b fp16 16 cpu"])  # fmt: skip
+def test_what_a_script_says_is_not_on_the_stdout_of_its_programs(project: Path, call: str) -> None:
+    done = run(project, call)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    if "lutgemm" in call:
+        assert "ROUNDS 1 (0 greedy, 1 refined, 2 and more alternating), BITS 4" in done.stderr
 
 
 def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_theirs(calls: Calls) -> None:
@@ -262,7 +299,9 @@ def test_rows_of_the_published_tables_that_no_default_makes(project: Path, calls
     assert made == [*arms("ppl", "spqr"), *arms("ppl", "spqr-w2")]
     made = rows(calls(f"run_zeroquant cpu {MODEL}"))  # cut for another model's shapes
     assert {row.split(" --set ")[1].split(" / ")[0] for row in made} == {"weights.groups=0"}
-    assert "BESIDE: 'awq' is not known" in run(project, f"run_gptq cpu {MODEL}", BESIDE="awq").stderr
+    (project / "calls").unlink()
+    assert "BESIDE: 'awq' is not known" in run(project, f"run_gptq cpu {MODEL}", BESIDE="full awq").stderr
+    assert not (project / "calls").exists()
 
 
 def test_spqr_at_three_bits_has_the_published_numbers() -> None:
@@ -290,6 +329,49 @@ def test_options_reach_every_step_of_the_recipe_and_what_stands_beside_keeps_its
     beside = [" ".join(c) for c in calls(f"run_gptq cpu {MODEL}", BESIDE="rtn", **given) if "rtn" in c]
     assert all("--dtype float16" in call and "damp" not in call for call in beside)
     assert len(beside) == 2
+    grids = "--bits 2 --group-size 32 --kv-bits=4 --k-bits 8 --v-bits 8 --kv-group-size 64 --kv rotated"
+    beside = rows(calls(f"run_gptq cpu {MODEL}", OPTIONS=grids, BESIDE="full rtn gptq"))[2:]
+    assert beside == [
+        "ppl / none",
+        "ppl / bos",
+        *arms("ppl", "rtn --bits 4 --group-size -1"),
+        *arms("ppl", "gptq-row --bits 4 --group-size -1"),
+    ]
+
+
+def test_the_one_call_of_a_trainable_prefix_becomes_the_programs_beside_it(project: Path) -> None:
+    """Both as docs/prefixquant.md writes them out, read as the programs read them."""
+    page = (ROOT / "docs" / "prefixquant.md").read_text(encoding="utf-8")
+    call, alone = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    exported = call.split("RECIPE=")[0]
+
+    def read(commands: str) -> list[dict[str, Any]]:
+        (project / "calls").unlink(missing_ok=True)
+        path = f"{project / '.venv' / 'bin'}:{os.environ['PATH']}"
+        subprocess.run(["bash", "-euc", commands], cwd=project, check=True, capture_output=True,
+                       env=os.environ | {"CALLS": str(project / "calls"), "PATH": path, "LIMIT": ""})  # fmt: skip
+        made = [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+        training, *scored = [words for words in made if "train-prefix" in words or any("-ft" in w for w in words)]
+        train = argparse.ArgumentParser()
+        add_train_options(train)
+        parsed = [train.parse_args(training[2:]), *(eval_parser().parse_args(words[1:]) for words in scored)]
+        assert {one.prefix for one in parsed[1:]} == {str(parsed[0].out)}
+        for one in parsed:
+            one.settings = describe(chosen_recipe(one, Checkpoint(one.model, "llama-2-7b", "", None))) | {"prefix": ""}
+        # Where the files lie, and on which device, is the caller's.
+        places = {"model", "device", "out", "run"}
+        return [{k: v for k, v in vars(one).items() if k not in places} for one in parsed]
+
+    ran, told = read(call), read(exported + alone)
+    assert (ran[0]["samples"], ran[0]["held_out"], len(ran)) == (512, 64, 3)
+    # The search of the prefix reads --corpus; the twin itself looks at no text.
+    for training in (ran[0], told[0]):
+        for name in ("calibration", "calibration_samples", "calibration_length", "seed"):
+            training.pop(name)
+        training["settings"].pop("calibration")
+    for scoring in ran[1:] + told[1:]:
+        scoring.pop("prefix")
+    assert ran == told
 
 
 def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> None:
@@ -306,7 +388,7 @@ def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> N
         assert words in training
     out = training.split("--out ")[1]
     quantized = [call for call in scored if "--recipe" in call]
-    assert [call.split("--prefix ")[1].split()[0] for call in quantized] == ["none"] * 2 + [out] * 4
+    assert [call.split("--prefix ")[1].split()[0] for call in quantized] == ["none", out] * 2 + [out] * 2
     assert all(given["OPTIONS"] in call and "--seed 42" in call for call in quantized)
     assert all("tuning.epochs=10" in call for call in quantized if "-ft " in call)
     assert sum("-ft " in call for call in quantized) == 2

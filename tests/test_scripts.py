@@ -49,8 +49,10 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 def test_a_mistake_is_one_line(script: str, arguments: tuple[str, ...], named: str) -> None:
     done = run(script, *arguments)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert named in done.stderr
+    said = [line for line in done.stderr.strip().splitlines() if not line.startswith("measured as in ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: ")
+    assert named in said[0]
 
 
 def test_an_alpha_is_searched_on_a_text_that_is_not_evaluated() -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from quantization.recipes.recipe import Recipe
     from quantization.runs.checkpoint import Checkpoint
 
-__all__ = ["add_kv_options", "with_kv"]
+__all__ = ["add_kv_options", "given_kv", "with_kv"]
 
 # Options that change fields of the policy that there is.
 FIELDS = {"k_bits": "--k-bits", "v_bits": "--v-bits", "kv_group_size": "--kv-group-size"}
@@ -34,6 +34,14 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         metavar="G",
         help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head)",
     )
+
+
+def given_kv(options: argparse.Namespace) -> list[str]:
+    """Those of the options that were given, as they are spelled; of --set those that say something of the cache."""
+    names = {"kv": "--kv", "kv_bits": "--kv-bits"} | FIELDS
+    given = [spelled for name, spelled in names.items() if getattr(options, name) is not None]
+    settings = [setting for setting in options.settings if setting.startswith(("kv_cache.", "kv_cache="))]
+    return given + [f"--set {setting}" for setting in settings]
 
 
 def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from corpora.errors import Parser
+from quantization.programs.kv_options import given_kv
 from quantization.programs.options import add_plan_options, plan_of, show_log
 
 __all__ = ["quantize"]
@@ -41,11 +42,12 @@ def quantize(arguments: list[str]) -> None:
         return
     show_log(options.verbose)
     plan = plan_of(options, makes="checkpoint")
-    asked = options.kv is not None or options.kv_bits is not None
+    asked = given_kv(options)
     if asked and plan.recipe.kv_cache is not None and "kv_cache" not in plan.recipe.weights_identity():
         log.warning(
-            "--kv and --kv-bits change nothing in this checkpoint: such a cache is chosen when the model runs; give "
-            "them to that program, too"
+            "%s: nothing of it is in this checkpoint; such a cache is chosen when the model runs, so give it to that "
+            "program, too",
+            ", ".join(asked),
         )
 
     from quantization.labels import full_label

@@ -18,10 +18,10 @@ trained=$(trained_prefix "$model" "$3" "$4")
 if [ -n "${PREFIXES:-}" ]; then
     read -r -d "" -a prefixes <<< "$PREFIXES" || true
 elif [ -f "$trained" ]; then
-    echo "arms: vanilla, [P], [P] trained: $trained"
+    echo "arms: vanilla, [P], [P] trained: $trained" >&2
     prefixes=(none prompt "$trained")
 else
-    echo "arms: vanilla, [P]; $trained is not there (train.sh $1 $2 $3 $4 DEVICE makes it), so none trained"
+    echo "arms: vanilla, [P]; $trained is not there (train.sh $1 $2 $3 $4 DEVICE makes it), so none trained" >&2
     prefixes=(none prompt)
 fi
 for seed in ${SEEDS:-42 43 44}; do

@@ -2,7 +2,7 @@
 # Table 2 of IntactKV: 5-shot MMLU in full precision and of 3-bit weights, alone and with IntactKV_[B], beside the
 # published figures.
 # Usage: table2.sh DEVICE MODEL_PATH [METHOD]…      for example: table2.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
-#   METHOD  rtn, gptq, omniquant, awq (default: all)
+#   METHOD  rtn, gptq (by AutoGPTQ, as published: the recipe gptq-autogptq), omniquant, awq (default: all)
 # Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text to calibrate on; EPOCHS of
 # OmniQuant; DATA=local|sample, LIMIT (questions a subject), BATCH_SIZE of MMLU, MMLU_PROTOCOL (default
 # hendrycks); OPTIONS of the quantized rows, MAX_MEMORY: see common.sh.

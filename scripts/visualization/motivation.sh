@@ -3,8 +3,8 @@
 # Usage: motivation.sh MODEL SIZE DEVICE      for example: motivation.sh llama-2 7b 0
 #   DEVICE  cpu or a GPU index
 # Environment: METHOD and BITS (default: rtn, 3), GROUP_SIZE, KV_BITS of the quantized model (default: 16, full precision),
-# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of methods that calibrate; PREFIX (default: what every conversation starts with), SAMPLES,
-# TOKENS of the conversations, OUT; OPTIONS: see common.sh.
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of methods that calibrate; PREFIX (default: what every
+# conversation starts with), SAMPLES, TOKENS of the conversations, OUT; OPTIONS: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 3 ] || fail "usage: motivation.sh MODEL SIZE DEVICE (got $# of 3 arguments)"
