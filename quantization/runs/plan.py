@@ -338,14 +338,15 @@ def plan_run(
     packed: bool = False,
     spread: bool = False,
     max_memory: int | None = None,
-    quantizes: bool = True,
+    makes: str = "run",
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
     discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
-    a CPU and the checkpoint's own elsewhere. quantizes: false where only the full-precision twin will be asked for,
-    which mostly needs no text. Raises UserError for a combination that cannot be, such as a recipe for weights that are
+    a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
+    run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
+    Raises UserError for a combination that cannot be, such as a recipe for weights that are
     quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
@@ -375,12 +376,13 @@ def plan_run(
         search = default_search(checkpoint, tokenizer, context, *found)
     else:
         named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
-    if manifest is None and (named is None or named.file is None):  # a file's prefix fits other programs' layouts, too
+    # A prefix that a file holds is passed on without the model's weights, which may be in another program's layout.
+    if manifest is None and (makes != "prefix" or named is None or named.file is None):
         DenseCheckpoint(directory).check()
     plan = Plan(
         checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
-    if quantizes:
+    if makes in ("run", "checkpoint"):
         _ = plan.text  # which must be there
     if named is not None or vanilla:
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
