@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from quantization.recipes.recipe import Recipe
     from quantization.runs.checkpoint import Checkpoint
 
-__all__ = ["add_kv_options", "with_kv"]
+__all__ = ["FIELDS", "add_kv_options", "given_fields", "with_kv"]
 
-# Options that change fields of the policy that there is.
-FIELDS = {"k_bits": "--k-bits", "v_bits": "--v-bits", "kv_group_size": "--kv-group-size"}
+# Options of the policy's fields: attribute of the parsed options, field.
+FIELDS = {"kv_bits": "bits", "k_bits": "bits", "v_bits": "v_bits", "kv_group_size": "group_size"}
 
 
 def add_kv_options(group: argparse._ActionsContainer) -> None:
@@ -36,6 +36,11 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
     )
 
 
+def given_fields(options: argparse.Namespace) -> dict[str, int]:
+    """The options of the policy's fields that were given, by their attributes."""
+    return {name: value for name in FIELDS if (value := getattr(options, name, None)) is not None}
+
+
 def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
     """The recipe with the KV policy that the options spell: by name, or else its own or the checkpoint's, with the
     fields that are given. Raises UserError for what cannot be."""
@@ -46,8 +51,8 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     from quantization.named import kv_policy
     from quantization.runs.kept import stored_kv
 
-    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
-    given = {field: value for field in FIELDS if (value := getattr(options, field, None)) is not None}
+    name, given = getattr(options, "kv", None), given_fields(options)
+    bits = given.pop("kv_bits", None)
     policy = recipe.kv_cache
     if name is not None or bits is not None:
         policy = kv_policy(name or "per_head", given.get("k_bits") if bits is None else bits)
@@ -56,7 +61,7 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
         if policy is None and {"k_bits", "v_bits"} <= given.keys():
             policy = kv_policy("per_head", given["k_bits"])
     if given and not isinstance(policy, Grids):
-        told = ", ".join(FIELDS[field] for field in given)
+        told = ", ".join(f"--{field.replace('_', '-')}" for field in given)
         raise UserError(f"{told}: the KV cache has full precision; add --kv-bits N, or give both --k-bits and --v-bits")
     if isinstance(policy, Grids) and given:
         policy = replace(

@@ -356,21 +356,23 @@ def plan_run(
             f"{directory} is quantized already ({manifest['label']}); give its dense checkpoint to --recipe "
             f"{recipe.label()}, or leave --recipe out"
         )
-    if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
-        recipe = replace(recipe, kv_cache=stored_as(recipe.kv_cache, checkpoint))
     if vanilla and recipe.prefix == "none":
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
         )
     config = read_config(directory)
+    text_config = config.get_text_config(decoder=True)
+    if isinstance(recipe.kv_cache, Grids):
+        heads = getattr(text_config, "num_attention_heads", None) or 1
+        head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+        if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
+            recipe = replace(recipe, kv_cache=stored_as(recipe.kv_cache, checkpoint, head_size))
+        else:
+            recipe = replace(recipe, kv_cache=recipe.kv_cache.in_heads(head_size))
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
-    text_config = config.get_text_config(decoder=True)
     context = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(recipe.kv_cache, Grids):
-        heads = getattr(text_config, "num_attention_heads", None) or 1
-        recipe.kv_cache.check(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
     named, search = None, None
     if (found := auto_search(recipe.prefix)) is not None:
         search = default_search(checkpoint, tokenizer, context, *found)
