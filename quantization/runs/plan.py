@@ -46,6 +46,7 @@ from quantization.runs.prefixes import (
     auto_search,
     check_belongs,
     choose_prefix,
+    name_other_weights,
     prefix_file,
     stored_prefix,
 )
@@ -389,7 +390,10 @@ def plan_run(
     if named is not None or vanilla:
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
     if named is not None and named.file is not None:  # now, and not after hours of quantizing
-        return _with_file(plan, named, Prefix.load(named.file))
+        prefix = Prefix.load(named.file)
+        plan = _with_file(plan, named, prefix)
+        if makes == "run":
+            name_other_weights(prefix, named.file, plan.describe())
     return plan
 
 
