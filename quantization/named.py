@@ -69,12 +69,13 @@ def _omniquant(bits: int, group_size: int = PUBLISHED_GROUP, **settings: Any) ->
 
 
 def _omniquant_w_and_a(bits: int, **settings: Any) -> Recipe:
-    """OmniQuant's W4A4 and W6A6: one grid per row of the weights, per token of every input, per head of q, k and v."""
-    grid = UniformGrid(bits, -1, "intactkv-asym")
+    """OmniQuant's W4A4 and W6A6: one grid per row of the weights, per token of every input, per head of q, k and v; the
+    ranges of the weights contain 0, all others are taken as they are."""
+    tokens = UniformGrid(bits, -1, "minmax-asym")
     return replace(
         _omniquant(bits, -1, let=True, **settings),
-        activations=Activations(grid),
-        attention=AttentionProducts(grid, rows=False),
+        activations=Activations(tokens),
+        attention=AttentionProducts(tokens, rows=False),
         kv_cache=PerHead(bits),
     )
 
@@ -192,7 +193,8 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "omniquant-w4a4": NamedRecipe(
         _omniquant_w_and_a(4, aug_loss=True),
         SHAO,
-        "learned clipping and scales, trained with rounded inputs, q, k, v: 4 bits, one grid per row and token",
+        "learned clipping and scales, trained with rounded inputs, q, k, v: 4 bits, one grid per row and token; for "
+        "Llama-2 --set weights.let_lr=1e-3 --set weights.alpha=0.75 --set weights.aug_loss=false",
     ),
     "omniquant-w6a6": NamedRecipe(_omniquant_w_and_a(6), SHAO, "the same, 6 bits, one target"),
     "zeroquant-w8a8": NamedRecipe(_zeroquant(8, 8, 8), YAO, "ZeroQuant: symmetric rows and tokens of 8 bits"),

@@ -54,6 +54,28 @@ def recipe(model: Path) -> tuple[str, ...]:
     return ("--model", str(model), "--recipe", "rtn-w3", "--group-size", "32", "--prefix", "prompt")
 
 
+def test_a_prefix_that_was_trained_for_other_weights_is_told_of_both(program, model, intactkv_root, caplog):
+    out, corpus = intactkv_root / "cal.safetensors", intactkv_root / "text.txt"
+    corpus.write_text("some text " * 40)
+    code, _, errors = program("intactkv", "calibrate", *recipe(model), *SMALL, "--out", out)
+    assert code == 0, errors
+    run = ("ppl", "--model", model, "--recipe", "rtn-w3", "--group-size", 32, "--prefix", out, "--corpus", corpus,
+           "--window", 32, "--limit", 1)  # fmt: skip
+    for options, said in (
+        ((), None),
+        (("--set", "weights.grid.convention=gptq-sym"), "rtn-w3g32"),  # by the same label
+        (("--bits", 4), "rtn-w4g32"),
+    ):
+        caplog.clear()
+        code, _, errors = program("eval", *run, *options)
+        assert code == 0, errors
+        lines = [line for line in caplog.messages if "was trained for the weights" in line]
+        assert len(lines) == (said is not None)
+        if said is not None:
+            assert f"{out} was trained for the weights rtn-w3g32 (" in lines[0]
+            assert f"those that run now are {said} (" in lines[0]
+
+
 def test_a_trained_prefix_is_written_with_its_curve_and_can_be_used(program, model, intactkv_root):
     out = intactkv_root / "cal.safetensors"
     code, said, errors = program("intactkv", "calibrate", *recipe(model), *SMALL, "--out", out)

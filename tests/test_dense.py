@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint, is_finite, write_tensors
 from eval.__main__ import main as eval_main
+from intactkv.prefix import PLAIN_BASIS, build_prefix
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
 from quantization.named import named_recipe
@@ -263,6 +264,13 @@ def test_what_is_wrong_with_the_tensors_is_one_line_for_both(
     both_refuse(edit(tiny_checkpoint(tmp_path_factory.mktemp("wrong"), "llama"), change), said)
 
 
+def belongs(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """A model that counts as loaded from another directory."""
+    model.__dict__["intactkv_source"] = (checkpoint_fingerprint(directory), PLAIN_BASIS)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["none", "FILE"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -273,6 +281,7 @@ def test_what_is_wrong_with_the_tensors_is_one_line_for_both(
 def test_a_run_is_refused_before_its_record_is_looked_for(
     dense: Path,
     change: Callable[[Tensors], Tensors],
+    prefix: str,
     intactkv_root: Path,
     run_main: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -280,14 +289,20 @@ def test_a_run_is_refused_before_its_record_is_looked_for(
 ) -> None:
     """A figure that was taken when such files were still read is not shown again."""
     (intactkv_root / "text.txt").write_text("some text " * 40)
-    ppl = ("ppl", "--model", dense, "--corpus", intactkv_root / "text.txt", "--window", 64, "--limit", 1)
     good = checkpoint()
     edit(dense, change)
+    if prefix == "FILE":
+        prefix = str(intactkv_root / "p.safetensors")
+        build_prefix(belongs(full(good), dense), [1]).save(Path(prefix))
+    ppl = ("ppl", "--model", dense, "--corpus", intactkv_root / "text.txt", "--window", 64, "--limit", 1,
+           "--prefix", prefix)  # fmt: skip
     with monkeypatch.context() as before:  # as if it had been taken of these files
         before.setattr(DenseCheckpoint, "check", lambda _: None)
-        before.setattr("quantization.runs.plan.load_model", lambda *_, **__: full(good))
+        before.setattr("quantization.runs.plan.load_model", lambda *_, **__: belongs(full(good), dense))
         assert run_main(eval_main, *ppl)[0] == 0
-    assert run_main(eval_main, *ppl)[0] == 2
+    code, shown, errors = run_main(eval_main, *ppl)
+    assert (code, shown) == (2, "")
+    assert "lacks the tensor" in errors or "quantized already" in errors
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8", None])

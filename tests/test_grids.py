@@ -309,9 +309,9 @@ def test_a_grid_that_cannot_be_is_refused_when_it_is_made(wrong: dict, said: str
 
 @every("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
-    x = rows(4, 8)
+    x = rows(4, 8).half()
     x[3, 5] = value
-    with pytest.raises(UserError, match=r"layers\.3\.fc1 holds values that are not finite"):
+    with pytest.raises(UserError, match=r"layers\.3\.fc1 holds values that are not finite in float16; convert"):
         quantize(x, UniformGrid(4), "layers.3.fc1")
 
 

@@ -211,7 +211,10 @@ def test_options_say_bits_and_groups(case: str, checkpoint: Any, text: Path, run
     ("options", "said"),
     [
         (("--v-bits", "4"), "--v-bits: the KV cache has full precision; add --kv-bits"),
-        (("--kv", "none", "--kv-group-size", "8"), "--kv-group-size: the KV cache has full precision"),
+        *(
+            (("--kv", "none", option, "8"), f"--kv none keeps the cache in full precision, but {option} 8 rounds it; ")
+            for option in ("--kv-bits", "--k-bits", "--v-bits", "--kv-group-size")
+        ),
         (("--kv-bits", "4", "--v-bits", "16"), "KV bits=16 is not supported"),
         (("--kv-bits", "4", "--kv-group-size", "5"), "group_size=5 does not divide the 16 channels of a head"),
         (("--kv-bits", "4", "--set", "kv_cache.group_size=x"), "expected a number"),
@@ -241,9 +244,18 @@ def test_ranges_of_a_checkpoint_are_not_taken_for_other_groups(
     assert code == 0, err
     kv = json.loads(out)["settings"]["kv"]
     assert (kv["bits"], kv["v_bits"], kv["group_size"]) == (4, 3, group_size)
-    code, _, err = run_main(evaluate, *run, "--kv-group-size", 16)
-    assert code == 2
-    assert "holds ranges for StaticPerHead" in err
+    for others in (("--kv-group-size", 16), ("--kv", "static", "--kv-bits", 4)):
+        code, _, err = run_main(evaluate, *run, *others)
+        assert code == 2
+        assert "holds ranges for StaticPerHead" in err
+    code, out, err = run_main(evaluate, *run, "--kv", "static", "--kv-bits", 4, "--v-bits", 3)
+    assert (code, json.loads(out)["settings"]["kv"]) == (0, kv), err
+
+
+def test_groups_of_a_whole_head_are_heads(checkpoint: Callable[..., Path]) -> None:
+    for policy in (PerHead(4, group_size=16), StaticPerHead(4, v_bits=2, group_size=16)):
+        plan = plan_run(checkpoint(), Recipe(kv_cache=policy), device=torch.device("cpu"), makes="twin")
+        assert plan.recipe.kv_cache == replace(policy, group_size=None)
 
 
 def test_a_group_size_of_weights_names_a_divisor_of_all_linears(

@@ -64,6 +64,16 @@ def test_a_run_leaves_fastchats_lines_its_settings_and_a_record(program, model, 
     assert record["arm"] == "[P]"
 
 
+def test_recipes_of_one_short_label_have_files_of_their_own(program, model, questions, intactkv_root):
+    for convention in ("gptq-asym", "gptq-sym"):
+        code, _, err = program("--model", model, "--questions", questions, "--max-new-tokens", 2, "--limit", 1,
+                               "--recipe", "rtn-w3", "--group-size", 32, "--set",
+                               f"weights.grid.convention={convention}")  # fmt: skip
+        assert code == 0, err
+    names = {path.name for path in (intactkv_root / "outputs/mt_bench/model_answer").glob("*.jsonl")}
+    assert names == {f"tiny-llama-rtn-w3g32-{more}mine-seed_42.jsonl" for more in ("", "gptq-sym-")}
+
+
 def test_full_precision_answers_alike_with_and_without_its_own_prefix(program, model, questions, intactkv_root):
     folder = intactkv_root / "outputs/mt_bench/model_answer"
     for prefix in ("none", "prompt", "bos"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -18,26 +19,28 @@ from quantization.kv_cache import PerHead
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.inputs import InputQuantizer
 from quantization.model.rounding import BlockRounding
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, describe, with_settings
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.identities import by_tokens
 from quantization.runs.pipeline import quantize_checkpoint
+from quantization.weights import omniquant
 from quantization.weights.omniquant import Learned, OmniQuant, learn, start
 from quantization.weights.omniquant_let import initial_pairs
 
 SEGMENTS = torch.randint(4, 101, (4, 24), generator=torch.Generator().manual_seed(5))
 LEAD = torch.tensor([1, 40])
-TOKENS = UniformGrid(4, -1, "intactkv-asym")
+WEIGHTS, TOKENS = UniformGrid(4, -1, "intactkv-asym"), UniformGrid(4, -1, "minmax-asym")
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def plain_rounded(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Every last axis of x on its own 4-bit grid of min and max, which contains 0; low, high: a clipped range."""
-    low = (x.amin(-1, keepdim=True) if low is None else low).clamp_max(0)
-    high = (x.amax(-1, keepdim=True) if high is None else high).clamp_min(0)
+    """Every last axis of x on its own 4-bit grid of min and max; low, high: another range."""
+    low = x.amin(-1, keepdim=True) if low is None else low
+    high = x.amax(-1, keepdim=True) if high is None else high
     scale = (high - low) / 15
     zero = torch.round(-low / scale)
     return (torch.clamp(torch.round(x / scale) + zero, 0, 15) - zero) * scale
@@ -51,7 +54,8 @@ def plain_block(module: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, round
 
     def weight(linear: Any) -> Tensor:
         w = linear.weight.double()
-        return plain_rounded(w, share * w.amin(-1, keepdim=True), share * w.amax(-1, keepdim=True))
+        low, high = share * w.amin(-1, keepdim=True), share * w.amax(-1, keepdim=True)
+        return plain_rounded(w, low.clamp_max(0), high.clamp_min(0))  # which contains 0
 
     def norm(of: Any, x: Tensor) -> Tensor:
         return of.weight.double() * x / (x.square().mean(-1, keepdim=True) + of.variance_epsilon).sqrt()
@@ -98,11 +102,10 @@ def test_the_loss_is_that_of_rounded_inputs_queries_keys_and_values(tiny_model: 
         outputs = [plain_block(block.module, x, cosine, sine, rounded) for x in block.stream.hidden]
         pairs = zip(outputs, block.stream.targets, strict=True)
         expected[rounded] = float(torch.stack([(y - t).square().mean() for y, t in pairs]).mean())
-    grid = UniformGrid(4, -1, "intactkv-asym")
-    method = OmniQuant(grid, epochs=1, lwc_lr=1e-12)
+    method = OmniQuant(WEIGHTS, epochs=1, lwc_lr=1e-12)
     for seen, rounded in ((block, True), (replace(block, rounding=None), False)):
         with torch.enable_grad():
-            before, _ = learn(seen, Learned(start(block, grid)), method)
+            before, _ = learn(seen, Learned(start(block, WEIGHTS)), method)
         assert before == pytest.approx(expected[rounded], rel=0.01)  # a value between two levels may fall to either
     assert expected[True] > 1.5 * expected[False]
     # Afterwards nothing rounds, and attention runs as before.
@@ -116,15 +119,38 @@ def test_every_step_sees_rounded_inputs_and_the_targets_see_none(
     model_type: str, prefix: Tensor | None, tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients of LET reach the scales of queries and keys, which only rounded keys and queries have."""
-    block = first_block(tiny_model(model_type), prefix)
-    learned = Learned(start(block, TOKENS), initial_pairs(block, 0.5, False))
-    method = OmniQuant(TOKENS, let=True, epochs=3, aug_loss=True)
+    model = tiny_model(model_type)
+    lead = SEGMENTS[:, :0] if prefix is None else prefix.expand(len(SEGMENTS), -1)
+    exact = model(torch.cat([lead, SEGMENTS], 1), output_hidden_states=True).hidden_states[1][:, lead.shape[1] :]
+    block = first_block(model, prefix)
+    assert block.stream is not None
+    learned = Learned(start(block, WEIGHTS), initial_pairs(block, 0.5, False))
+    method = OmniQuant(WEIGHTS, let=True, epochs=3, aug_loss=True)
     scale = learned.pairs[-1].log_scale.clone()
+    rounded: list[InputQuantizer] = []
+    seen: list[list[list[Tensor]]] = []
+    quantize, sample_loss = InputQuantizer.forward, omniquant._sample_loss
+
+    def count(self: InputQuantizer, x: Tensor) -> Tensor:
+        rounded.append(self)
+        return quantize(self, x)
+
+    def look(block: DecoderBlock, student: Any, targets: list[list[Tensor]], i: int) -> Tensor:
+        seen.append(targets)
+        return sample_loss(block, student, targets, i)
+
+    monkeypatch.setattr(InputQuantizer, "forward", count)
+    monkeypatch.setattr(omniquant, "_sample_loss", look)
     with torch.enable_grad():
         before, after = learn(block, learned, method)
-    assert after <= before
-    if after < before:
-        assert (learned.pairs[-1].log_scale - scale).abs().max() > 1e-3
+    assert after < before
+    assert (learned.pairs[-1].log_scale - scale).abs().max() > 1e-3
+    # Three times over four samples, and the losses before and after each: every input, and nothing else.
+    assert len(seen) == 3 * 4 + 4 * 4
+    assert len(rounded) == len(seen) * len(block.architecture.linears)
+    assert len(seen[-1]) == 2
+    for target in seen[-1]:
+        assert_close(torch.cat(target), exact)
 
 
 def test_trained_w4a4_is_nearer_to_full_precision_on_text_that_it_did_not_learn_from(
@@ -149,11 +175,11 @@ def test_trained_w4a4_is_nearer_to_full_precision_on_text_that_it_did_not_learn_
 def test_the_rows_are_the_papers_settings() -> None:
     w4a4, w6a6 = named_recipe("omniquant-w4a4"), named_recipe("omniquant-w6a6")
     for recipe, bits in ((w4a4, 4), (w6a6, 6)):
-        grid = UniformGrid(bits, -1, "intactkv-asym")
-        assert recipe.weights == OmniQuant(grid, let=True, epochs=20, aug_loss=bits == 4)
-        assert recipe.activations == Activations(grid)
-        assert recipe.attention == AttentionProducts(grid, rows=False)
-        assert recipe.kv_cache == PerHead(bits)
+        weights, tokens = UniformGrid(bits, -1, "intactkv-asym"), UniformGrid(bits, -1, "minmax-asym")
+        assert recipe.weights == OmniQuant(weights, let=True, epochs=20, aug_loss=bits == 4)
+        assert recipe.activations == Activations(tokens)
+        assert recipe.attention == AttentionProducts(tokens, rows=False)
+        assert recipe.kv_cache == PerHead(bits, "minmax-asym")  # one rule for all that is rounded token by token
         assert recipe.trains_rounded
     assert replace(w4a4, activations=None, attention=None, kv_cache=None) == named_recipe("omniquant-let")
 

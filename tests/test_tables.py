@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from corpora.errors import UserError
+from eval.tables.paper_runs import departures
 from eval.tables.paper_tables import paper_tables
 from eval.tables.published import QUESTIONS, TABLES, paper_name
 from eval.tables.render import Figure, Table, change_of, mean_of, render, signed
@@ -343,6 +344,16 @@ def test_table_5_names_what_a_run_does_otherwise_than_the_recipe():
     for words in ("damp=0.1 (recipe: 0.01)", "transforms.rotate.head_mix=none (recipe: auto)", "kv_cache.keep=1.0",
                   "kv_cache.convention=gptq-sym (recipe: its default)"):  # fmt: skip
         assert words in note
+
+
+def test_table_5_names_what_the_recipe_tells_and_a_run_leaves_out():
+    """A run of before the ranges of keys and values were taken as they are does not say by which rule it took them."""
+    settings = quarot(8.4)["settings"]
+    recipe = named_recipe("omniquant-w4a4")
+    settings |= {"recipe": describe(recipe), "kv": describe(recipe.kv_cache)}
+    assert departures(settings) == []
+    settings["kv"] = {"kind": "PerHead", "bits": 4}
+    assert departures(settings) == ["kv_cache.convention=as before it was a field (recipe: minmax-asym)"]
 
 
 # ---- tables as text

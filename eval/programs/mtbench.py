@@ -168,10 +168,12 @@ def _answers_directory() -> Path:
 
 
 def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
-    """model-method-w{b}g{g}[-kvN][-intactkv…][-questions]-seed_{s}: [P] is plain intactkv, as published."""
+    """model-method-w{b}g{g}[-kvN][-intactkv…][-questions]-seed_{s}: [P] is plain intactkv, as published; what is other
+    than in the named recipe stands behind the method."""
     from quantization.kv_cache import kv_bits
+    from quantization.labels import told
 
-    parts = [settings["model"], settings["weights"]]
+    parts = [settings["model"], told(settings["weights"], settings["recipe"])]
     if settings["kv"] is not None:
         parts.append(f"kv{kv_bits(settings['kv'])}")
     prefix = settings["prefix"]

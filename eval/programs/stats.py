@@ -260,10 +260,11 @@ def _default_out(kind: str, plan: "Plan", identity: str) -> Path:
     """outputs/stats/MODEL__KIND__WEIGHTS[__PREFIX]__IDENTITY.csv: one table for every run record."""
     from corpora.paths import outputs_dir
     from quantization.kv_cache import kv_bits
+    from quantization.labels import full_label, told
     from quantization.recipes.recipe import describe
 
     manifest, kv, word = plan.checkpoint.manifest, plan.recipe.kv_cache, plan.choice.word
-    weights = manifest["label"] if manifest is not None else plan.recipe.label()
+    weights = full_label(plan.recipe) if manifest is None else told(manifest["label"], manifest["recipe"])
     if kv is not None:
         weights += f"-kv{kv_bits(describe(kv))}"
     parts = [plan.checkpoint.family_name, kind, weights]

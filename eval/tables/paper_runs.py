@@ -271,11 +271,11 @@ def departures(settings: Mapping[str, Any]) -> list[str]:
 
 def _changed(part: Mapping[str, Any], published: Mapping[str, Any]) -> list[str]:
     """The fields of a described part that are not as published; the group size apart."""
-    named = dict(_flat(published))  # without what was `added` and stands as it was before
+    run, named = dict(_flat(part)), dict(_flat(published))  # without what was `added` and stands as it was before
     return [
-        f"{name}={value} (recipe: {named.get(name, 'its default')})"
-        for name, value in _flat(part)
-        if name != "grid.group_size" and (name not in named or value != named[name])
+        f"{name}={run.get(name, 'as before it was a field')} (recipe: {named.get(name, 'its default')})"
+        for name in run | named
+        if name != "grid.group_size" and not (name in run and name in named and run[name] == named[name])
     ]
 
 

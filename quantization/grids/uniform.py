@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
+from corpora.storage import is_finite
 from quantization.grids.packing import pack_codes, unpack_codes
 
 __all__ = [
@@ -341,8 +342,9 @@ def fit_finite(groups: Tensor, grid: UniformGrid, name: str) -> Fit:
 
 def finite(weight: Tensor, name: str) -> Tensor:
     """The weight itself. Raises UserError if it holds NaN or infinity."""
-    if not torch.isfinite(weight).all():
-        raise UserError(f"{name} holds values that are not finite; the checkpoint is damaged or overflowed its dtype")
+    if not is_finite(weight):  # files are looked at where they are read: what was made of them is too large
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds values that are not finite in {dtype}; convert the checkpoint to a wider dtype")
     return weight
 
 

@@ -8,8 +8,8 @@ q·k needs no rotation of q then (PrefixQuant rotates both).
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -84,13 +84,15 @@ class Grids:
                 "one group over all heads of a token, or none for a head"
             )
 
-    def check(self, head_size: int) -> None:
-        """Groups must fill heads of that many channels. Raises UserError."""
+    def in_heads(self, head_size: int) -> Self:
+        """The policy for heads of that many channels, where a group of as many is a head. Raises UserError if groups
+        do not fill a head."""
         if self.group_size not in (None, -1) and head_size % (self.group_size or 1):
             raise UserError(
                 f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use a "
                 f"divisor of {head_size}, -1 for one group over all heads of a token, or none for a head"
             )
+        return replace(self, group_size=None) if self.group_size == head_size else self
 
     def bits_per_element(self, head_size: int, heads: int) -> tuple[float, float]:
         """Bits of a stored element of keys and of values, with its share of what is stored for its group."""

@@ -57,6 +57,7 @@ class Rotated(Grids):
 
     def _observed(self, low: Tensor, high: Tensor) -> Fit:
         """s = p(hi − lo)/(2^b − 1), z = round(−p lo/s), p = `keep`; 0 need not be in the range, so z may be no code."""
+        # Not minmax-asym: by its least scale a vector of one value c, whose range is cut to p·c, would become p·c.
         spread = (high - low) * self.keep
         # All values the same: one level must hit them, so the scale is the value itself (1 for zeros).
         scale = torch.where(spread < TINY, torch.where(low == 0, 1.0, low.abs()), spread / self.v_grid.top)

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from quantization.recipes.recipe import Recipe
     from quantization.runs.checkpoint import Checkpoint
 
-__all__ = ["add_kv_options", "given_kv", "with_kv"]
+__all__ = ["FIELDS", "add_kv_options", "given_fields", "given_kv", "with_kv"]
 
-# Options that change fields of the policy that there is.
-FIELDS = {"k_bits": "--k-bits", "v_bits": "--v-bits", "kv_group_size": "--kv-group-size"}
+# Options of the policy's fields: attribute of the parsed options, field.
+FIELDS = {"kv_bits": "bits", "k_bits": "bits", "v_bits": "v_bits", "kv_group_size": "group_size"}
 
 
 def add_kv_options(group: argparse._ActionsContainer) -> None:
@@ -36,12 +36,16 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
     )
 
 
+def given_fields(options: argparse.Namespace) -> dict[str, int]:
+    """The options of the policy's fields that were given, by their attributes."""
+    return {name: value for name in FIELDS if (value := getattr(options, name, None)) is not None}
+
+
 def given_kv(options: argparse.Namespace) -> list[str]:
     """Those of the options that were given, as they are spelled; of --set those that say something of the cache."""
-    names = {"kv": "--kv", "kv_bits": "--kv-bits"} | FIELDS
-    given = [spelled for name, spelled in names.items() if getattr(options, name) is not None]
+    names = [name for name in ("kv", *FIELDS) if getattr(options, name) is not None]
     settings = [setting for setting in options.settings if setting.startswith(("kv_cache.", "kv_cache="))]
-    return given + [f"--set {setting}" for setting in settings]
+    return [f"--{name.replace('_', '-')}" for name in names] + [f"--set {setting}" for setting in settings]
 
 
 def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
@@ -54,8 +58,8 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     from quantization.named import kv_policy
     from quantization.runs.kept import stored_kv
 
-    name, bits = getattr(options, "kv", None), getattr(options, "kv_bits", None)
-    given = {field: value for field in FIELDS if (value := getattr(options, field, None)) is not None}
+    name, given = getattr(options, "kv", None), given_fields(options)
+    bits = given.pop("kv_bits", None)
     policy = recipe.kv_cache
     if name is not None or bits is not None:
         policy = kv_policy(name or "per_head", given.get("k_bits") if bits is None else bits)
@@ -64,7 +68,7 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
         if policy is None and {"k_bits", "v_bits"} <= given.keys():
             policy = kv_policy("per_head", given["k_bits"])
     if given and not isinstance(policy, Grids):
-        told = ", ".join(FIELDS[field] for field in given)
+        told = ", ".join(f"--{field.replace('_', '-')}" for field in given)
         raise UserError(f"{told}: the KV cache has full precision; add --kv-bits N, or give both --k-bits and --v-bits")
     if isinstance(policy, Grids) and given:
         policy = replace(

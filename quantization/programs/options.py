@@ -256,7 +256,7 @@ def plan_of(
         packed=getattr(options, "packed", False),
         spread=spread,
         max_memory=None if size is None else bytes_of(size),
-        quantizes=makes in ("run", "checkpoint"),
+        makes=makes,
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)

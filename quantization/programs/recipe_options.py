@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from quantization.programs.kv_options import FIELDS, given_fields
+
 if TYPE_CHECKING:
     from quantization.recipes.recipe import Recipe
 
@@ -34,14 +36,8 @@ CALIBRATION = (
 OTHERS = (
     ("prefix", "prefix"),
     ("kv", "kv_cache"),
-    ("kv_bits", "kv_cache"),
-    ("kv_bits", "kv_cache.bits"),
-    ("k_bits", "kv_cache"),
-    ("k_bits", "kv_cache.bits"),
-    ("v_bits", "kv_cache"),
-    ("v_bits", "kv_cache.v_bits"),
-    ("kv_group_size", "kv_cache"),
-    ("kv_group_size", "kv_cache.group_size"),
+    *((name, "kv_cache") for name in FIELDS),
+    *((name, f"kv_cache.{field}") for name, field in FIELDS.items()),
     ("calibrate_behind_prefix", "calibrate_behind_prefix"),
     ("weights", "weights"),
     ("activations", "activations"),
@@ -134,9 +130,10 @@ def check_agreement(options: argparse.Namespace) -> None:
                     f"--{name.replace('_', '-')} {' '.join(said)} and --set {setting} say different things; leave one "
                     "of them out"
                 )
-    if getattr(options, "kv", None) == "none" and options.kv_bits is not None:
-        raise UserError(f"--kv none keeps the cache in full precision, but --kv-bits {options.kv_bits} rounds it; "
-                        "leave one of them out")  # fmt: skip
+    if getattr(options, "kv", None) == "none":
+        for name, value in given_fields(options).items():
+            raise UserError(f"--kv none keeps the cache in full precision, but --{name.replace('_', '-')} {value} "
+                            "rounds it; leave one of them out")  # fmt: skip
 
 
 def with_model_defaults(recipe: "Recipe", model: str, settings: list[str]) -> list[str]:

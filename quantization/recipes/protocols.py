@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -118,7 +118,16 @@ class CalibratedKV(Protocol):
 
     @property
     def bits(self) -> int:
-        """Bits of keys and values."""
+        """Bits of keys, and of values unless `v_bits` says otherwise."""
+        ...
+
+    @property
+    def v_bits(self) -> int | None:
+        """Bits of values, where keys have others."""
+        ...
+
+    def in_heads(self, head_size: int) -> Self:
+        """The policy for heads of that many channels; one way to say one thing."""
         ...
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:

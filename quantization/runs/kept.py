@@ -40,7 +40,7 @@ def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
     return policy
 
 
-def stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
+def stored_as(wanted: CalibratedKV, checkpoint: Checkpoint, head_size: int) -> CalibratedKV:
     """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
     own = stored_kv(checkpoint)
     if own is None:
@@ -50,7 +50,8 @@ def stored_as(wanted: CalibratedKV, checkpoint: Checkpoint) -> CalibratedKV:
         )
     # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
     kind: Any = type(own)
-    if wanted not in (own, kind(own.bits)):
+    short = kind(own.bits, v_bits=own.v_bits)
+    if wanted != short and wanted.in_heads(head_size) != own.in_heads(head_size):
         raise UserError(
             f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
             "quantize it anew"

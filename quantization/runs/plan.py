@@ -46,6 +46,7 @@ from quantization.runs.prefixes import (
     auto_search,
     check_belongs,
     choose_prefix,
+    name_other_weights,
     prefix_file,
     stored_prefix,
 )
@@ -338,14 +339,15 @@ def plan_run(
     packed: bool = False,
     spread: bool = False,
     max_memory: int | None = None,
-    quantizes: bool = True,
+    makes: str = "run",
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
     discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
-    a CPU and the checkpoint's own elsewhere. quantizes: false where only the full-precision twin will be asked for,
-    which mostly needs no text. Raises UserError for a combination that cannot be, such as a recipe for weights that are
+    a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
+    run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
+    Raises UserError for a combination that cannot be, such as a recipe for weights that are
     quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
@@ -355,37 +357,43 @@ def plan_run(
             f"{directory} is quantized already ({manifest['label']}); give its dense checkpoint to --recipe "
             f"{recipe.label()}, or leave --recipe out"
         )
-    if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
-        recipe = replace(recipe, kv_cache=stored_as(recipe.kv_cache, checkpoint))
     if vanilla and recipe.prefix == "none":
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
         )
     config = read_config(directory)
+    text_config = config.get_text_config(decoder=True)
+    if isinstance(recipe.kv_cache, Grids):
+        heads = getattr(text_config, "num_attention_heads", None) or 1
+        head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+        if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
+            recipe = replace(recipe, kv_cache=stored_as(recipe.kv_cache, checkpoint, head_size))
+        else:
+            recipe = replace(recipe, kv_cache=recipe.kv_cache.in_heads(head_size))
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
-    text_config = config.get_text_config(decoder=True)
     context = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(recipe.kv_cache, Grids):
-        heads = getattr(text_config, "num_attention_heads", None) or 1
-        recipe.kv_cache.check(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
     named, search = None, None
     if (found := auto_search(recipe.prefix)) is not None:
         search = default_search(checkpoint, tokenizer, context, *found)
     else:
         named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
-    if manifest is None and (named is None or named.file is None):  # a file's prefix fits other programs' layouts, too
+    # A prefix that a file holds is passed on without the model's weights, which may be in another program's layout.
+    if manifest is None and (makes != "prefix" or named is None or named.file is None):
         DenseCheckpoint(directory).check()
     plan = Plan(
         checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
-    if quantizes:
+    if makes in ("run", "checkpoint"):
         _ = plan.text  # which must be there
     if named is not None or vanilla:
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
     if named is not None and named.file is not None:  # now, and not after hours of quantizing
-        return _with_file(plan, named, Prefix.load(named.file))
+        prefix = Prefix.load(named.file)
+        plan = _with_file(plan, named, prefix)
+        if makes == "run":
+            name_other_weights(prefix, named.file, plan.describe())
     return plan
 
 

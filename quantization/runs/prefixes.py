@@ -28,8 +28,8 @@ from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.dense import empty_model
 
-__all__ = ["AUTO", "PrefixChoice", "auto_search", "check_belongs", "choose_prefix", "prefix_file", "searched_in",
-           "stored_prefix"]  # fmt: skip
+__all__ = ["AUTO", "PrefixChoice", "auto_search", "check_belongs", "choose_prefix", "name_other_weights", "prefix_file",
+           "searched_in", "stored_prefix"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -158,3 +158,16 @@ def check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> N
     if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
         model.__dict__["intactkv_source"] = source
     prefix.check(model)
+
+
+def name_other_weights(prefix: Prefix, file: Path, run: Mapping[str, Any]) -> None:
+    """Log for which weights keys and values were trained on conversations, if those of a described run are others."""
+    if prefix.calibrated is None or "conversations" not in prefix.calibrated:
+        return
+    trained = prefix.calibrated["for"]
+    if trained["made_of"] != run["made_of"]:
+        log.warning(
+            "%s was trained for the weights %s (%s); those that run now are %s (%s)",
+            file,
+            *(word for those in (trained, run) for word in (those["weights"], identity(those["made_of"]))),
+        )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
+from corpora.storage import is_finite
 from quantization.grids.sparse import SMALLEST_SCALE, SecondLevel, SparseRows, SpQRWeight, first_level
 from quantization.grids.uniform import TINY, Fit, UniformGrid, check_bits, encode, finite, split_groups
 from quantization.model.blocks import DecoderBlock
@@ -272,7 +273,7 @@ def round_all(problem: Problem, how: SpQR, threshold: float, name: str) -> tuple
 
     # Groups must not reach into channels that wait for their updates.
     loss = float(column_loop(w, problem.factor, round_column, -(-COLUMNS // size) * size))
-    if not torch.isfinite(w).all():
+    if not is_finite(w):
         raise UserError(f"{name} holds values up to {problem.w.abs().max():.3g}, too large for half-precision scales")
     sparse = SparseRows.from_dense(corrections.T)
     order = None if problem.order is None else problem.order.to(sparse.columns.dtype)
