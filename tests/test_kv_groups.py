@@ -21,7 +21,9 @@ from intactkv.architecture import architecture_of
 from quantization.__main__ import main as quantize
 from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead, kv_bits, kv_label
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe, describe, with_settings
+from quantization.runs.checkpoint import PARTS
 from quantization.runs.plan import plan_run
 
 HEADS, SIZE = 2, 16
@@ -164,6 +166,7 @@ def test_records_of_the_range_that_held_zero_are_told_apart() -> None:
     earlier = {"kind": "PerHead", "bits": 4}
     assert kv_label(earlier) == "4 per_head intactkv-asym"
     assert describe(PerHead(4, "intactkv-asym")) == earlier != describe(PerHead(4))
+    assert restored(earlier, PARTS) == PerHead(4, "intactkv-asym")
 
 
 @every("size", [3, 32])
@@ -228,7 +231,7 @@ def test_options_that_cannot_be_are_refused_in_a_line(
     assert said in err
 
 
-@pytest.mark.parametrize("group_size", [8, -1])
+@pytest.mark.parametrize("group_size", [8, SIZE, -1])
 def test_ranges_of_a_checkpoint_are_not_taken_for_other_groups(
     group_size: int, checkpoint: Any, text: Path, intactkv_root: Path, run_main: Any
 ) -> None:
@@ -243,18 +246,20 @@ def test_ranges_of_a_checkpoint_are_not_taken_for_other_groups(
     code, out, err = run_main(evaluate, *run)
     assert code == 0, err
     kv = json.loads(out)["settings"]["kv"]
-    assert (kv["bits"], kv["v_bits"], kv["group_size"]) == (4, 3, group_size)
-    for others in (("--kv-group-size", 16), ("--kv", "static", "--kv-bits", 4)):
+    assert (kv["bits"], kv["v_bits"]) == (4, 3)
+    assert kv.get("group_size") == (None if group_size == SIZE else group_size)
+    for others in (("--kv-group-size", 8 if group_size == SIZE else SIZE), ("--kv", "static", "--kv-bits", 4)):
         code, _, err = run_main(evaluate, *run, *others)
         assert code == 2
         assert "holds ranges for StaticPerHead" in err
-    code, out, err = run_main(evaluate, *run, "--kv", "static", "--kv-bits", 4, "--v-bits", 3)
-    assert (code, json.loads(out)["settings"]["kv"]) == (0, kv), err
+    for same in (("--kv-group-size", group_size), ("--kv", "static", "--kv-bits", 4, "--v-bits", 3)):
+        code, out, err = run_main(evaluate, *run, *same)
+        assert (code, json.loads(out)["settings"]["kv"]) == (0, kv), err
 
 
 def test_groups_of_a_whole_head_are_heads(checkpoint: Callable[..., Path]) -> None:
-    for policy in (PerHead(4, group_size=16), StaticPerHead(4, v_bits=2, group_size=16)):
-        plan = plan_run(checkpoint(), Recipe(kv_cache=policy), device=torch.device("cpu"), makes="twin")
+    for policy in (PerHead(4, group_size=SIZE), Rotated(4, v_bits=2, group_size=SIZE)):
+        plan = plan_run(checkpoint(), Recipe(kv_cache=policy), device=torch.device("cpu"))
         assert plan.recipe.kv_cache == replace(policy, group_size=None)
 
 

@@ -1,6 +1,7 @@
 """What a recipe is made of: the protocols of transforms, weight quantizers and block-wise training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -189,6 +190,9 @@ def restored(description: Any, kinds: Mapping[str, type]) -> Any:
     if isinstance(description, list):
         return tuple(restored(item, kinds) for item in description)
     if isinstance(description, dict):
-        fields = {name: restored(value, kinds) for name, value in description.items() if name != "kind"}
-        return kinds[description["kind"]](**fields)
+        kind: Any = kinds[description["kind"]]
+        # Fields that were added later, and left out where they say what held before (`recipe.added`).
+        earlier = {f.name: f.metadata["before"][0] for f in fields(kind) if "before" in f.metadata}
+        told = {name: restored(value, kinds) for name, value in description.items() if name != "kind"}
+        return kind(**earlier | told)
     return description
