@@ -71,7 +71,7 @@ def test_auto_is_searched_on_the_text_that_is_given(
 
 
 def test_without_a_text_auto_stays_what_it_was(dense: Path) -> None:
-    plan = plan_run(dense, named_recipe("prefixquant-w4a4kv4-static"), device=CPU, quantizes=False)
+    plan = plan_run(dense, named_recipe("prefixquant-w4a4kv4-static"), device=CPU, makes="discovery")
     assert plan.search is not None
     assert (plan.search.text.corpus, plan.search.threshold) == ("pile", 64.0)
 
