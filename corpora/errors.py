@@ -14,7 +14,13 @@ __all__ = ["Parser", "UserError", "run_program", "said_by"]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as all our errors, and name the program that explains the options."""
+    """A parser whose complaints are one line, as all our errors, and name the program that explains the options.
+
+    Options are spelled whole: a beginning would be another option's tomorrow.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
         """As it stands, but a subcommand's parser complains itself: argparse leaves that to the one above."""

@@ -2,6 +2,7 @@
 
     gptq-w3g128                          methods, bits and groups: `Recipe.label`, which records are stored under
     gptq-w3g128-no-static_groups         and every other field that is not as in the first named recipe of this kind
+    rtn-w8row-a8-a-gptq-asym             of several grids, with the mark of whose it is: w, a (inputs), q (attention)
 
 Of a kind are recipes with the same parts; where no named recipe has them, each part is compared with the first one of
 its own kind. Works on descriptions, so that tables name the recipes of stored records, too.
@@ -19,6 +20,7 @@ from quantization.recipes.recipe import Recipe, describe
 __all__ = ["differences", "full_label", "told"]
 
 PARTS = ("transforms", "weights", "activations", "attention", "tuning")
+MARKS = {"weights": "w", "activations": "a", "attention": "q"}
 IN_LABEL = ("bits", "group_size", "attention_bits", "groups", "static")  # fields that `Recipe.label` tells
 BY_VALUE = ("convention", "scale_dtype")  # values that need no name beside them
 
@@ -37,7 +39,8 @@ def told(label: str, recipe: Mapping[str, Any]) -> str:
 
 def differences(recipe: Mapping[str, Any]) -> list[str]:
     """Words for the fields of a described recipe that are not as in the first named recipe of its kind."""
-    parts = _parts(recipe)
+    parts, marks = _parts(recipe), [mark for part, mark in _marked(recipe)]
+    several = sum("grid" in part for part in parts) > 1
     of_kind = _rows().get(tuple(map(_kind, parts)))
     words = []
     for i, part in enumerate(parts):
@@ -45,17 +48,22 @@ def differences(recipe: Mapping[str, Any]) -> list[str]:
         if base is None:  # no named recipe has such a part: what it is stands in its label
             continue
         usual = dict(_leaves(base))
-        words += [_word(name, value) for name, value in _leaves(part) if name in usual and value != usual[name]]
+        words += [_word(name, value, marks[i] if several else "")
+                  for name, value in _leaves(part) if name in usual and value != usual[name]]  # fmt: skip
     return words
 
 
-def _parts(recipe: Mapping[str, Any]) -> list[Part]:
-    """The described parts, transforms one by one; those that a record does not know are None."""
-    found: list[Part] = []
+def _marked(recipe: Mapping[str, Any]) -> list[tuple[Part, str]]:
+    """The described parts, transforms one by one, and the marks of those with a grid."""
+    found: list[tuple[Part, str]] = []
     for name in PARTS:
         part = recipe.get(name)
-        found += part if isinstance(part, list) else [part] if part else []
+        found += [(one, MARKS.get(name, "")) for one in (part if isinstance(part, list) else [part] if part else [])]
     return found
+
+
+def _parts(recipe: Mapping[str, Any]) -> list[Part]:
+    return [part for part, _ in _marked(recipe)]
 
 
 def _kind(part: Part) -> tuple[str, bool]:
@@ -109,12 +117,12 @@ def _leaves(part: Part, front: str = "") -> Iterator[tuple[str, Any]]:
             yield front + name, value
 
 
-def _word(name: str, value: Any) -> str:
+def _word(name: str, value: Any, mark: str) -> str:
     leaf = name.rpartition(".")[2]
     if isinstance(value, bool):
         return leaf if value else f"no-{leaf}"
     if leaf in BY_VALUE:
-        return str(value)
+        return f"{mark}-{value}" if mark else str(value)
     if isinstance(value, str):  # a file by its name alone: the word becomes part of a path
         return f"{leaf}-{Path(value).stem or 'none'}"
     return f"{leaf}{value:g}"

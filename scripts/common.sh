@@ -64,9 +64,14 @@ print(model_defaults(sys.argv[1]).default_group_size)' "$3")}
     fi
 }
 
-read_kv() { # KV_BITS: sets `kv`, the option of so many bits of the cache; 16 is full precision
+read_kv() { # METHOD KV_BITS: sets `kv`, the option of so many bits of the cache; 16 is full precision
     kv=()
-    [ "$1" = 16 ] || kv=(--kv-bits "$1")
+    case "$1:$2" in
+        kv[0-9]:16) fail "METHOD '$1' rounds the KV cache, but KV_BITS is 16; give the method fp16, or the bits" ;;
+        quarot:16 | quarot-rtn:16 | *-w4a4kv4*:16 | *-w4a8kv4*:16 | *-qllm:16 | omniquant-w[46]a*:16) kv=(--kv none) ;;
+        *:16) ;;
+        *) kv=(--kv-bits "$2") ;;
+    esac
 }
 
 calibration=( # what the environment says of the text that methods calibrate on
@@ -109,7 +114,8 @@ choose_text() { # a recipe's options: sets `text` and `behind`, what the environ
 
 choose_method() { # METHOD BITS MODEL_DIRECTORY [KV_BITS]: sets `method`, all options of what is run once, without arms
     choose_recipe "${@:1:3}"
-    read_kv "${4:-16}"
+    kv=()
+    [ -z "${4:-}" ] || read_kv "$1" "$4"
     choose_text "${recipe[@]}" "${options[@]}"
     method=("${recipe[@]}" "${kv[@]}" "${options[@]}" "${text[@]}")
 }

@@ -46,3 +46,8 @@ def every(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Call
         return run
 
     return decorate
+
+
+def refusals(stderr: str) -> list[str]:
+    """What a script's stderr says against its call: all but the lines on what it is going to do."""
+    return [line for line in stderr.splitlines() if not line.startswith(("measured as in ", "arms: "))]

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import pytest
 from chats import QUESTIONS, turns_of, write_questions
+from common import every
 from transformers.utils import chat_template_utils
 
 from corpora.chat import rendered
@@ -117,6 +118,17 @@ def test_templates_that_cannot_do_it_are_refused_in_words(tiny_tokenizer):
     chat.ids(["a"])
     with pytest.raises(UserError, match=r"cannot write a dialogue of 3 turns .one turn only"):
         chat.ids(["a", "b", "c"])
+
+
+@every(
+    ("source", "lost"),
+    [("{{ 'x' }}", "question"), ("{{ tools[0] }}", "question"), ("{{ messages[0].content }}", "answer"),
+     ("{% for m in messages[:2] %}{{ m.content }}{% endfor %}", "second question")],
+)  # fmt: skip
+def test_a_template_that_leaves_out_a_turn_answers_no_question(source: str, lost: str, tiny_tokenizer) -> None:
+    chat = chat_template("tokenizer", tiny_tokenizer(chat_template=source), "tiny")
+    with pytest.raises(UserError, match=rf"writes a dialogue without its {lost}; choose --template vicuna_v1\.1"):
+        behind_prefix(chat, sample(), (), prepend=False)
 
 
 BROKEN = {

@@ -158,7 +158,9 @@ def test_every_policy_is_told_of_its_groups_by_settings_and_says_so(name: str) -
     assert kv_bits(describe(replace(plain, group_size=-1))) == "4token"
     assert kv_label(describe(plain)) == f"4 {name}"
     assert not {"group_size", "v_bits"} & describe(plain).keys()  # records and checkpoints of before are still found
-    assert replace(plain, v_bits=4) == plain
+    assert replace(plain, v_bits=4).in_heads(16) == plain
+    orders = (["kv_cache.v_bits=4", "kv_cache.bits=3"], ["kv_cache.bits=3", "kv_cache.v_bits=4"])
+    assert {with_settings(Recipe(kv_cache=plain), order).kv_cache for order in orders} == {kind(3, v_bits=4)}
     assert with_settings(Recipe(kv_cache=told), ["kv_cache.group_size=none"]).kv_cache == replace(told, group_size=None)
 
 
@@ -252,9 +254,19 @@ def test_ranges_of_a_checkpoint_are_not_taken_for_other_groups(
         code, _, err = run_main(evaluate, *run, *others)
         assert code == 2
         assert "holds ranges for StaticPerHead" in err
-    for same in (("--kv-group-size", group_size), ("--kv", "static", "--kv-bits", 4, "--v-bits", 3)):
+    apart = ("--k-bits", 4, "--v-bits", 3)
+    for same in (("--kv-group-size", group_size), ("--kv", "static", "--kv-bits", 4, "--v-bits", 3), ("--kv", "static"),
+                 ("--kv", "static", *apart, "--kv-group-size", group_size)):  # fmt: skip
         code, out, err = run_main(evaluate, *run, *same)
         assert (code, json.loads(out)["settings"]["kv"]) == (0, kv), err
+    for none in (("--kv", "none"), ("--set", "kv_cache=none")):
+        code, out, err = run_main(evaluate, *run, *none)
+        assert (code, json.loads(out)["settings"]["kv"]) == (0, None), err
+    for part in (("--weights", "none"), ("--activations", "none"), ("--transform", "none"), ("--recipe", "fp16"),
+                 ("--set", "tuning=none"), ("--set", "attention=none")):  # fmt: skip
+        code, _, err = run_main(evaluate, *run, *part)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "is quantized already" in err
 
 
 def test_groups_of_a_whole_head_are_heads(checkpoint: Callable[..., Path]) -> None:

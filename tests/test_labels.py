@@ -95,6 +95,15 @@ def test_what_the_tables_compare_is_said_in_words() -> None:
     assert label("rtn-w8a8", "activations.static=true").startswith("rtn-w8row-a8static")
 
 
+def test_a_label_says_whose_convention_differs() -> None:
+    for part, mark in (("weights", "w"), ("activations", "a")):
+        recipe = with_settings(named_recipe("rtn-w8a8"), [f"{part}.grid.convention=gptq-asym"])
+        assert full_label(recipe) == f"rtn-w8row-a8-{mark}-gptq-asym"
+    assert (
+        full_label(with_settings(named_recipe("rtn-w4"), ["weights.grid.convention=gptq-sym"])) == "rtn-w4g128-gptq-sym"
+    )
+
+
 def test_no_two_named_recipes_of_different_checkpoints_have_one_label() -> None:
     made: dict[str, Any] = {}
     for row in RECIPES.values():

@@ -244,3 +244,13 @@ def test_a_prefix_that_another_model_wrote_would_have_made_it_worse(tiny_model):
     foreign = build_prefix(tiny_model("llama", max_position_embeddings=64), [BOS])
     forged = replace(prefix, keys=foreign.keys, values=foreign.values)
     assert error_behind(model, prefix, text, truth) < 1e-4 < error_behind(model, forged, text, truth)
+
+
+@pytest.mark.parametrize(
+    "word", ["auto@-1", "auto@nan", "auto@1", "auto@", "auto:", "auto@64@3", "AUTO@64", "auto@many"]
+)
+def test_a_word_that_begins_like_auto_is_no_text(word: str) -> None:
+    with pytest.raises(UserError, match=rf"--prefix {word} is no form of auto; a ratio is a number above 1"):
+        auto_search(word)
+    assert auto_search("auto@1e3") == (None, 1000.0)
+    assert auto_search("automatic weapons") is None

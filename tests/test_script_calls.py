@@ -116,6 +116,11 @@ def test_the_scripts_know_which_methods_have_weights_and_look_at_text_as_the_tab
     assert said_of_recipes(project, "calibrates --recipe $name --bits 3") == calibrating
     whole = [name for name, row in RECIPES.items() if row.recipe.weights is None]
     assert said_of_recipes(project, "choose_recipe $name 16 model") == whole
+    rounding = [name for name, row in RECIPES.items() if row.recipe.kv_cache is not None]
+    said = said_of_recipes(
+        project, "! (read_kv $name 16) || (read_kv $name 16; [ ${#kv[@]} -gt 0 ])"
+    )  # refused, or --kv none
+    assert said == rounding
 
 
 @pytest.mark.parametrize(

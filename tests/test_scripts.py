@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from common import ROOT
+from common import ROOT, refusals
 
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
 RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant")
@@ -49,7 +49,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 def test_a_mistake_is_one_line(script: str, arguments: tuple[str, ...], named: str) -> None:
     done = run(script, *arguments)
     assert done.returncode == 2
-    said = [line for line in done.stderr.strip().splitlines() if not line.startswith("measured as in ")]
+    said = refusals(done.stderr)
     assert len(said) == 1, done.stderr
     assert said[0].startswith("error: ")
     assert named in said[0]

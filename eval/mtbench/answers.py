@@ -125,6 +125,7 @@ def behind_prefix(
     prepend: put the ids in front where they do not. Raises UserError if they do not and that is not wanted, or if a
     prompt is nothing but the prefix, which leaves no token to feed.
     """
+    template.check()
     lead = list(lead)
     for question in questions:
         ids = template.ids(question.turns[:1])

@@ -19,6 +19,8 @@ from corpora.tokens import encode, start_token_id, text_hash, tokenizer_fingerpr
 
 __all__ = ["TEMPLATES", "ChatTemplate", "chat_template", "vicuna_text"]
 
+WORDS = ("apples", "pears", "plums")  # turns of a dialogue that a template must write
+WAY_OUT = "choose --template vicuna_v1.1, or mend the template"
 TEMPLATES = ("auto", "vicuna_v1.1", "tokenizer")
 
 
@@ -48,6 +50,17 @@ class ChatTemplate:
             "prompt": identity({"ids": self.ids(["What is a prefix?"])}),
             **clock,
         }
+
+    def check(self) -> None:
+        """Raise UserError for a template that leaves out a turn of a dialogue: its answers would be to no question."""
+        for turns in (WORDS[:1], WORDS):
+            told = self.text(turns).lower()
+            for what, word in zip(("question", "answer", "second question"), turns, strict=False):
+                if word not in told:
+                    raise UserError(
+                        f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} writes a dialogue "
+                        f"without its {what}; {WAY_OUT}"
+                    )
 
     def behind(self, lead: Sequence[int]) -> "ChatTemplate":
         """The same template with other tokens in front."""
@@ -95,5 +108,4 @@ def chat_template(word: str, tokenizer: Any, model_name: str) -> ChatTemplate:
             f"the tokenizer of {model_name} has no chat template; put chat_template.jinja of its chat model beside it, "
             "or choose --template vicuna_v1.1"
         )
-    way_out = "choose --template vicuna_v1.1, or mend the template"
-    return ChatTemplate(word, tokenizer, lambda turns: rendered(tokenizer, turns, opened=True, way_out=way_out))
+    return ChatTemplate(word, tokenizer, lambda turns: rendered(tokenizer, turns, opened=True, way_out=WAY_OUT))

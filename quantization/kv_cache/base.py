@@ -68,8 +68,6 @@ class Grids:
     stores_grids: ClassVar[bool] = False  # with a model, and not with every token
 
     def __post_init__(self) -> None:
-        if self.v_bits == self.bits:  # one way to say one thing
-            object.__setattr__(self, "v_bits", None)
         for name, bits in (("grid", self.bits), ("v_grid", self.v_bits or self.bits)):
             check_bits("KV bits", bits, "--kv none (16 in a script) for a full-precision cache")
             object.__setattr__(self, name, UniformGrid(bits, -1, self.convention))
@@ -85,14 +83,18 @@ class Grids:
             )
 
     def in_heads(self, head_size: int) -> Self:
-        """The policy for heads of that many channels, where a group of as many is a head. Raises UserError if groups
-        do not fill a head."""
+        """The policy for heads of that many channels, each thing said in one way: a group of as many is a head, and
+        bits of values that are those of keys are not said apart. Raises UserError if groups do not fill a head."""
         if self.group_size not in (None, -1) and head_size % (self.group_size or 1):
             raise UserError(
                 f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use a "
                 f"divisor of {head_size}, -1 for one group over all heads of a token, or none for a head"
             )
-        return replace(self, group_size=None) if self.group_size == head_size else self
+        return replace(
+            self,
+            group_size=None if self.group_size == head_size else self.group_size,
+            v_bits=None if self.v_bits == self.bits else self.v_bits,
+        )
 
     def bits_per_element(self, head_size: int, heads: int) -> tuple[float, float]:
         """Bits of a stored element of keys and of values, with its share of what is stored for its group."""

@@ -48,22 +48,24 @@ def given_kv(options: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names] + [f"--set {setting}" for setting in settings]
 
 
-def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
+def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint", chosen: bool) -> "Recipe":
     """The recipe with the KV policy that the options spell: by name, or else its own or the checkpoint's, with the
-    fields that are given. Raises UserError for what cannot be."""
+    fields that are given. chosen: the recipe's own was chosen apart, also none. Raises UserError for what cannot be."""
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.kv_cache import Grids
+    from quantization.kv_cache import KV_POLICIES, Grids
     from quantization.named import kv_policy
     from quantization.runs.kept import stored_kv
 
     name, given = getattr(options, "kv", None), given_fields(options)
     bits = given.pop("kv_bits", None)
     policy = recipe.kv_cache
-    if name is not None or bits is not None:
+    if name is not None and type(held := stored_kv(checkpoint)) is KV_POLICIES.get(name):
+        policy = held if bits is None else replace(held, bits=bits, v_bits=None)
+    elif name is not None or bits is not None:
         policy = kv_policy(name or "per_head", given.get("k_bits") if bits is None else bits)
-    elif policy is None:
+    elif policy is None and not chosen:
         policy = stored_kv(checkpoint)
         if policy is None and {"k_bits", "v_bits"} <= given.keys():
             policy = kv_policy("per_head", given["k_bits"])
@@ -74,7 +76,7 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
         policy = replace(
             policy,
             bits=given.get("k_bits", policy.bits),
-            v_bits=given.get("v_bits", policy.v_bits or policy.bits),
+            v_bits=given.get("v_bits", (policy.v_bits or policy.bits) if "k_bits" in given else policy.v_bits),
             group_size=given.get("kv_group_size", policy.group_size),
         )
     return replace(recipe, kv_cache=policy)

@@ -187,6 +187,11 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
         return named_recipe("fp16")
     check_agreement(options)
     parts, left = given_parts(options)
+    if checkpoint.manifest is not None and (parts.keys() - {"kv_cache"} or options.recipe == "fp16"):
+        raise UserError(
+            f"{checkpoint.directory} is quantized already ({checkpoint.manifest['label']}), so its weights, transforms "
+            "and inputs are settled; give its dense checkpoint, or leave out all options of the recipe but the cache's"
+        )
     recipe = put_together(named_recipe(options.recipe or "fp16"), parts)
     spelled = " ".join([options.recipe or "fp16", *(f"with {field} {'+'.join(n)}" for field, n in parts.items())])
     if recipe.weights is None and (options.bits is not None or options.group_size is not None):
@@ -200,7 +205,7 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
         recipe = replace(recipe, prefix=options.prefix, calibrate_behind_prefix=behind)
     elif recipe.prefix == "none":
         recipe = replace(recipe, prefix=needed_prefix(checkpoint))
-    recipe = with_kv(recipe, options, checkpoint)
+    recipe = with_kv(recipe, options, checkpoint, "kv_cache" in parts)
     settings, calibration = fields_of(options, WEIGHTS), fields_of(options, CALIBRATION)
     # Whether a method calibrates may depend on its fields.
     chosen = with_settings(recipe, [s for s in left if s.startswith(("weights.", "activations."))])

@@ -111,7 +111,7 @@ def given_parts(options: argparse.Namespace) -> tuple[dict[str, list[str]], list
             parts[field] = [name]
         elif name not in parts.setdefault(field, []):
             parts[field].append(name)
-    return parts, left
+    return {field: parts[field] for field in PARTS if field in parts}, left
 
 
 def check_agreement(options: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
     policy = None if described is None else restored(described, PARTS)
     if policy is not None and not isinstance(policy, CalibratedKV):
         log.info(
-            "%s was first run with the KV policy %s; without --kv and --kv-bits the cache has full precision",
+            "%s comes from a recipe with the KV policy %s; without --kv and --kv-bits the cache has full precision",
             checkpoint.name,
             policy,
         )
@@ -51,7 +51,7 @@ def stored_as(wanted: CalibratedKV, checkpoint: Checkpoint, head_size: int) -> C
     # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
     kind: Any = type(own)
     short = kind(own.bits, v_bits=own.v_bits)
-    if wanted != short and wanted.in_heads(head_size) != own.in_heads(head_size):
+    if wanted.in_heads(head_size) not in (short.in_heads(head_size), own.in_heads(head_size)):
         raise UserError(
             f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
             "quantize it anew"

@@ -8,9 +8,11 @@ modelzoo/prefixes/ by the identity of all that made it, and read back from there
 """
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ __all__ = ["AUTO", "PrefixChoice", "auto_search", "check_belongs", "choose_prefi
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-AUTO_WORD = re.compile(rf"{AUTO}(?::(?P<corpus>.*?))?(?:@(?P<threshold>\d+(?:\.\d+)?))?")
+AUTO_WORD = re.compile(rf"{AUTO}(?::(?P<corpus>.+?))?(?:@(?P<threshold>[-+\d.e]+))?")
 WORDS = (
     "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text, auto@64 or auto:CORPUS@64 the "
     "ratio to the median that makes an outlier), a FILE.safetensors made by "
@@ -54,9 +56,15 @@ class PrefixChoice:
 
 def auto_search(word: str) -> tuple[str | None, float | None] | None:
     """The corpus and the outlier threshold that `auto`, `auto:CORPUS`, `auto@THRESHOLD` or both name, None where it
-    leaves them open; None for any other word."""
-    found = AUTO_WORD.fullmatch(word)
-    return found and (found["corpus"] or None, float(found["threshold"]) if found["threshold"] else None)
+    leaves them open; None for any other word. Raises UserError for one that begins like it and cannot be meant."""
+    if not re.match(rf"{AUTO}(?:[:@]|$)", word, re.IGNORECASE):
+        return None
+    with suppress(ValueError):
+        found = AUTO_WORD.fullmatch(word)
+        threshold = float(found["threshold"]) if found and found["threshold"] else None
+        if found and (threshold is None or 1 < threshold < math.inf):
+            return found["corpus"], threshold
+    raise UserError(f"--prefix {word} is no form of auto; a ratio is a number above 1, as in auto@64; choose {WORDS}")
 
 
 def searched_in(word: str, corpus: str) -> str:

@@ -17,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 enter_project
 model=$(model_directory "$1" "$2") task=$6
 choose_recipe "$3" "$4" "$model"
-read_kv "$5"
+read_kv "$3" "$5"
 recipe+=("${kv[@]}")
 measure_as intactkv
 if [ "$task" = ppl ]; then

@@ -11,6 +11,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 enter_project
 device=$(device_option "$3")
 model=$(model_directory "$1" "$2")
-choose_method "${METHOD:-rtn}" "${BITS:-3}" "$model" "${KV_BITS:-16}"
+choose_method "${METHOD:-rtn}" "${BITS:-3}" "$model" "${KV_BITS:-}"
 python -m eval plot motivation --model "$model" --device "$device" "${method[@]}" \
     ${PREFIX:+--prefix "$PREFIX"} ${SAMPLES:+--samples "$SAMPLES"} ${TOKENS:+--tokens "$TOKENS"} ${OUT:+--out "$OUT"}

@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 enter_project
 device=$(device_option "$3")
 model=$(model_directory "$1" "$2")
-choose_method "${METHOD:-fp16}" "${BITS:-16}" "$model" "${KV_BITS:-16}"
+choose_method "${METHOD:-fp16}" "${BITS:-16}" "$model" "${KV_BITS:-}"
 
 plot() { # KIND, then its own options
     python -m eval plot "$1" --model "$model" --device "$device" "${method[@]}" ${CORPUS:+--corpus "$CORPUS"} \

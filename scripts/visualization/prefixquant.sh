@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 model=$(model_path "$2")
 enter_project
 device=$(device_option "$1")
-choose_method "${METHOD:-fp16}" "${BITS:-16}" "$model" "${KV_BITS:-16}"
+choose_method "${METHOD:-fp16}" "${BITS:-16}" "$model" "${KV_BITS:-}"
 
 plot() { # KIND, then its own options
     python -m eval plot "$1" --model "$model" --device "$device" "${method[@]}" --prefix "${PREFIX:-bos}" \
