@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from corpora.storage import identity, sha256_of_tensor
+from corpora.text import text_identity
 from intactkv.prefix import PLAIN_BASIS, Prefix
-from quantization.recipes.recipe import Recipe
+from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.checkpoint import FORMAT
 
-__all__ = ["Artefact", "artefact_of", "by_tokens", "identity_of_prefix"]
+__all__ = ["Artefact", "artefact_of", "by_tokens", "identity_of_prefix", "identity_of_text"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,10 @@ def identity_of_prefix(prefix: Tensor | Prefix) -> dict[str, Any]:
     if isinstance(prefix, Prefix):
         return {"prefix": prefix.ids.tolist(), "prefix_kv": prefix.digest()}
     return {"prefix": prefix.tolist()}
+
+
+def identity_of_text(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What identifies a calibration text in a checkpoint: its files, not where they lie, and how it is drawn."""
+    c = calibration
+    text = text_identity(tokenizer, c.corpus, samples=c.samples, length=c.length)
+    return {"text": text, "calibration": {**describe(c), "corpus": text["corpus"]}}

@@ -1,17 +1,19 @@
 """What a quantized checkpoint brings to a run that does not say otherwise: its prefix and its calibrated KV policy."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.cache import KVPolicy
+from quantization.kv_cache import Grids
 from quantization.recipes.protocols import CalibratedKV, restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import PARTS, Checkpoint
 
-__all__ = ["bound_kv", "needed_prefix", "stored_as", "stored_kv"]
+__all__ = ["bound_kv", "fitting_kv", "needed_prefix", "stored_kv"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,20 @@ def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
     return policy
 
 
-def stored_as(wanted: CalibratedKV, checkpoint: Checkpoint, head_size: int) -> CalibratedKV:
+def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig) -> Recipe:
+    """The recipe with its KV policy said for the model's heads; one with ranges is the checkpoint's own, if it has any
+    weights of its own. config: of the text model. Raises UserError for groups or ranges that do not fit."""
+    kv = recipe.kv_cache
+    if not isinstance(kv, Grids):
+        return recipe
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if checkpoint.manifest is not None and isinstance(kv, CalibratedKV):
+        return replace(recipe, kv_cache=_stored_as(kv, checkpoint, head_size))
+    return replace(recipe, kv_cache=kv.in_heads(head_size))
+
+
+def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint, head_size: int) -> CalibratedKV:
     """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
     own = stored_kv(checkpoint)
     if own is None:

@@ -19,13 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from corpora.errors import UserError
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity, sha256_of_file
-from corpora.text import calibration_segments, packed_documents, text_identity
+from corpora.text import calibration_segments, packed_documents
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import Prefix
-from quantization.kv_cache import Grids
 from quantization.labels import full_label
-from quantization.recipes.protocols import CalibratedKV, restored
-from quantization.recipes.recipe import Calibration, Recipe, describe
+from quantization.recipes.protocols import restored
+from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
 from quantization.runs.checkpoint import (
     PARTS,
@@ -37,8 +36,8 @@ from quantization.runs.checkpoint import (
     read_manifest,
 )
 from quantization.runs.dense import DenseCheckpoint, read_config
-from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix
-from quantization.runs.kept import bound_kv, stored_as
+from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix, identity_of_text
+from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
@@ -54,13 +53,6 @@ from quantization.runs.prefixes import (
 __all__ = ["Plan", "plan_run"]
 
 log = logging.getLogger(__name__)
-
-
-def _text_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What identifies a calibration text in a checkpoint: its files, not where they lie, and how it is drawn."""
-    c = calibration
-    text = text_identity(tokenizer, c.corpus, samples=c.samples, length=c.length)
-    return {"text": text, "calibration": {**describe(c), "corpus": text["corpus"]}}
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,7 @@ class Plan:
         only builds a prefix may never ask."""
         if self.checkpoint.manifest is not None or not self.recipe.calibrates:
             return None
-        return _text_of(self.recipe.calibration, self.tokenizer)
+        return identity_of_text(self.recipe.calibration, self.tokenizer)
 
     def artefact_of(self, recipe: Recipe) -> Artefact:
         """The checkpoint that a recipe makes of this model and this text, by its identity."""
@@ -363,13 +355,7 @@ def plan_run(
         )
     config = read_config(directory)
     text_config = config.get_text_config(decoder=True)
-    if isinstance(recipe.kv_cache, Grids):
-        heads = getattr(text_config, "num_attention_heads", None) or 1
-        head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-        if manifest is not None and isinstance(recipe.kv_cache, CalibratedKV):
-            recipe = replace(recipe, kv_cache=stored_as(recipe.kv_cache, checkpoint, head_size))
-        else:
-            recipe = replace(recipe, kv_cache=recipe.kv_cache.in_heads(head_size))
+    recipe = fitting_kv(recipe, checkpoint, text_config)
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
