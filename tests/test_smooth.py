@@ -281,7 +281,7 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
 
 def plan_of(dense: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("quantization.runs.plan.calibration_segments", lambda *_, **__: SEGMENTS)
-    monkeypatch.setattr("quantization.runs.plan.text_identity", lambda *_, **__: {"corpus": "of the test"})
+    monkeypatch.setattr("quantization.runs.identities.text_identity", lambda *_, **__: {"corpus": "of the test"})
     return plan_run(dense, recipe, device=torch.device("cpu"))
 
 
