@@ -43,8 +43,8 @@ from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpo
 from quantization.runs.prefixes import (
     PrefixChoice,
     auto_search,
-    check_belongs,
     choose_prefix,
+    fitting,
     name_other_weights,
     prefix_file,
     stored_prefix,
@@ -339,8 +339,7 @@ def plan_run(
     discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
     a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
     run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
-    Raises UserError for a combination that cannot be, such as a recipe for weights that are
-    quantized already.
+    Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
     directory, manifest = checkpoint.directory, checkpoint.manifest
@@ -377,29 +376,16 @@ def plan_run(
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
     if named is not None and named.file is not None:  # now, and not after hours of quantizing
         prefix = Prefix.load(named.file)
-        plan = _with_file(plan, named, prefix)
+        plan = replace(plan, named=fitting(named, prefix, directory, checkpoint.fingerprint, _bases(plan)))
         if makes == "run":
             name_other_weights(prefix, named.file, plan.describe())
     return plan
 
 
-def _with_file(plan: Plan, named: PrefixChoice, prefix: Prefix) -> Plan:
-    """The plan with a prefix from a file, or with its tokens alone, if nobody trained it and its keys and values are in
-    another basis. Raises UserError unless it belongs to the model that will run."""
+def _bases(plan: Plan) -> list[str]:
+    """Those that the keys and values of a prefix from a file may be in, the one of what the plan would make first."""
     bases, recipe = [plan.basis], plan.recipe
     if recipe.rescales and plan.text is not None:  # a checkpoint that was named by its tokens has a basis of its own
         made = plan.directory_of(recipe).parent.glob(f"{recipe.label()}-*")
         bases += [read_manifest(directory)["basis"] for directory in made if is_quantized(directory)]
-    basis = prefix.model.basis if prefix.model.basis in bases else plan.basis
-    tokens_only = prefix.calibrated is None and prefix.model.basis != basis
-    if tokens_only:
-        log.info(
-            "the keys and values of %s are in another basis than the model's; its %d tokens are taken, and theirs are "
-            "built anew",
-            named.file,
-            len(prefix),
-        )
-        prefix = replace(prefix, model=replace(prefix.model, basis=basis))
-        plan = replace(plan, named=replace(named, file=None))
-    check_belongs(prefix, plan.checkpoint.directory, (plan.checkpoint.fingerprint, basis))
-    return plan
+    return bases

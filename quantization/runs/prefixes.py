@@ -11,9 +11,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.dense import empty_model
 
-__all__ = ["AUTO", "PrefixChoice", "auto_search", "check_belongs", "choose_prefix", "name_other_weights", "prefix_file",
+__all__ = ["AUTO", "PrefixChoice", "auto_search", "choose_prefix", "fitting", "name_other_weights", "prefix_file",
            "searched_in", "stored_prefix"]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,25 @@ def stored_prefix(choice: PrefixChoice, path: Path, twin: Callable[[], PreTraine
     return Prefix.load(path)
 
 
-def check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
+def fitting(
+    choice: PrefixChoice, prefix: Prefix, directory: Path, fingerprint: str, bases: Sequence[str]
+) -> PrefixChoice:
+    """A prefix from a file as a model takes it: with its keys and values, which must be in one of the bases, or, if
+    nobody trained them, with its tokens alone. Raises UserError unless it belongs to the model."""
+    basis = prefix.model.basis if prefix.model.basis in bases else bases[0]
+    if prefix.calibrated is None and prefix.model.basis != basis:
+        log.info(
+            "the keys and values of %s are in another basis than the model's; its %d tokens are taken, and theirs are "
+            "built anew",
+            choice.file,
+            len(prefix),
+        )
+        prefix, choice = replace(prefix, model=replace(prefix.model, basis=basis)), replace(choice, file=None)
+    _check_belongs(prefix, directory, (fingerprint, basis))
+    return choice
+
+
+def _check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
     """Raise UserError unless a prefix belongs to the checkpoint in a directory; no weights are read.
 
     source: the checkpoint's fingerprint and basis. One that is quantized in another program's format has none; an
