@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from corpora.errors import UserError
-from corpora.storage import write_beside
+from corpora.writing import write_beside
 
 __all__ = [
     "BEHIND",

@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out is None:
         print(text, end="")
         return
-    from corpora.storage import write_beside
+    from corpora.writing import write_beside
 
     try:
         with write_beside(options.out) as beside:

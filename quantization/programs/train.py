@@ -62,7 +62,7 @@ def _keep(out: Path, prefix: "Prefix", history: list[dict[str, float]], made_of:
     """Write what a training leaves, and drop its state. Returns the curve's file."""
     from dataclasses import replace
 
-    from corpora.storage import write_beside
+    from corpora.writing import write_beside
 
     replace(prefix, calibrated=made_of).save(out)
     curve = out.with_suffix(".curve.jsonl")
