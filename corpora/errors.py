@@ -8,10 +8,9 @@ their traceback.
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NoReturn
 
-from corpora.terminal import Unheard, as_other_tools_end, printable, terminal
+from corpora.terminal import Unheard, as_other_tools_end, printable, tell, terminal
 
 __all__ = ["Parser", "UserError", "one_line", "run_program", "said_by"]
 
@@ -75,8 +74,7 @@ def run_program(main: Callable[[], None]) -> None:
         code, message = 130, "\ninterrupted; run the same command to go on"
     except Unheard:
         as_other_tools_end()
-    with suppress(OSError):  # of a stderr that takes no more; the exit code says it
-        print(message, file=sys.stderr, flush=True)
+    tell(message)
     sys.exit(code)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
 
-__all__ = ["Unheard", "as_other_tools_end", "printable", "terminal"]
+__all__ = ["Unheard", "as_other_tools_end", "printable", "tell", "terminal"]
 
 # C0 without \t and \n, DEL and C1, two line ends, what turns the direction of text, half characters.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -92,22 +92,30 @@ def terminal() -> Iterator[None]:
             yield
         except BaseException as error:
             if isinstance(error, SystemExit) and not error.code:  # --help
-                _empty_stdout()
+                _empty(sys.stdout)
             else:
                 with suppress(OSError, Unheard):  # what ended the program is to be told, not this
-                    _empty_stdout()
+                    _empty(sys.stdout)
             raise
-        _empty_stdout()
+        _empty(sys.stdout)
 
 
-def _empty_stdout() -> None:
-    """Print what its buffer holds. A device that takes no more gets no second try, of which Python would complain."""
+def tell(message: str) -> None:
+    """A line on stderr. Where that takes no more, the exit code alone says it."""
+    with suppress(OSError):
+        _empty(sys.stderr, f"{message}\n")
+
+
+def _empty(stream: Any, more: str = "") -> None:
+    """Print what a stream's buffer holds, and more. A device that takes no more gets no second try, of which Python
+    would complain."""
     try:
-        sys.stdout.flush()
+        stream.write(more)
+        stream.flush()
     except BaseException:
         with suppress(OSError, ValueError):  # a stream of a test has no number
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
+            os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
         raise
 
