@@ -99,7 +99,7 @@ def test_no_part_of_the_key_is_shown_however_it_is_echoed(endpoint, case, status
     try:
         told = client(endpoint)("s", "u").text
     except UserError as refused:
-        told = str(refused)
+        told = str(refused).replace(endpoint.url, "")  # a port may look like a piece of it
     assert len(told) < 600
     assert "\n" not in told
     for form in (KEY, KEY[::-1], quote(f"Bearer {KEY}", safe="")[8:], KEY.encode().hex(),
