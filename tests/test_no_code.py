@@ -74,7 +74,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "config.json of a known type": edit("config.json", auto_map=MAP),
     "config.json of a type of its own": edit("config.json", auto_map=MAP, model_type="zz"),
     "an architecture of its own": edit("config.json", auto_map=MAP, architectures=["e.M"]),
-    "a repository": edit("config.json", auto_map={"AutoConfig": "me/evil--e.C", "AutoModelForCausalLM": "me/evil--e.M"}),
+    "a repository": edit("config.json", auto_map={"AutoConfig": "me/x--e.C", "AutoModelForCausalLM": "me/x--e.M"}),
     "tokenizer_config.json": edit("tokenizer_config.json", auto_map=MAP),
     "a tokenizer class of its own": edit("tokenizer_config.json", auto_map=MAP, tokenizer_class="T"),
     "a slow tokenizer of its own": edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["e.T", None]}),

@@ -254,12 +254,25 @@ def read_config(directory: Path) -> PreTrainedConfig:
     for it, and for a value that it cannot take."""
     file = directory / "config.json"
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except AttributeError as error:  # the name of a dtype is looked up in torch
         name = str(error).rpartition("attribute ")[2]
         raise UserError(f"{file}: dtype {name} is none of torch's; write float32, float16 or bfloat16") from None
     except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"{file} is not a configuration that transformers knows ({said_by(error)})") from None
+    _refuse_kernels(config, file)
+    return config
+
+
+def _refuse_kernels(config: PreTrainedConfig, file: Path) -> None:
+    """Raise UserError for an implementation by the name of a repository: transformers would fetch and run its code,
+    whatever it was told about code of the directory."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for entry in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(name := getattr(part, entry, None)):
+                raise UserError(
+                    f"{file}: {entry.lstrip('_')} {name!r} is a repository, whose code is never run; remove the entry"
+                )
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:
