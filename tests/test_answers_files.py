@@ -52,7 +52,9 @@ def error_line(err: str) -> str:
 OTHERS: dict[str, Callable[[Path, Path], object]] = {
     "the questions": lambda out, questions: out.write_bytes(questions.read_bytes()),
     "one question without a line end": lambda out, q: out.write_text(q.read_text().splitlines()[0]),
-    "answers of another program": lambda out, q: out.write_text('{"question_id": 1, "choices": [{"turns": ["a", "b"]}]}\n'),
+    "answers of another program": lambda out, q: out.write_text(
+        '{"question_id": 1, "choices": [{"turns": ["a", "b"]}]}\n'
+    ),
     "text": lambda out, q: out.write_text("my notes"),
     "a broken line inside": lambda out, q: out.write_text('{"question_id": 88, "ans\n' + json.dumps(line(89)) + "\n"),
     "other bytes": lambda out, q: out.write_bytes(b"\x00\xff" * 9),
