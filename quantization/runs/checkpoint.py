@@ -33,6 +33,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
+from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import (
     DenseCheckpoint,
     check_values,
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 FORMAT = 2
-MANIFEST, CONFIG = "quantization.json", "config.json"
+MANIFEST = "quantization.json"
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
 KV = "kv."  # in front of a calibrated KV policy's tensors

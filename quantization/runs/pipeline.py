@@ -30,7 +30,6 @@ from intactkv.prefix import Prefix
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
-    CONFIG,
     FORMAT,
     MANIFEST,
     block_file,
@@ -41,6 +40,7 @@ from quantization.runs.checkpoint import (
     read_manifest,
     write_ends,
 )
+from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 from quantization.runs.one_block import process_block
