@@ -236,7 +236,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
     from dataclasses import asdict, replace
 
     from corpora.machine import peak_memory_mb
-    from corpora.storage import write_tensors
+    from corpora.storage import write_artefact
     from corpora.text import start_token_id
     from intactkv.architecture import architecture_of
     from intactkv.discover import down_maxima, largest_ratios
@@ -288,7 +288,8 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         "held_out": {"discrete": asdict(outcome.discrete), "kept": asdict(outcome.kept)},
         "largest_ratio": dict(zip(("none", "discrete", "kept"), ratios, strict=True)),
     }
-    write_tensors(options.out.with_suffix(".embeddings.safetensors"), {"embeddings": outcome.embeddings})
+    embeddings = options.out.with_suffix(".embeddings.safetensors")
+    write_artefact(embeddings, "embeddings", made_of, {"embeddings": outcome.embeddings})
     curve = _keep(options.out, outcome.prefix, outcome.history, made_of)
     print(_table(plan, outcome, ratios))
     print(f"peak memory {peak_memory_mb(plan.device.type):.0f} MB\n{options.out}  {curve}")
