@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import IO
 
 from corpora.errors import UserError
 
-__all__ = ["directory_beside", "locked", "refuse_special", "sweep", "write_beside"]
+__all__ = ["directory_beside", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_beside"]
 
 LOCK = "lock"  # within the hidden directory
 TAGGED = re.compile(r"\..*-\d+-[0-9a-f]{8}\.partial")  # the hidden directory's name, and no other's
@@ -37,6 +38,17 @@ def refuse_special(path: Path, what: str = "") -> None:
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link to another file", stat.S_IFIFO: "a pipe"}
     kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
     raise UserError(f"{what} {path} is {kind}, not a plain file; name another file".lstrip())
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raise OSError, with the directory's name, if no small file can be written into it: before hours of work, not
+    behind them. Makes the directory."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(directory)) from None
 
 
 @contextmanager
@@ -105,7 +117,7 @@ def _growing(path: Path) -> Iterator[Path]:
     sweep(path.parent)
     while True:
         tag = f"{socket.gethostname()[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
-        hidden = path.with_name(f".{path.name[:60]}.{tag}.partial")
+        hidden = path.with_name(f".{os.fsencode(path.name)[:100].decode(errors='ignore')}.{tag}.partial")
         hidden.mkdir()
         try:
             lock = (hidden / LOCK).open("a")
