@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -24,7 +25,7 @@ from weakref import WeakSet
 
 from corpora.errors import UserError
 
-__all__ = ["directory_beside", "found", "locked", "refuse_special", "sweep", "write_beside"]
+__all__ = ["directory_beside", "found", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_beside"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,17 @@ def refuse_special(path: Path, what: str = "") -> None:
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link to another file", stat.S_IFIFO: "a pipe"}
     kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
     raise UserError(f"{what} {path} is {kind}, not a plain file; name another file".lstrip())
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raise OSError, with the directory's name, if no small file can be written into it: before hours of work, not
+    behind them. Makes the directory."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(directory)) from None
 
 
 @contextmanager
