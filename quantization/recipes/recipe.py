@@ -5,10 +5,12 @@ on) make the quantized checkpoint and its identity, the KV policy and the prefix
 that calibrates belongs to the checkpoint, too.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+from corpora import values
 from corpora.errors import UserError
 from corpora.storage import sha256_of_file
 from intactkv.cache import KVPolicy
@@ -221,9 +223,9 @@ def _read(text: str, kind: Any, setting: str) -> Any:
         return text == "true"
     if kind in (int, float):
         try:
-            return kind(text)
-        except ValueError:
-            raise UserError(f"--set {setting}: expected a number ({kind.__name__})") from None
+            return values.whole(text) if kind is int else values.real(text)
+        except ArgumentTypeError as error:
+            raise UserError(f"--set {setting}: {error}") from None
     if kind is str:
         return text
     raise UserError(
