@@ -73,10 +73,14 @@ def run(options: argparse.Namespace) -> None:
     records: list[dict[str, Any]] = []
     model: list[Any] = []  # loaded once, when the first corpus without a finished run needs it
 
+    texts = []
     for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).corpora_of(rules.name):
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
         plan.check_fits(f"--window {options.window}", windows.lead.numel() + windows.fed.shape[1])
+        texts.append((stream, windows))  # of all corpora, before the first of them is run
+
+    for stream, windows in texts:
         settings = description | {
             "corpus": corpus_label(stream.corpus),
             "text_sha256": stream.text_sha256,

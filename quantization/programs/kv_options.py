@@ -29,10 +29,10 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         "(default: the recipe's, or the checkpoint's)",
     )
     group.add_argument(
-        "--kv-bits", type=values.count(2, 8), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
+        "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
     )
-    group.add_argument("--k-bits", type=values.count(2, 8), metavar="N", help="bits of keys, where values have others")
-    group.add_argument("--v-bits", type=values.count(2, 8), metavar="N", help="bits of values, where keys have others")
+    group.add_argument("--k-bits", type=values.count(1, 16), metavar="N", help="bits of keys, where values have others")
+    group.add_argument("--v-bits", type=values.count(1, 16), metavar="N", help="bits of values, where keys have others")
     group.add_argument(
         "--kv-group-size",
         type=values.group_size,
