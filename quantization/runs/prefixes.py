@@ -1,6 +1,6 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text" | text:"what else would
+    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text" | text:"what would else
     be taken for one of these"
 
 The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model

@@ -73,8 +73,8 @@ class SpQR(GridQuantizer):
             )
         if self.grid.group_size == 1:
             raise UserError("weights.grid.group_size=1 is not allowed: SpQR fits grids to a group without one weight")
-        for field, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
-            check_bits(f"weights.{field}", bits, "leave it out for 3, as published")
+        for name, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
+            check_bits(f"weights.{name}", bits, "leave it out for 3, as published")
         if self.scale_group < 1:
             raise UserError(f"weights.scale_group={self.scale_group} is not allowed; give a number of rows, such as 16")
         if self.average_bits < 0:
