@@ -11,12 +11,12 @@ Only the standard library is imported here.
 """
 
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from corpora.errors import UserError
 from corpora.paths import outputs_dir
+from corpora.writing import refuse_special
 
 __all__ = ["MARK", "check_ours", "check_target", "check_written", "inputs_of"]
 
@@ -24,8 +24,6 @@ MARK = "made by IntactKV"
 TABLES = (b"protocol,model,weights,", b"table,")  # how a table of ours begins as CSV
 FIGURES = (".png", ".pdf", ".svg")
 LONGEST_NAME = 180  # bytes; the file is first written beside, under a longer name
-KINDS = ((stat.S_ISLNK, "link"), (stat.S_ISBLK, "device"), (stat.S_ISCHR, "device"), (stat.S_ISFIFO, "pipe"),
-         (stat.S_ISSOCK, "socket"))  # fmt: skip
 
 
 def check_target(path: Path, *, directory: bool = False, reads: Iterable[Path] = (), option: str = "--out") -> bool:
@@ -37,22 +35,18 @@ def check_target(path: Path, *, directory: bool = False, reads: Iterable[Path] =
     try:
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UserError(f"{option} {path}: the name is too long; give one of up to {LONGEST_NAME} bytes")
-        mode = path.lstat().st_mode if os.path.lexists(path) else None
-        if mode is not None:
-            for is_kind, kind in KINDS:
-                if is_kind(mode):
-                    raise UserError(
-                        f"{option} {path} is a {kind}; only files and directories are written, name another"
-                    )
-            if stat.S_ISDIR(mode) != directory:
-                raise UserError(f"{option} {path} is {'a directory' if stat.S_ISDIR(mode) else 'a file'}; give {what}")
+        if not directory:
+            refuse_special(path, option)
+        elif os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise UserError(f"{option} {path} is there and no directory; name another")
+        there = os.path.lexists(path)
         for read in reads:
-            if read.exists() and (path.resolve() == read.resolve() or (mode is not None and path.samefile(read))):
+            if read.exists() and (path.resolve() == read.resolve() or (there and path.samefile(read))):
                 raise UserError(f"{option} {path} is what the program reads; name {what} of its own")
         _check_parent(path, option)
     except OSError as error:
         raise UserError(f"{option} {path} cannot be written ({error.strerror}); name {what} elsewhere") from None
-    return mode is not None
+    return there
 
 
 def _check_parent(path: Path, option: str) -> None:
@@ -73,7 +67,7 @@ def check_ours(path: Path, option: str = "--out") -> None:
     marked = [path]
     if path.suffix == ".csv":  # which has no place for a mark
         marked = [beside for ending in FIGURES for beside in path.parent.glob(f"{_literal(path.stem)}*{ending}")]
-    if not path.read_bytes().startswith(TABLES) and not any(MARK.encode() in file.read_bytes() for file in marked):
+    if not path.read_bytes().startswith(TABLES) and not any(_is_marked(file) for file in marked):
         raise UserError(
             f"{option} {path} is there and was not written by this program; remove it, or name another file"
         )
@@ -85,6 +79,10 @@ def check_written(files: Iterable[Path], reads: Iterable[Path] = (), option: str
     for file in files:
         if check_target(file, reads=reads, option=option):
             check_ours(file, option)
+
+
+def _is_marked(file: Path) -> bool:
+    return file.is_file() and MARK.encode() in file.read_bytes()
 
 
 def _literal(name: str) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
+from corpora.json_files import read_json, write_json
 from corpora.machine import environment
 from corpora.paths import outputs_dir
-from corpora.storage import identity, not_finite, read_json, write_json
+from corpora.storage import identity
 
 __all__ = ["all_records", "record_of"]
 
@@ -64,6 +65,4 @@ def _checked(path: Path) -> dict[str, Any]:
     whole = isinstance(record, dict) and {"settings", "identity", "started", "format"} <= record.keys()
     if not whole or record["format"] != FORMAT:
         raise UserError(f"run record {path} is damaged; delete the file (or use --force) and run again")
-    if found := not_finite(record):  # written when a figure that is none was still stored
-        raise UserError(f"run record {path} holds {found}, which is no result; delete the file")
     return record | {"path": str(path)}

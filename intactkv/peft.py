@@ -21,7 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import directory_beside, is_finite, read_json, write_json, write_tensors
+from corpora.json_files import read_json, write_json
+from corpora.storage import is_finite, write_tensors
+from corpora.writing import directory_beside
 from intactkv.prefix import Prefix, build_prefix
 
 __all__ = ["CONFIG", "PREFIX_FILE", "is_adapter", "read_adapter", "write_adapter"]

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Split
 
 from corpora import text as corpora_text
 from corpora.errors import UserError
-from corpora.storage import sha256_of_file
+from corpora.files import sha256_of_file
 from corpora.text import (
     PROTOCOLS,
     calibration_segments,

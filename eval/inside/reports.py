@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from corpora.storage import write_beside
+from corpora.writing import write_beside
 from eval.inside.distances import COLUMNS
 from eval.inside.kv_report import GROUPS
 from eval.tables.render import Cell, Figure, Table

@@ -16,7 +16,7 @@ from typing import Any
 
 from corpora.errors import UserError
 from corpora.files import open_text
-from corpora.storage import write_beside
+from corpora.writing import write_beside
 
 __all__ = ["LineFile", "only_writer", "part_of", "parts_of", "read_lines"]
 

@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from corpora.errors import UserError
-from corpora.storage import write_beside
 from corpora.targets import MARK, check_ours
+from corpora.writing import write_beside
 
 __all__ = [
     "BEHIND",

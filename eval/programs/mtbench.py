@@ -209,7 +209,7 @@ def _holds(path: Path, questions: "list[Question]") -> bool:
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if a file holds answers of another run: they are never mixed."""
-    from corpora.storage import read_json
+    from corpora.json_files import read_json
     from eval.mtbench.json_lines import parts_of
 
     if not path.is_file() and not parts_of(path):
@@ -241,8 +241,9 @@ def _answer(
     import torch
     from tqdm import tqdm
 
+    from corpora.files import sha256_of_file
+    from corpora.json_files import write_json
     from corpora.machine import peak_memory_mb
-    from corpora.storage import sha256_of_file, write_json
     from eval.mtbench.answers import answer_key
     from eval.mtbench.json_lines import LineFile, part_of, parts_of
 

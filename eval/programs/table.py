@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out is None:
         print(_table(options), end="")
         return
-    from corpora.storage import write_beside
+    from corpora.writing import write_beside
 
     check_written([options.out])
     text = _table(options)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import directory_beside, read_json, write_json, write_tensors
+from corpora.json_files import read_json, write_json
+from corpora.storage import write_tensors
+from corpora.writing import directory_beside
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.export import awq, compressed_tensors, gptq

@@ -78,7 +78,8 @@ def _keep(
     Returns the curve's file."""
     from dataclasses import replace
 
-    from corpora.storage import write_beside, write_tensors
+    from corpora.storage import write_tensors
+    from corpora.writing import write_beside
 
     replace(prefix, calibrated=made_of).save(out)
     if embeddings is not None:

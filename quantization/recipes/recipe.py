@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from corpora import values
 from corpora.errors import UserError
-from corpora.storage import sha256_of_file
+from corpora.files import sha256_of_file
 from intactkv.cache import KVPolicy
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.catalog import CalibrationText, model_defaults
 from corpora.errors import UserError
+from corpora.json_files import read_json, write_json
 from corpora.paths import modelzoo_dir
-from corpora.storage import identity, read_json, sha256_of_tensor, write_json
+from corpora.storage import identity, sha256_of_tensor
 from corpora.text import calibration_segments, corpus_label, start_token_id, text_identity
 from intactkv.discover import check_threshold, discover
 from intactkv.pivots import OUTLIER_RATIO

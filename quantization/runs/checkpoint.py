@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, read_json, sha256_of_file, write_tensors
+from corpora.files import sha256_of_file
+from corpora.json_files import read_json
+from corpora.storage import checkpoint_fingerprint, open_tensors, write_tensors
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import StoredWeight, restore
 from quantization.grids.uniform import UniformGrid
@@ -35,7 +37,6 @@ from quantization.runs.dense import (
     DenseCheckpoint,
     check_values,
     empty_model,
-    open_tensors,
     read_generation_config,
     tied_names,
 )

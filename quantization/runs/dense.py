@@ -10,23 +10,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError, said_by
-from corpora.storage import is_finite, read_json, weight_files
+from corpora.json_files import read_json
+from corpora.storage import is_finite, open_tensors, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.peft import CONFIG, is_adapter
 
 __all__ = [
-    "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "open_tensors",
-    "read_config", "read_generation_config", "tied_names",
+    "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "read_config",
+    "read_generation_config", "tied_names",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -248,13 +247,6 @@ def check_values(tensor: Tensor, what: str, dtype: torch.dtype | None = None) ->
         f"{what} holds values that are not finite; the checkpoint is damaged, or overflowed its dtype: fetch it again, "
         "or convert it from a wider one"
     )
-
-
-def open_tensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
 
 
 def read_config(directory: Path) -> PreTrainedConfig:

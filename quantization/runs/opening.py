@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.errors import UserError, said_by
+from corpora.storage import open_tensors
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.model.blocks import DecoderBlock
 from quantization.model.placement import memory_of_each, spread
@@ -21,7 +22,6 @@ from quantization.runs.dense import (
     check_dtype,
     check_values,
     empty_model_of,
-    open_tensors,
     read_config,
     read_generation_config,
 )

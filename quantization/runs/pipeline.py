@@ -6,14 +6,13 @@ through the blocks that are already done. The directory gets its final name last
 """
 
 import ctypes
-import fcntl
 import logging
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_file
+from corpora.json_files import read_json, write_json
 from corpora.machine import peak_memory_mb
-from corpora.storage import checkpoint_fingerprint, read_json, sha256_of_file, write_json
+from corpora.storage import checkpoint_fingerprint
+from corpora.writing import locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
@@ -122,7 +124,7 @@ def quantize_checkpoint(
         "needs_prefix": needed.get("prefix"),
         "needs_kv": needed.get("prefix_kv"),
     }
-    with _locked(out):
+    with locked(out):
         if out.exists():
             _refuse_other(out, manifest)
             return out
@@ -130,6 +132,7 @@ def quantize_checkpoint(
         weights = dense.weights(model)
         partial = partial_of(out)
         if partial.exists() and identity_at(partial) != manifest["identity"]:
+            sweep(partial)
             if not is_quantized(partial) and any(partial.iterdir()):
                 raise UserError(
                     f"{partial} exists and is not a half-finished checkpoint of ours; the work would go there, so move "
@@ -137,8 +140,9 @@ def quantize_checkpoint(
                 )
             shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
         partial.mkdir(parents=True, exist_ok=True)
-        for half_written in partial.glob(".*.partial"):  # a killed run's; no other process is at work here
-            half_written.unlink()
+        sweep(partial)
+        for left in partial.glob(".*.partial"):  # a killed run's of before; no other process is at work here
+            left.unlink()
         write_json(partial / MANIFEST, manifest)  # first: it marks the directory as ours
         copy_companions(source, partial)
         if any(transform.unties for transform in recipe.transforms):
@@ -388,12 +392,3 @@ def _refuse_other(out: Path, manifest: dict[str, Any]) -> None:
             f"{out} already holds {what}, not {manifest['identity']} ({manifest['label']}); choose another "
             "--out or remove the directory"
         )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One process at a time works on a directory; a second waits and then finds the result."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

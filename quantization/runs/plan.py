@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_file
 from corpora.paths import modelzoo_dir
-from corpora.storage import identity, sha256_of_file
+from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import Prefix

@@ -1,7 +1,6 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text" | text:"what would else
-    be taken for one of these"
+    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text" | text:"like/a/path"
 
 The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model
 (`quantization.runs.auto_prefix`). A prefix is written by the recipe's full-precision twin, kept under
