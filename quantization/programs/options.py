@@ -299,7 +299,8 @@ def check_out(options: argparse.Namespace, kind: str, *more: Path) -> None:
     UserError.
 
     kind: "directory" (a new one), "checkpoint" (a new one, or one of ours, which is gone on with), "prefix" (replaces
-    an older prefix and nothing else), or the ending of a file. more: files that are written beside it.
+    an older prefix and nothing else), or the ending of a file: .pt (a new one), .csv (`check_written`), .jsonl (whose
+    program knows its own). more: files that are written beside it.
     """
     from corpora.errors import UserError
     from corpora.targets import check_target, check_written, inputs_of
@@ -329,7 +330,12 @@ def check_out(options: argparse.Namespace, kind: str, *more: Path) -> None:
     if kind == "prefix" and there:
         from intactkv.prefix import Prefix
 
-        Prefix.load(out)
+        try:
+            Prefix.load(out)
+        except UserError:
+            raise UserError(f"--out {out} is there and no whole prefix file; remove it, or name another") from None
+    if kind == ".pt" and there:
+        raise UserError(f"--out {out} exists already; name another file or remove it")
 
 
 def chosen_device(name: str, *, several: bool = False, planned: bool = False) -> "torch.device":
