@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import UserError
 from corpora.files import data_files, sha256_of_data
+from corpora.targets import check_written, inputs_of
 from eval.mtbench.endpoint import OPENAI
 
 if TYPE_CHECKING:
@@ -40,40 +42,69 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     judge.add_argument(
-        "--answers", type=Path, nargs="+", required=True, metavar="FILE", help="of python -m eval mtbench"
+        "--answers", type=values.path, nargs="+", required=True, metavar="FILE", help="of python -m eval mtbench"
     )
-    judge.add_argument("--baseline", type=Path, metavar="FILE", help="compare with these answers, in both orders")
+    judge.add_argument(
+        "--baseline", type=values.path, metavar="FILE", help="compare with these answers, in both orders"
+    )
     judge.add_argument(
         "--questions",
+        type=values.name,
         default=None,
         metavar="sample|mt_bench|FILE",
         help="what was asked (default: sample or mt_bench, by the ids); prompts and references lie beside it",
     )
     judge.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="judge prompts (default: judge_prompts.jsonl there)"
+        "--prompts", type=values.path, metavar="FILE", help="judge prompts (default: judge_prompts.jsonl there)"
     )
     judge.add_argument(
         "--references",
-        type=Path,
+        type=values.path,
         metavar="FILE",
         help="reference answers (default: reference_answer/JUDGE.jsonl there, or the only file)",
     )
     group = judge.add_argument_group("judge")
     group.add_argument(
-        "--judge-model", required=True, metavar="NAME|local:DIR", help="at the endpoint, or a checkpoint"
+        "--judge-model",
+        type=values.name,
+        required=True,
+        metavar="NAME|local:DIR",
+        help="at the endpoint, or a checkpoint",
     )
     group.add_argument(
-        "--base-url", default=OPENAI, metavar="URL", help=f"OpenAI-compatible endpoint (default: {OPENAI})"
+        # Its reader never shows what may be a password; nor does that of the next.
+        "--base-url",
+        default=OPENAI,
+        metavar="URL",
+        help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
     group.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
-    group.add_argument("--concurrency", type=int, default=4, metavar="N", help="calls at once (default: 4)")
-    group.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="of a call (default: 120)")
-    group.add_argument("--retries", type=int, default=5, metavar="N", help="after a failed call (default: 5)")
-    group.add_argument("--max-tokens", type=int, default=2048, metavar="T", help="of a judgement (default: 2048)")
-    group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="of a local judge")
-    group.add_argument("--price-in", type=float, metavar="USD", help="per million prompt tokens: the cost is shown")
-    group.add_argument("--price-out", type=float, metavar="USD", help="per million tokens of the judgements")
-    judge.add_argument("--plot", type=Path, metavar="FILE.png", help="scores per category as a radar chart")
+    group.add_argument(
+        "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
+    )
+    group.add_argument(
+        "--timeout",
+        type=values.number(above=0, most=86400, like="120"),
+        default=120,
+        metavar="SECONDS",
+        help="of a call (default: 120)",
+    )
+    group.add_argument(
+        "--retries", type=values.count(0, 1000), default=5, metavar="N", help="after a failed call (default: 5)"
+    )
+    group.add_argument(
+        "--max-tokens", type=values.count(), default=2048, metavar="T", help="of a judgement (default: 2048)"
+    )
+    group.add_argument(
+        "--device", type=values.device, default="auto", metavar="auto|cpu|cuda[:N]", help="of a local judge"
+    )
+    group.add_argument(
+        "--price-in", type=values.number(least=0), metavar="USD", help="per million prompt tokens: the cost is shown"
+    )
+    group.add_argument(
+        "--price-out", type=values.number(least=0), metavar="USD", help="per million tokens of the judgements"
+    )
+    judge.add_argument("--plot", type=values.path, metavar="FILE.png", help="scores per category as a radar chart")
     judge.add_argument("--json", action="store_true", help="print the run record instead of the table")
 
 
@@ -158,16 +189,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
-    for option, value, least, most in (
-        ("--concurrency", options.concurrency, 1, 1000),
-        ("--max-tokens", options.max_tokens, 1, 10**7),
-        ("--retries", options.retries, 0, 100),
-        ("--timeout", options.timeout, 0.01, 24 * 3600),
-        ("--price-in", options.price_in, 0, 10**6),
-        ("--price-out", options.price_out, 0, 10**6),
-    ):
-        if value is not None and not least <= value <= most:
-            raise UserError(f"{option} {value}: give {least} to {most}")
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
     if not options.judge_model.isprintable() or len(options.judge_model.encode()) > 200:
@@ -187,6 +208,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"--plot {options.plot}: the radar chart shows grades, not comparisons, and ends in .png, .pdf or .svg"
         )
+    if options.plot is not None:
+        reads = inputs_of(value for name, value in vars(options).items() if name != "plot")
+        check_written((options.plot, options.plot.with_suffix(".csv")), reads, "--plot")
 
 
 def _question_set(answers: list[dict[int, list[str]]]) -> str:

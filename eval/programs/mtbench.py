@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import add_plan_options, check_counts, check_out
+from quantization.programs.options import add_plan_options, check_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,12 +44,13 @@ def add(commands: Any) -> None:
     group = mtbench.add_argument_group("questions and protocol")
     group.add_argument(
         "--questions",
+        type=values.name,
         default=None,
         metavar="sample|mt_bench|FILE",
         help="sample: 16 questions written for this project, no benchmark; mt_bench: the published 80 (scripts/prepare/"
         "mtbench.sh fetches them); or a question.jsonl (default: mt_bench, but sample for the embedded model)",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    group.add_argument("--limit", type=values.count(), metavar="N", help="only the first N questions")
     group.add_argument(
         "--template",
         default="auto",
@@ -60,10 +62,16 @@ def add(commands: Any) -> None:
         action="store_true",
         help="put the prefix in front of prompts that do not start with it; without this they are refused",
     )
-    group.add_argument("--max-new-tokens", type=int, default=1024, metavar="T", help="of one turn (default: 1024)")
-    group.add_argument("--answer-seed", type=int, default=42, metavar="S", help="of the answers (default: 42)")
-    group.add_argument("--batch-size", type=int, default=4, metavar="ROWS", help="dialogues at once (default: 4)")
-    group.add_argument("--out", type=Path, metavar="FILE.jsonl", help="the answers' file (default: named by the run)")
+    group.add_argument(
+        "--max-new-tokens", type=values.count(), default=1024, metavar="T", help="of one turn (default: 1024)"
+    )
+    group.add_argument("--answer-seed", type=values.seed, default=42, metavar="S", help="of the answers (default: 42)")
+    group.add_argument(
+        "--batch-size", type=values.count(), default=4, metavar="ROWS", help="dialogues at once (default: 4)"
+    )
+    group.add_argument(
+        "--out", type=values.path, metavar="FILE.jsonl", help="the answers' file (default: named by the run)"
+    )
     mtbench.add_argument("--json", action="store_true", help="print the run record instead of the table")
     mtbench.add_argument("--force", action="store_true", help="answer again, even what is answered")
 
@@ -90,11 +98,8 @@ def run(options: argparse.Namespace) -> None:
     from eval.mtbench.json_lines import only_writer
     from eval.runs import record_of
 
-    check_counts(
-        limit=(options.limit, 1), max_new_tokens=(options.max_new_tokens, 1), batch_size=(options.batch_size, 1)
-    )
     if options.out is not None:
-        check_out(options.out, ".jsonl")
+        check_out(options, ".jsonl", _side_file(options.out))
         _refuse_other_files(options.out)
     plan, processes = start(options)
     if options.prepend and not plan.has_prefix:
