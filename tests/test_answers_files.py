@@ -101,7 +101,7 @@ def test_the_questions_are_never_the_answers(program, questions):
     before = questions.read_bytes()
     code, _, err = program("--out", questions, "--force")
     assert code == 2
-    assert "mine.jsonl, line 1, is damaged: it has no 'choices'; if it is a file of answers" in error_line(err)
+    assert f"--out {questions} is what the program reads" in error_line(err)
     assert questions.read_bytes() == before
 
 

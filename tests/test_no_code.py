@@ -87,8 +87,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "a folder for generate": lambda directory: (directory / "custom_generate").mkdir(),
     "no entry": lambda directory: None,
 }  # fmt: skip
-LOADED = {"no entry", "a folder for generate", "a processor", "config.json of a known type", "tokenizer_config.json",
-          "a slow tokenizer of its own", "config.json that trusts itself"}  # fmt: skip
+LOADED = ("no entry", "a folder for generate", "a processor")  # what no program reads
 
 
 @pytest.mark.parametrize("command", ["mtbench", "judge"])
@@ -113,9 +112,8 @@ def test_no_code_of_a_directory_runs(case, command, intactkv_root, tiny_checkpoi
     code, _, err = run_main(main, command, *call)
     assert not ran.exists()
     assert "Traceback" not in err
-    assert code in ((0,) if case in LOADED else (0, 2)), err
+    assert code == (0 if case in LOADED else 2), err
     if code == 2:
         (line,) = [line for line in err.splitlines() if line.startswith("error:")]
         assert str(directory) in line
-    if "from a repository" in case:
-        assert "me/evil" in line
+        assert "auto_map" in line or "me/evil" in line or "quantization_config" in line

@@ -191,8 +191,8 @@ def _check(options: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
-    if not options.judge_model.isprintable() or len(options.judge_model.encode()) > 200:
-        raise UserError(f"--judge-model {options.judge_model[:40]!r}: a name has one line of at most 200 bytes")
+    if not options.judge_model.startswith(LOCAL) and len(options.judge_model.encode()) > 200:
+        raise UserError(f"--judge-model {options.judge_model[:40]}…: a name has at most 200 bytes, files are called so")
     if not options.key_variable.isidentifier():  # it may be the key itself
         raise UserError(
             "--key-variable takes the name of a variable: letters, digits and _; a key is never an argument"
