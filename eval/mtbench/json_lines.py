@@ -67,8 +67,8 @@ class LineFile:
             self._write(kept)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a result; it is on the disk when this returns. Nothing stays of one that finds no room, which the next line
-        would join."""
+        """Add a result; it is on the disk when this returns. Nothing stays of one without room: the next line
+        would join it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             end, left = file.tell(), _line(row).encode()
