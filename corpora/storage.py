@@ -23,6 +23,7 @@ from corpora.json_files import FileName, fitted, parse_json, read_json
 from corpora.writing import write_beside
 
 __all__ = [
+    "SUM",
     "checkpoint_fingerprint",
     "disk_errors",
     "identity",

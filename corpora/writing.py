@@ -17,6 +17,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -26,7 +27,15 @@ from weakref import WeakSet
 
 from corpora.errors import UserError
 
-__all__ = ["directory_beside", "locked", "refuse_special", "sweep", "write_beside"]
+__all__ = [
+    "directory_beside",
+    "drop_dead_lock",
+    "locked",
+    "refuse_special",
+    "refuse_unwritable",
+    "sweep",
+    "write_beside",
+]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +69,17 @@ def refuse_special(path: Path, what: str = "") -> None:
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link to another file", stat.S_IFIFO: "a pipe"}
     kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
     raise UserError(f"{what} {path} is {kind}, not a plain file; name another file".lstrip())
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Raise OSError, with the directory's name, if no small file can be written into it: before hours of work, not
+    behind them. Makes the directory."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(directory)) from None
 
 
 @contextmanager
@@ -107,6 +127,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         if not file.closed:  # as in a child that ends within the block of its parent
             lock.unlink(missing_ok=True)  # before it is let go: who waits for this one looks again
             file.close()
+
+
+def drop_dead_lock(path: Path) -> None:
+    """Remove the lock file that a killed holder left, if the system lets it: for who finds `path` finished."""
+    with suppress(OSError):  # another user's, or held
+        if _lock_of(path).exists():
+            with locked(path, wait=False):
+                pass
 
 
 def sweep(directory: Path) -> None:
