@@ -24,7 +24,7 @@ from corpora.errors import UserError
 from corpora.json_files import read_json, write_json
 from corpora.machine import peak_memory_mb
 from corpora.storage import checkpoint_fingerprint
-from corpora.writing import locked, sweep
+from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -116,6 +116,7 @@ def quantize_checkpoint(
         "needs_kv": needed.get("prefix_kv"),
     }
     if out.exists():  # finished ones need no right to write
+        drop_dead_lock(out)
         _refuse_other(out, manifest)
         return out
     model = _empty_model_for(source, recipe)
