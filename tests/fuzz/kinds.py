@@ -347,7 +347,7 @@ def _turns(path: Path) -> Any:
 
 def _named(path_parts: int = 1) -> Callable[[Outcome, Path], bool]:
     """A finished call that says on stderr what it left out or made again."""
-    return lambda outcome, world: bool(said(outcome.err))
+    return lambda outcome, world: bool(said(outcome.err) or "left out" in outcome.log)
 
 
 def _record_left_out(outcome: Outcome, world: Path) -> bool:
