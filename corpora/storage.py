@@ -1,15 +1,13 @@
-"""Files that are never half written, and identities that leave nothing out.
+"""Tensors on disk at one boundary, and identities that leave nothing out.
 
-Every artefact of the project (token cache, prefix, quantized checkpoint, run record) is written beside its final name
-and renamed, and is found again by `identity`: a hash of everything that made it.
+An artefact of the project (token cache, prefix, block of a checkpoint, training state) is a safetensors file whose one
+entry of metadata holds a header of its own and the sum of all that the file says; who reads it compares them. Artefacts
+are found again by `identity`: a hash of everything that made them.
 """
 
 import hashlib
 import json
-import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,87 +15,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
+from corpora.files import plain_file
+from corpora.json_files import FileName, fitted, parse_json, read_json
+from corpora.writing import write_beside
 
 __all__ = [
+    "SUM",
     "checkpoint_fingerprint",
-    "directory_beside",
     "disk_errors",
     "identity",
     "indexed_files",
     "is_finite",
-    "not_finite",
-    "read_json",
-    "sha256_of_file",
+    "open_tensors",
+    "read_artefact",
     "sha256_of_tensor",
     "weight_files",
-    "write_beside",
-    "write_json",
+    "write_artefact",
     "write_tensors",
 ]
-
-
-@contextmanager
-def write_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` on success, delete it on any failure.
-
-    The name holds the process id, so two processes that write the same artefact do not meet.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def directory_beside(directory: Path) -> Iterator[Path]:
-    """The same for a new directory: it has its name only when it is whole."""
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        beside.rename(directory)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. Raises UserError for a number that JSON has no word for."""
-    if found := not_finite(value):
-        raise UserError(f"{path} is not written, because it would hold {found}; what made it has no result")
-    with write_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def not_finite(value: Any) -> str | None:
-    """The first NaN or infinite number within lists and dictionaries, as "its.place = nan"; None if there is none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"= {value}"
-    members: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        members = value.items()
-    elif isinstance(value, (list, tuple)):
-        members = enumerate(value)
-    for name, member in members:
-        if found := not_finite(member):
-            return f"{name} {found}" if found.startswith("=") else f"{name}.{found}"
-    return None
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file that is expected to be whole. Raises UserError, naming `what` it should have been."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not readable JSON ({error}); delete the file and make it again") from None
 
 
 @contextmanager
@@ -136,7 +74,53 @@ def write_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_beside(path) as beside, disk_errors(path):
         save_file(plain, beside, metadata=dict(metadata) if metadata else None)
-        beside.chmod(0o644)  # safetensors writes for the owner alone; colleagues on a cluster read these files
+
+
+SUM = "sha256"  # of an artefact's header and tensors, in the header itself
+
+
+def write_artefact(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one of our own safetensors files, atomically: tensors, and a header that ends with the sum of both.
+
+    kind: the name of the metadata's entry (safetensors writes several in an order that changes from run to run). Raises
+    as `write_tensors`.
+    """
+    summed = {**header, SUM: _sum_of(header, tensors)}
+    write_tensors(path, tensors, {kind: json.dumps(summed, sort_keys=True)})
+
+
+def read_artefact(
+    path: Path, kind: str, form: Any, what: str, way_out: str, *, finite: bool = True
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The header, without its sum, and all tensors of a file that `write_artefact` wrote.
+
+    form: of the header (`corpora.json_files`). what, way_out: what it should have been and how it is made again, for
+    messages. finite: whether NaN and infinity are refused. Files of before had no sum and are compared with none.
+    Raises UserError if the file is missing, truncated, of another kind, of another form, or changed since it was
+    written.
+    """
+    with open_tensors(path, what, way_out) as file:
+        metadata = file.metadata() or {}
+        if kind not in metadata:
+            raise UserError(f"{what} {path} is another kind of file (it has no entry {kind!r}); {way_out}")
+        header = parse_json(metadata[kind], f"the header of {what} {path}", dict, mend=way_out)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    found = header.pop(SUM, None)
+    if found is not None and found != _sum_of(header, tensors):
+        raise UserError(f"{what} {path} has changed since it was written (its sum is another); {way_out}")
+    fitted(header, form, f"the header of {what} {path}", mend=way_out)
+    for name, tensor in tensors.items():
+        if finite and not is_finite(tensor):
+            raise UserError(f"{what} {path}: its tensor {name!r} holds values that are not finite; {way_out}")
+    return header, tensors
+
+
+def _sum_of(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a header and of the names, shapes, dtypes and values of tensors."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {sha256_of_tensor(tensors[name])}".encode())
+    return digest.hexdigest()
 
 
 def identity(made_of: Mapping[str, Any], digits: int = 8) -> str:
@@ -145,18 +129,16 @@ def identity(made_of: Mapping[str, Any], digits: int = 8) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:digits]
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+FETCH = "mend it, or fetch the checkpoint again"
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, FileName]  # the file of every tensor, beside the index
 
 
 def indexed_files(index: Path) -> dict[str, Path]:
     """The file of every tensor, as a checkpoint's index names it. Raises UserError if the index is damaged."""
-    content = read_json(index, "the index of the checkpoint")
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{index} has no weight_map from tensors to files; fetch the checkpoint again")
+    names = read_json(index, "the index of the checkpoint", _Index, mend=FETCH)["weight_map"]
     return {tensor: index.parent / name for tensor, name in names.items()}
 
 
@@ -202,16 +184,25 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _is_prefix(file: Path) -> bool:
     """Whether a safetensors file is one that IntactKV wrote."""
-    with _reading(file), safe_open(file, framework="pt") as tensors:
+    with open_tensors(file) as tensors:
         return "intactkv" in (tensors.metadata() or {})
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def open_tensors(file: Path, what: str = "", way_out: str = "fetch or prepare it again") -> Iterator[Any]:
+    """A safetensors file, open for reading. what, way_out: as in `read_artefact`.
+
+    Raises UserError if it is missing, no plain file, or truncated, also for what is found while the caller reads;
+    OSError where the system does not let it be read.
+    """
+    name = f"{what} {file}" if what else str(file)
+    with plain_file(file, what).open("rb"):  # a missing permission is no damage
+        pass
     try:
-        yield
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch or prepare it again") from None
+        raise UserError(f"{name} is truncated or not a safetensors file ({said_by(error)}); {way_out}") from None
 
 
 def checkpoint_fingerprint(directory: Path) -> str:
@@ -224,15 +215,13 @@ def checkpoint_fingerprint(directory: Path) -> str:
     Raises UserError if a file is missing, truncated or not safetensors.
     """
     digest = hashlib.sha256()
-    config = read_json(directory / "config.json", "the model configuration")
-    if not isinstance(config, dict):
-        raise UserError(f"{directory / 'config.json'} is not a model configuration; fetch the checkpoint again")
+    config = read_json(directory / "config.json", "the model configuration", dict, mend=FETCH)
     # Which library version wrote the file, and under which path it was loaded, does not change the function.
     digest.update(
         identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}, 64).encode()
     )
     for file in weight_files(directory):
-        with _reading(file), safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             for name in sorted(tensors.keys()):
                 view = tensors.get_slice(name)
                 shape = view.get_shape()
@@ -254,5 +243,6 @@ def _sample(view: Any, shape: list[int]) -> torch.Tensor:
 def sha256_of_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's shape, dtype and values, in hexadecimal."""
     plain = tensor.detach().cpu().contiguous()
-    head = f"{tuple(plain.shape)}{plain.dtype}".encode()
-    return hashlib.sha256(head + plain.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tuple(plain.shape)}{plain.dtype}".encode())
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)  # without a copy: a block may be large
+    return digest.hexdigest()

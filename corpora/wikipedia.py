@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from corpora.errors import UserError
 from corpora.fetch import prepare_directory, wheel_member
-from corpora.storage import sha256_of_file
+from corpora.files import sha256_of_file
 from corpora.wikitext_markup import plain_text
 
 __all__ = ["ROLES", "prepare_sample", "split_articles"]

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, disk_errors, weight_files
+from corpora.storage import checkpoint_fingerprint, disk_errors, read_artefact, weight_files, write_artefact
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_shard_that_the_index_names_must_be_there(sharded: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_weight_map_is_refused(sharded: Path, content: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json has no weight_map"):
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is damaged: .*(weight_map|dictionary)"):
         weight_files(sharded)
 
 
@@ -109,3 +110,84 @@ def test_what_safetensors_cannot_write_is_an_error_of_the_disk(tmp_path: Path) -
     with pytest.raises(OSError, match="cannot write") as caught, disk_errors(tmp_path):
         save_file({"a": torch.ones(1)}, tmp_path / "nowhere" / "a.safetensors")
     assert caught.value.filename == str(tmp_path)
+
+
+# Artefacts: a header and tensors under one sum ------------------------------------------------------------------------
+
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "ids": torch.tensor([3, 1])}
+
+
+def read(path: Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    return read_artefact(path, "kind", dict[str, int], "the thing", "make it again")
+
+
+@pytest.fixture
+def artefact(tmp_path: Path) -> Path:
+    write_artefact(path := tmp_path / "a.safetensors", "kind", {"step": 7}, TENSORS)
+    return path
+
+
+def changed(path: Path, change: Callable[[dict[str, str], dict[str, torch.Tensor]], object]) -> None:
+    """The same file with other content, as a tool that knows nothing of sums would write it."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(metadata, tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_an_artefact_reads_back(artefact: Path) -> None:
+    header, tensors = read(artefact)
+    assert header == {"step": 7}
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+
+
+CHANGES: dict[str, Callable[[dict[str, str], dict[str, torch.Tensor]], object]] = {
+    "a sign": lambda _, tensors: tensors["a"].neg_(),
+    "a value": lambda _, tensors: tensors["ids"].add_(1),
+    "a name": lambda _, tensors: tensors.update(b=tensors.pop("a")),
+    "a shape": lambda _, tensors: tensors.update(a=tensors["a"].view(3, 2)),
+    "a dtype": lambda _, tensors: tensors.update(ids=tensors["ids"].int()),
+    "one less": lambda _, tensors: tensors.pop("ids"),
+    "one more": lambda _, tensors: tensors.update(b=torch.ones(1)),
+    "the header": lambda metadata, _: metadata.update(kind=metadata["kind"].replace("7", "8")),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_artefact_that_changed_is_refused(artefact: Path, what: str) -> None:
+    changed(artefact, CHANGES[what])
+    with pytest.raises(UserError, match=r"the thing .* has changed since it was written .*; make it again"):
+        read(artefact)
+
+
+def test_artefacts_of_before_have_no_sum(tmp_path: Path) -> None:
+    save_file(TENSORS, path := tmp_path / "a.safetensors", metadata={"kind": '{"step": 7}'})
+    assert read(path)[0] == {"step": 7}
+    changed(path, lambda _, tensors: tensors["a"].fill_(float("nan")))
+    with pytest.raises(UserError, match="'a' holds values that are not finite"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({}, "another kind of file"),
+        ({"kind": "{"}, "not readable JSON"),
+        ({"kind": "[]"}, "is not a valid dictionary"),
+        ({"kind": '{"step": "7"}'}, "its 'step' '7' is not a valid integer"),
+    ],
+)
+def test_a_header_of_another_form_is_refused(tmp_path: Path, metadata: dict[str, str], said: str) -> None:
+    save_file(TENSORS, path := tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match=said):
+        read(path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(artefact: Path, kept: int) -> None:
+    artefact.write_bytes(artefact.read_bytes()[:kept])
+    with pytest.raises(UserError, match="truncated"):
+        read(artefact)

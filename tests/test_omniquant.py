@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import read_json
+from corpora.json_files import read_json
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, encode, split_groups

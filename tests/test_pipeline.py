@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quantization.runs.pipeline
 from corpora.errors import UserError
-from corpora.storage import read_json
+from corpora.json_files import read_json
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import build_prefix

@@ -14,8 +14,8 @@ import torch
 from common import FOXES, ROOT, SMOLLM2, refusals
 
 from corpora.errors import Parser
+from corpora.files import sha256_of_file
 from corpora.sharegpt import VICUNA_SYSTEM
-from corpora.storage import sha256_of_file
 from eval.plots.canvas import plt
 from eval.plots.linear_ranges import token_ranges
 from eval.programs import plot

@@ -9,9 +9,10 @@ import datasets
 import pytest
 
 from corpora.errors import UserError
+from corpora.files import sha256_of_file
 from corpora.paths import datasets_dir
 from corpora.prepare import prepare_data
-from corpora.storage import identity, sha256_of_file
+from corpora.storage import identity
 from corpora.task_data import SAMPLE_TASKS, TASK_DATA, scored_files, task_directory, task_rows, unlisted_task
 from eval.tasks.lm_tasks import check_answers, draw_for_share, load_tasks, task_runs
 

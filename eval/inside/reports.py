@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from corpora.storage import write_beside
+from corpora.writing import write_beside
 from eval.inside.distances import COLUMNS
 from eval.inside.kv_report import GROUPS
 from eval.tables.render import Cell, Figure, Table
@@ -42,7 +42,7 @@ def table(caption: str, rows: Sequence[Row]) -> Table:
 def _cell(value: Any) -> Cell:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    return value.replace("|", "\\|") if isinstance(value, str) else Figure(value, compact)
+    return value if isinstance(value, str) else Figure(value, compact)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

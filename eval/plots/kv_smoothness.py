@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from corpora.storage import write_json
+from corpora.json_files import write_json
 from eval.plots.activations import pivots_of
 from eval.plots.canvas import INTACT, VANILLA, Output, literal, plt
 from eval.plots.subject import Subject, token_name

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from corpora.catalog import CORPORA, CalibrationText, model_defaults
 from corpora.errors import UserError
-from corpora.files import sha256_of_data
+from corpora.files import sha256_of_data, sha256_of_file
 from corpora.sharegpt import VICUNA_SYSTEM, sharegpt_samples
-from corpora.storage import identity, sha256_of_file
+from corpora.storage import identity
 from corpora.text import calibration_segments, corpus_label, encode, evaluation_stream, protocol, start_token_id
 from eval.plots.canvas import file_name
 from intactkv.architecture import Architecture, architecture_of

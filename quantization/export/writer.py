@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.storage import directory_beside, read_json, write_json, write_tensors
+from corpora.json_files import read_json, write_json
+from corpora.storage import write_tensors
+from corpora.writing import directory_beside
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.export import awq, compressed_tensors, gptq
@@ -24,8 +26,6 @@ from quantization.export.readme import how_to
 from quantization.grids.stored import StoredWeight, restore
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import (
-    CHECKSUMS,
-    EARLIER_CHECKSUMS,
     ENDS,
     MANIFEST,
     block_file,
@@ -36,6 +36,7 @@ from quantization.runs.checkpoint import (
 )
 from quantization.runs.dense import check_values, empty_model
 from quantization.runs.plan import plan_run
+from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS
 
 __all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from corpora.storage import write_beside
+from corpora.writing import write_beside
 from quantization.grids.uniform import UniformGrid
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling
