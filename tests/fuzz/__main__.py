@@ -48,20 +48,25 @@ def main() -> None:
             return
         names = options.kind or known
         calls: dict[str, list[Call]] = {}
+        broken: list[str] = []
         started = time.monotonic()
         with tqdm(total=options.calls * (len(names) + 9 * ("options" in names)), unit="call", mininterval=1) as bar:
             for name in names:
                 calls[name] = []
                 many = run_kind(place, KINDS[name], options.seed, options.calls) if name in KINDS else None
-                for one in many or run_options(place, options.seed, 10 * options.calls):
-                    calls[name].append(one)
-                    bar.update()
-                    bar.set_postfix_str(name)
+                try:
+                    for one in many or run_options(place, options.seed, 10 * options.calls):
+                        calls[name].append(one)
+                        bar.update()
+                        bar.set_postfix_str(name)
+                except RuntimeError as error:  # a world that cannot be built, an intact control that fails
+                    broken.append(f"{name}: {error}")
                 if options.out:
                     options.out.write_text(failures(calls))
         print(table(calls))
         if not options.out:
             print(failures(calls))
+        print("".join(f"NO CONTROL {line}\n" for line in broken), end="")
         print(f"{sum(map(len, calls.values()))} calls in {time.monotonic() - started:.0f} s, seed {options.seed}")
 
 

@@ -20,7 +20,7 @@ MODEL = "modelzoo/tiny-llama"
 # Of a run record, what differs from run to run or names the place.
 VOLATILE = {
     "settings", "identity", "started", "environment", "seconds", "tokens_per_second", "peak_memory_mb", "path",
-    "answers", "cost", "judgement_file",
+    "answers", "cost", "judgement_file", "sum", "sha256",
 }  # fmt: skip
 
 
