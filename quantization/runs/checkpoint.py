@@ -38,7 +38,6 @@ from quantization.runs.dense import (
     DenseCheckpoint,
     check_values,
     empty_model,
-    read_generation_config,
     tied_names,
 )
 from quantization.runs.sums import CHECKSUMS, checked, read_cost, sums_of
@@ -350,7 +349,6 @@ def load_quantized(
     if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
-    model.generation_config = read_generation_config(directory)
     if recipe.get("attention") is not None:
         restored(recipe["attention"], PARTS).install(model)
     model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]

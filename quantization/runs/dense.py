@@ -123,6 +123,7 @@ class DenseCheckpoint:
         for name in expected:
             if name not in names:
                 raise self.lacks(name, left)
+        self.refuse_blocks(model, left)
         headers = self.headers(names.values())
         for name, parameter in expected.items():
             shape, dtype = headers[names[name]]
@@ -143,6 +144,20 @@ class DenseCheckpoint:
                     f"{self.directory} is quantized already, by another program: it holds {name!r}, without which its "
                     "weights are wrong and which nothing here reads; give the dense checkpoint"
                 )
+
+    def refuse_blocks(self, model: PreTrainedModel, left: Iterable[str]) -> None:
+        """Raise UserError for a left over tensor of a block that the model does not have."""
+        start = f"{architecture_of(model.config).blocks}."
+        for name in left:
+            full = name if name.startswith("model.") else f"model.{name}"
+            if full.startswith(start) and full.removeprefix(start).partition(".")[0].isdecimal():
+                block = int(full.removeprefix(start).partition(".")[0])
+                if block >= model.config.num_hidden_layers:
+                    raise UserError(
+                        f"{self.directory} holds {name!r}, but its config.json says num_hidden_layers "
+                        f"{model.config.num_hidden_layers}; the checkpoint and its configuration belong to different "
+                        "models"
+                    )
 
     def lacks(self, name: str, left: Iterable[str] = ()) -> UserError:
         """The error for a parameter that is not there. left: tensors that are no parameter's."""
@@ -274,10 +289,12 @@ def read_generation_config(directory: Path) -> GenerationConfig:
 
 
 def empty_model(directory: Path) -> PreTrainedModel:
-    """The model of a directory's configuration without weights (meta device); its buffers are real."""
+    """The model of a directory's configurations without weights (meta device); its buffers are real."""
     config = read_config(directory)
     architecture_of(config)  # refuses what is no supported causal language model
-    return empty_model_of(config)
+    model = empty_model_of(config)
+    model.generation_config = read_generation_config(directory)
+    return model
 
 
 def empty_model_of(config: PreTrainedConfig) -> PreTrainedModel:
