@@ -176,9 +176,7 @@ def _check_rope(rope: Mapping[str, Any], config: Mapping[str, Any], what: str) -
     pairs = int(width * rope.get("partial_rotary_factor", 1)) // 2
     for name in ("short_factor", "long_factor"):
         if name in rope and len(rope[name]) != pairs:
-            raise UserError(
-                f"{what} has {len(rope[name])} numbers in {name}, not one for each of {pairs} pairs"
-            )
+            raise UserError(f"{what} has {len(rope[name])} numbers in {name}, not one for each of {pairs} pairs")
 
 
 def generation_config_of(directory: Path) -> None:

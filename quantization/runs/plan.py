@@ -281,7 +281,10 @@ class Plan:
             dense = dense_directory(self.checkpoint, "it is what writes a prefix, and what errors are measured against")
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
-            return rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
+            twin = rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
+            # By the names in the manifest, whose fingerprint may be one of before.
+            twin.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
+            return twin
         calibrating = [step.name for step in recipe.transforms if step.calibrates and not step.rescales]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out

@@ -15,7 +15,17 @@ from corpora.errors import UserError
 from corpora.files import plain_file, sha256_of_file
 from corpora.json_files import Count, FileName, Hash, read_json, write_json
 
-__all__ = ["CHECKSUMS", "EARLIER_CHECKSUMS", "add_sum", "checked", "drop_changed", "read_cost", "sum_of", "sums_of"]
+__all__ = [
+    "CHECKSUMS",
+    "EARLIER_CHECKSUMS",
+    "add_sum",
+    "checked",
+    "drop_changed",
+    "known_sums",
+    "read_cost",
+    "sum_of",
+    "sums_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +96,12 @@ def _sum_of(file: Path, version: tuple[int, ...]) -> str:
 
 def add_sum(file: Path) -> None:
     """Keep the sum of a file that was just written into a half-finished checkpoint."""
-    write_json(file.parent / CHECKSUMS, {"sha256": _known(file.parent) | {file.name: sum_of(file)}})
+    write_json(file.parent / CHECKSUMS, {"sha256": known_sums(file.parent) | {file.name: sum_of(file)}})
 
 
 def drop_changed(directory: Path, files: Iterable[Path]) -> None:
     """Remove those of a half-finished checkpoint's files that have no sum or another one: they are made again."""
-    sums = _known(directory)
+    sums = known_sums(directory)
     for file in files:
         if file.is_file() and sums.get(file.name) != sum_of(file):
             why = "has changed since it was written" if file.name in sums else "has no sum"
@@ -99,8 +109,8 @@ def drop_changed(directory: Path, files: Iterable[Path]) -> None:
             file.unlink()
 
 
-def _known(directory: Path) -> dict[str, str]:
-    """The sums of a half-finished checkpoint; none if the file is missing or damaged, for it can be made again."""
+def known_sums(directory: Path) -> dict[str, str]:
+    """The sums that are there; none if their file is missing or damaged, which is for the reader of a block to say."""
     try:
         return sums_of(directory)
     except UserError:
