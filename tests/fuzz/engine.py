@@ -45,11 +45,13 @@ class Hang(BaseException):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended. code: None for a traceback or a hang. frame: the deepest frame of ours in a traceback."""
+    """How a call ended. code: None for a traceback or a hang. log: lines of progress. frame: the deepest frame of ours
+    in a traceback."""
 
     code: int | None
     out: str
     err: str
+    log: str
     fault: str | None = None
     frame: str = ""
 
@@ -157,8 +159,14 @@ def _within(world: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _library_log(stream: io.StringIO) -> Iterator[None]:
-    """What transformers logs goes to the stderr that its handler saw first; here to a call's."""
+def _logged(stream: io.StringIO, log: io.StringIO) -> Iterator[None]:
+    """Log lines of progress into `log`, as they are no complaint; warnings into a call's stderr, also those of
+    transformers, whose handler keeps the stderr that it saw first."""
+    root, progress, warnings = logging.getLogger(), logging.StreamHandler(log), logging.StreamHandler(stream)
+    warnings.setLevel(logging.WARNING)
+    progress.addFilter(lambda record: record.levelno < logging.WARNING)
+    root.setLevel(logging.INFO)
+    root.handlers[:] = [progress, warnings]
     handlers = [x for x in logging.getLogger("transformers").handlers if isinstance(x, logging.StreamHandler)]
     earlier = [(handler, handler.setStream(stream)) for handler in handlers]
     try:
@@ -217,10 +225,10 @@ def _limited(seconds: float) -> Iterator[None]:
 
 def call(world: Path, words: Sequence[str], seconds: float = SECONDS) -> Outcome:
     """Run a program in this process, in a world. words: its package, then its arguments."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    out, err, log, argv = io.StringIO(), io.StringIO(), io.StringIO(), sys.argv
     code: int | None = 0
     fault, frame = None, ""
-    with _within(world), _library_log(err):
+    with _within(world), _logged(err, log):
         sys.argv = ["program", *words[1:]]
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limited(seconds):
@@ -236,7 +244,7 @@ def call(world: Path, words: Sequence[str], seconds: float = SECONDS) -> Outcome
             frame = f"{_deepest(error)}: {type(error).__name__}: {' '.join(str(error).split())[:160]!a}"
         finally:
             sys.argv = argv
-    return Outcome(code, out.getvalue(), err.getvalue(), fault, frame)
+    return Outcome(code, out.getvalue(), err.getvalue(), log.getvalue(), fault, frame)
 
 
 def _deepest(error: BaseException) -> str:
@@ -294,8 +302,8 @@ def judge(
         for short, name in inside.items()
         if name in before and before[name] != after.get(name) and not (rewritten and rewritten.search(short))
     ]
-    if found := CONTROL.search("\n".join([*said(outcome.err), outcome.out])):
-        return "control", f"raw {found.group()!a} in {outcome.err[-300:]!a} or {outcome.out[-300:]!a}"
+    if found := CONTROL.search("\n".join([*said(outcome.err), outcome.log, outcome.out])):
+        return "control", f"raw {found.group()!a} in {(outcome.log + outcome.err + outcome.out)[-600:]!a}"
     if outcome.code == 0:
         outside = [name for name in after if name not in before and not f"{name}/".startswith(("a/b/world/", "a/"))]
         if outside:
