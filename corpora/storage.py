@@ -74,11 +74,6 @@ def write_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_beside(path) as beside, disk_errors(path):
         save_file(plain, beside, metadata=dict(metadata) if metadata else None)
-<<<<<<< HEAD
-        # safetensors writes for the owner alone; here the umask says who reads, as it did for the directory around it.
-        beside.chmod(beside.parent.stat().st_mode & 0o666)
-=======
->>>>>>> fuzz
 
 
 SUM = "sha256"  # of an artefact's header and tensors, in the header itself
