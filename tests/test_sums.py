@@ -22,7 +22,15 @@ from corpora.storage import checkpoint_fingerprint, identity, write_tensors
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
 from quantization.recipes.recipe import Calibration, Recipe
-from quantization.runs.checkpoint import CHECKSUMS, MANIFEST, block_file, find_checkpoint, load_quantized, read_manifest
+from quantization.runs.checkpoint import (
+    CHECKSUMS,
+    MANIFEST,
+    block_file,
+    find_checkpoint,
+    load_quantized,
+    read_cost,
+    read_manifest,
+)  # fmt: skip
 from quantization.runs.opening import is_rescaled
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
@@ -48,7 +56,7 @@ def quantized(whole: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> P
     manifest["source"]["directory"] = os.path.relpath(checkpoint(), tmp_path)
     (copy / MANIFEST).write_text(json.dumps(manifest))
     sums = json.loads((copy / CHECKSUMS).read_text())
-    del sums["sha256"][MANIFEST]
+    del sums["sha256"][MANIFEST], sums["sum"]
     (copy / CHECKSUMS).write_text(json.dumps(sums))
     return copy
 
@@ -104,9 +112,19 @@ def test_without_its_sums_a_checkpoint_is_refused(quantized: Path) -> None:
 def test_a_damaged_list_of_sums_is_named(change: Any, said: str, whole: Path, tmp_path_factory: Any) -> None:
     copy = shutil.copytree(whole, tmp_path_factory.mktemp("sums") / "q")
     sums = json.loads((copy / CHECKSUMS).read_text())
+    del sums["sum"]
     (copy / CHECKSUMS).write_text(json.dumps(sums | change if change else {"seconds": 1}))
     with pytest.raises(UserError, match=rf"(checksums\.json|q/block).*{said}"):
         load_quantized(copy)
+
+
+def test_a_changed_cost_is_not_shown(whole: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole, tmp_path / "q")
+    cost = read_cost(copy)
+    (copy / CHECKSUMS).write_text(json.dumps(json.loads((copy / CHECKSUMS).read_text()) | {"seconds": 1.0}))
+    assert cost["seconds"] != 1.0
+    with pytest.raises(UserError, match=r"checksums\.json has changed since it was written"):
+        read_cost(copy)
 
 
 def test_one_load_reads_every_sum_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +300,26 @@ def test_unreadable_is_not_called_another_checkpoint(
     monkeypatch.setattr(quantization.runs.checkpoint, "read_json", refused)
     with pytest.raises(PermissionError):
         quantize_checkpoint(checkpoint(), RECIPE, quantized)
+
+
+def test_a_checkpoint_that_is_refused_leaves_no_prefix(quantized: Path, intactkv_root: Path) -> None:
+    plan = plan_run(quantized, Recipe(prefix="bos"), device=CPU)
+    flip(block_file(quantized, 2), -5)
+    with pytest.raises(UserError, match=r"block-002\.safetensors has changed since it was written"):
+        plan.load()
+    assert not list(intactkv_root.rglob("*bos*"))
+
+
+def test_a_value_that_is_not_finite_is_refused_before_any_block(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = shutil.copytree(checkpoint(), tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight' holds values that are not finite"):
+        quantize_checkpoint(dense, RECIPE, tmp_path / "q")
+    assert os.listdir(tmp_path) == ["dense"]
 
 
 # fingerprints ---------------------------------------------------------------------------------------------------------

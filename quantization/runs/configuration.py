@@ -123,6 +123,10 @@ class _Token(TypedDict):
     special: NotRequired[bool]
 
 
+_Special = str | _Token | list[str | _Token] | dict[str, str | _Token]
+_Added = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class _Tokenizer(TypedDict, total=False):
     tokenizer_class: Annotated[str, Field(pattern=r"^\w+$")] | None
     chat_template: str | list[dict[str, str]] | dict[str, str] | None
@@ -190,9 +194,10 @@ def tokenizer_config_of(directory: Path) -> None:
     file = directory / "tokenizer_config.json"
     if file.is_file():
         refuse_code(read_json(file, "the tokenizer configuration", _Tokenizer, mend=MEND), file)
-    for name in ("special_tokens_map.json", "added_tokens.json"):
+    forms = {"special_tokens_map.json": dict[str, _Special], "added_tokens.json": dict[str, _Added]}
+    for name, form in forms.items():
         if (directory / name).is_file():
-            read_json(directory / name, "the tokenizer's file", dict, mend=MEND)
+            read_json(directory / name, "the tokenizer's file", form, mend=MEND)
 
 
 def refuse_code(content: Mapping[str, Any], file: Path) -> None:

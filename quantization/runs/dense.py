@@ -231,6 +231,16 @@ class Weights:
         check_values(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
         return tensor.to(self.dtype)
 
+    def check(self) -> None:
+        """Raise UserError if a value of any parameter is not finite: before the work, and not at the block that has it.
+
+        Reads every file once.
+        """
+        for file, names in self.checkpoint.by_file(self.names.values()).items():
+            with open_tensors(file) as tensors:
+                for name in names:
+                    check_values(tensors.get_tensor(name), f"{self.checkpoint.directory}: the tensor {name!r}")
+
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the model."""
         state = {name: self.tensor(f"{prefix}.{name}").to(device) for name in module.state_dict()}

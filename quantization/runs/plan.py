@@ -21,6 +21,7 @@ from corpora.files import sha256_of_file
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
+from corpora.writing import found
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix
@@ -264,7 +265,7 @@ class Plan:
         if out is None and (self.checkpoint.manifest is not None or not recipe.makes_checkpoint):
             return self.checkpoint.directory
         target, artefact = out or self.directory_of(recipe), self.artefact_of(recipe)
-        if identity_at(target) == artefact.identity:
+        if found(target) and identity_at(target) == artefact.identity:
             self._check_discovered(target)
             return target
         segments = self.segments if recipe.calibrates else None
