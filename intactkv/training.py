@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ __all__ = [
     "Group",
     "Report",
     "Schedule",
+    "check_settings",
     "every",
     "in_order",
     "masters",
@@ -44,6 +46,7 @@ __all__ = [
     "train",
 ]
 
+MOST = 10_000_000  # steps, samples or epochs of one training; the published ones have a few thousand
 Report = Callable[[dict[str, float]], None]  # is shown every row of a history
 
 log = logging.getLogger(__name__)
@@ -77,6 +80,18 @@ class Schedule:
     def share(self, step: int) -> float:
         """The share of the learning rates at a step counted from 0."""
         return self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+def check_settings(what: str, settings: Any, **least: int) -> None:
+    """Raise UserError for counts below these or above `MOST`, a seed that no generator takes, or a learning rate that
+    is none. what: the settings, for messages."""
+    for name, count in least.items():
+        if not count <= getattr(settings, name) <= MOST:
+            raise UserError(f"{what} {name} is {getattr(settings, name)}; give {count} to {MOST:,}")
+    if not abs(settings.seed) < 2**63:
+        raise UserError(f"{what} seed is {settings.seed}; give a number of at most 18 digits")
+    if not 0 < settings.learning_rate < math.inf:
+        raise UserError(f"{what} learning_rate is {settings.learning_rate}; give a number above 0")
 
 
 def every(count: int, steps: int) -> frozenset[int]:

@@ -128,9 +128,19 @@ def test_a_missing_or_broken_file_is_refused(tokenizer, tmp_path):
         choose_prefix(str(tmp_path / "broken.safetensors"), tokenizer, "tiny")
 
 
-def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"looks like a path, but prefix files end in \.safetensors"):
-        choose_prefix(str(tmp_path / "prefix.pt"), tokenizer, "tiny")
+def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "notes").write_text("a text")
+    monkeypatch.chdir(tmp_path)
+    paths = (tmp_path / "prefix.pt", "notes", "nowhere/prefix.pt", "./bos", "../x", "~/bos", "~me/x", "bos.txt",
+             "p.SAFETENSOR", "/no/such/place", "a/b/c.jsonl.gz")  # fmt: skip
+    for path in paths:
+        with pytest.raises(UserError, match=r"looks like a path, but prefix files end in \.safetensors"):
+            choose_prefix(str(path), tokenizer, "tiny")
+    for word in ("BOS", "None", "Prompt"):
+        with pytest.raises(UserError, match=f"--prefix {word} is written {word.lower()}"):
+            choose_prefix(word, tokenizer, "tiny")
+    for text in ("Read notes.txt first", "and/or", "a / b.", "e.g.", "Hello.", "x" * 5000, "1/2", "None of it"):
+        assert choose_prefix(text, tokenizer, "tiny").label == "[T]"
     assert choose_prefix("either/or", tokenizer, "tiny").label == "[T]"
 
 

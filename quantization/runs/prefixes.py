@@ -39,6 +39,12 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 AUTO_WORD = re.compile(rf"{AUTO}(?::(?P<corpus>.+?))?(?:@(?P<threshold>[-+\d.e]+))?")
+# Words that nobody puts in front of a text: /x, ./x, ~/x, a/b.ext, and names of files as programs here read them.
+PATH = re.compile(
+    r"(?:\.{0,2}|~\w*)/\S*|\S+/\S*\.\w{1,12}"
+    r"|\S+\.(?:txt|jsonl?|csv|parquet|zst|gz|pt|pth|bin|ckpt|gguf|npz|safetensors?)",
+    re.IGNORECASE,
+)
 WORDS = (
     "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text, auto@64 or auto:CORPUS@64 the "
     "ratio to the median that makes an outlier), a FILE.safetensors made by "
@@ -98,8 +104,14 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         # The file beside the adapter's own holds the same K and V, which reading the adapter checks.
         ids = read_adapter(word).ids.tolist()
         return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
-    if os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep):
+    if (
+        os.path.exists(word)
+        or (os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep))
+        or PATH.fullmatch(word)
+    ):
         raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
+    if word.lower() in ("none", "bos", "prompt"):
+        raise UserError(f"--prefix {word} is written {word.lower()}; choose {WORDS}")
     ids = _behind_start(encode(tokenizer, word), tokenizer)
     log.info("the prefix is the text %r: %d tokens", word, len(ids))
     return PrefixChoice(word, "[T]", tuple(ids))
