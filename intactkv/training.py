@@ -27,6 +27,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 from corpora.errors import UserError
 from corpora.json_files import Count
 from corpora.storage import read_artefact, write_artefact
+from corpora.values import LARGEST_SEED, MANY
 
 __all__ = [
     "Descent",
@@ -46,7 +47,6 @@ __all__ = [
     "train",
 ]
 
-MOST = 10_000_000  # steps, samples or epochs of one training; the published ones have a few thousand
 Report = Callable[[dict[str, float]], None]  # is shown every row of a history
 
 log = logging.getLogger(__name__)
@@ -83,13 +83,13 @@ class Schedule:
 
 
 def check_settings(what: str, settings: Any, **least: int) -> None:
-    """Raise UserError for counts below these or above `MOST`, a seed that no generator takes, or a learning rate that
+    """Raise UserError for counts below these or above `MANY`, a seed that no generator takes, or a learning rate that
     is none. what: the settings, for messages."""
     for name, count in least.items():
-        if not count <= getattr(settings, name) <= MOST:
-            raise UserError(f"{what} {name} is {getattr(settings, name)}; give {count} to {MOST:,}")
-    if not abs(settings.seed) < 2**63:
-        raise UserError(f"{what} seed is {settings.seed}; give a number of at most 18 digits")
+        if not count <= getattr(settings, name) <= MANY:
+            raise UserError(f"{what} {name} is {getattr(settings, name)}; give {count} to {MANY:,}")
+    if not abs(settings.seed) <= LARGEST_SEED:
+        raise UserError(f"{what} seed is {settings.seed}; give a number up to {LARGEST_SEED} (2^63 - 1)")
     if not 0 < settings.learning_rate < math.inf:
         raise UserError(f"{what} learning_rate is {settings.learning_rate}; give a number above 0")
 

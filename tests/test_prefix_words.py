@@ -128,20 +128,28 @@ def test_a_missing_or_broken_file_is_refused(tokenizer, tmp_path):
         choose_prefix(str(tmp_path / "broken.safetensors"), tokenizer, "tiny")
 
 
-def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "notes").write_text("a text")
-    monkeypatch.chdir(tmp_path)
-    paths = (tmp_path / "prefix.pt", "notes", "nowhere/prefix.pt", "./bos", "../x", "~/bos", "~me/x", "bos.txt",
-             "p.SAFETENSOR", "/no/such/place", "a/b/c.jsonl.gz")  # fmt: skip
-    for path in paths:
-        with pytest.raises(UserError, match=r"looks like a path, but prefix files end in \.safetensors"):
-            choose_prefix(str(path), tokenizer, "tiny")
-    for word in ("BOS", "None", "Prompt"):
-        with pytest.raises(UserError, match=f"--prefix {word} is written {word.lower()}"):
+def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"looks like a path, but prefix files end in \.safetensors"):
+        choose_prefix(str(tmp_path / "prefix.pt"), tokenizer, "tiny")
+    for word in ("either/or", "prompt.txt", "modelzoo/nowhere"):
+        with pytest.raises(UserError, match=r"looks like a path.*text:… for one that looks like a path"):
             choose_prefix(word, tokenizer, "tiny")
-    for text in ("Read notes.txt first", "and/or", "a / b.", "e.g.", "Hello.", "x" * 5000, "1/2", "None of it"):
-        assert choose_prefix(text, tokenizer, "tiny").label == "[T]"
-    assert choose_prefix("either/or", tokenizer, "tiny").label == "[T]"
+    told = choose_prefix("text:either/or", tokenizer, "tiny")
+    assert (told.label, tokenizer.decode(told.ids)) == ("[T]", "<s>either/or")
+    for word in ("BOS", "None", "Prompt"):
+        with pytest.raises(UserError, match=f"--prefix {word} is written {word.lower()}; .*text:…"):
+            choose_prefix(word, tokenizer, "tiny")
+    assert choose_prefix("text:BOS", tokenizer, "tiny").label == "[T]"
+    for word in ("either / or", "</s>", "Once upon a time."):  # nobody calls a file so
+        assert tokenizer.decode(choose_prefix(word, tokenizer, "tiny").ids) == f"<s>{word}"
+
+
+def test_a_file_that_is_there_is_no_text(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_prefix("notes", tokenizer, "tiny").label == "[T]"
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="--prefix notes looks like a path"):
+        choose_prefix("notes", tokenizer, "tiny")
 
 
 # Files kept by identity -----------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from corpora.errors import UserError
+from corpora.files import name_part
+from corpora.targets import MARK, check_ours
 from corpora.writing import write_beside
 
 __all__ = [
@@ -41,7 +43,11 @@ SERIES = (INTACT, ORANGE, BEHIND, VANILLA)
 GREY = "0.35"
 
 # Without the time of writing the same numbers give the same file.
-FORMATS: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"Software": MARK},
+    "pdf": {"Creator": MARK, "CreationDate": None},
+    "svg": {"Creator": MARK, "Date": None},
+}
 LARGEST_DPI = 1200
 
 
@@ -61,9 +67,12 @@ class Output:
 
     def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
         """Write a figure in every format and its numbers as CSV under the same name, atomically; closes the figure."""
+        paths = [self.path(part, suffix) for suffix in (*self.formats, "csv")]
+        for path in paths:  # of a part, whose name is only known now
+            check_ours(path)
         try:
-            for suffix in self.formats:
-                with write_beside(path := self.path(part, suffix)) as beside:
+            for suffix, path in zip(self.formats, paths, strict=False):
+                with write_beside(path) as beside:
                     words = FORMATS[suffix]
                     figure.savefig(beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=words)
                 self.written.append(path)
@@ -73,9 +82,9 @@ class Output:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(head)
         writer.writerows(rows)
-        with write_beside(path := self.path(part, "csv")) as beside:
+        with write_beside(paths[-1]) as beside:
             beside.write_text(text.getvalue(), encoding="utf-8")
-        self.written.append(path)
+        self.written.append(paths[-1])
 
 
 def literal(text: str) -> str:
@@ -85,7 +94,7 @@ def literal(text: str) -> str:
 
 def file_name(*parts: str) -> str:
     """The parts that are not empty as `a__b__c`, with a dash for whatever has no place in the name of a file."""
-    return "__".join(re.sub(r"[^\w.+=-]+", "-", part) for part in parts if part)
+    return name_part("__".join(re.sub(r"[^\w.+=-]+", "-", part) for part in parts if part))
 
 
 def output_for(out: Path, name: str, formats: str, dpi: int) -> Output:

@@ -4,10 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from corpora import values
 from corpora.errors import UserError
+from corpora.targets import MARK, check_written
 
 __all__ = ["add", "add_filters", "chosen_rows", "run"]
 
+SIGNED = {"markdown": f"\n<!-- {MARK} -->\n", "csv": "", "latex": f"% {MARK}\n"}  # in a file that is written
 WHICH = ("1", "2", "3", "4", "5", "tasks")
 
 
@@ -27,7 +30,9 @@ def add(commands: Any) -> None:
         "activations of 4 bits, too) with ours beside it; tasks: all finished tasks; without it: all perplexities",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
-    table.add_argument("--out", type=Path, metavar="FILE", help="write the table to a file instead of printing it")
+    table.add_argument(
+        "--out", type=values.path, metavar="FILE", help="write the table to a file instead of printing it"
+    )
     table.add_argument(
         "--costs", action="store_true", help="also what quantizing took: bits per weight, seconds, peak memory"
     )
@@ -38,9 +43,9 @@ def add(commands: Any) -> None:
         "to 5 always do)",
     )
     add_filters(table, required=False)
-    table.add_argument("--task", metavar="NAME", help="only this task, for example arc_easy (tasks)")
+    table.add_argument("--task", type=values.name, metavar="NAME", help="only this task, for example arc_easy (tasks)")
     table.add_argument("--data", choices=["sample", "local", "hub"], help="only runs on this data (tasks)")
-    table.add_argument("--fewshot", type=int, metavar="N", help="only runs with so many examples (tasks)")
+    table.add_argument("--fewshot", type=values.count(0), metavar="N", help="only runs with so many examples (tasks)")
 
 
 def add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -48,17 +53,20 @@ def add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
     several = "" if required else "; may be given several times"
     parser.add_argument(
         "--model",
+        type=values.name,
         action="store" if required else "append",
         required=required,
         metavar="NAME",
         help=f"only this one, for example smollm2-135m{several}",
     )
-    parser.add_argument("--corpus", metavar="NAME", help="only runs on this corpus or text file")
+    parser.add_argument("--corpus", type=values.name, metavar="NAME", help="only runs on this corpus or text file")
     parser.add_argument("--protocol", choices=["intactkv", "gptq", "hendrycks", "lm-eval"], help="only by this one")
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="only runs with this window")
-    parser.add_argument("--limit", metavar="N|all", help="only runs with this limit, in windows or questions a task")
-    parser.add_argument("--dtype", metavar="NAME", help="only runs computed in this dtype")
-    parser.add_argument("--device", metavar="cpu|cuda", help="only runs on this kind of device")
+    parser.add_argument("--window", type=values.count(), metavar="TOKENS", help="only runs with this window")
+    parser.add_argument(
+        "--limit", type=values.limit, metavar="N|all", help="only runs with this limit, in windows or questions a task"
+    )
+    parser.add_argument("--dtype", type=values.name, metavar="NAME", help="only runs computed in this dtype")
+    parser.add_argument("--device", type=values.name, metavar="cpu|cuda", help="only runs on this kind of device")
 
 
 # Options that filter, and the setting that they look at.
@@ -87,8 +95,11 @@ def _words(filters: dict[str, Any]) -> str:
     return " ".join(f"--{key} {value}" for key, value in filters.items())
 
 
-def _chosen(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of a kind (ppl, tasks) that the filters leave. Raises UserError for a filter of another kind of run."""
+def _chosen(kind: str, options: argparse.Namespace, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
+    """Records of a kind (ppl, tasks) that the filters leave. left_out: gets the files that could not be read.
+
+    Raises UserError for a filter of another kind of run.
+    """
     from eval.runs import all_records
     from eval.tables.published import paper_name
 
@@ -100,17 +111,17 @@ def _chosen(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     models = {name for model in _models(options) for name in (model, paper_name(model))}
     return [
         record
-        for record in all_records(kind)
+        for record in all_records(kind, left_out)
         if (not models or models & {record["settings"]["model"], paper_name(record["settings"]["model"])})
         and all(str(value) == _shown(record["settings"][FILTERS[key]]) for key, value in filters.items())
     ]
 
 
-def _some(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _some(kind: str, options: argparse.Namespace, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
     """The same. Raises UserError if there are none."""
     from corpora.paths import outputs_dir
 
-    records = _chosen(kind, options)
+    records = _chosen(kind, options, left_out)
     if not records:
         asked = " ".join([*(f"--model {model}" for model in _models(options)), _words(_filters(options))]).strip()
         fits = f" that fits {asked}" if asked else ""
@@ -121,11 +132,11 @@ def _some(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def chosen_rows(options: argparse.Namespace, over_seeds: bool = False) -> list[Any]:
+def chosen_rows(options: argparse.Namespace, over_seeds: bool = False, left_out: list[Path] | None = None) -> list[Any]:
     """The finished perplexities that the filters leave. Raises UserError if there are none."""
     from eval.tables.perplexities import perplexity_rows
 
-    return perplexity_rows(_some("ppl", options), over_seeds)
+    return perplexity_rows(_some("ppl", options, left_out), over_seeds)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -137,28 +148,36 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.costs and options.which is not None:
         raise UserError(f"--costs belongs to the table of all perplexities, not to table {options.which}; leave it out")
-    text = _table(options)
     if options.out is None:
-        print(text, end="")
+        print(_table(options), end="")
         return
     from corpora.writing import write_beside
 
-    try:
-        with write_beside(options.out) as beside:
-            beside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {options.out} cannot be written ({error.strerror}); name another file") from None
+    check_written([options.out])
+    text = _table(options)
+    with write_beside(options.out) as beside:
+        beside.write_text(text + SIGNED[options.format], encoding="utf-8")
     print(options.out)
 
 
 def _table(options: argparse.Namespace) -> str:
-    """The table as text."""
+    """The table as text, with the number of records that it could not read."""
+    left_out: list[Path] = []
+    text = _without_count(options, left_out)
+    if not left_out or options.format == "csv":  # stderr names them in any case
+        return text
+    count = f"{len(left_out)} run record{'s' if len(left_out) > 1 else ''}"
+    return f"{text}\n{'%' if options.format == 'latex' else '-'} left out: {count} that could not be read\n"
+
+
+def _without_count(options: argparse.Namespace, left_out: list[Path]) -> str:
     from eval.tables import perplexities, render, tasks
 
     if options.which is None:
-        return perplexities.render(chosen_rows(options, options.over_seeds), options.format, options.costs)
+        rows = chosen_rows(options, options.over_seeds, left_out)
+        return perplexities.render(rows, options.format, options.costs)
     if options.which == "tasks":
-        found = tasks.task_tables(_some("tasks", options), options.over_seeds)
+        found = tasks.task_tables(_some("tasks", options, left_out), options.over_seeds)
         return render.render(found, options.format)
     from eval.runs import all_records
     from eval.tables.paper_runs import RECORDS
@@ -169,7 +188,7 @@ def _table(options: argparse.Namespace) -> str:
     if number not in RECORDS and filters:
         raise UserError(f"{filters}: only --model chooses from the runs of table {number}; leave it out")
     if number in RECORDS:
-        records = _chosen(RECORDS[number], options)
+        records = _chosen(RECORDS[number], options, left_out)
     else:
-        records = [*all_records("mtbench"), *all_records("judge")]
+        records = [*all_records("mtbench", left_out), *all_records("judge", left_out)]
     return render.render(paper_tables(number, records, _models(options), filters), options.format)

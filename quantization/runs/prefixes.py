@@ -1,6 +1,6 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text"
+    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text" | text:"like/a/path"
 
 The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model
 (`quantization.runs.auto_prefix`). A prefix is written by the recipe's full-precision twin, kept under
@@ -39,16 +39,13 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 AUTO_WORD = re.compile(rf"{AUTO}(?::(?P<corpus>.+?))?(?:@(?P<threshold>[-+\d.e]+))?")
-# Words that nobody puts in front of a text: /x, ./x, ~/x, a/b.ext, and names of files as programs here read them.
-PATH = re.compile(
-    r"(?:\.{0,2}|~\w*)/\S*|\S+/\S*\.\w{1,12}"
-    r"|\S+\.(?:txt|jsonl?|csv|parquet|zst|gz|pt|pth|bin|ckpt|gguf|npz|safetensors?)",
-    re.IGNORECASE,
-)
+TEXT = "text:"  # in front of a text that looks like another word
+LIKE_A_PATH = re.compile(r"[^\s<>]*/[^\s<>]*|[^\s<>]+\.(safetensors|txt|jsonl?|pt|bin)")  # "</s>" is a text
 WORDS = (
     "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text, auto@64 or auto:CORPUS@64 the "
     "ratio to the median that makes an outlier), a FILE.safetensors made by "
-    "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text"
+    "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text "
+    "(text:… for one that looks like a path)"
 )
 
 
@@ -88,7 +85,7 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
 
     Raises UserError if the model has no such prefix, or the file is broken.
     """
-    if not word.strip():
+    if not word.removeprefix(TEXT).strip():
         raise UserError(f"--prefix is empty; choose {WORDS}")
     if word == "none":
         return PrefixChoice(word, "none", ())
@@ -104,17 +101,19 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         # The file beside the adapter's own holds the same K and V, which reading the adapter checks.
         ids = read_adapter(word).ids.tolist()
         return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
-    if (
-        os.path.exists(word)
-        or (os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep))
-        or PATH.fullmatch(word)
-    ):
+    if not word.startswith(TEXT) and _looks_like_a_path(word):
         raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
     if word.lower() in ("none", "bos", "prompt"):
         raise UserError(f"--prefix {word} is written {word.lower()}; choose {WORDS}")
-    ids = _behind_start(encode(tokenizer, word), tokenizer)
-    log.info("the prefix is the text %r: %d tokens", word, len(ids))
+    ids = _behind_start(encode(tokenizer, word.removeprefix(TEXT)), tokenizer)
+    log.info("the prefix is the text %r: %d tokens", word.removeprefix(TEXT), len(ids))
     return PrefixChoice(word, "[T]", tuple(ids))
+
+
+def _looks_like_a_path(word: str) -> bool:
+    """Whether nobody means it as a text: the name of something that is there, or written as one."""
+    there = os.path.lexists(word) or (os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep))
+    return there or LIKE_A_PATH.fullmatch(word) is not None
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int]:
