@@ -40,6 +40,7 @@ __all__ = [
     "masters",
     "matrices_decay",
     "mean_loss",
+    "read_state",
     "repeatable",
     "shuffled",
     "split_samples",
@@ -126,6 +127,11 @@ class _State(TypedDict):
     step: Count
     best_step: Count
     history: list[dict[str, float]]
+
+
+def read_state(path: Path) -> tuple[_State, dict[str, Tensor]] | None:
+    """A state file's header and tensors; None if there is none. Raises UserError for one that is damaged or changed."""
+    return read_artefact(path, "run", _State, "state of a training", FROM_THE_START) if path.exists() else None
 
 
 class Descent:
@@ -254,9 +260,9 @@ class Descent:
 
     def resume(self, path: Path) -> None:
         """Go on from a state file, if there is one that was made with the same texts, start and settings."""
-        if not path.exists():
+        if (found := read_state(path)) is None:
             return
-        header, tensors = read_artefact(path, "run", _State, "state of a training", FROM_THE_START)
+        header, tensors = found
         if header["made_of"] != self.made_of:
             raise UserError(
                 f"{path} belongs to a run with other texts, another prefix or other settings; {FROM_THE_START}, or "

@@ -41,22 +41,36 @@ RUN_OF_TOKENS = 32  # that two pieces share if they overlap in the text
 
 @contextmanager
 def _training(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A progress bar that shows every row of a history: the newest training and held-out loss."""
+    """A progress bar that shows every row of a history: the newest training and held-out loss. It begins with the first
+    row, so that a state that is refused is all that is said."""
     from tqdm import tqdm
 
     shown: dict[str, Any] = {}
-    with tqdm(total=steps, desc=what, unit="step") as bar:
+    bars: list[tqdm[Any]] = []
 
-        def report(row: dict[str, float]) -> None:
-            bar.update(int(row["step"]) - bar.n)
-            shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
-            bar.set_postfix(shown)
+    def report(row: dict[str, float]) -> None:
+        if not bars:
+            bars.append(tqdm(total=steps, desc=what, unit="step"))
+        bars[0].update(int(row["step"]) - bars[0].n)
+        shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
+        bars[0].set_postfix(shown)
 
+    try:
         yield report
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _state(out: Path) -> Path:
     return out.with_suffix(".state.safetensors")
+
+
+def _check_state(out: Path) -> None:
+    """Refuse a damaged state of the training behind a prefix file before the work. Raises UserError."""
+    from intactkv.training import read_state
+
+    read_state(_state(out))
 
 
 def _curve(out: Path) -> Path:
@@ -143,6 +157,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
     training changed on held-out conversations, and what it took."""
     check_out(options, "prefix", _curve(options.out))
+    _check_state(options.out)
     plan = plan_of(options, needs_prefix="calibrate trains an intact prefix")
 
     from dataclasses import asdict
@@ -289,6 +304,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
 def train_prefix_file(options: argparse.Namespace) -> None:
     """Train, then write FILE, FILE's stem + .curve.jsonl and .embeddings.safetensors, and drop the state of the run."""
     check_out(options, "prefix", _curve(options.out), _embeddings(options.out))
+    _check_state(options.out)
 
     from dataclasses import asdict, replace
 
