@@ -15,7 +15,7 @@ def main() -> None:
     """Run, print a table on stdout and, with --out, every failing case in a file."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of damages (default: 0)")
-    parser.add_argument("--calls", type=int, default=50, help="of every kind (default: 50)")
+    parser.add_argument("--calls", type=int, default=50, help="of every kind of file, ten times as many of options (default: 50)")
     parser.add_argument("--kind", action="append", help="only this one; may be given several times")
     parser.add_argument("--case", help="one case, by the name that a run printed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="with --case: leave the damaged world there")
@@ -27,28 +27,33 @@ def main() -> None:
     from fuzz.campaign import run_case, run_kind, table
     from fuzz.engine import Call, Case, scratch
     from fuzz.kinds import KINDS
+    from fuzz.options import run_option, run_options
     from tqdm import tqdm
 
     torch.set_num_threads(1)
     if options.list:
         print("\n".join(f"{kind.name:20} {', '.join(kind.files)}" for kind in KINDS.values()))
         return
-    unknown = [name for name in options.kind or () if name not in KINDS]
+    known = [*KINDS, "options"]
+    unknown = [name for name in options.kind or () if name not in known]
     if unknown:
-        parser.error(f"unknown kind {unknown[0]}; known are {', '.join(KINDS)}")
+        parser.error(f"unknown kind {unknown[0]}; known are {', '.join(known)}")
     with scratch() as place:
         if options.case:
-            done = run_case(place, Case.named(options.case), keep=options.keep)
+            is_option = options.case.startswith("option:")
+            case = None if is_option else Case.named(options.case)
+            done = run_option(place, options.case) if case is None else run_case(place, case, keep=options.keep)
             print(f"{done.name}\n{done.done}\n{done.fault or 'all is well'}: {done.told}\n{done.outcome.code}")
             print(done.outcome.out[-2000:], done.outcome.err[-3000:], sep="\n")
             return
-        names = options.kind or list(KINDS)
+        names = options.kind or known
         calls: dict[str, list[Call]] = {}
         started = time.monotonic()
-        with tqdm(total=options.calls * len(names), unit="call", mininterval=1) as bar:
+        with tqdm(total=options.calls * (len(names) + 9 * ("options" in names)), unit="call", mininterval=1) as bar:
             for name in names:
                 calls[name] = []
-                for one in run_kind(place, KINDS[name], options.seed, options.calls):
+                many = run_kind(place, KINDS[name], options.seed, options.calls) if name in KINDS else None
+                for one in many or run_options(place, options.seed, 10 * options.calls):
                     calls[name].append(one)
                     bar.update()
                     bar.set_postfix_str(name)
