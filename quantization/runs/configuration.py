@@ -20,6 +20,7 @@ __all__ = ["CONFIG", "GENERATION", "MEND", "built", "config_of", "generation_con
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MEND = "mend it, or fetch the checkpoint again"
+IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -201,12 +202,20 @@ def tokenizer_config_of(directory: Path) -> None:
 
 
 def refuse_code(content: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError for a file that names Python code of its directory, which is never run."""
+    """Raise UserError for a file that names Python code of its directory or of a repository, which is never run."""
     if code := content.get("auto_map"):
         raise UserError(
             f"{file} asks for code of its directory (auto_map: {str(code)[:80]}), which is never run here; use a "
             "checkpoint that transformers knows without it, or take auto_map out if it is the same"
         )
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for entry, value in part.items():
+            # transformers would fetch and run it, whatever it was told about code of the directory.
+            if entry.endswith(IMPLEMENTATIONS) and "/" in str(value):
+                raise UserError(
+                    f"{file} asks for code of a repository ({entry}: {str(value)[:80]}), which is never run here; take "
+                    f"{entry} out"
+                )
 
 
 @contextmanager
