@@ -20,6 +20,7 @@ from corpora.errors import UserError
 __all__ = [
     "damaged",
     "data_files",
+    "name_part",
     "open_text",
     "plain_file",
     "refuse_half_characters",
@@ -53,6 +54,18 @@ def suffix_of(path: Path) -> str:
     while suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def name_part(text: str, longest: int = 160) -> str:
+    """A readable part of a file's name, made of any words: a model's, a corpus', a file's.
+
+    A dash stands for separators and for what cannot be printed; leading dots go. One of more than `longest` bytes is
+    cut, and digits of a hash keep it apart from others.
+    """
+    plain = "".join("-" if sign in "/\\" or not sign.isprintable() else sign for sign in text).lstrip(".").encode()
+    if len(plain) > longest:
+        plain = plain[: longest - 9] + f"-{hashlib.sha256(plain).hexdigest()[:8]}".encode()
+    return plain.decode(errors="ignore") or "-"
 
 
 def plain_file(path: Path, what: str = "") -> Path:

@@ -1,22 +1,32 @@
 """Run records: one JSON file per run in outputs/runs/, written once, found again by the identity of the run.
 
-The identity covers everything that can change the figures. A finished run is read back, not run again.
+The identity covers everything that can change the figures. A finished run is read back, not run again. A record is read
+here alone: its settings must have the identity that it says, its figures the sum, and all of it the form of its task.
 """
 
+import json
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
-from corpora.json_files import read_json, write_json
+from corpora.files import name_part
+from corpora.json_files import fitted, read_json, write_json
 from corpora.machine import environment
 from corpora.paths import outputs_dir
 from corpora.storage import identity
+from corpora.writing import refuse_special, refuse_unwritable
+from eval.record_forms import HEAD, disagreement, form_of
 
 __all__ = ["all_records", "record_of"]
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2
+SUM = "sha256"  # of all the rest of a record
+MEND = "delete the file (or use --force) and run again"
 
 
 def record_of(
@@ -32,12 +42,16 @@ def record_of(
 
     settings: all that decides the figures. name: readable part of the file name. run: returns the figures under their
     plain names. force: run even if there is a record. write: of several processes only the first one writes.
-    Raises UserError for a record that cannot be read, or a figure that is no number.
+    Raises UserError for a record that cannot be read, a figure that is no number, or, with the record on stdout, if the
+    disk refuses it in the end; OSError, before the run, for a place where nothing can be written.
     """
-    key = identity({"format": FORMAT, "task": task, **settings})
-    path = outputs_dir() / "runs" / f"{task}-{name.replace('/', '-')}-{key}.json"
+    key = _identity(task, settings)
+    path = outputs_dir() / "runs" / f"{task}-{name_part(name)}-{key}.json"
     if path.is_file() and not force:
-        return _checked(path)
+        return _read(path, task)
+    if write:
+        refuse_special(path, "the run record")
+        refuse_unwritable(path.parent)
     started = datetime.now(UTC)
     figures = run()
     record = {
@@ -49,20 +63,59 @@ def record_of(
         "started": started.isoformat(timespec="seconds"),
         "environment": environment(),
     }
+    record = json.loads(json.dumps(record))  # as it will be read back
+    record[SUM] = _sum_of(record)
     if write:
-        write_json(path, record)
+        try:
+            write_json(path, record)
+        except OSError as error:  # a full disk must not take hours of work with it
+            print(json.dumps(record, indent=2))
+            raise UserError(
+                f"the run record {path} could not be written ({error.strerror or error}); stdout has it: save that as "
+                "this file, and the run need not be made again"
+            ) from None
     return record | {"path": str(path)}
 
 
-def all_records(task: str) -> list[dict[str, Any]]:
-    """Every finished run of a task, oldest first. Raises UserError for a record that cannot be read."""
-    records = [_checked(path) for path in sorted((outputs_dir() / "runs").glob(f"{task}-*.json"))]
+def all_records(task: str, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
+    """Every finished run of a task, oldest first, but for records that cannot be read: a line of the log names each.
+
+    left_out: gets their files.
+    """
+    records = []
+    for path in sorted((outputs_dir() / "runs").glob(f"{task}-*.json")):
+        try:
+            records.append(_read(path, task))
+        except (UserError, OSError) as error:
+            log.warning("left out: %s", " ".join(str(error).split()))
+            if left_out is not None:
+                left_out.append(path)
     return sorted(records, key=lambda record: record["started"])
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    record = read_json(path, "run record")
-    whole = isinstance(record, dict) and {"settings", "identity", "started", "format"} <= record.keys()
-    if not whole or record["format"] != FORMAT:
-        raise UserError(f"run record {path} is damaged; delete the file (or use --force) and run again")
+def _read(path: Path, task: str) -> dict[str, Any]:
+    """A record, with its own path. Raises UserError for one that is damaged, changed, or of another form."""
+    what = f"run record {path}"
+    record = read_json(path, "run record", HEAD, mend=MEND)
+    if record["format"] != FORMAT:
+        raise UserError(f"{what} has the format {record['format']!r}, which is not read ({FORMAT} is); {MEND}")
+    if record["task"] != task or not path.name.endswith(f"-{record['identity']}.json"):
+        raise UserError(
+            f"{what} is another run's: it says task {record['task']!r}, identity {record['identity']!r}; {MEND}"
+        )
+    if (found := _identity(task, record["settings"])) != record["identity"]:
+        raise UserError(f"{what} was changed: its settings have the identity {found}; {MEND}")
+    if SUM in record and record[SUM] != _sum_of(record):
+        raise UserError(f"{what} was changed since it was written (its sum is another); {MEND}")
+    fitted(record, form_of(task), what, mend=MEND)
+    if reason := disagreement(task, record):
+        raise UserError(f"{what} is damaged: {reason}; {MEND}")
     return record | {"path": str(path)}
+
+
+def _identity(task: str, settings: dict[str, Any]) -> str:
+    return identity({"format": FORMAT, "task": task, **settings})
+
+
+def _sum_of(record: dict[str, Any]) -> str:
+    return identity({name: value for name, value in record.items() if name != SUM}, digits=64)

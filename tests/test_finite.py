@@ -143,6 +143,6 @@ def test_a_figure_that_is_no_number_makes_no_record_and_an_old_one_is_not_read(i
     assert all_records("tasks") == []
     path = Path(record_of("tasks", "m", {"model": "m"}, lambda: {"metrics": {"accuracy": 0.33}})["path"])
     path.write_text(path.read_text().replace("0.33", "NaN"))
-    for read in (lambda: all_records("tasks"), lambda: record_of("tasks", "m", {"model": "m"}, dict)):
-        with pytest.raises(UserError, match=r"its 'metrics\.accuracy' is nan; delete"):
-            read()
+    with pytest.raises(UserError, match=r"its 'metrics\.accuracy' is nan; delete"):
+        record_of("tasks", "m", {"model": "m"}, dict)
+    assert all_records("tasks") == []

@@ -224,8 +224,12 @@ def test_another_discovery_under_the_same_name_is_refused_with_its_file(dense, t
     plan = plan_run(dense, recipe, device=CPU)
     plan.load()
     assert plan.search is not None
-    found = json.loads(plan.search.file.read_text())
-    plan.search.file.write_text(json.dumps(found | {"prefix": [9, 1]}))
+    found = json.loads(plan.search.file.read_text()) | {"prefix": [9, 1]}
+    plan.search.file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=f"{plan.search.file.name} has changed since it was written"):
+        plan_run(dense, recipe, device=CPU).load()
+    del found["sha256"]  # as another machine's discovery of before would be
+    plan.search.file.write_text(json.dumps(found))
     with pytest.raises(UserError, match=f"{plan.search.file.name} now says"):
         plan_run(dense, recipe, device=CPU).load()
 

@@ -42,7 +42,7 @@ def table(caption: str, rows: Sequence[Row]) -> Table:
 def _cell(value: Any) -> Cell:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    return value.replace("|", "\\|") if isinstance(value, str) else Figure(value, compact)
+    return value if isinstance(value, str) else Figure(value, compact)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

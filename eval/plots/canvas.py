@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from corpora.errors import UserError
+from corpora.files import name_part
 from corpora.targets import MARK, check_ours
 from corpora.writing import write_beside
 
@@ -93,7 +94,7 @@ def literal(text: str) -> str:
 
 def file_name(*parts: str) -> str:
     """The parts that are not empty as `a__b__c`, with a dash for whatever has no place in the name of a file."""
-    return "__".join(re.sub(r"[^\w.+=-]+", "-", part) for part in parts if part)
+    return name_part("__".join(re.sub(r"[^\w.+=-]+", "-", part) for part in parts if part))
 
 
 def output_for(out: Path, name: str, formats: str, dpi: int) -> Output:

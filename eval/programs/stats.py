@@ -267,6 +267,7 @@ def _conditions(settings: dict[str, Any], windows: "Windows") -> str:
 
 def _default_out(kind: str, plan: "Plan", identity: str) -> Path:
     """outputs/stats/MODEL__KIND__WEIGHTS[__PREFIX]__IDENTITY.csv: one table for every run record."""
+    from corpora.files import name_part
     from corpora.paths import outputs_dir
     from quantization.kv_cache import kv_bits
     from quantization.labels import full_label, told
@@ -279,4 +280,4 @@ def _default_out(kind: str, plan: "Plan", identity: str) -> Path:
     parts = [plan.checkpoint.family_name, kind, weights]
     if plan.has_prefix:
         parts.append((word if word in ("bos", "prompt") else "text") + ("-vanilla" if plan.vanilla else ""))
-    return outputs_dir() / "stats" / f"{'__'.join([*parts, identity])}.csv"
+    return outputs_dir() / "stats" / f"{name_part('__'.join(parts))}__{identity}.csv"

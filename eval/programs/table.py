@@ -1,6 +1,7 @@
 """python -m eval table: finished runs as a table, the paper's tables with ours beside them."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from corpora import values
@@ -94,8 +95,11 @@ def _words(filters: dict[str, Any]) -> str:
     return " ".join(f"--{key} {value}" for key, value in filters.items())
 
 
-def _chosen(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of a kind (ppl, tasks) that the filters leave. Raises UserError for a filter of another kind of run."""
+def _chosen(kind: str, options: argparse.Namespace, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
+    """Records of a kind (ppl, tasks) that the filters leave. left_out: gets the files that could not be read.
+
+    Raises UserError for a filter of another kind of run.
+    """
     from eval.runs import all_records
     from eval.tables.published import paper_name
 
@@ -107,17 +111,17 @@ def _chosen(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     models = {name for model in _models(options) for name in (model, paper_name(model))}
     return [
         record
-        for record in all_records(kind)
+        for record in all_records(kind, left_out)
         if (not models or models & {record["settings"]["model"], paper_name(record["settings"]["model"])})
         and all(str(value) == _shown(record["settings"][FILTERS[key]]) for key, value in filters.items())
     ]
 
 
-def _some(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _some(kind: str, options: argparse.Namespace, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
     """The same. Raises UserError if there are none."""
     from corpora.paths import outputs_dir
 
-    records = _chosen(kind, options)
+    records = _chosen(kind, options, left_out)
     if not records:
         asked = " ".join([*(f"--model {model}" for model in _models(options)), _words(_filters(options))]).strip()
         fits = f" that fits {asked}" if asked else ""
@@ -128,11 +132,11 @@ def _some(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def chosen_rows(options: argparse.Namespace, over_seeds: bool = False) -> list[Any]:
+def chosen_rows(options: argparse.Namespace, over_seeds: bool = False, left_out: list[Path] | None = None) -> list[Any]:
     """The finished perplexities that the filters leave. Raises UserError if there are none."""
     from eval.tables.perplexities import perplexity_rows
 
-    return perplexity_rows(_some("ppl", options), over_seeds)
+    return perplexity_rows(_some("ppl", options, left_out), over_seeds)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -157,13 +161,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> str:
-    """The table as text."""
+    """The table as text, with the number of records that it could not read."""
+    left_out: list[Path] = []
+    text = _without_count(options, left_out)
+    if not left_out or options.format == "csv":  # stderr names them in any case
+        return text
+    count = f"{len(left_out)} run record{'s' if len(left_out) > 1 else ''}"
+    return f"{text}\n{'%' if options.format == 'latex' else '-'} left out: {count} that could not be read\n"
+
+
+def _without_count(options: argparse.Namespace, left_out: list[Path]) -> str:
     from eval.tables import perplexities, render, tasks
 
     if options.which is None:
-        return perplexities.render(chosen_rows(options, options.over_seeds), options.format, options.costs)
+        rows = chosen_rows(options, options.over_seeds, left_out)
+        return perplexities.render(rows, options.format, options.costs)
     if options.which == "tasks":
-        found = tasks.task_tables(_some("tasks", options), options.over_seeds)
+        found = tasks.task_tables(_some("tasks", options, left_out), options.over_seeds)
         return render.render(found, options.format)
     from eval.runs import all_records
     from eval.tables.paper_runs import RECORDS
@@ -174,7 +188,7 @@ def _table(options: argparse.Namespace) -> str:
     if number not in RECORDS and filters:
         raise UserError(f"{filters}: only --model chooses from the runs of table {number}; leave it out")
     if number in RECORDS:
-        records = _chosen(RECORDS[number], options)
+        records = _chosen(RECORDS[number], options, left_out)
     else:
-        records = [*all_records("mtbench"), *all_records("judge")]
+        records = [*all_records("mtbench", left_out), *all_records("judge", left_out)]
     return render.render(paper_tables(number, records, _models(options), filters), options.format)

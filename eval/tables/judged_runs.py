@@ -35,9 +35,9 @@ def judged_columns(table: PublishedTable, records: Iterable[dict[str, Any]]) -> 
         if judged["task"] != "judge" or how["mode"] != "single":
             continue
         for name, content in how["answers_sha256"].items():
-            run, grades = answered.get(content), judged["models"][name]
+            run, grades = answered.get(content), judged["models"].get(name)
             place = None if run is None else _place(table, run)
-            if run is None or place is None or grades["score"] is None:
+            if run is None or place is None or grades is None or grades["score"] is None:
                 continue
             method, group, arm = place
             s = run["settings"]

@@ -264,7 +264,7 @@ def departures(settings: Mapping[str, Any]) -> list[str]:
     words = _changed(weights, published["weights"])
     if whole:
         for name in ("transforms", "activations"):
-            words += _changed({name: recipe[name]}, {name: published[name]})
+            words += _changed({name: recipe.get(name)}, {name: published[name]})
         words += _changed({"kv_cache": settings["kv"]}, {"kv_cache": published["kv_cache"]})
     return words
 
@@ -283,7 +283,7 @@ def _flat(part: Mapping[str, Any], front: str = "") -> list[tuple[str, Any]]:
     """Fields of a described part by their dotted names, as --set spells them; those of weights without `weights.`."""
     fields = []
     for name, value in part.items():
-        if isinstance(value, list):  # transforms
-            value = {step["kind"].lower(): step for step in value}
+        if name == "transforms":
+            value = {step["kind"].lower(): step for step in value or ()}
         fields += _flat(value, f"{front}{name}.") if isinstance(value, Mapping) else [(front + name, value)]
     return fields

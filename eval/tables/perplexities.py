@@ -252,10 +252,10 @@ def _arm(runs: Newest, vanilla: Newest) -> Arm:
     change = change_of(_perplexities(vanilla), _perplexities(runs), relative=True)
     if change is None:
         return Arm(figure)
-    per_seed = [
-        [b - a for a, b in zip(vanilla[seed]["window_nll"], runs[seed]["window_nll"], strict=True)]
-        for seed in vanilla.keys() & runs.keys()
-    ]  # (seeds, windows)
+    both = [(vanilla[seed]["window_nll"], runs[seed]["window_nll"]) for seed in vanilla.keys() & runs.keys()]
+    if len({len(losses) for pair in both for losses in pair}) > 1:  # windows of no pairs: there is no error of these
+        return Arm(figure, change)
+    per_seed = [[b - a for a, b in zip(*pair, strict=True)] for pair in both]  # (seeds, windows)
     differences = [fmean(window) for window in zip(*per_seed, strict=True)]
     error = (1 + change.value) * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
     return Arm(figure, change, error)

@@ -101,12 +101,14 @@ def render(tables: Sequence[Table], style: str) -> str:
 
 
 def _words(cell: Cell) -> str:
-    return ABSENT if cell is None else str(cell)
+    """A cell as text of one line, whatever a stranger's record calls its model: what cannot be printed is spelled."""
+    text = ABSENT if cell is None else str(cell)
+    return text if text.isprintable() else "".join(s if s.isprintable() else repr(s)[1:-1] for s in text)
 
 
 def _markdown(table: Table) -> str:
     """A Markdown table whose source is aligned, too: words to the left, figures to the right."""
-    lines = [table.head, *(tuple(_words(cell) for cell in row) for row in table.rows)]
+    lines = [tuple(_words(cell).replace("|", r"\|") for cell in row) for row in (table.head, *table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
     right = [i >= table.words for i in range(len(widths))]
     rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
@@ -114,8 +116,8 @@ def _markdown(table: Table) -> str:
         "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
         for line in lines
     ]
-    notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
-    return "\n".join([table.caption, "", text[0], rule, *text[1:], *notes])
+    notes = ["", *(f"- {_words(note)}" for note in table.notes)] if table.notes else []
+    return "\n".join([_words(table.caption), "", text[0], rule, *text[1:], *notes])
 
 
 def _csv(tables: Sequence[Table]) -> str:
@@ -140,7 +142,7 @@ def _csv(tables: Sequence[Table]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(first)
     for caption, line in lines:
-        fields = [" ".join(caption.split())] if captions else []
+        fields = [_words(" ".join(caption.split()))] if captions else []
         for head in heads:
             fields += _csv_fields(line.get(head), head in spread)
         writer.writerow(fields)
@@ -150,7 +152,7 @@ def _csv(tables: Sequence[Table]) -> str:
 def _csv_fields(cell: Cell, spread: bool) -> list[str]:
     """A cell as one field, or as three where its column has a spread."""
     if not isinstance(cell, Figure):
-        return [cell or "", *(["", ""] if spread else [])]
+        return [_words(cell) if cell else "", *(["", ""] if spread else [])]
     deviation = "" if cell.deviation is None else f"{cell.deviation:.6g}"
     return [f"{cell.value:.6g}", *([deviation, str(cell.runs)] if spread else [])]
 
@@ -186,12 +188,12 @@ def _latex(table: Table) -> str:
     """A table environment; needs \\usepackage{booktabs}. Notes stand below it in small print."""
     columns = "l" * table.words + "r" * (len(table.head) - table.words)
     lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in (table.head, *table.rows)]
-    notes = [rf"\par\footnotesize {_escaped(note)}" for note in table.notes]
+    notes = [rf"\par\footnotesize {_escaped(_words(note))}" for note in table.notes]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_escaped(' '.join(table.caption.split()))}}}",
+            rf"\caption{{{_escaped(_words(' '.join(table.caption.split())))}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             lines[0],

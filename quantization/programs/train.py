@@ -78,12 +78,12 @@ def _keep(
     Returns the curve's file."""
     from dataclasses import replace
 
-    from corpora.storage import write_tensors
+    from corpora.storage import write_artefact
     from corpora.writing import write_beside
 
     replace(prefix, calibrated=made_of).save(out)
     if embeddings is not None:
-        write_tensors(_embeddings(out), {"embeddings": embeddings})
+        write_artefact(_embeddings(out), "embeddings", made_of, {"embeddings": embeddings})
     curve = _curve(out)
     with write_beside(curve) as beside:
         beside.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")

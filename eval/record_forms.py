@@ -1,0 +1,231 @@
+"""What the record of every task must hold for those who read it, as forms for `corpora.json_files`.
+
+A form names only what tables, figures and programs read. Records of before that hold it stay readable.
+"""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
+
+from corpora.json_files import Count
+
+__all__ = ["HEAD", "disagreement", "form_of"]
+
+
+class HEAD(TypedDict):
+    """What every record holds. sha256: of all the rest; records of before have none."""
+
+    format: int
+    task: str
+    identity: str
+    settings: dict[str, Any]
+    started: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")]
+    environment: dict[str, Any]
+    sha256: NotRequired[str]
+
+
+class _Part(TypedDict):
+    kind: str
+
+
+class _Grid(TypedDict):
+    bits: int
+    group_size: int
+
+
+class _Gridded(_Part):
+    grid: _Grid
+
+
+class _Activations(_Gridded):
+    static: bool
+
+
+class _Text(TypedDict):
+    corpus: str
+    samples: int
+    length: int
+    seed: int
+
+
+class _Seeded(TypedDict):
+    seed: int
+
+
+class _Recipe(TypedDict, total=False):
+    transforms: list[_Part] | None
+    weights: _Gridded | None
+    activations: _Activations | None
+    attention: _Gridded | None
+    tuning: _Part | None
+    calibration: _Text | None
+
+
+class _MadeOf(TypedDict):
+    source: str
+    calibration: NotRequired[_Seeded | None]
+    segments: NotRequired[str | None]
+
+
+class _Policy(_Part):
+    bits: float
+
+
+class _Prefix(TypedDict):
+    label: str
+    ids: list[int] | None
+    file: str | None
+    intact: bool
+
+
+class _Settings(TypedDict):
+    model: str
+    weights: str
+    made_of: _MadeOf
+    recipe: _Recipe
+    kv: _Policy | None
+    prefix: _Prefix
+    dtype: str
+    device: str
+
+
+class _Cost(TypedDict, total=False):
+    bits_per_weight: float | None
+    seconds: float | None
+    peak_memory_mb: float | None
+
+
+Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # so that a mean of several is a number, too
+Perplexity = Annotated[float, Field(gt=0, lt=1e300)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _PplSettings(_Settings):
+    corpus: str
+    tokens_sha256: str
+    protocol: Literal["intactkv", "gptq"]
+    window: int
+    limit: int | None
+
+
+class _Ppl(TypedDict):
+    settings: _PplSettings
+    perplexity: Perplexity
+    window_nll: Annotated[list[Number], Field(min_length=1)]
+    windows: NotRequired[Count]
+    nll: NotRequired[float]
+    quantization: NotRequired[_Cost | None]
+
+
+class _TaskSettings(_Settings):
+    task_name: str
+    protocol: Literal["hendrycks", "lm-eval"]
+    fewshot: int
+    data: str
+    data_sha256: str
+    lead: list[int]
+    limit: int | None
+
+
+class _Tasks(TypedDict):
+    settings: _TaskSettings
+    metrics: Annotated[dict[str, Number], Field(min_length=1)]
+    stderr: dict[str, Number]
+    samples: Count
+    seconds: float
+    groups: NotRequired[dict[str, Fraction]]
+    rows: NotRequired[dict[str, int]]
+    prompts: NotRequired[dict[str, int]]
+    quantization: NotRequired[_Cost | None]
+
+
+class _AnswerSettings(_Settings):
+    questions: str
+    questions_sha256: str
+    template: str
+    max_new_tokens: int
+    seed: int
+
+
+class _Answers(TypedDict):
+    settings: _AnswerSettings
+    answers: str
+    answers_sha256: str
+    samples: Count
+    arm: NotRequired[str]
+    turn_tokens: Annotated[list[float], Field(min_length=2, max_length=2)]
+    stopped: dict[str, int]
+
+
+class _JudgeSettings(TypedDict):
+    judge: str
+    mode: Literal["single", "pair"]
+    questions: str
+    questions_sha256: str
+    prompts_sha256: str
+    references_sha256: str | None
+    max_tokens: int
+    answers_sha256: dict[str, str]
+
+
+class _Grades(TypedDict):
+    score: Number | None
+    unscored: dict[str, int]
+    judgements: int
+
+
+class _Judged(TypedDict):
+    settings: _JudgeSettings
+    models: dict[str, _Grades | dict[str, dict[str, int]]]  # grades, or wins by turn
+
+
+Statistic = str | float | list[int] | None  # inf and nan are words
+
+
+class _Statistics(TypedDict):
+    settings: dict[str, Any]
+    means: dict[str, Any]
+    rows: Annotated[list[dict[str, Statistic]], Field(min_length=1)]
+    windows: Count
+    tokens: Count
+
+
+FORMS: Mapping[str, Any] = {"ppl": _Ppl, "tasks": _Tasks, "mtbench": _Answers, "judge": _Judged}
+# The columns that tables and figures of statistics read.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "stats-linears": ("block", "linear", "sqnr_w", "sqnr_o"),
+    "stats-distance": ("block", "arm", "curve", "sqnr", "median_token_sqnr"),
+    "stats-kv": ("block", "arm", "group", "tokens", "k_sqnr", "v_sqnr", "attention_sqnr"),
+    "stats-pivots": ("block", "attention_mass", "k_pivots", "k_rest", "v_pivots", "v_rest"),
+}
+
+
+def form_of(task: str) -> Any:
+    """The form of a task's records."""
+    return FORMS.get(task, _Statistics if task in COLUMNS else dict)
+
+
+def disagreement(task: str, record: Mapping[str, Any]) -> str | None:
+    """What of a record of the right form does not go with the rest of it, in words; None if all does."""
+    if task == "ppl":
+        windows, losses = record.get("windows"), record["window_nll"]
+        if windows is not None and windows != len(losses):
+            return f"it has {len(losses)} losses of {windows} windows"
+        nll = record.get("nll")  # 1e-5: losses of windows are stored with six digits
+        if nll is not None and not (
+            math.isclose(fmean(losses), nll, rel_tol=1e-5, abs_tol=1e-5)
+            and math.isclose(math.log(record["perplexity"]), nll, rel_tol=1e-5, abs_tol=1e-5)
+        ):
+            return "its perplexity is not that of its windows' losses"
+    if task == "tasks":
+        for metric, value in record["metrics"].items():
+            if metric.startswith(("acc", "exact_match")) and not 0 <= value <= 1:
+                return f"its {metric} is {value}, which is no fraction of the questions"
+    for row in record["rows"] if task in COLUMNS else ():
+        if lacking := [name for name in COLUMNS[task] if name not in row]:
+            return f"a row of it has no {lacking[0]!r}"
+    return None
