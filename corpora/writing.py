@@ -13,14 +13,14 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from corpora.errors import UserError
 
-__all__ = ["directory_beside", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_beside"]
+__all__ = ["directory_beside", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_all", "write_beside"]
 
 LOCK = "lock"  # within the hidden directory
 TAGGED = re.compile(r"\..*-\d+-[0-9a-f]{8}\.partial")  # the hidden directory's name, and no other's
@@ -61,6 +61,13 @@ def write_beside(path: Path) -> Iterator[Path]:
     with _growing(path) as beside:
         yield beside
         os.replace(beside, path)
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, or none of them if the disk refuses one. Raises as `write_beside`."""
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            stack.enter_context(write_beside(path)).write_bytes(content)
 
 
 @contextmanager

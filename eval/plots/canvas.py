@@ -12,10 +12,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
 
 from corpora.errors import UserError
 from corpora.files import name_part
-from corpora.writing import write_beside
+from corpora.writing import write_all
 
 __all__ = [
     "BEHIND",
@@ -61,27 +63,41 @@ class Output:
         return self.stem.with_name(f"{self.stem.name}{f'__{part}' if part else ''}.{suffix}")
 
     def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
-        """Write a figure in every format and its numbers as CSV under the same name, atomically; closes the figure."""
+        """Write a figure in every format and its numbers as CSV under the same name, all or none; closes the figure."""
+        contents: dict[Path, bytes] = {}
+        _draw_words(figure)
         try:
             for suffix in self.formats:
-                with write_beside(path := self.path(part, suffix)) as beside:
-                    words = FORMATS[suffix]
-                    figure.savefig(beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=words)
-                self.written.append(path)
+                # In memory: what matplotlib's writers raise at a full disk depends on the format.
+                drawn = io.BytesIO()
+                figure.savefig(drawn, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=FORMATS[suffix])
+                contents[self.path(part, suffix)] = drawn.getvalue()
         finally:
             plt.close(figure)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(head)
         writer.writerows(rows)
-        with write_beside(path := self.path(part, "csv")) as beside:
-            beside.write_text(text.getvalue(), encoding="utf-8")
-        self.written.append(path)
+        contents[self.path(part, "csv")] = text.getvalue().encode(errors="replace")
+        write_all(contents)
+        self.written.extend(contents)
+
+
+def _draw_words(figure: Any) -> None:
+    """Let matplotlib draw words as they are: a dollar in a model's name starts no formula. The figures along an axis
+    may be formulas: powers of ten are."""
+    axes = [axis for one in figure.axes for axis in (one.xaxis, one.yaxis, getattr(one, "zaxis", one.xaxis))]
+    numbers = [axis for axis in axes if not isinstance(axis.get_major_locator(), FixedLocator)]
+    formulas = {id(label) for axis in numbers for label in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        text.set_parse_math(id(text) in formulas)
+        text.set_text(literal(text.get_text()))
 
 
 def literal(text: str) -> str:
-    """Words as matplotlib is to draw them: a dollar would start a formula."""
-    return text.replace("$", r"\$")
+    """Words as they can be drawn: lines of what can be printed. A label that starts with _ would be in no legend."""
+    plain = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def file_name(*parts: str) -> str:
