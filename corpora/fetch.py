@@ -200,8 +200,9 @@ def hub_download(
             allow_patterns=list(patterns),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        said = _without_addresses(said_by(error))
         raise UserError(
-            f"{hub_id} could not be fetched from the hub ({_without_addresses(said_by(error))}). Run this command again "
-            f"where the hub can be reached (after 'hf auth login' if the repository asks for it), or copy its files "
+            f"{hub_id} could not be fetched from the hub ({said}). Run this command again where the hub can "
+            f"be reached (after 'hf auth login' if the repository asks for it), or copy its files "
             f"({', '.join(patterns)}) to {target}"
         ) from None

@@ -22,6 +22,7 @@ from corpora.mmlu import read_mmlu
 from corpora.readers import read_documents, read_rows
 from corpora.task_data import TASK_DATA, task_rows
 from corpora.text import calibration_segments, evaluation_stream, protocol, text_identity
+from eval.tasks.lm_tasks import load_tasks, task_runs
 
 ROWS = [{"text": f"some words of row {i} é " * 3, "number": i, "tags": ["a", "b"], "more": {"x": 1.5}}
         for i in range(60)]  # fmt: skip
@@ -259,3 +260,34 @@ def test_an_article_without_title_or_text_is_named(intactkv_root):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=r"article 1 of .*calibration\.jsonl"):
             list(sample_turns("calibration", 0))
+
+
+# ---- no code of strangers
+
+
+def test_a_task_file_of_the_users_is_never_read(tmp_path):
+    (tmp_path / "utils.py").write_text("raise SystemExit('ran')\n")
+    (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: x\nprocess_docs: !function utils.run\n")
+    for name in (str(tmp_path / "mine.yaml"), str(tmp_path), "../mine", "mine"):
+        with pytest.raises(UserError, match="there is no task"):
+            task_runs([name])
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("humaneval", "runs programs that the model writes"), ("mbpp", "runs programs that the model writes"),
+    ("meqsum", "is a program on the hub, which is not run"),
+])  # fmt: skip
+def test_tasks_that_run_fetched_or_written_programs_are_refused_before_their_functions_are_imported(name, reason):
+    for run in task_runs([name]):
+        with pytest.raises(UserError, match=reason):
+            load_tasks(run, "local", None)
+
+
+def test_a_cell_with_a_nul_character_is_named(tmp_path):
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"x_{split}.csv").write_text("a,b,c,d,e,A\n")
+    assert len(read_mmlu(tmp_path, strict=True)) == 1
+    (tmp_path / "test" / "x_test.csv").write_text('a,b,c,d,e,A\n"a\0b",b,c,d,e,A\n')
+    with pytest.raises(UserError, match=r"x_test\.csv"):
+        read_mmlu(tmp_path)
