@@ -113,7 +113,9 @@ def test_a_fault_is_seen(
     assert fault_of(tmp_path, monkeypatch, main, damage) == fault
 
 
-@pytest.mark.parametrize("damage", sorted(set(DAMAGES) - {"unreadable", "cell", "header", "metadata", "tensor", "twice"}))
+@pytest.mark.parametrize(
+    "damage", sorted(set(DAMAGES) - {"unreadable", "cell", "header", "metadata", "tensor", "twice"})
+)
 def test_a_program_that_behaves_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     def refuses() -> None:
         raise UserError("input.json is damaged")

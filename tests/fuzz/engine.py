@@ -23,9 +23,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fuzz.damage import DAMAGES
-
 from corpora.errors import run_program
+from fuzz.damage import DAMAGES
 
 __all__ = ["FAULTS", "Call", "Case", "Outcome", "Program", "Scratch", "call", "judge"]
 
@@ -367,5 +366,3 @@ def damaged(
         if waited:
             fault, told = "hang", f"opened the pipe and waited for its other end; then {fault}: {told}"
         return Call(case.name, done, fault, told, outcome)
-
-

@@ -12,6 +12,7 @@ from typing import Any
 from chats import TEMPLATE
 from common import FOXES
 from conftest import _tiny_checkpoint, _tiny_tokenizer
+
 from fuzz.engine import Outcome, Program, Scratch, call, said
 
 __all__ = ["KINDS", "Kind"]
@@ -104,7 +105,9 @@ def ran(world: Path, *words: str) -> Outcome:
 
 
 def _dense(world: Path, scratch: Scratch, **options: Any) -> None:
-    directory = _tiny_checkpoint(world / "modelzoo", "llama", num_hidden_layers=2, max_position_embeddings=1024, **options)
+    directory = _tiny_checkpoint(
+        world / "modelzoo", "llama", num_hidden_layers=2, max_position_embeddings=1024, **options
+    )
     _tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=2))
@@ -275,7 +278,18 @@ CALIBRATE = (
     "2", "--held-out", "1", "--max-length", "300", "--min-assistant", "5", "--steps", "2", "--batch-size", "1",
     "--evaluate-every", "1", "--out",
 )  # fmt: skip
-ANSWER = ("eval", "mtbench", "--model", MODEL, "--questions", "questions.jsonl", "--max-new-tokens", "2", "--json", "--out")
+ANSWER = (
+    "eval",
+    "mtbench",
+    "--model",
+    MODEL,
+    "--questions",
+    "questions.jsonl",
+    "--max-new-tokens",
+    "2",
+    "--json",
+    "--out",
+)
 JUDGE = (
     "eval", "judge", "--questions", "questions.jsonl", "--prompts", "prompts.jsonl", "--references", "references.jsonl",
     "--judge-model", f"local:{MODEL}", "--max-tokens", "2", "--json", "--answers",
