@@ -128,9 +128,8 @@ class Endpoint:
             self._client = openai.AsyncOpenAI(
                 base_url=address, api_key="in the header", timeout=None, max_retries=0, http_client=http
             )
-            self._completions = (
-                self._client.chat.completions.with_raw_response
-            )  # it imports much, for which no call's time is meant
+            # It imports much, for which no call's time is meant.
+            self._completions = self._client.chat.completions.with_raw_response
         except (openai.OpenAIError, ValueError, TypeError, ImportError) as error:  # of variables such as https_proxy
             raise UserError(f"the connection to the judge cannot be set up ({key.shown(said_by(error))})") from None
         self._loop = asyncio.new_event_loop()
