@@ -92,11 +92,13 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
 
     from dataclasses import asdict
 
+    import torch
+
     from corpora.catalog import model_defaults
     from corpora.conversations import conversations
     from corpora.machine import peak_memory_mb
     from corpora.tokens import start_token_id
-    from intactkv.calibrate import Sample, Training, calibrate, mean_losses
+    from intactkv.calibrate import Sample, Training, calibrate, check_samples, mean_losses
 
     if options.max_length <= len(plan.choice.ids):
         raise UserError(
@@ -121,11 +123,12 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
         min_assistant=options.min_assistant,
         seed=options.training_seed,
     )
+    train, unseen = ([Sample(chat.ids, chat.assistant) for chat in part] for part in (chats, others))
+    check_samples(train, unseen, torch.tensor(plan.choice.ids))  # before anything is quantized
     model = plan.load()
     if model.prefix is None:
         raise AssertionError("a plan with a prefix that is not vanilla attaches it")
     twin, untrained = plan.twin(), model.prefix
-    train, unseen = ([Sample(chat.ids, chat.assistant) for chat in part] for part in (chats, others))
     with training_bar("calibrating", training.steps) as report:
         outcome = calibrate(
             model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state_file(options.out),
@@ -307,6 +310,7 @@ def _texts(options: argparse.Namespace, plan: "Plan") -> tuple["Tensor", "Tensor
     draws = calibration_segments(
         plan.tokenizer, corpus, samples=samples + 8 * others, length=length, seed=options.training_seed
     )
+    plan.check_fits(f"--length {length}", len(plan.choice.ids) + length)  # the discrete prefix is compared with
     texts = draws[:samples]
     held_out = held_out_pieces(texts, draws[len(texts) :], others)
     drawn = {"corpus": corpus_label(corpus), "samples": samples, "held_out": others,
@@ -319,6 +323,8 @@ def held_out_pieces(texts: "Tensor", candidates: "Tensor", count: int) -> "Tenso
 
     Raises UserError if there are not so many.
     """
+    if count < 1:
+        raise UserError(f"{count} pieces to hold out; give 1 or more")
     size = min(RUN_OF_TOKENS, texts.shape[1])
 
     def runs(piece: "Tensor") -> set[tuple[int, ...]]:

@@ -23,18 +23,25 @@ __all__ = ["check_training_out", "keep", "state_file", "training_bar"]
 
 @contextmanager
 def training_bar(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A progress bar that shows every row of a history: the newest training and held-out loss."""
+    """A progress bar that shows every row of a history: the newest training and held-out loss. It begins with the first
+    row, so that a state that is refused is all that is said."""
     from tqdm import tqdm
 
     shown: dict[str, Any] = {}
-    with tqdm(total=steps, desc=what, unit="step") as bar:
+    bars: list[tqdm[Any]] = []
 
-        def report(row: dict[str, float]) -> None:
-            bar.update(int(row["step"]) - bar.n)
-            shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
-            bar.set_postfix(shown)
+    def report(row: dict[str, float]) -> None:
+        if not bars:
+            bars.append(tqdm(total=steps, desc=what, unit="step"))
+        bars[0].update(int(row["step"]) - bars[0].n)
+        shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
+        bars[0].set_postfix(shown)
 
+    try:
         yield report
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def state_file(out: Path) -> Path:
@@ -52,9 +59,12 @@ def _embeddings(out: Path) -> Path:
 
 def check_training_out(options: argparse.Namespace, *, embeddings: bool = False) -> None:
     """Refuse what a training could not write: the prefix, what is left beside it, and its state, which a killed one
-    leaves without them. Raises UserError."""
+    leaves without them; also one that is damaged. Raises UserError."""
+    from intactkv.training import read_state
+
     check_out(options, "prefix", _curve(options.out), *([_embeddings(options.out)] if embeddings else []))
     check_target(state_file(options.out))
+    read_state(state_file(options.out))
 
 
 def keep(
