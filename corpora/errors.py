@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "UserError", "run_program", "said_by"]
+from corpora.terminal import Unheard, as_other_tools_end, printable, tell, terminal
+
+__all__ = ["Parser", "UserError", "one_line", "run_program", "said_by"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,11 +33,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"error: {message}; {self.prog} --help explains the options\n")
+        self.exit(2, f"error: {one_line(message)}; {self.prog} --help explains the options\n")
 
 
 class UserError(ValueError):
     """Something that the user gave is wrong; the message is complete as it stands."""
+
+
+def one_line(text: str) -> str:
+    """A text for a message: its line ends are spaces, and what would steer a terminal is spelled out."""
+    return printable(" ".join(text.split()))
 
 
 def said_by(error: BaseException) -> str:
@@ -48,24 +55,27 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a program's `main`; end with exit code 2 and one line for a user's mistake or a failing disk.
 
     A full disk, a missing permission or a file that vanished (OSError) is the user's to mend, too: artefacts are
-    written beside and renamed, so nothing is damaged by stopping here.
+    written beside and renamed, so nothing is damaged by stopping here. A reader of the output that has gone (`| head`)
+    is no mistake: the program ends without a word.
     """
     try:
-        _check_arguments()
-        main()
+        with terminal():
+            _check_arguments()
+            main()
+        return
     except UserError as error:
-        message = str(error)
+        code, message = 2, f"error: {one_line(str(error))}"
     except OSError as error:
         # safetensors and the tokenizer library report the operating system's error text without a file name.
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or error}{where}; nothing finished was changed: mend it and run the command again"
+        said = f"{error.strerror or error}{where}; nothing finished was changed: mend it and run the command again"
+        code, message = 2, f"error: {one_line(said)}"
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to go on", file=sys.stderr)
-        sys.exit(130)
-    else:
-        return
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+        code, message = 130, "\ninterrupted; run the same command to go on"
+    except Unheard:
+        as_other_tools_end()
+    tell(message)
+    sys.exit(code)
 
 
 def _check_arguments() -> None:

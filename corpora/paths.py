@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from corpora.errors import UserError
+from corpora.values import shown
+
 __all__ = ["CHECKOUT", "datasets_dir", "modelzoo_dir", "outputs_dir", "root"]
 
 
@@ -10,8 +13,12 @@ CHECKOUT = Path(__file__).resolve().parents[1]  # what the project brings along 
 
 
 def root() -> Path:
-    """The directory that holds datasets/, modelzoo/ and outputs/: $INTACTKV_ROOT, or the checkout."""
-    return Path(os.environ.get("INTACTKV_ROOT") or CHECKOUT)
+    """The directory that holds datasets/, modelzoo/ and outputs/: $INTACTKV_ROOT, or the checkout where that is not set
+    or empty. Raises UserError if it names no directory."""
+    word = os.environ.get("INTACTKV_ROOT")
+    if word and not os.path.isdir(word):
+        raise UserError(f"INTACTKV_ROOT={shown(word)} is no directory; make it, name another, or unset it")
+    return Path(word or CHECKOUT)
 
 
 def datasets_dir() -> Path:

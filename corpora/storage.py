@@ -23,6 +23,7 @@ from corpora.json_files import FileName, fitted, parse_json, read_json
 from corpora.writing import write_beside
 
 __all__ = [
+    "SUM",
     "checkpoint_fingerprint",
     "disk_errors",
     "identity",
@@ -73,7 +74,6 @@ def write_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_beside(path) as beside, disk_errors(path):
         save_file(plain, beside, metadata=dict(metadata) if metadata else None)
-        beside.chmod(0o644)  # safetensors writes for the owner alone; colleagues on a cluster read these files
 
 
 SUM = "sha256"  # of an artefact's header and tensors, in the header itself

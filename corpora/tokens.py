@@ -8,15 +8,17 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
 from corpora.files import refuse_half_characters
+from corpora.json_files import Hash
 from corpora.paths import outputs_dir
-from corpora.storage import identity, write_tensors
+from corpora.storage import identity, read_artefact, write_artefact
 
 __all__ = ["cached_ids", "encode", "start_token_id", "text_hash", "tokenizer_fingerprint"]
 
@@ -63,27 +65,38 @@ def _fingerprint(backend: str) -> str:
     return identity(content, 16)
 
 
+class _Header(TypedDict):
+    key: Hash  # identity of what the ids are made of
+
+
 def cached_ids(made_of: Mapping[str, Any], make: Callable[[], list[int] | torch.Tensor]) -> torch.Tensor:
     """The ids that `make` gives, int64, read back from the cache if the same ones were made before.
 
     made_of: all that the ids depend on (hash of the text, tokenizer fingerprint, sizes, seed): the key of the file.
-    A file that cannot be read, or belongs to something else, is made again; a cache that cannot be written is none.
+    A file that is damaged, was changed or belongs to something else is made again; a cache that cannot be read or
+    written is none.
     """
     key = identity(made_of, 64)
     path = outputs_dir() / "cache" / "tokens" / f"{key[:24]}.safetensors"
     try:
-        with safe_open(path, framework="pt") as file:
-            if file.metadata()["key"] == key:
-                return file.get_tensor("ids")
-    except FileNotFoundError:
-        pass
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        log.warning("the token cache %s is not readable (%s) and is made again", path, error)
+        if path.exists():
+            return _read(path, key)
+    except (UserError, OSError) as error:
+        log.warning("tokens are made anew: %s", error)
     ids = torch.as_tensor(make(), dtype=torch.int64)
     try:
-        write_tensors(path, {"ids": ids}, {"key": key})
-    except OSError as error:
+        write_artefact(path, "ids", {"key": key}, {"ids": ids})
+    except (UserError, OSError) as error:
         log.warning("tokens were not cached: %s", error)
+    return ids
+
+
+def _read(path: Path, key: str) -> torch.Tensor:
+    """The ids of a cache file. Raises UserError for one that is not whole or not of this key."""
+    header, tensors = read_artefact(path, "ids", _Header, "token cache", "nothing need be done")
+    ids = tensors.get("ids")
+    if header["key"] != key or tensors.keys() != {"ids"} or ids is None or ids.dtype != torch.int64:
+        raise UserError(f"token cache {path} holds something else")
     return ids
 
 

@@ -2,10 +2,13 @@
 
 A file or directory grows in a hidden directory beside its final name, and its writer holds a lock in there. The system
 lets the lock go when the writer ends, however it ends, so the next write into the same place knows what is left of a
-killed one and sweeps it. Host, process and a random part in the name keep machines apart that share a disk.
+killed one and sweeps it. Host, process and a random part in the name keep machines apart that share a disk. Where a
+file system knows no locks, work goes on without them, and nothing is swept.
 """
 
+import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -14,16 +17,33 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 from corpora.errors import UserError
 
-__all__ = ["directory_beside", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_all", "write_beside"]
+__all__ = ["directory_beside", "found", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_all",
+           "write_beside"]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 LOCK = "lock"  # within the hidden directory
-TAGGED = re.compile(r"\..*-\d+-[0-9a-f]{8}\.partial")  # the hidden directory's name, and no other's
+TAGGED = re.compile(r"\..*-\d+-[0-9a-f]{8}\.partial", re.DOTALL)  # the hidden directory's name, and no other's
+LONGEST = 100  # bytes of the file's name in the hidden directory's; the system takes 255 with all that follows
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without them
+_held: WeakSet[IO[str]] = WeakSet()  # the files of the locks that this process has
+
+
+def _let_go() -> None:
+    """A child would keep the locks of its parent for as long as it lives, also those of a killed one."""
+    for file in list(_held):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def refuse_special(path: Path, what: str = "") -> None:
@@ -55,11 +75,18 @@ def refuse_unwritable(directory: Path) -> None:
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on success, delete it on any failure.
 
-    Raises UserError if something other than a plain file stands there.
+    The file is on the disk before it has its name, so that no error of a full or failing disk comes after the old one is
+    gone. Colleagues may read it as the umask says, even if a library writes for the owner alone.
+    Raises UserError if something other than a plain file stands there, and OSError, with the name of `path`.
     """
     refuse_special(path)
     with _growing(path) as beside:
         yield beside
+        with beside.open("rb") as file:
+            usual = stat.S_IMODE((beside.parent / LOCK).stat().st_mode)
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != usual:  # some disks of other systems know one mode only
+                os.fchmod(file.fileno(), usual)
+            os.fsync(file.fileno())
         os.replace(beside, path)
 
 
@@ -79,6 +106,19 @@ def directory_beside(directory: Path) -> Iterator[Path]:
         beside.rename(directory)
 
 
+def found(path: Path) -> bool:
+    """Whether a finished `path` is there. Who finds it does not write, so what a writer left that was killed behind its
+    last step is swept here."""
+    if not path.exists():
+        return False
+    with suppress(OSError):  # another user's, or in use
+        sweep(path.parent)
+        if _lock_of(path).exists():
+            with locked(path, wait=False):
+                pass
+    return True
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the right to write `path` against other processes and machines. The lock file goes with its last holder.
@@ -86,9 +126,9 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     wait: until another one has finished; otherwise it raises BlockingIOError if there is one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
+    lock = _lock_of(path)
     while True:
-        file = lock.open("a")
+        file = _open(lock)
         try:
             _lock(file, wait)
         except BaseException:
@@ -100,53 +140,123 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before it is let go: who waits for this one looks again
-        file.close()
+        if not file.closed:  # as in a child that ends within the block of its parent
+            lock.unlink(missing_ok=True)  # before it is let go: who waits for this one looks again
+            file.close()
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed writers left in a directory; what living ones have there stays."""
-    for left in directory.iterdir():
-        if not TAGGED.fullmatch(left.name):
+    """Remove what killed writers left in a directory, as far as it may be removed; what living ones have there stays."""
+    try:
+        names = [name for name in os.listdir(directory) if name.endswith(".partial") and TAGGED.fullmatch(name)]
+    except OSError:  # a directory may let itself be written, but not listed
+        return
+    for left in map(directory.joinpath, names):
+        if left.is_symlink():
             continue
         try:
-            with (left / LOCK).open("a") as file:
-                _lock(file, wait=False)
-                shutil.rmtree(left, ignore_errors=True)
+            with _open(left / LOCK) as file:
+                if _lock(file, wait=False):
+                    _remove(left, file)
         except OSError:  # held by a living writer, gone meanwhile, or another user's
             continue
 
 
 @contextmanager
 def _growing(path: Path) -> Iterator[Path]:
-    """A name for `path` in a locked hidden directory beside it, which is removed in the end."""
+    """A name for `path` in a locked hidden directory beside it, which is removed in the end.
+
+    OSErrors name `path`, not what is hidden.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
+    with _named(path, path.parent):
+        hidden, lock = _hidden(path)
+    try:
+        with _named(path, hidden):
+            yield hidden / path.name
+    finally:
+        _remove(hidden, lock)
+
+
+def _hidden(path: Path) -> tuple[Path, IO[str]]:
+    """A new hidden directory for `path`, and the file of its lock."""
+    short = os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
     while True:
         tag = f"{socket.gethostname()[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
-        hidden = path.with_name(f".{os.fsencode(path.name)[:100].decode(errors='ignore')}.{tag}.partial")
+        hidden = path.with_name(f".{short}.{tag}.partial")
         hidden.mkdir()
         try:
-            lock = (hidden / LOCK).open("a")
+            lock = _open(hidden / LOCK)
         except FileNotFoundError:  # swept in between by another process
             continue
+        except OSError:
+            hidden.rmdir()
+            raise
         try:
             _lock(lock, wait=False)
-        except BlockingIOError:
+        except BlockingIOError:  # it is swept now
             lock.close()
             continue
         if _is_at(lock, hidden / LOCK):
-            break
+            return hidden, lock
         lock.close()
+
+
+def _remove(hidden: Path, lock: IO[str]) -> None:
+    """Remove a hidden directory and let its lock go. NFS keeps a file that is removed while it is open, and so the
+    directory: it goes afterwards."""
+    if lock.closed:  # as in a child that ends within the block of its parent
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
+    lock.close()
+    with suppress(OSError):
+        hidden.rmdir()
+
+
+@contextmanager
+def _named(path: Path, hidden: Path) -> Iterator[None]:
+    """Let errors of the system that name something in `hidden`, or nothing, name what the user knows of."""
     try:
-        yield hidden / path.name
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        lock.close()
+        yield
+    except OSError as error:
+        name, inner = str(error.filename or hidden), f"{hidden / path.name}/"
+        if name.startswith(inner):
+            error.filename = str(path / name.removeprefix(inner))
+        elif name.startswith(str(hidden)):
+            error.filename = str(path)
+        raise
 
 
-def _lock(file: IO[str], wait: bool) -> None:
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _open(path: Path) -> IO[str]:
+    """A lock's file, made if need be; neither a link nor a pipe that another user laid there."""
+    file = open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+    _held.add(file)
+    return file
+
+
+def _lock(file: IO[str], wait: bool) -> bool:
+    """Lock a file. Returns whether its file system knows locks. Raises BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks()
+        return False
+    return True
+
+
+@cache
+def _warn_of_no_locks() -> None:
+    log.warning(
+        "the file system of the outputs knows no locks: start no two runs with the same output at once, and delete what "
+        "killed ones leave (.*.partial) by hand"
+    )
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

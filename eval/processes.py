@@ -6,9 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corpora import values
 from corpora.errors import UserError
+from corpora.values import from_environment
 
 __all__ = ["Processes"]
+
+
+def _check_launched(count: int) -> None:
+    """Refuse what no launcher sets: torch and accelerate would end in a traceback, or wait for ever."""
+    for variable, most in (("RANK", count - 1), ("LOCAL_RANK", count - 1), ("MASTER_PORT", 65535)):
+        from_environment(variable, values.count(0, most), None)
+    for variable in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(variable):
+            raise UserError(
+                f"WORLD_SIZE={count} says that there are several processes, but {variable} is not set; start them with "
+                "`accelerate launch`, or unset WORLD_SIZE"
+            )
 
 
 class Processes:
@@ -19,12 +33,14 @@ class Processes:
 
     def __init__(self, on_cpu: bool = False) -> None:
         self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        count = from_environment("WORLD_SIZE", values.count(), 1)
+        if count > 1:
+            _check_launched(count)
             from accelerate import PartialState
 
             # Without being told, it takes a launcher's processes without GPUs for one each.
             on_cpu = on_cpu or not torch.cuda.is_available()
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            here, gpus = from_environment("LOCAL_WORLD_SIZE", values.count(1, count), 1), torch.cuda.device_count()
             if not on_cpu and here > gpus:
                 raise UserError(
                     f"{here} processes were started on a machine that shows {gpus} CUDA GPUs, and each needs its own; "

@@ -12,6 +12,7 @@ Departs from the published code: a model without outlier tokens gets [BOS] alone
 found is not put there twice; of ids with equal counts the smaller goes first (there: the one seen first).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,10 @@ def discover(
 
 def check_threshold(threshold: float) -> None:
     """Raise UserError for what is no outlier's ratio to the median."""
-    if not threshold > 1:
-        raise UserError(f"outlier threshold {threshold:g}: a ratio to the median has to exceed 1; PrefixQuant's is 64")
+    if not 1 < threshold < math.inf:
+        raise UserError(
+            f"outlier threshold {threshold:g}: a ratio to the median is a number above 1; PrefixQuant's is 64"
+        )
 
 
 def chosen_tokens(found: OutlierTokens, sequences: int, start: int) -> tuple[int, ...]:

@@ -7,24 +7,24 @@ intact prefix, with no code of this project.
     one row a token = [K of layer 0 | V of layer 0 | K of layer 1 | …], each its KV heads × D
 
 PEFT itself is not needed, on neither way. An adapter holds K and V alone; the prefix's own file lies beside them, with
-the token ids, the full-precision logits at them and whose they are.
+the token ids, the full-precision logits at them and whose they are. That file has the sum: K and V of the adapter, in
+PEFT's own layout, must be the same numbers. Of the configuration only the sizes count; no name in it is followed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.json_files import read_json, write_json
-from corpora.storage import is_finite, write_tensors
+from corpora.json_files import fitted, read_json, write_json
+from corpora.storage import is_finite, open_tensors, write_tensors
 from corpora.writing import directory_beside
-from intactkv.prefix import Prefix, build_prefix
+from intactkv.prefix import Prefix, Size, build_prefix
 
 __all__ = ["CONFIG", "PREFIX_FILE", "is_adapter", "read_adapter", "write_adapter"]
 
@@ -33,6 +33,18 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MATRIX = "prompt_embeddings"
 PREFIX_FILE = "intactkv-prefix.safetensors"
+CODE = ("auto_mapping", "auto_map")  # what lets PEFT and transformers import code by name
+EXPORT_AGAIN = "export the prefix again"
+
+
+class _Config(TypedDict):
+    """What an adapter's configuration must say to be read; PEFT writes more."""
+
+    num_virtual_tokens: Size
+    num_layers: Size
+    num_attention_heads: Size
+    token_dim: Size
+
 
 README = """# An intact prefix as a PEFT adapter
 
@@ -191,51 +203,54 @@ def _read(directory: Path) -> _Adapter:
         raise UserError(
             f"{directory} has no {CONFIG}, so it is no PEFT adapter; make one with `python -m intactkv export`"
         )
-    config = read_json(directory / CONFIG, "the adapter's configuration")
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "PREFIX_TUNING":
-        raise UserError(f"{directory} holds a {kind} adapter; a prefix is one of PREFIX_TUNING")
+    file, what = directory / CONFIG, "the adapter's configuration"
+    config = read_json(file, what, dict, mend=EXPORT_AGAIN)
+    if (kind := config.get("peft_type")) != "PREFIX_TUNING":
+        raise UserError(
+            f"{directory} holds {f'a {kind}' if kind else 'no known'} adapter; a prefix is one of PREFIX_TUNING"
+        )
     if config.get("prefix_projection"):
         raise UserError(
             f"{directory} is an adapter with a projection (prefix_projection), trained rather than written by a "
             "full-precision model; a prefix has none"
         )
-    tokens, layers, heads, width = (
-        _count(directory, config, name)
-        for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
-    )
+    for word in CODE:
+        if config.get(word) is not None:
+            raise UserError(
+                f"{what} {file} names code to import ({word}), which is not run; take that entry out if you trust the "
+                "rest"
+            )
+    fitted(config, _Config, f"{what} {file}", mend=EXPORT_AGAIN)
+    tokens, layers = config["num_virtual_tokens"], config["num_layers"]
+    heads, width = config["num_attention_heads"], config["token_dim"]
     if width % heads:
-        raise UserError(f"{directory / CONFIG}: token_dim {width} is no multiple of its num_attention_heads {heads}")
+        raise UserError(f"{file}: token_dim {width} is no multiple of its num_attention_heads {heads}")
     matrix = _matrix(directory)
-    if matrix.shape != (tokens, 2 * layers * width):
+    if matrix.shape != (tokens, 2 * layers * width) or not matrix.is_floating_point():
         raise UserError(
-            f"{directory / WEIGHTS}: {MATRIX} has shape {tuple(matrix.shape)}; {CONFIG} says {tokens} tokens and "
-            f"{layers} layers of {width} channels, which makes ({tokens}, {2 * layers * width})"
+            f"{directory / WEIGHTS}: {MATRIX} is {matrix.dtype} and has shape {tuple(matrix.shape)}; {CONFIG} says "
+            f"{tokens} tokens and {layers} layers of {width} channels, which makes floats of "
+            f"({tokens}, {2 * layers * width})"
         )
     if not is_finite(matrix):
-        raise UserError(f"{directory / WEIGHTS}: {MATRIX} holds values that are not finite; export the prefix again")
+        raise UserError(f"{directory / WEIGHTS}: {MATRIX} holds values that are not finite; {EXPORT_AGAIN}")
     states = matrix.view(tokens, 2 * layers, heads, width // heads).permute(1, 2, 0, 3)  # (2·L, H, P, D)
     parts = [state[None].contiguous() for state in states]
     return _Adapter(directory, tuple(parts[0::2]), tuple(parts[1::2]))
 
 
-def _count(directory: Path, config: dict[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{directory / CONFIG}: {name} is {value!r}; expected a positive number")
-    return value
-
-
 def _matrix(directory: Path) -> Tensor:
     """The stored matrix, (P, 2·L·H·D)."""
     file = directory / WEIGHTS
-    if not file.is_file():
+    if not file.exists():
         pickled = (
             f"; {PICKLE} is a pickle and not read, save it as safetensors" if (directory / PICKLE).exists() else ""
         )
         raise UserError(f"{file} is missing{pickled}")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(MATRIX)
-    except SafetensorError as error:
-        raise UserError(f"{file} is truncated or holds no {MATRIX} ({error}); export the prefix again") from None
+    with open_tensors(file, "the adapter's file", EXPORT_AGAIN) as tensors:
+        if (names := sorted(tensors.keys())) != [MATRIX]:
+            held = ", ".join(names[:3]) or "nothing"
+            raise UserError(
+                f"the adapter's file {file} holds {held}, but prefix tuning has {MATRIX} alone; {EXPORT_AGAIN}"
+            )
+        return tensors.get_tensor(MATRIX)

@@ -12,15 +12,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, is_finite, sha256_of_tensor, write_tensors
+from corpora.storage import checkpoint_fingerprint, is_finite, read_artefact, sha256_of_tensor, write_artefact
+from intactkv.architecture import ARCHITECTURES
 from intactkv.cache import IntactCache, KVPolicy
 
 if TYPE_CHECKING:
@@ -29,10 +31,42 @@ if TYPE_CHECKING:
 __all__ = ["ModelIdentity", "Prefix", "build_prefix", "identity_of", "input_embeddings"]
 
 FORMAT = 1
+KIND = "intactkv"  # of the file's header
+BUILD_AGAIN = "build it again with `python -m intactkv build`"
 PLAIN_BASIS = "plain"  # no weight transform: K and V as the original checkpoint computes them
 # A quantized or half-precision embedding differs by a few per cent from the full-precision one; another model's
 # embedding of the same token by about 100 %.
 SAME_EMBEDDING = 0.2
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class _Owner(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic's own way to say it
+
+    model_type: str
+    layers: Size
+    kv_heads: Size
+    head_dim: Size
+    vocabulary: Size
+    rope: str
+    fingerprint: str | None
+    basis: str
+
+
+class _TrainedFor(TypedDict):
+    weights: str
+    made_of: dict[str, Any]
+    kv: NotRequired[dict[str, Any] | None]
+
+
+_Trained = TypedDict("_Trained", {"for": NotRequired[_TrainedFor]})
+
+
+class _Header(TypedDict):
+    format: int
+    model: _Owner
+    calibrated: NotRequired[_Trained | None]
 
 
 @dataclass(frozen=True)
@@ -180,47 +214,73 @@ class Prefix:
                     )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, atomically; the model's identity is its metadata. Raises UserError if the prefix is
-        not finite."""
+        """Write a safetensors file with a sum, atomically; the model's identity is in its header. Raises UserError if
+        the prefix is not finite."""
         self.check_finite(f"the prefix for {path}")
         tensors = {"ids": self.ids, "logits": self.logits, "embeddings": self.embeddings}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key, value
         header = {"format": FORMAT, "model": self.model.stored(), "calibrated": self.calibrated}
-        write_tensors(Path(path), tensors, {"intactkv": json.dumps(header)})
+        write_artefact(Path(path), KIND, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "Prefix":
-        """Read what `save` wrote. Raises UserError if the file is missing, truncated, no prefix, or not finite."""
+        """Read what `save` wrote. Raises UserError if the file is missing, truncated, no prefix, not finite, or has
+        changed since it was written."""
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise UserError(
                 f"prefix file {path} is missing; make it with "
                 "`python -m intactkv build --model DIR --prefix bos --out FILE`"
             )
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["intactkv"])
-                if header["format"] != FORMAT:
-                    raise UserError(
-                        f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; build it again"
-                    )
-                model = ModelIdentity.restore(header["model"])
-                prefix = cls(
-                    ids=file.get_tensor("ids"),
-                    keys=tuple(file.get_tensor(f"layers.{i}.key") for i in range(model.n_layers)),
-                    values=tuple(file.get_tensor(f"layers.{i}.value") for i in range(model.n_layers)),
-                    logits=file.get_tensor("logits"),
-                    embeddings=file.get_tensor("embeddings"),
-                    model=model,
-                    calibrated=header.get("calibrated"),
-                )
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        header, tensors = read_artefact(path, KIND, _Header, "prefix file", BUILD_AGAIN)
+        if header["format"] != FORMAT:
             raise UserError(
-                f"{path} is truncated or not a prefix file ({error}); build it again with `python -m intactkv build`"
-            ) from None
-        prefix.check_finite(f"prefix file {path}")
-        return prefix
+                f"prefix file {path} has format {header['format']}, this version reads {FORMAT}; build it again"
+            )
+        model = ModelIdentity.restore(header["model"])
+        _check_tensors(path, model, tensors)
+        return cls(
+            ids=tensors["ids"],
+            keys=tuple(tensors[f"layers.{i}.key"] for i in range(model.n_layers)),
+            values=tuple(tensors[f"layers.{i}.value"] for i in range(model.n_layers)),
+            logits=tensors["logits"],
+            embeddings=tensors["embeddings"],
+            model=model,
+            calibrated=header.get("calibrated"),
+        )
+
+
+def _check_tensors(path: Path, owner: ModelIdentity, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError unless a prefix file holds what its header says: files of before have no sum."""
+
+    def refuse(what: str) -> None:
+        raise UserError(f"prefix file {path} is damaged: {what}; {BUILD_AGAIN}")
+
+    states = [f"layers.{i}.{part}" for i in range(owner.n_layers) for part in ("key", "value")]
+    names = {"ids", "logits", "embeddings", *states}
+    if names != tensors.keys():
+        lacks, more = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
+        refuse(f"it has no tensor {lacks[0]!r}" if lacks else f"it has a tensor {more[0]!r} that no prefix has")
+    ids = tensors["ids"]
+    if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+        refuse(f"its 'ids' are {ids.dtype} of shape {tuple(ids.shape)}, not a list of integers")
+    if int(ids.min()) < 0 or int(ids.max()) >= owner.vocabulary:
+        refuse(f"its 'ids' {ids.tolist()[:8]} lie outside the vocabulary of {owner.vocabulary}")
+    # Of the types that are quantized here the header knows the shape of keys and values; others have layers of several.
+    known = owner.model_type in ARCHITECTURES
+    sizes: dict[str, tuple[int | None, ...]] = {
+        "logits": (len(ids), owner.vocabulary),
+        "embeddings": (len(ids), None),
+        **dict.fromkeys(states, (1, owner.kv_heads, len(ids), owner.head_dim) if known else (1, None, len(ids), None)),
+    }
+    for name, expected in sizes.items():
+        tensor = tensors[name]
+        dtype = {"logits": tensor.dtype, "embeddings": torch.float32}.get(name, tensors[states[0]].dtype)
+        fits = tensor.ndim == len(expected) and all(b in (None, a) for a, b in zip(tensor.shape, expected, strict=True))
+        if not fits or tensor.dtype != dtype or not tensor.is_floating_point():
+            shape = ", ".join("any" if size is None else str(size) for size in expected)
+            refuse(f"its {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats of ({shape})")
 
 
 @torch.inference_mode(mode=False)  # a caller's inference mode would make tensors that can never be trained

@@ -10,7 +10,6 @@ method needs none: its block begins anew, from the same numbers. What is trained
 `quantization.weights.omniquant` (clipping).
 """
 
-import json
 import logging
 import math
 import time
@@ -20,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.storage import write_tensors
+from corpora.json_files import Count
+from corpora.storage import read_artefact, write_artefact
 
 __all__ = [
     "Descent",
@@ -98,6 +98,19 @@ def matrices_decay(tensors: Sequence[Tensor], rate: float, weight_decay: float) 
 def masters(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Float32 copies, to be trained in the place of tensors that stay as they are."""
     return [x.detach().to(torch.float32, copy=True) for x in tensors]
+
+
+PARTS = ("now", "best", "first", "second")  # of a parameter in a state file: values, best values, moments
+FROM_THE_START = "delete it to train from the start"
+
+
+class _State(TypedDict):
+    """A state file's header."""
+
+    made_of: str
+    step: Count
+    best_step: Count
+    history: list[dict[str, float]]
 
 
 class Descent:
@@ -214,42 +227,53 @@ class Descent:
             report(row)
 
     def save(self, path: Path) -> None:
-        """Write parameters, moments, best parameters and history, atomically."""
+        """Write parameters, moments, best parameters and history with their sum, atomically."""
         tensors: dict[str, Tensor] = {}
         for i, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
             moments = self.optimizer.state[parameter]
-            tensors |= {f"{i}.now": parameter.detach(), f"{i}.best": best, f"{i}.first": moments["exp_avg"],
-                        f"{i}.second": moments["exp_avg_sq"]}  # fmt: skip
+            parts = (parameter.detach(), best, moments["exp_avg"], moments["exp_avg_sq"])
+            tensors |= {f"{i}.{part}": tensor for part, tensor in zip(PARTS, parts, strict=True)}
         header = {"made_of": self.made_of, "step": self.step, "best_step": self.best_step, "history": self.history}
-        write_tensors(path, tensors, {"run": json.dumps(header)})
+        write_artefact(path, "run", header, tensors)
         self.saved = self.step
 
     def resume(self, path: Path) -> None:
         """Go on from a state file, if there is one that was made with the same texts, start and settings."""
-        if not path.is_file():
+        if not path.exists():
             return
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
+        header, tensors = read_artefact(path, "run", _State, "state of a training", FROM_THE_START)
         if header["made_of"] != self.made_of:
             raise UserError(
-                f"{path} belongs to a run with other texts, another prefix or other settings; delete it to train from "
-                "the start, or write to another file"
+                f"{path} belongs to a run with other texts, another prefix or other settings; {FROM_THE_START}, or "
+                "write to another file"
             )
+        self._check(path, header, tensors)
         self.step = self.saved = header["step"]
         self.best_step, self.history = header["best_step"], header["history"]
         for i, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"{i}.now"])
-            self.best[i] = tensors[f"{i}.best"].to(parameter)
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors[f"{i}.first"].to(parameter),
-                "exp_avg_sq": tensors[f"{i}.second"].to(parameter),
-            }
+            now, best, first, second = (tensors[f"{i}.{part}"].to(parameter) for part in PARTS)
+            parameter.data.copy_(now)
+            self.best[i] = best
+            step = torch.tensor(float(self.step))
+            self.optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         log.info("going on from step %d of %s", self.step, path)
+
+    def _check(self, path: Path, header: _State, tensors: dict[str, Tensor]) -> None:
+        """Raise UserError unless a state file's content can be one of this descent."""
+        shapes = {f"{i}.{part}": x.shape for i, x in enumerate(self.parameters) for part in PARTS}
+        found = {name: x.shape for name, x in tensors.items() if x.dtype == torch.float32}
+        steps, last = [row.get("step") for row in header["history"]], header["step"]
+        best = [row.get("step") for row in header["history"] if "held_out" in row]
+        if (
+            shapes != found
+            or last not in self.schedule.due
+            or steps != list(range(last + 1))
+            or header["best_step"] not in best
+        ):
+            raise UserError(
+                f"state of a training {path} does not fit the {len(self.parameters)} tensors and "
+                f"{self.schedule.steps} steps that it should be of; {FROM_THE_START}"
+            )
 
 
 def train(

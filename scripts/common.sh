@@ -1,5 +1,7 @@
 # Sourced by the scripts that take the published arguments. Every script may be told by the environment, too:
-#   OPTIONS="--set a.b=c …"       any other options of the programs, for every step that runs the script's own recipe
+#   INTACTKV_ROOT=DIR             holds modelzoo/, datasets/ and outputs/ in place of the checkout, as for the programs
+#   OPTIONS="--set a.b=c …"       any other options of the programs, for every step that runs the script's own recipe;
+#                                 quotes within keep spaces together: OPTIONS="--corpus 'my text.txt'"
 #   PROTOCOL, MMLU_PROTOCOL       how perplexity and MMLU are measured (default: as in the project that the call is of)
 #   CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED     the text that a method calibrates on
 #   MAX_MEMORY=65GiB              with DEVICE all: what a model may take of each GPU
@@ -7,6 +9,29 @@
 fail() { # one line, exit code 2
     echo "error: $*" >&2
     exit 2
+}
+
+set -f # a word of a variable is no pattern: `*` stays what it is
+home= # in front of modelzoo/ and outputs/; nothing for the checkout
+if [ -n "${INTACTKV_ROOT:-}" ]; then
+    [ -d "$INTACTKV_ROOT" ] || fail "INTACTKV_ROOT='$INTACTKV_ROOT' is no directory; make it, name another, or unset it"
+    INTACTKV_ROOT=$(realpath -s -- "$INTACTKV_ROOT") home=$INTACTKV_ROOT/ # the scripts leave the caller's directory
+fi
+
+words() { # ARRAY VARIABLE [DEFAULT]: sets the array to the words of the variable, also over several lines
+    local -n into=$1
+    local lines
+    lines=$(xargs -r printf '%s\n' <<< "${!2:-${3:-}}" 2> /dev/null) || fail "$2: a quote is not closed; close it: '${!2}'"
+    into=()
+    [ -z "$lines" ] || mapfile -t into <<< "$lines"
+}
+
+flag() { # VARIABLE DEFAULT: whether it is 1; 0 is not, and nothing else is either
+    case ${!1:-$2} in
+        1) return 0 ;;
+        0) return 1 ;;
+        *) fail "$1='${!1}' is not allowed; give 1 or 0" ;;
+    esac
 }
 
 enter_project() { # go to the checkout and use its environment; nothing here asks the hub
@@ -18,15 +43,17 @@ enter_project() { # go to the checkout and use its environment; nothing here ask
 # Models and methods ---------------------------------------------------------------------------------------------------
 
 model_path() { # PATH: absolute, links as they are: a model is called what its directory is called, in every script
+    [ -n "$1" ] || fail "the model's path is empty; give its directory"
     realpath -ms -- "$1"
 }
 
 model_directory() { # MODEL SIZE, where SIZE may be spelled 7b or vicuna-v1.5-7b
-    model_path "modelzoo/$1/$1-${2#"$1"-}"
+    [ -n "$1" ] && [ -n "$2" ] || fail "the model's family or size is empty; give both, for example llama-2 7b"
+    model_path "${home}modelzoo/$1/$1-${2#"$1"-}"
 }
 
 trained_prefix() { # MODEL_DIRECTORY METHOD BITS: where train.sh leaves what it has trained for them
-    echo "modelzoo/prefixes/$(basename "$1")-$2-w$3${GROUP_SIZE:+g$GROUP_SIZE}-cal.safetensors"
+    echo "${home}modelzoo/prefixes/$(basename "$1")-$2-w$3${GROUP_SIZE:+g$GROUP_SIZE}-cal.safetensors"
 }
 
 zoo_file() { # MODEL_DIRECTORY BITS GROUP_SIZE: the model's file of the AWQ zoo in modelzoo/llm-awq, if it is there
@@ -36,7 +63,7 @@ zoo_file() { # MODEL_DIRECTORY BITS GROUP_SIZE: the model's file of the AWQ zoo 
     # Vicuna's size and version stand the other way round in the zoo.
     [[ ! $name =~ ^vicuna-(v[0-9.]+)-(.+)$ ]] || names+=("vicuna-${BASH_REMATCH[2]}-${BASH_REMATCH[1]}")
     for name in "${names[@]}"; do
-        for file in "modelzoo/llm-awq/${names[0]%-*}/$name-w$2-g$3.pt" "modelzoo/llm-awq/$name-w$2-g$3.pt"; do
+        for file in "${home}modelzoo/llm-awq/"{"${names[0]%-*}/",}"$name-w$2-g$3.pt"; do
             [ ! -f "$file" ] || { echo "$file"; return; }
         done
     done
@@ -80,11 +107,12 @@ calibration=( # what the environment says of the text that methods calibrate on
     ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"}
     ${SEED:+--seed "$SEED"}
 )
-read -r -d "" -a options <<< "${OPTIONS:-}" || true # also over several lines
-read -r -d "" -a beside <<< "${BESIDE:-}" || true
+words options OPTIONS
+words beside BESIDE
 for word in "${beside[@]}"; do # now, and not behind hours of other rows
     [[ " full rtn gptq " = *" $word "* ]] || fail "BESIDE: '$word' is not known; choose from full, rtn, gptq"
 done
+[[ ${TASKS:-x} =~ ^[^,[:space:]]+(,[^,[:space:]]+)*$ ]] || fail "TASKS='$TASKS' are no names; give them joined by commas: piqa,mmlu"
 prefixes=(none bos) # the arms of every row: vanilla, and with [B]
 
 calibrates() { # a recipe's options: whether it looks at text
@@ -122,6 +150,14 @@ choose_method() { # METHOD BITS MODEL_DIRECTORY [KV_BITS]: sets `method`, all op
 
 # Devices --------------------------------------------------------------------------------------------------------------
 
+check_device() { # DEVICE: fail unless it is spelled as `run_eval` takes it
+    local index='(0|[1-9][0-9]{0,2})' twice
+    [[ $1 =~ ^(cpu|all|$index(,$index)*)$ ]] ||
+        fail "device '$1' is not known; give cpu, a GPU index such as 0, several: 0,1, or all"
+    twice=$(tr , '\n' <<< "$1" | sort | uniq -d)
+    [ -z "$twice" ] || fail "device '$1' names a GPU twice; give every index once"
+}
+
 need_gpu() { # INDEX: fail unless this machine shows a GPU of that index
     local count
     count=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -132,7 +168,7 @@ device_option() { # DEVICE: cpu or one GPU index, as the programs' --device spel
     case "$1" in
         cpu) echo cpu ;;
         all) fail "device 'all' spreads a model that is evaluated; to quantize, train or draw give cpu or a GPU index" ;;
-        *[!0-9]* | "") fail "device '$1' is not known; give cpu or a GPU index such as 0" ;;
+        *[!0-9]* | "" | 0?* | ????*) fail "device '$1' is not known; give cpu or a GPU index such as 0" ;;
         *) need_gpu "$1" && echo "cuda:$1" ;;
     esac
 }
@@ -142,6 +178,8 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     # CUDA_VISIBLE_DEVICES if that is set. all: one model over all GPUs.
     local device=$1 port=$2
     shift 2
+    check_device "$device"
+    [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PORT '$port' is no port; give a number such as 29500"
     [ -z "${MAX_MEMORY:-}" ] || [ "$device" = all ] || fail "MAX_MEMORY is of DEVICE all, but DEVICE is '$device'"
     case "$device" in
         cpu) python -m eval "$@" --device cpu ;;
@@ -162,7 +200,6 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
             CUDA_VISIBLE_DEVICES=$visible accelerate launch --multi_gpu --num_processes $((${#commas} + 1)) \
                 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port "$port" -m eval "$@"
             ;;
-        *[!0-9]* | "") fail "device '$device' is not known; give cpu, a GPU index such as 0, several: 0,1, or all" ;;
         *) python -m eval "$@" --device "cuda:$device" ;;
     esac
 }

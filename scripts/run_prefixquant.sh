@@ -14,13 +14,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -eq 2 ] || fail "usage: run_prefixquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
 model=$(model_path "$2")
 enter_project
+for name in FT TRAINABLE PLOTS; do flag $name 0 || true; done # now, and not behind hours of rows
+check_device "$1"
 one=${1%%,*} one=${one/#all/0}
 device=$(device_option "$one")
 recipe=${RECIPE:-prefixquant-w4a4kv4-static} prefix=${PREFIX:-auto}
 measure_as prefixquant
-if [ "${TRAINABLE:-0}" = 1 ]; then
-    trained=modelzoo/prefixes/$(basename "$model")-$recipe-trained.safetensors
-    read -r -d "" -a training <<< "${TRAIN_OPTIONS:-}" || true
+if flag TRAINABLE 0; then
+    trained=${home}modelzoo/prefixes/$(basename "$model")-$recipe-trained.safetensors
+    words training TRAIN_OPTIONS
     # Its keys and values must be in the basis of the quantized model: it is trained on the recipe's own twin.
     python -m intactkv train-prefix --model "$model" --device "$device" --recipe "$recipe" --prefix "$prefix" \
         ${PREFIX_LEN:+--prefix-len "$PREFIX_LEN"} ${PREFIX_EPOCHS:+--prefix-epochs "$PREFIX_EPOCHS"} \
@@ -35,12 +37,12 @@ prefixes=(none) beside=(full)
 rows_beside # full precision, once
 prefixes=(none "$prefix")
 row --recipe "$recipe" "${search[@]}"
-if [ "${FT:-0}" = 1 ]; then
+if flag FT 0; then
     prefixes=("$prefix")
     row --recipe "$recipe-ft" "${search[@]}" ${EPOCHS:+--set "tuning.epochs=$EPOCHS"}
 fi
 show_rows
-if [ "${PLOTS:-1}" = 1 ]; then
+if flag PLOTS 1; then
     # Of the model as it is: a trained prefix belongs to the rotated one.
     PREFIX=${PREFIX:-auto} OPTIONS='' bash scripts/visualization/prefixquant.sh "$one" "$model"
 fi

@@ -14,22 +14,22 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ -z "${ALPHAS:-}" ] || [ -n "${HELD_OUT:-}" ] ||
     fail "ALPHAS asks for a search, but HELD_OUT is not set; give a text that is not evaluated: HELD_OUT=NAME|FILE"
 device=$1 model=$(model_path "$2")
-read -r -d "" -a recipes <<< "${RECIPES:-rtn-w8a8-qllm smoothquant-w8a8-qllm rtn-w6a6-qllm smoothquant-w6a6-qllm}" || true
+words recipes RECIPES "rtn-w8a8-qllm smoothquant-w8a8-qllm rtn-w6a6-qllm smoothquant-w6a6-qllm"
 enter_project
 static=(${STATIC:+--set "activations.static=$STATIC"})
 
 searched() { # RECIPE: a line for every alpha and arm
-    local alpha prefix prefixes=("--prefix none" "--prefix bos")
+    local alpha arm prefix
     choose_text --recipe "$1" "${options[@]}"
-    [ -z "$behind" ] || prefixes+=("--prefix $behind --calibrate-behind-prefix")
     for alpha in $ALPHAS; do
-        for prefix in "${prefixes[@]}"; do
-            # shellcheck disable=SC2086 # a prefix is several words
-            run_eval "$device" 29500 ppl --model "$model" --recipe "$1" --set "transforms.smooth.alpha=$alpha" $prefix \
+        for arm in none bos ${behind:+behind}; do
+            prefix=(--prefix "$arm")
+            [ "$arm" != behind ] || prefix=(--prefix "$behind" --calibrate-behind-prefix)
+            run_eval "$device" 29500 ppl --model "$model" --recipe "$1" --set "transforms.smooth.alpha=$alpha" "${prefix[@]}" \
                 "${static[@]}" "${options[@]}" --protocol "$protocol" --corpus "$HELD_OUT" \
                 ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"} "${text[@]}" --json |
                 python -c 'import json, sys; print("perplexity %.4f  alpha %s  %s  %s" %
-                    (json.load(sys.stdin)["perplexity"], *sys.argv[1:]))' "$alpha" "$1" "${prefix#--prefix }"
+                    (json.load(sys.stdin)["perplexity"], *sys.argv[1:]))' "$alpha" "$1" "${prefix[*]:1}"
         done
     done
 }

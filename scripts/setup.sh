@@ -8,6 +8,11 @@ venv=.venv files=(requirements.txt requirements-dev.txt) requirements=requiremen
 case "${1:-}" in
     dev) requirements=requirements-dev.txt ;;
     oldest) venv=.venv-oldest files+=(requirements-oldest.txt) requirements=requirements-oldest.txt ;;
+    "") ;;
+    *)
+        echo "error: usage: setup.sh [dev|oldest] (got '$1')" >&2
+        exit 2
+        ;;
 esac
 
 python=${PYTHON:-}

@@ -2,10 +2,13 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
@@ -330,6 +333,50 @@ def test_cached_ids_are_used_and_a_damaged_cache_is_made_again(root: Path, monke
     assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
     monkeypatch.setattr(corpora_text, "encode", lambda *_: pytest.fail("the cache was not repaired"))
     assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
+
+
+CHANGES: dict[str, Callable[[dict[str, str], dict[str, torch.Tensor]], object]] = {
+    "other ids": lambda _, tensors: tensors["ids"][:2].fill_(5),
+    "fewer": lambda _, tensors: tensors.update(ids=tensors["ids"][:1].clone()),
+    "a dtype": lambda _, tensors: tensors.update(ids=tensors["ids"].int()),
+    "another key": lambda header, _: header.update(ids=header["ids"].replace('"key": "', '"key": "00')),
+    "of before": lambda header, _: header.update(key=header.pop("ids")),
+    "no key": lambda header, _: header.update(ids="{}"),
+}
+
+
+@pytest.mark.usefixtures("corpora")
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_cache_that_was_changed_is_made_again_and_named(
+    root: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"samples": 3, "length": 16, "seed": 0}
+    expected = calibration_segments(word_tokenizer(), "c4", **options)
+    (cache,) = cache_files(root)
+    whole = cache.read_bytes()
+    with safe_open(cache, framework="pt") as file:
+        header, tensors = file.metadata(), {"ids": file.get_tensor("ids").clone()}
+    CHANGES[what](header, tensors)
+    save_file(tensors, cache, metadata=header)
+    assert cache.read_bytes() != whole
+    assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
+    assert f"token cache {cache}" in caplog.text
+    assert cache.read_bytes() == whole
+    caplog.clear()
+    assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
+    assert not caplog.text
+
+
+@pytest.mark.usefixtures("corpora")
+def test_a_cache_that_can_neither_be_read_nor_written_is_none(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"samples": 3, "length": 16, "seed": 0}
+    expected = calibration_segments(word_tokenizer(), "c4", **options)
+    (cache,) = cache_files(root)
+    cache.unlink()
+    cache.mkdir()
+    assert torch.equal(calibration_segments(word_tokenizer(), "c4", **options), expected)
+    assert f"{cache} is a directory, not a plain file" in caplog.text
+    assert list(cache.parent.iterdir()) == [cache]
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])

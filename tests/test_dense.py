@@ -352,8 +352,16 @@ def test_a_file_in_the_place_of_the_model_is_called_a_file(dense: Path) -> None:
             r"config\.json: dtype 'bf16' is none of torch's; write float32, float16 or bf",
         ),
         ("config.json", {"dtype": "auto"}, r"config\.json: dtype 'auto' is none of torch's; write float32"),
-        ("config.json", {"hidden_size": "wide"}, r"config\.json is not a configuration that transformers knows"),
-        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, r"config\.json is not a conf"),
+        (
+            "config.json",
+            {"hidden_size": "wide"},
+            r"config\.json is damaged: its 'hidden_size' 'wide' is not a valid integer",
+        ),
+        (
+            "config.json",
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+            r"config\.json asks for code.*own\.Config",
+        ),
         ("generation_config.json", {"max_new_tokens": -3}, r"generation_config\.json does not say how to generate"),
         ("tokenizer_config.json", {"unk_token": ""}, r"tokenizer_config\.json: unk_token is empty.*write null"),
         ("tokenizer_config.json", {"bos_token": "", "eos_token": ""}, r"tokenizer_config\.json: bos_token is empty"),
@@ -370,7 +378,7 @@ def test_a_value_that_a_library_chokes_on_is_one_line_with_its_file(
 
 def test_a_damaged_generation_config_is_not_passed_over(dense: Path) -> None:
     (dense / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json does not say how to generate"):
+    with pytest.raises(UserError, match=r"generation_config\.json is not readable JSON"):
         full(dense)
 
 

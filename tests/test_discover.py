@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,7 +230,54 @@ def test_auto_is_discovered_once_and_found_again_without_a_model(program, dense,
     file.write_text("{}")
     code, _, errors = program("eval", *call)
     assert code == 2
-    assert "is no discovery of a prefix; delete it" in errors
+    assert "is damaged: it has no 'prefix'; delete it to discover again" in errors
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {  # without a sum, as files of before
+    "no counts": (lambda d: d.pop("counts"), "it has no 'counts'"),
+    "no start": (lambda d: d["made_of"].pop("start"), "it has no 'made_of.start'"),
+    "no prefix": (lambda d: d.update(prefix=[]), "its 'prefix' [] is not"),
+    "a word": (lambda d: d["prefix"].insert(0, "7"), "its 'prefix.0' '7' is not"),
+    "a negative id": (lambda d: d["prefix"].insert(0, -7), "its 'prefix.0' -7 is not"),
+    "a fraction": (lambda d: d["prefix"].insert(0, 7.5), "its 'prefix.0' 7.5 is not"),
+    "three of a pair": (lambda d: d["counts"].append([1, 2, 3]), "its 'counts."),
+    "a null ratio": (lambda d: d["ratios"].append(None), "its 'ratios.3' None is not"),
+    "a ratio less behind": (lambda d: d.update(behind=[1.0]), "is not of this model and threshold"),
+    "another end": (lambda d: d["prefix"].append(7), "is not of this model and threshold"),
+    "another model": (lambda d: d["made_of"].update(source="0" * 16), "is not of this model and threshold"),
+    "another threshold": (lambda d: d["made_of"].update(threshold=3.0), "is not of this model and threshold"),
+    "no such token": (lambda d: d["prefix"].insert(0, 101), "[101] lie outside the vocabulary of 101"),
+    "a list": (lambda d: d.update(made_of=[]), "its 'made_of' [] is not"),
+}
+
+
+def test_a_discovery_that_is_damaged_or_edited_is_refused_before_anything_is_made(program, dense, intactkv_root):
+    call = ("build", "--model", dense, "--prefix", "auto", "--out", intactkv_root / "a.safetensors")
+    assert program("intactkv", *call)[0] == 0
+    (file,) = records(intactkv_root)
+    whole = json.loads(file.read_text())
+    (intactkv_root / "a.safetensors").unlink()
+    shutil.rmtree(intactkv_root / "outputs")
+    before = sorted(intactkv_root.rglob("*"))
+    for damage, words in DAMAGES.values():
+        content = json.loads(json.dumps(whole))
+        damage(content)
+        file.write_text(json.dumps(content))
+        assert program("intactkv", *call)[0] == 2
+        del content["sha256"]
+        file.write_text(json.dumps(content))
+        code, _, errors = program("intactkv", *call)
+        assert (code, errors.count("\n")) == (2, 1), errors
+        assert words in errors
+        assert sorted(intactkv_root.rglob("*")) == before
+    for change in ({"number": 3}, {"counts": [[9, 1]]}, {"prefix": [SINK, BOS]}):  # right, but not what was found
+        file.write_text(json.dumps(whole | change))
+        code, _, errors = program("intactkv", *call)
+        assert code == 2
+        assert f"the discovery {file} has changed since it was written (its sum is another); delete it" in errors
+    del whole["sha256"]
+    file.write_text(json.dumps(whole))
+    assert program("intactkv", *call)[0] == 0
 
 
 def test_discover_shows_tokens_and_ratios_before_and_behind_and_writes_a_prefix(program, dense, intactkv_root):

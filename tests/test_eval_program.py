@@ -116,15 +116,15 @@ BAD_INPUT = {
     "unknown device": (["--device", "tpu"], "tpu"),
     "unknown field": (["--recipe", "rtn", "--set", "weights.grid.bitz=3"], "'bitz'"),
     "text shorter than a window": (["--window", "100000"], "less than one window of 100000"),
-    "no window at all": (["--window", "0"], "--window 0"),
+    "no window at all": (["--window", "0"], "--window: 0 is"),
     "window longer than the model": (["--window", "300"], "do not fit the 256 positions"),
-    "window too small": (["--window", "2"], "--window 2"),
-    "no windows": (["--limit", "0"], "limit is 0"),
-    "no batch": (["--batch-size", "0"], "--batch-size 0"),
+    "window too small": (["--window", "2"], "--window: 2 is"),
+    "no windows": (["--limit", "0"], "--limit: 0 is"),
+    "no batch": (["--batch-size", "0"], "--batch-size: 0 is"),
     "missing prefix file": (["--prefix", "nowhere.safetensors"], "nowhere.safetensors is missing"),
     "prompt without chat template": (["--prefix", "prompt"], "no chat template"),
     "discovery without its text": (["--prefix", "auto"], "calibration text of pile is missing"),
-    "an empty prefix": (["--prefix", ""], "--prefix is empty"),
+    "an empty prefix": (["--prefix", ""], "--prefix: '' is not allowed; give a text"),
     "vanilla of nothing": (["--vanilla"], "--prefix bos"),
 }
 
@@ -240,6 +240,8 @@ def test_options_are_spelled_whole(run_main):
 
 @pytest.mark.parametrize(("on_cpu", "gpus", "refused"), [(False, 1, True), (False, 2, False), (True, 1, False)])
 def test_processes_compute_where_they_were_told_and_never_share_a_gpu(monkeypatch, on_cpu, gpus, refused):
+    for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(variable, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -129,7 +129,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
         (["--format", "awq"], "bits=3 is taken by no reader of AWQ's format; they know 4"),
         (["--prefix", "nowhere.safetensors"], "prefix file nowhere.safetensors is missing"),
         (["--verify", "--verify-python", "/nowhere/python"], "--verify-python /nowhere/python cannot be started"),
-        (["--device", "tpu"], "--device tpu is not known"),
+        (["--device", "tpu"], "--device: tpu is not known"),
         (["--format", "gguf"], "invalid choice: 'gguf'"),
     ],
 )

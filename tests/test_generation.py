@@ -147,8 +147,8 @@ def test_ids_that_the_embedding_lacks_neither_end_nor_pad(model: Path, tiny_toke
         ({"top_k": True}, r"top_k is True"),
         ({"top_p": 1.5}, r"top_p is 1\.5; give a number from 0 to 1"),
         ({"min_p": "a"}, r"min_p is 'a'"),
-        ({"eos_token_id": "</s>"}, r"eos_token_id '</s>' is no token id"),
-        ({"eos_token_id": [2, True]}, r"eos_token_id \[2, True\] is no token id"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id' '</s>' is no token id"),
+        ({"eos_token_id": [2, True]}, r"eos_token_id' \[2, True\] is no token id"),
         ({"max_new_tokens": -1}, r"generation_config\.json does not say how to generate .*max_new_tokens"),
     ],
 )
@@ -161,7 +161,7 @@ def test_what_cannot_be_meant_is_one_line(settings: dict[str, Any], named: str, 
         own_generation(model, tokenizer)
     for text in ("[]", "{", '"a"'):
         (model / "generation_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"generation_config\.json does not say how to generate"):
+        with pytest.raises(UserError, match=r"generation_config\.json is (damaged|not readable JSON)"):
             own_generation(model, tokenizer)
 
 

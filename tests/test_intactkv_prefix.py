@@ -1,11 +1,15 @@
 """The prefix: what it holds, how it is kept, and whose it is."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, SLIDING, plain_cache, plain_logits, random_ids
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -201,7 +205,7 @@ def test_a_prefix_that_is_not_finite_is_neither_saved_nor_read(llama, tmp_path, 
         replace(prefix, **{part: broken}).save(tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
     save_file(tensors, path, metadata)
-    with pytest.raises(UserError, match=rf"prefix file .*prefix\.safetensors has {part}.* that are not finite"):
+    with pytest.raises(UserError, match=rf"prefix file .*prefix\.safetensors: its tensor '{name}' holds .* not finite"):
         Prefix.load(path)
 
 
@@ -218,8 +222,8 @@ def test_a_model_that_computes_no_finite_prefix_is_refused(tiny_model):
 def test_a_missing_file_is_refused_and_says_how_to_make_it(tmp_path):
     with pytest.raises(UserError, match="python -m intactkv build"):
         Prefix.load(tmp_path / "absent.safetensors")
-    with pytest.raises(UserError, match="is missing"):
-        Prefix.load(tmp_path)  # a directory is no file either
+    with pytest.raises(UserError, match=r"prefix file .* is a folder"):
+        Prefix.load(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.0005, 0.5, 0.999])
@@ -228,7 +232,7 @@ def test_a_truncated_file_is_refused(llama, tmp_path, keep):
     build_prefix(llama, IDS).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(UserError, match="truncated or not a prefix"):
+    with pytest.raises(UserError, match=r"prefix file .* is truncated or not a safetensors file"):
         Prefix.load(path)
 
 
@@ -243,8 +247,15 @@ def test_a_file_that_is_no_prefix_is_refused(llama, tmp_path):
     save_file({"ids": torch.ones(1)}, garbled, metadata={"intactkv": "{not json"})
     listed = tmp_path / "listed.safetensors"
     save_file({"ids": torch.ones(1)}, listed, metadata={"intactkv": "[1, 2]"})
-    for path in (text, weights, bare, garbled, listed):
-        with pytest.raises(UserError, match="truncated or not a prefix file"):
+    said = {
+        text: "truncated",
+        weights: "another kind",
+        bare: "another kind",
+        garbled: "not readable JSON",
+        listed: "not a",
+    }
+    for path, words in said.items():
+        with pytest.raises(UserError, match=rf"prefix file {path} is {words}.*python -m intactkv build"):
             Prefix.load(path)
 
 
@@ -252,8 +263,93 @@ def test_a_file_without_one_of_its_layers_is_refused(llama, tmp_path):
     prefix = build_prefix(llama, IDS)
     path = tmp_path / "prefix.safetensors"
     replace(prefix, keys=prefix.keys[:2], values=prefix.values[:2]).save(path)
-    with pytest.raises(UserError, match="truncated or not a prefix file"):
+    with pytest.raises(UserError, match=r"it has no tensor 'layers\.2\.key'"):
         Prefix.load(path)
+
+
+Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
+
+
+def changed(path: Path, change: Change, *, summed: bool) -> None:
+    """The same file with another header or tensors; summed: with the old sum, else as files of before, without any."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["intactkv"])
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    if not summed:
+        header.pop("sha256", None)
+    change(header, tensors)
+    save_file(tensors, path, {"intactkv": json.dumps(header)})
+
+
+SILENT: dict[str, Change] = {  # of the right shape, dtype and range
+    "a flipped sign": lambda _, tensors: tensors["layers.0.key"].neg_(),
+    "another value": lambda _, tensors: tensors["layers.1.value"].view(-1)[3].add_(1),
+    "other ids": lambda _, tensors: tensors["ids"].copy_(tensors["ids"].flip(0)),
+    "other logits": lambda _, tensors: tensors["logits"].mul_(2),
+    "two layers exchanged": lambda _, tensors: tensors.update(
+        {"layers.0.key": tensors["layers.1.key"], "layers.1.key": tensors["layers.0.key"]}
+    ),
+    "another basis": lambda header, _: header["model"].update(basis="1a2b3c4d"),
+    "another model": lambda header, _: header["model"].update(fingerprint="0123456789abcdef"),
+    "trained": lambda header, _: header.update(calibrated={"steps": 1}),
+}
+
+
+@pytest.mark.parametrize("what", SILENT)
+def test_a_prefix_that_changed_since_it_was_written_is_refused(llama, tmp_path, what):
+    path = tmp_path / "prefix.safetensors"
+    build_prefix(llama, IDS).save(path)
+    changed(path, lambda _header, _tensors: None, summed=True)
+    Prefix.load(path)  # rewritten by another tool, but the same
+    changed(path, SILENT[what], summed=True)
+    with pytest.raises(UserError, match=r"prefix file .* has changed since it was written .*python -m intactkv build"):
+        Prefix.load(path)
+
+
+SHAPES: dict[str, tuple[Change, str]] = {  # what a file of before is refused for
+    "a shorter key": (
+        lambda _, t: t.update({"layers.0.key": t["layers.0.key"][:, :, :1].clone()}),
+        r"'layers\.0\.key' is torch\.float32 of shape \(1, 2, 1, 16\), expected floats of \(1, 2, 34, 16\)",
+    ),
+    "fewer heads": (lambda _, t: t.update({"layers.2.value": t["layers.2.value"][:, :1].clone()}), r"\(1, 1, 34, 16\)"),
+    "another dtype": (
+        lambda _, t: t.update({"layers.2.value": t["layers.2.value"].half()}),
+        r"torch\.float16 of shape",
+    ),
+    "integers": (lambda _, t: t.update(logits=t["logits"].int()), "'logits' is torch.int32"),
+    "another vocabulary": (
+        lambda _, t: t.update(logits=t["logits"][:, :-1].clone()),
+        r"expected floats of \(34, 101\)",
+    ),
+    "other embeddings": (lambda _, t: t.update(embeddings=t["embeddings"][:3].clone()), r"\(34, any\)"),
+    "a negative id": (lambda _, t: t["ids"].neg_(), "lie outside the vocabulary of 101"),
+    "an id too large": (lambda _, t: t["ids"].add_(100), "lie outside the vocabulary of 101"),
+    "ids of floats": (lambda _, t: t.update(ids=t["ids"].float()), "not a list of integers"),
+    "no ids": (lambda _, t: t.update(ids=t["ids"][:0].clone()), "not a list of integers"),
+    "one tensor more": (lambda _, t: t.update(extra=torch.ones(1)), "a tensor 'extra' that no prefix has"),
+    "one layer more": (lambda h, _: h["model"].update(layers=4), r"it has no tensor 'layers\.3\.key'"),
+    "no layers": (lambda h, _: h["model"].update(layers=0), "'model.layers' 0 is not"),
+    "a word for a number": (lambda h, _: h["model"].update(kv_heads="2"), "'model.kv_heads' '2' is not"),
+    "a huge number": (lambda h, _: h["model"].update(layers=10**22), "'model.layers' 1000"),
+    "no model": (lambda h, _: h.pop("model"), "it has no 'model'"),
+    "a model with more": (lambda h, _: h["model"].update(more=1), "'model.more' 1"),
+    "no basis": (lambda h, _: h["model"].pop("basis"), "it has no 'model.basis'"),
+    "trained for nothing": (lambda h, _: h.update(calibrated={"for": {"weights": 3}}), "calibrated.for"),
+    "a list": (lambda h, _: h.update(calibrated=[1]), "'calibrated' \\[1\\] is not"),
+}
+
+
+@pytest.mark.parametrize("what", SHAPES)
+def test_a_file_of_before_has_no_sum_and_is_refused_for_its_form(llama, tmp_path, what):
+    path = tmp_path / "prefix.safetensors"
+    prefix, (change, words) = build_prefix(llama, IDS), SHAPES[what]
+    prefix.save(path)
+    changed(path, lambda _header, _tensors: None, summed=False)
+    assert_bit_identical(Prefix.load(path), prefix)
+    changed(path, change, summed=False)
+    with pytest.raises(UserError, match=f"prefix file .*{words}.*python -m intactkv build") as caught:
+        Prefix.load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_of_another_format_is_refused(llama, tmp_path, monkeypatch):

@@ -10,17 +10,17 @@ from corpora.errors import UserError
 from eval.mtbench.answers import CATEGORIES, data_folder, question_file, read_questions
 from eval.mtbench.json_lines import LineFile, read_lines
 from eval.mtbench.judge import (
+    COMPARISONS,
+    GRADES,
     IN_A_ROW,
     Materials,
     judge_all,
     pair_jobs,
-    pair_key,
     rating,
     read_answers,
     read_materials,
     scores,
     single_jobs,
-    single_key,
     verdict,
     winner,
 )
@@ -172,7 +172,7 @@ def test_missing_references_prompts_and_places_are_named(materials):
 def test_answers_without_two_turns_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question_id": 1, "choices": [{"index": 0, "turns": ["one"]}]}) + "\n")
-    with pytest.raises(UserError, match="question 1 has not 2 turns"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1, is damaged: its 'choices\.0\.turns' .* has not 2 turns"):
         read_answers(path)
     with pytest.raises(UserError, match="is missing"):
         read_answers(tmp_path / "none.jsonl")
@@ -190,9 +190,9 @@ def test_lines_are_fastchats_and_nothing_is_scored_twice(materials, tmp_path):
         asked.append(user)
         return Reply("Fine. Rating: [[8]]", "answered", 100, 5)
 
-    assert judge_all(jobs[:20], judge, LineFile(path, single_key), {}, concurrency=3) is None
-    assert judge_all(jobs, judge, LineFile(path, single_key), {}, concurrency=3) is None
-    assert judge_all(jobs, judge, LineFile(path, single_key), {}, concurrency=3) is None
+    assert judge_all(jobs[:20], judge, LineFile(path, GRADES), {}, concurrency=3) is None
+    assert judge_all(jobs, judge, LineFile(path, GRADES), {}, concurrency=3) is None
+    assert judge_all(jobs, judge, LineFile(path, GRADES), {}, concurrency=3) is None
     assert sorted(asked) == sorted(job.users[0] for job in jobs)
     lines = read_lines(path, "it")
     assert len(lines) == 32
@@ -210,7 +210,7 @@ def test_lines_are_fastchats_and_nothing_is_scored_twice(materials, tmp_path):
 def test_other_answers_of_the_same_model_are_judged_again(materials, tmp_path):
     path = tmp_path / "j_single.jsonl"
     for word, text in (("old", "[[3]]"), ("new", "[[9]]")):
-        file = LineFile(path, single_key)
+        file = LineFile(path, GRADES)
         judge_all(single_jobs(materials, "j", "m", answers_of(materials, word)), say(text), file, {}, concurrency=2)
         file.finish(lambda line: (line["question_id"], line["turn"]))
     lines = read_lines(path, "it")
@@ -231,9 +231,9 @@ def test_what_has_no_score_counts_nowhere_and_only_failures_are_made_again(mater
     path = tmp_path / "j_single.jsonl"
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
     bad = jobs[3].users[0]
-    judge_all(jobs, lambda _, user: reply if user == bad else Reply("[[6]]", "answered"), LineFile(path, single_key),
+    judge_all(jobs, lambda _, user: reply if user == bad else Reply("[[6]]", "answered"), LineFile(path, GRADES),
               {}, concurrency=2)  # fmt: skip
-    file = LineFile(path, single_key)
+    file = LineFile(path, GRADES)
     line = file.rows[jobs[3].key]
     assert (line["score"], line["outcome"], line["judgment"]) == (-1, outcome, reply.text)
     found = scores(list(file.rows.values()), lambda number: materials.questions[number].category)
@@ -253,7 +253,7 @@ def test_judgements_by_another_protocol_are_made_again(materials, tmp_path, prot
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
     for protocol, count in zip(protocols, made, strict=True):
         asked: list[str] = []
-        file = LineFile(path, single_key)
+        file = LineFile(path, GRADES)
         judge_all(jobs, lambda _, user, asked=asked: (asked.append(user), Reply("[[2]]", "answered"))[1], file,
                   protocol, concurrency=2)  # fmt: skip
         file.finish(lambda line: (line["question_id"], line["turn"]))
@@ -268,8 +268,8 @@ def test_lines_that_were_read_with_their_reasoning_are_read_anew_and_not_paid_ag
     text = "<think>[[5]] or [[A]]</think> [[9]], so [[B]]"
     answers = answers_of(materials, "a"), answers_of(materials, "b")
     jobs = {single: single_jobs(materials, "j", "m", answers[0]), pair: pair_jobs(materials, "j", ("m", "n"), answers)}
-    for path, key, old in ((single, single_key, {"score": 5.0}),
-                           (pair, pair_key, {"g1_winner": "model_1", "g2_winner": "model_2"})):  # fmt: skip
+    for path, key, old in ((single, GRADES, {"score": 5.0}),
+                           (pair, COMPARISONS, {"g1_winner": "model_1", "g2_winner": "model_2"})):  # fmt: skip
         file = LineFile(path, key)
         judge_all(jobs[path], say(text), file, {}, concurrency=2)
         expected = {number: dict(row) for number, row in file.rows.items()}
@@ -288,7 +288,7 @@ def test_lines_that_were_read_with_their_reasoning_are_read_anew_and_not_paid_ag
 def test_a_judge_that_is_down_is_not_asked_for_ever(materials, tmp_path):
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
     asked = []
-    file = LineFile(tmp_path / "j_single.jsonl", single_key)
+    file = LineFile(tmp_path / "j_single.jsonl", GRADES)
     reason = judge_all(jobs, lambda _, user: (asked.append(user), Reply("gone", "failed"))[1], file, {}, concurrency=1)
     assert reason == "gone"
     assert len(asked) == IN_A_ROW < len(jobs)
@@ -324,7 +324,7 @@ def test_two_answers_are_compared_in_both_orders_and_the_place_of_an_answer_wins
                                    (taste, "model_1", ("model_1", "model_1")),
                                    (say("[[C]]"), "tie", ("tie", "tie")),
                                    (say("hm"), "error", ("error", "error"))):  # fmt: skip
-        file = LineFile(tmp_path / f"{expected}{games}.jsonl", pair_key)
+        file = LineFile(tmp_path / f"{expected}{games}.jsonl", COMPARISONS)
         judge_all(jobs, judge, file, {}, concurrency=2)
         assert {winner(line) for line in file.rows.values()} == {expected}
         assert {(line["g1_winner"], line["g2_winner"]) for line in file.rows.values()} == {games}
@@ -336,7 +336,7 @@ def test_two_answers_are_compared_in_both_orders_and_the_place_of_an_answer_wins
 def test_fastchat_reads_the_judgements(materials, tmp_path: Path):
     """As fastchat.llm_judge.show_result does: the means of its data frame are ours."""
     pandas = pytest.importorskip("pandas")
-    file = LineFile(tmp_path / "j_single.jsonl", single_key)
+    file = LineFile(tmp_path / "j_single.jsonl", GRADES)
     jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
     judge_all(jobs, lambda _, user: Reply(f"[[{len(user) % 10 + 1}]]", "answered"), file, {}, concurrency=2)
     frame = pandas.read_json(file.path, lines=True)[["model", "score", "turn"]]

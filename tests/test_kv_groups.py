@@ -222,7 +222,7 @@ def test_options_say_bits_and_groups(case: str, checkpoint: Any, text: Path, run
         ),
         (("--kv-bits", "4", "--v-bits", "16"), "KV bits=16 is not supported"),
         (("--kv-bits", "4", "--kv-group-size", "5"), "group_size=5 does not divide the 16 channels of a head"),
-        (("--kv-bits", "4", "--set", "kv_cache.group_size=x"), "expected a number"),
+        (("--kv-bits", "4", "--set", "kv_cache.group_size=x"), "give a whole number"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_a_line(

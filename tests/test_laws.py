@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import quantization.runs.one_block
 import quantization.runs.pipeline
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
@@ -225,7 +226,8 @@ def case(
     directory = tmp_path_factory.mktemp("law")
     made = Case(recipe, *tiny[kind], directory / "whole")
     pipeline = quantization.runs.pipeline
-    write_block, write_ends, advance = pipeline.write_block, pipeline.write_ends, CalibrationStream.advance
+    one_block = quantization.runs.one_block
+    write_block, write_ends, advance = one_block.write_block, pipeline.write_ends, CalibrationStream.advance
 
     def watch_block(partial: Path, block: DecoderBlock, *rest: object) -> None:
         made.blocks.append(deepcopy(block.module))
@@ -242,7 +244,7 @@ def case(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CalibrationStream, "advance", watch_text)
-        patch.setattr(pipeline, "write_block", watch_block)
+        patch.setattr(one_block, "write_block", watch_block)
         patch.setattr(pipeline, "write_ends", watch_ends)
         made.quantize(made.out)
     yield made
@@ -314,7 +316,7 @@ def test_a_killed_run_ends_with_the_same_bytes(case: Case) -> None:
     partial = shutil.copytree(case.out, out.with_name("resumed.partial"))
     # Mostly the last block, behind which a finished one passes the text on; else the first, in front of a finished one.
     lost = int(case.recipe.calibrate_behind_prefix or case.dense.config.model_type != "opt")
-    for file in (block_file(partial, lost), partial / "ends.safetensors", partial / CHECKSUMS):
+    for file in (block_file(partial, lost), partial / "ends.safetensors"):
         file.unlink()
     finished = block_file(partial, 1 - lost).stat().st_mtime_ns
     case.quantize(out)

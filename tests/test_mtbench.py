@@ -9,13 +9,14 @@ from families import plain_logits
 
 from corpora.errors import UserError
 from corpora.files import sha256_of_data
+from corpora.json_files import fitted
 from eval.generation import Generation
 from eval.mtbench.answers import (
+    ANSWERS,
     CATEGORIES,
     Answerer,
     Question,
     RowSampler,
-    answer_key,
     read_questions,
     row_generator,
     temperature_of,
@@ -171,7 +172,7 @@ def test_an_answer_stops_where_the_context_does(answerer, chat, model_type):
     assert alone["stopped"] == ["context", "context"]
     assert alone["tokens"] == [8, 0]
     assert alone["choices"][0]["turns"][1] == ""
-    assert answer_key(alone) == question.id
+    assert fitted(alone, ANSWERS.form, "the line")["question_id"] == ANSWERS.key(alone) == question.id
     short = Question(99, "math", ("a", "b"))
     mixed = one.lines([short, question], "m")
     assert mixed[1]["tokens"] == [8, 0]
@@ -196,21 +197,22 @@ def test_lines_are_kept_dropped_and_sorted_by_their_keys(tmp_path):
     path = tmp_path / "a.jsonl"
 
     def line(number: int, text: str) -> dict[str, Any]:
-        return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}]}
+        return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}], "tokens": [1, 1],
+                "stopped": ["end", "end"]}  # fmt: skip
 
-    file = LineFile(path, answer_key)
+    file = LineFile(path, ANSWERS)
     for number, text in ((83, "x"), (81, "old"), (82, "z \ud800"), (81, "new")):
         file.append(line(number, text))
     with path.open("a") as raw:
         raw.write('{"question_id": 84, "choices": [{"ind')
-    again = LineFile(path, answer_key)
+    again = LineFile(path, ANSWERS)
     assert (again.dropped, sorted(again.rows)) == (1, [81, 82, 83])
     again.append(line(84, "w"))
     again.finish(lambda row: row["question_id"])
     assert [row["question_id"] for row in read_lines(path, "it")] == [81, 82, 83, 84]
     assert turns_of(path)[81] == ["new", "new"]
     path.write_text(path.read_text().rstrip("\n"))  # whole, but the next line must not join the last
-    LineFile(path, answer_key).append(line(85, "v"))
+    LineFile(path, ANSWERS).append(line(85, "v"))
     assert sorted(turns_of(path)) == [81, 82, 83, 84, 85]
 
 
@@ -219,25 +221,27 @@ def test_parts_are_joined_once_whatever_a_kill_leaves(tmp_path):
     path = tmp_path / "a[1].jsonl"  # also a pattern
 
     def line(number: int, text: str) -> dict[str, Any]:
-        return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}]}
+        return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}], "tokens": [1, 1],
+                "stopped": ["end", "end"]}  # fmt: skip
 
-    LineFile(path, answer_key).append(line(81, "main"))
+    LineFile(path, ANSWERS).append(line(81, "main"))
+    parts = {index: part_of(path, index) for index in (0, 2)}
     for index, numbers in ((0, (82, 83)), (2, (81, 84))):
         for number in numbers:
-            LineFile(part_of(path, index), answer_key).append(line(number, f"part {index}" if number != 81 else "main"))
-    with part_of(path, 2).open("a") as raw:
+            LineFile(parts[index], ANSWERS).append(line(number, f"part {index}" if number != 81 else "main"))
+    with parts[2].open("a") as raw:
         raw.write('{"question_id": 85, "choices": [{"ind')
     other = part_of(tmp_path / "a1.jsonl", 0)
-    LineFile(other, answer_key).append(line(90, "other"))
+    LineFile(other, ANSWERS).append(line(90, "other"))
     assert [p.name for p in tmp_path.glob("*.jsonl*") if not p.name.startswith(".")] == [path.name]
-    file = LineFile(path, answer_key)
+    file = LineFile(path, ANSWERS)
     file.join()
     assert turns_of(path) == {n: [t, t] for n, t in ((81, "main"), (82, "part 0"), (83, "part 0"), (84, "part 2"))}
     assert len(path.read_text().splitlines()) == 4
     assert parts_of(path) == []
     assert other.exists()
     before = path.read_bytes()
-    LineFile(path, answer_key).join()
+    LineFile(path, ANSWERS).join()
     assert path.read_bytes() == before
 
 
@@ -245,11 +249,29 @@ def test_parts_are_joined_once_whatever_a_kill_leaves(tmp_path):
     ("text", "named"),
     [
         ("", "is empty"),
-        ("{]\n", "line 1, is no JSON object"),
+        ("{]\n", "line 1, is not readable JSON"),
+        ("[]\n", r"line 1, is damaged: \[\] is not"),
         ('{"question_id": 1}\n', "has no 'category'"),
-        ('{"question_id": "1", "category": "math", "turns": ["a", "b"]}\n', "question_id '1'"),
-        ('{"question_id": 1, "category": "math", "turns": ["a"]}\n', "needs a category and 2 turns"),
-        ('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n' * 2, "there twice"),
+        (
+            '{"question_id": "1", "category": "math", "turns": ["a", "b"]}\n',
+            "its 'question_id' '1' is not a",
+        ),
+        (
+            '{"question_id": [1], "category": "math", "turns": ["a", "b"]}\n',
+            "its 'question_id' .* is not a",
+        ),
+        ('{"question_id": true, "category": "math", "turns": ["a", "b"]}\n', "its 'question_id' True is not"),
+        ('{"question_id": -1, "category": "math", "turns": ["a", "b"]}\n', "its 'question_id' -1 is not"),
+        ('{"question_id": 1, "category": null, "turns": ["a", "b"]}\n', "its 'category' None is not"),
+        ('{"question_id": 1, "category": "a\\u001b[2J", "turns": ["a", "b"]}\n', "is no name"),
+        ('{"question_id": 1, "category": "math", "turns": ["a"]}\n', "has not 2 turns"),
+        ('{"question_id": 1, "category": "math", "turns": "ab"}\n', "its 'turns' 'ab' is not a valid list"),
+        ('{"question_id": 1, "category": "math", "turns": ["a", " "]}\n', "its 'turns.1' ' ' is no text"),
+        ('{"question_id": 1, "category": "math", "turns": ["a", "\\ud83d"]}\n', "half of a character"),
+        ('{"question_id": 1, "category": "math", "turns": ["a", "b"], "x": NaN}\n', "not finite"),
+        ('{"question_id": ' + "9" * 5000 + "}\n", "is not readable JSON"),
+        ("[" * 100_000 + "\n", "nested deeper"),
+        ('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n' * 2, "has question 1 twice"),
     ],
 )
 def test_a_damaged_file_of_questions_is_refused(tmp_path, text, named):

@@ -141,7 +141,7 @@ def test_a_prefix_that_no_dialogue_starts_with_is_put_in_front_on_request(progra
 BAD_INPUT = {
     "no questions of the publishers": (["--questions", "mt_bench"], "scripts/prepare/mtbench.sh"),
     "no such file": (["--questions", "none.jsonl"], "there is no such file"),
-    "no question": (["--limit", "0"], "--limit 0: give 1 or more"),
+    "no question": (["--limit", "0"], "--limit: 0 is not allowed; give a whole number from 1"),
     "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0"),
     "not a file of lines": (["--out", "a.json"], "ends in .jsonl"),
     "a prefix that no dialogue starts with": (["--prefix", "A fox."], "does not start with the prefix's tokens"),

@@ -13,6 +13,7 @@ import torch
 from common import ROOT
 from families import FAMILIES, SLIDING, WINDOW, random_ids
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -229,27 +230,50 @@ def with_matrix(adapter: Path, change: Callable[[Tensor], Tensor], name: str = "
     save_file({name: change(load_file(adapter / WEIGHTS)["prompt_embeddings"])}, adapter / WEIGHTS)
 
 
+def negated(file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors["layers.0.key"].neg_()
+    save_file(tensors, file, metadata)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not finite": (lambda a: with_matrix(a, lambda m: m / 0), "prompt_embeddings holds values that are not finite"),
     "no configuration": (lambda a: (a / CONFIG).unlink(), "has no adapter_config.json, so it is no PEFT adapter"),
     "broken configuration": (lambda a: (a / CONFIG).write_text("{"), "is not readable JSON"),
-    "a list": (lambda a: (a / CONFIG).write_text("[]"), "holds a None adapter"),
+    "a list": (lambda a: (a / CONFIG).write_text("[]"), "not a valid dictionary"),
     "lora": (lambda a: changed(a, peft_type="LORA"), "holds a LORA adapter; a prefix is one of PREFIX_TUNING"),
     "projection": (lambda a: changed(a, prefix_projection=True), r"with a projection \(prefix_projection\)"),
-    "no layers": (lambda a: changed(a, num_layers=None), "num_layers is None; expected a positive number"),
+    "no layers": (lambda a: changed(a, num_layers=None), "its 'num_layers' None is not"),
     "wrong tokens": (lambda a: changed(a, num_virtual_tokens=4), r"has shape \(5, 192\).* says 4 tokens"),
     "wrong heads": (
         lambda a: changed(a, num_attention_heads=3),
         "token_dim 32 is no multiple of its num_attention_heads 3",
     ),
+    "a word for a number": (lambda a: changed(a, num_layers="3"), "its 'num_layers' '3' is not"),
+    "true for a number": (lambda a: changed(a, num_virtual_tokens=True), "its 'num_virtual_tokens' True is not"),
+    "a negative number": (lambda a: changed(a, token_dim=-32), "its 'token_dim' -32 is not"),
+    "a huge number": (lambda a: changed(a, num_layers=10**22), "its 'num_layers' 1000"),
+    "no kind": (lambda a: changed(a, peft_type=None), "holds no known adapter"),
+    "code of PEFT's": (
+        lambda a: changed(a, auto_mapping={"base_model_class": "C", "parent_library": "evil"}),
+        r"names code to import \(auto_mapping\)",
+    ),
+    "code of transformers'": (lambda a: changed(a, auto_map={"AutoModel": "evil.C"}), r"code to import \(auto_map\)"),
+    "integers": (lambda a: with_matrix(a, Tensor.int), "prompt_embeddings is torch.int32"),
+    "a sign of the file of ours": (lambda a: negated(a / PREFIX_FILE), "has changed since it was written"),
     "other heads": (lambda a: changed(a, num_attention_heads=4), r"\(3, 4, 5, 8\), there \(3, 2, 5, 16\)"),
     "no weights": (lambda a: (a / WEIGHTS).unlink(), r"adapter_model\.safetensors is missing$"),
     "a pickle": (lambda a: (a / WEIGHTS).rename(a / "adapter_model.bin"), "is a pickle and not read"),
-    "broken weights": (lambda a: (a / WEIGHTS).write_text("no"), "is truncated or holds no prompt_embeddings"),
-    "other tensors": (lambda a: with_matrix(a, torch.clone, "lora_A"), "truncated or holds no prompt_embeddings"),
+    "broken weights": (lambda a: (a / WEIGHTS).write_text("no"), "is truncated or not a safetensors file"),
+    "other tensors": (
+        lambda a: with_matrix(a, torch.clone, "lora_A"),
+        "holds lora_A, but prefix tuning has prompt_embeddings alone",
+    ),
     "trained since": (lambda a: with_matrix(a, lambda x: x * 1.001), "one of the two was trained or replaced"),
     "no file of ours": (lambda a: (a / PREFIX_FILE).unlink(), "so the token ids of its 5 rows .* are not known"),
-    "broken file of ours": (lambda a: (a / PREFIX_FILE).write_text("no"), "truncated or not a prefix file"),
+    "broken file of ours": (lambda a: (a / PREFIX_FILE).write_text("no"), "prefix file .* is truncated"),
 }
 
 
@@ -261,6 +285,16 @@ def test_every_broken_adapter_is_refused_by_its_name(case: str, adapter: Path) -
         read_adapter(adapter)
     assert str(adapter) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_name_in_the_configuration_is_followed(adapter: Path, prefix: Prefix, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    changed(
+        adapter, base_model_name_or_path=str(tmp_path / "elsewhere" / ".." / "x"), revision="main", auto_mapping=None
+    )
+    before = sorted(tmp_path.rglob("*"))
+    assert_same(read_adapter(adapter), prefix)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:

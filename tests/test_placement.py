@@ -6,13 +6,14 @@ import transformers.modeling_utils
 from families import random_ids
 
 from corpora.errors import UserError
+from corpora.values import size
 from eval.tasks.lm import IntactLM
 from eval.tasks.scoring import score_continuations
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.kv_cache.per_head import PerHead
-from quantization.model.placement import bytes_of, memory_of_each, spread
+from quantization.model.placement import memory_of_each, spread
 from quantization.programs.options import chosen_device
 from quantization.runs.opening import load_model
 
@@ -53,7 +54,7 @@ def test_of_no_gpu_a_spread_model_takes_more_than_it_may(monkeypatch, tiny_check
     there = {0: 80 * 2**30, 1: 10 * 2**30, "cpu": 100 * 2**30}
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: dict(there))
     allowed = {0: 65 * 2**30, 1: 10 * 2**30, "cpu": 100 * 2**30}
-    assert memory_of_each(bytes_of("65GiB")) == allowed
+    assert memory_of_each(size("65GiB")) == allowed
     source, asked = tiny_checkpoint(tmp_path, "llama"), {}
 
     def opened(_, **options):
@@ -70,12 +71,13 @@ def test_a_size_of_memory_that_is_none_or_has_nothing_to_act_on_is_refused(run_m
     from eval.__main__ import main
 
     source = tiny_checkpoint(tmp_path, "llama")
-    with pytest.raises(UserError, match="--max-memory much is no size; give one such as 65GiB"):
-        bytes_of("much")
+    code, _, error = run_main(main, "ppl", "--model", source, "--device", "cuda:all", "--max-memory", "much")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--max-memory: much is not allowed; give a size such as 65GiB" in error
     for device in ("cpu", "auto"):
         code, _, error = run_main(main, "ppl", "--model", source, "--device", device, "--max-memory", "65GiB")
         assert (code, error.count("\n")) == (2, 1)
-        assert "--max-memory 65GiB is for a model that is spread: add --device cuda:all" in error
+        assert "--max-memory is for a model that is spread: add --device cuda:all" in error
 
 
 def test_a_dense_model_that_no_memory_holds_is_read_from_its_files(checkpoint, monkeypatch):

@@ -120,9 +120,8 @@ def test_another_tokenizer_is_another_text(dense, text, tiny_tokenizer):
 def test_a_text_that_is_not_there_is_told_by_the_plan(dense, intactkv_root):
     with pytest.raises(UserError, match="neither a file nor a known corpus"):
         plan_run(dense, gptq(intactkv_root / "absent.txt"), device=CPU)
-    none = gptq("sample", calibration=Calibration("sample", samples=0, length=32))
-    with pytest.raises(UserError, match=r"samples is 0; give 1 or more"):
-        plan_run(dense, none, device=CPU)
+    with pytest.raises(UserError, match=r"calibration.samples=0 is not allowed; give 1 or more"):
+        Calibration("sample", samples=0, length=32)
 
 
 # what was made before ---------------------------------------------------------------------------------------------
@@ -225,8 +224,12 @@ def test_another_discovery_under_the_same_name_is_refused_with_its_file(dense, t
     plan = plan_run(dense, recipe, device=CPU)
     plan.load()
     assert plan.search is not None
-    found = json.loads(plan.search.file.read_text())
-    plan.search.file.write_text(json.dumps(found | {"prefix": [9, 1]}))
+    found = json.loads(plan.search.file.read_text()) | {"prefix": [9, 1]}
+    plan.search.file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=f"{plan.search.file.name} has changed since it was written"):
+        plan_run(dense, recipe, device=CPU).load()
+    del found["sha256"]  # as another machine's discovery of before would be
+    plan.search.file.write_text(json.dumps(found))
     with pytest.raises(UserError, match=f"{plan.search.file.name} now says"):
         plan_run(dense, recipe, device=CPU).load()
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from common import every
 from families import plain_logits, random_ids
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from corpora.errors import UserError
 from corpora.sharegpt import VICUNA_SYSTEM
@@ -13,7 +15,7 @@ from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
-from quantization.runs.prefixes import auto_search, choose_prefix, prefix_file, searched_in, stored_prefix
+from quantization.runs.prefixes import auto_search, choose_prefix, keep_prefix, prefix_file, searched_in, stored_prefix
 
 BOS, EOS = 1, 2
 CHAT = (
@@ -122,14 +124,28 @@ def test_a_missing_or_broken_file_is_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="is missing"):
         choose_prefix(str(tmp_path / "absent.safetensors"), tokenizer, "tiny")
     (tmp_path / "broken.safetensors").write_text("broken")
-    with pytest.raises(UserError, match="truncated or not a prefix"):
+    with pytest.raises(UserError, match="is truncated or not a safetensors file"):
         choose_prefix(str(tmp_path / "broken.safetensors"), tokenizer, "tiny")
 
 
 def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"looks like a path, but prefix files end in \.safetensors"):
         choose_prefix(str(tmp_path / "prefix.pt"), tokenizer, "tiny")
-    assert choose_prefix("either/or", tokenizer, "tiny").label == "[T]"
+    for word in ("either/or", "prompt.txt", "modelzoo/nowhere"):
+        with pytest.raises(UserError, match=r"looks like a path.*text:… for one that looks like a path"):
+            choose_prefix(word, tokenizer, "tiny")
+    told = choose_prefix("text:either/or", tokenizer, "tiny")
+    assert (told.label, tokenizer.decode(told.ids)) == ("[T]", "<s>either/or")
+    for word in ("either / or", "</s>", "Once upon a time."):  # nobody calls a file so
+        assert tokenizer.decode(choose_prefix(word, tokenizer, "tiny").ids) == f"<s>{word}"
+
+
+def test_a_file_that_is_there_is_no_text(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_prefix("notes", tokenizer, "tiny").label == "[T]"
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="--prefix notes looks like a path"):
+        choose_prefix("notes", tokenizer, "tiny")
 
 
 # Files kept by identity -----------------------------------------------------------------------------------------------
@@ -138,14 +154,25 @@ def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_pa
 def test_a_prefix_is_built_once_and_again_only_if_anything_that_made_it_differs(tokenizer, tiny_model, intactkv_root):
     built = []
 
+    bases, dtypes = ["plain"], [torch.float32]  # of what the twin writes
+
     def twin():
         built.append(1)
-        return tiny_model("llama")
+        model = tiny_model("llama").to(dtypes[-1])
+        model.intactkv_source = ("0123", bases[-1])
+        return model
 
     def prefix(word: str = "bos", basis: str = "plain", dtype: torch.dtype = torch.float32) -> Prefix:
+        bases.append(basis)
+        dtypes.append(dtype)
         choice = choose_prefix(word, tokenizer, "tiny")
         made_of = {"source": "0123", "basis": basis}
-        return stored_prefix(choice, prefix_file(choice, "tiny", made_of, dtype), twin)
+        file = prefix_file(choice, "tiny", made_of, dtype)
+        found, new = stored_prefix(choice, file, made_of, dtype, twin)
+        if new:
+            assert not file.exists()
+            keep_prefix(found, choice, file)
+        return found
 
     first = prefix()
     assert torch.equal(prefix().keys[0], first.keys[0])
@@ -160,6 +187,58 @@ def test_a_prefix_is_built_once_and_again_only_if_anything_that_made_it_differs(
     assert files == ["bos", "bos", "bos", "text"]
 
 
+half = torch.Tensor.half
+
+
+@pytest.mark.parametrize(
+    "what", ["a sign", "truncated", "other tokens", "another model", "a dtype", "trained", "a folder"]
+)
+def test_a_kept_prefix_that_is_not_what_its_name_says_is_built_again(
+    what, tokenizer, tiny_model, intactkv_root, caplog
+):
+    model = tiny_model("llama")
+    model.intactkv_source = ("0123", "plain")
+    made_of, choice = {"source": "0123", "basis": "plain"}, choose_prefix("bos", tokenizer, "tiny")
+    file = prefix_file(choice, "tiny", made_of, torch.float32)
+
+    def prefix() -> Prefix:
+        return stored_prefix(choice, file, made_of, torch.float32, lambda: model)[0]
+
+    right = prefix()
+    keep_prefix(right, choice, file)
+    whole = file.read_bytes()
+    other = tiny_model("llama")
+    other.intactkv_source = ("4567", "plain")
+    if what == "a sign":
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        tensors["layers.0.key"].neg_()
+        save_file(tensors, file, metadata)
+    elif what == "truncated":
+        file.write_bytes(whole[:-1])
+    elif what == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        made = build_prefix(other if what == "another model" else model, [3 if what == "other tokens" else BOS])
+        if what == "a dtype":
+            made = replace(made, keys=tuple(map(half, made.keys)), values=tuple(map(half, made.values)))
+        replace(made, calibrated={"steps": 1} if what == "trained" else None).save(file)
+    again = prefix()
+    assert "the prefix [B] is built again" in caplog.text
+    assert again.ids.tolist() == [BOS]
+    assert all(torch.equal(a, b) for a, b in zip(again.keys, right.keys, strict=True))
+
+
+def test_the_name_of_a_model_makes_no_path(tokenizer, intactkv_root):
+    choice = choose_prefix("bos", tokenizer, "tiny")
+    for name in ("../../../../X", "a/b", "..", ".hidden", "", "a\\b", "a\nb", "x" * 300):
+        with pytest.raises(UserError, match=r"the model's name .*rename its directory"):
+            prefix_file(choice, name, {}, torch.float32)
+    assert prefix_file(choice, "tiny-1.5B_x", {}, torch.float32).parent.name == "tiny-1.5B_x"
+
+
 def test_a_given_file_is_read_and_nothing_is_built(tokenizer, tiny_model, tmp_path):
     path = tmp_path / "mine.safetensors"
     build_prefix(tiny_model("llama"), [BOS, 9]).save(path)
@@ -168,7 +247,8 @@ def test_a_given_file_is_read_and_nothing_is_built(tokenizer, tiny_model, tmp_pa
         raise AssertionError("the file was there")
 
     choice = choose_prefix(str(path), tokenizer, "tiny")
-    prefix = stored_prefix(choice, prefix_file(choice, "tiny", {}, torch.float32), twin)
+    prefix, new = stored_prefix(choice, prefix_file(choice, "tiny", {}, torch.float32), {}, torch.float32, twin)
+    assert not new
     assert prefix.ids.tolist() == [BOS, 9]
 
 

@@ -1,10 +1,15 @@
 """The training loop of block-wise methods: best state, schedule, what happens to numbers that are none."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corpora.errors import UserError
@@ -117,3 +122,93 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     trained(matrices_decay([matrix, vector], 0.1, 0.5), loss, range(1), range(1), Schedule(3, every(1, 3)))
     assert float(matrix) == pytest.approx((1 - 0.1 * 0.5) ** 3)
     assert float(vector) == 1.0
+
+
+# The state of a killed run --------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Not an error: the process is gone."""
+
+
+def descended(state: Path, steps_to_take: int | None = None) -> Tensor:
+    """Nine steps of two tensors, with a state behind every third; or so many steps, and then the kill."""
+    x, y = torch.zeros(3), torch.zeros(2, 2)
+    descent = Descent([Group([x, y], 0.1)], Schedule(9, every(3, 9)), "the prefix", made_of="this")
+
+    def losses(step: int) -> Iterator[Tensor]:
+        if step == steps_to_take:
+            raise Killed
+        yield ((x - 1).square().sum() + (y + step).square().sum()) / 2
+
+    descent.run(losses, lambda: float((x - 0.4).square().sum()), state=state)
+    return torch.cat([x, y.flatten(), descent.best[0], torch.tensor(descent.held_out)])
+
+
+def killed(state: Path) -> dict[str, str]:
+    """Leave a state of step 6; returns its metadata."""
+    state.unlink(missing_ok=True)
+    with pytest.raises(Killed):
+        descended(state, 7)
+    with safe_open(state, framework="pt") as file:
+        return dict(file.metadata())
+
+
+STATES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+    "a sign": lambda _, tensors: tensors["0.now"].neg_(),
+    "a moment": lambda _, tensors: tensors["1.first"].mul_(2),
+    "two tensors exchanged": lambda _, t: t.update({"0.now": t["0.best"], "0.best": t["0.now"]}),
+    "the step": lambda header, _: header.update(step=3),
+    "a loss": lambda header, _: header["history"][0].update(held_out=0.0),
+}
+FORMS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], object], str]] = {
+    "no step": (lambda h, _: h.pop("step"), "it has no 'step'"),
+    "a step of another schedule": (lambda h, _: h.update(step=5), "does not fit the 2 tensors and 9 steps"),
+    "a step behind the end": (lambda h, _: h.update(step=12), "does not fit"),
+    "a negative step": (lambda h, _: h.update(step=-3), "its 'step' -3 is not"),
+    "a word": (lambda h, _: h.update(step="6"), "its 'step' '6' is not"),
+    "a best step without a loss": (lambda h, _: h.update(best_step=1), "does not fit"),
+    "a row less": (lambda h, _: h["history"].pop(2), "does not fit"),
+    "no history": (lambda h, _: h.update(history=[]), "does not fit"),
+    "rows of words": (lambda h, _: h["history"][1].update(loss="x"), "'history.1.loss' 'x' is not"),
+    "a tensor less": (lambda _, t: t.pop("1.best"), "does not fit"),
+    "a tensor more": (lambda _, t: t.update({"2.now": torch.ones(1)}), "does not fit"),
+    "another shape": (lambda _, t: t.update({"0.now": torch.ones(4)}), "does not fit"),
+    "a scalar for all": (lambda _, t: t.update({"0.now": torch.ones(1)}), "does not fit"),
+    "another dtype": (lambda _, t: t.update({"0.now": t["0.now"].half()}), "does not fit"),
+    "not finite": (lambda _, t: t["1.second"].fill_(torch.inf), "'1.second' holds values that are not finite"),
+    "another run": (lambda h, _: h.update(made_of="that"), "belongs to a run with other texts"),
+}
+
+
+def damaged(state: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object], *, summed: bool) -> None:
+    metadata = killed(state)
+    header, tensors = json.loads(metadata["run"]), load_file(state)
+    if not summed:  # as runs of before left it
+        del header["sha256"]
+    change(header, tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, state, {"run": json.dumps(header)})
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = descended(tmp_path / "whole.safetensors")
+    for summed in (True, False):
+        damaged(tmp_path / "state.safetensors", lambda _header, _tensors: None, summed=summed)
+        assert torch.equal(descended(tmp_path / "state.safetensors"), whole)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"whole.safetensors", "state.safetensors"}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_that_changed_between_kill_and_resume_is_refused(what: str, tmp_path: Path) -> None:
+    damaged(state := tmp_path / "state.safetensors", STATES[what], summed=True)
+    with pytest.raises(UserError, match=r"has changed since it was written.*delete it to train from the start"):
+        descended(state)
+
+
+@pytest.mark.parametrize("what", FORMS)
+def test_a_state_that_no_run_wrote_is_refused(what: str, tmp_path: Path) -> None:
+    change, words = FORMS[what]
+    damaged(state := tmp_path / "state.safetensors", change, summed=False)
+    with pytest.raises(UserError, match=f"{words}.*delete it to train from the start"):
+        descended(state)

@@ -32,17 +32,18 @@ from corpora.errors import UserError
 from corpora.paths import CHECKOUT
 from eval.generation import Generation
 from eval.mtbench.chat_templates import ChatTemplate
-from eval.mtbench.json_lines import read_lines
+from eval.mtbench.forms import TURNS, MadeLine, QuestionLine
+from eval.mtbench.json_lines import Lines, read_lines
 from intactkv.attach import IntactModel
 
 __all__ = [
+    "ANSWERS",
     "CATEGORIES",
     "QUESTION_SETS",
     "TEMPERATURES",
     "Answer",
     "Answerer",
     "Question",
-    "answer_key",
     "behind_prefix",
     "data_folder",
     "question_file",
@@ -64,7 +65,6 @@ CATEGORIES = tuple(TEMPERATURES)
 OTHER_TEMPERATURE = 0.7  # of a category that is not in the table
 GREEDY = 1e-4  # below this temperature nothing is drawn
 CHOICE = 0  # one answer a question
-TURNS = 2
 QUESTION_SETS = ("sample", "mt_bench")
 
 
@@ -101,14 +101,11 @@ def question_file(word: str) -> Path:
 def read_questions(path: Path) -> list[Question]:
     """Questions in FastChat's form, by their ids. Raises UserError for a damaged file."""
     questions: dict[int, Question] = {}
-    for row in read_lines(path, "the file of questions", ("question_id", "category", "turns")):
-        number, turns = row["question_id"], row["turns"]
-        if type(number) is not int or number in questions:
-            raise UserError(f"{path}: question_id {number!r} is no whole number, or there twice; mend the file")
-        texts = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
-        if not texts or len(turns) != TURNS or not isinstance(row["category"], str):
-            raise UserError(f"{path}: question {number} needs a category and {TURNS} turns of text; mend the file")
-        questions[number] = Question(number, row["category"], tuple(turns))
+    for row in read_lines(path, "the file of questions", QuestionLine):
+        number = row["question_id"]
+        if number in questions:
+            raise UserError(f"the file of questions {path} has question {number} twice; mend the file")
+        questions[number] = Question(number, row["category"], tuple(row["turns"]))
     return [questions[number] for number in sorted(questions)]
 
 
@@ -157,14 +154,7 @@ class Answer:
     stopped: str
 
 
-def answer_key(line: dict[str, Any]) -> int | None:
-    """The question that a line of an answer file belongs to; None if it is no such line."""
-    number, choices = line.get("question_id"), line.get("choices")
-    try:
-        whole = all(isinstance(turn, str) for turn in choices[0]["turns"])  # type: ignore[index]
-    except (TypeError, KeyError, IndexError):
-        return None
-    return number if whole and type(number) is int else None
+ANSWERS = Lines("a file of answers that `python -m eval mtbench` made", MadeLine, lambda line: line["question_id"])
 
 
 def row_generator(seed: int, question: int, turn: int) -> torch.Generator:

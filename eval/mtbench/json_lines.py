@@ -2,71 +2,68 @@
 
 Each line is on the disk before the next result is made. What a kill leaves, a last line without its end, is dropped and
 made again; a finished file is sorted, each key once. Of several processes each writes a part of its own, and one joins
-them.
+them. A file in which anything else stands is somebody else's: it is refused and stays as it is.
 """
 
-import fcntl
 import glob
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
 from corpora.files import open_text
-from corpora.writing import write_beside
+from corpora.json_files import parse_json
+from corpora.writing import locked, refuse_special, write_beside
 
-__all__ = ["LineFile", "only_writer", "part_of", "parts_of", "read_lines"]
+__all__ = ["LineFile", "Lines", "only_writer", "part_of", "parts_of", "read_lines", "refuse_other_lines"]
+
+BEGINNING = b'{"question_id": '  # of every line that is written here, and of FastChat's
+LONGEST = 1 << 28  # characters of a file; MT-bench's have less than a million
+MEND = "mend the line, or fetch the file again"
 
 
-def read_lines(path: Path, what: str, fields: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Lines:
+    """A kind of line. what: a file of them is called; form: of one (`corpora.json_files`); key: what it is about."""
+
+    what: str
+    form: Any
+    key: Callable[[dict[str, Any]], Any]
+
+
+def read_lines(path: Path, what: str, form: Any = dict) -> list[dict[str, Any]]:
     """The objects of a file that is expected to be whole. Raises UserError for one that is not, naming `what` it is."""
-    rows = []
     with open_text(path, what) as file:
-        text = file.read()
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _parsed(line)
-        if row is None:
-            raise UserError(f"{what} {path}, line {number}, is no JSON object; mend the line or fetch the file again")
-        if missing := [field for field in fields if field not in row]:
-            raise UserError(
-                f"{what} {path}, line {number}, has no {missing[0]!r}; every line needs {', '.join(fields)}"
-            )
-        rows.append(row)
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST:
+        raise UserError(f"{what} {path} is longer than {LONGEST >> 20} million characters, so it is none; name another")
+    rows = [
+        parse_json(line, f"{what} {path}, line {number},", form, mend=MEND)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
     if not rows:
         raise UserError(f"{what} {path} is empty")
     return rows
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
 class LineFile:
     """Results by their key. Of two lines with one key the last one counts.
 
-    key: of a line; None for a line that is no result. Opening reads what is there; lines that a kill broke are dropped
-    from the file at once, so that the next line does not join them.
+    Opening reads what is there; a last line that a kill broke is dropped from the file at once, so that the next line
+    does not join it. Raises UserError for what is no file of such lines, which stays as it is.
     """
 
-    def __init__(self, path: Path, key: Callable[[dict[str, Any]], Any]) -> None:
-        self.path, self.key = path, key
-        self.rows: dict[Any, dict[str, Any]] = {}
-        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-        lines = [line for line in text.split("\n") if line.strip()]
-        kept = [row for line in lines if (row := _parsed(line)) is not None and key(row) is not None]
-        for row in kept:
-            self.rows[key(row)] = row
-        self.dropped = len(lines) - len(kept)  # lines that were no results
-        if self.dropped or not text.endswith("\n"):
+    def __init__(self, path: Path, lines: Lines) -> None:
+        self.path, self.lines = path, lines
+        kept, self.dropped, ended = _read(path, lines)  # dropped: lines that a kill broke
+        self.rows: dict[Any, dict[str, Any]] = {lines.key(row): row for row in kept}
+        if self.dropped or not ended:
             self._write(kept)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -76,14 +73,14 @@ class LineFile:
             file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
-        self.rows[self.key(row)] = row
+        self.rows[self.lines.key(row)] = row
 
     def join(self) -> None:
         """Take in what parts of the file hold, and remove them. A kill in between loses no result: a part that was
         taken in already is taken in again."""
         parts = parts_of(self.path)
         for part in parts:
-            self.rows |= LineFile(part, self.key).rows
+            self.rows |= LineFile(part, self.lines).rows
         if parts:
             self._write(list(self.rows.values()))
         for part in parts:
@@ -101,9 +98,64 @@ class LineFile:
             beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
 
 
+def refuse_other_lines(path: Path, lines: Lines) -> None:
+    """Raise UserError if something stands at a path that is no file of such lines."""
+    _read(path, lines)
+
+
+def _read(path: Path, lines: Lines) -> tuple[list[dict[str, Any]], int, bool]:
+    """The rows of a file, how many lines a kill broke, and whether its last line has an end."""
+    refuse_special(path, lines.what)
+    if not path.exists():
+        return [], 0, True
+    if path.stat().st_size > LONGEST:
+        raise UserError(f"{path} is too large to be {lines.what}; name another file")
+    *whole, last = path.read_bytes().split(b"\n")
+    if broken := _is_cut(last):
+        last = b""
+    mend = f"if it is {lines.what}, mend the line; else name another file"
+    rows = []
+    for number, line in enumerate((*whole, last), 1):
+        if not line.strip():
+            continue
+        what = f"{path}, line {number},"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{what} is no text in UTF-8; {mend}") from None
+        rows.append(parse_json(_with_whole_characters(text), what, lines.form, mend=mend))
+    return rows, int(broken), not (broken or last)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a file's last piece is the beginning of a line, as a kill leaves it."""
+    if not line or line[: len(BEGINNING)] != BEGINNING[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except RecursionError:
+        return False
+    except ValueError:
+        return True
+    return False
+
+
+def _with_whole_characters(line: str) -> str:
+    """A line without halves of characters, which were once stored as a server's cut emoji."""
+    if "\\ud" not in line.lower():
+        return line
+    try:
+        value = json.loads(line, parse_constant=str)
+    except (ValueError, RecursionError):
+        return line
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def part_of(path: Path, index: int) -> Path:
-    """The file that one of several processes writes for a file; hidden, so that no pattern for such files finds it."""
-    return path.with_name(f".{path.name}.part-{index}")
+    """A new file that one of several processes writes for a file; hidden, so that no pattern for such files finds it.
+    No two share one: a process of a killed run may still live on another machine."""
+    return path.with_name(f".{path.name}.part-{index}-{secrets.token_hex(4)}")
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -112,17 +164,14 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    # Answers may hold a lone surrogate, which no UTF-8 file can: ASCII escapes can.
     return json.dumps(row, ensure_ascii=True) + "\n"
 
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
     """Hold a file against other processes. Raises UserError if one of them writes it now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {path}; wait until it has finished") from None
-        yield
+    try:
+        with locked(path, wait=False):
+            yield
+    except BlockingIOError:
+        raise UserError(f"another process is writing {path}; wait until it has finished") from None

@@ -16,24 +16,27 @@ from statistics import fmean
 from typing import Any
 
 from corpora.errors import UserError
-from eval.mtbench.json_lines import LineFile, read_lines
+from eval.mtbench.endpoint import OPENAI
+from eval.mtbench.forms import AnswerLine, ComparisonLine, GradeLine, PromptLine
+from eval.mtbench.json_lines import LineFile, Lines, read_lines
 from eval.mtbench.judge_client import Judge, Reply
 from eval.mtbench.reasoning import spoken
 
 __all__ = [
+    "COMPARISONS",
     "ENDINGS",
+    "GRADES",
     "Job",
     "Materials",
     "is_decided",
     "judge_all",
+    "kept_line",
     "pair_jobs",
-    "pair_key",
     "rating",
     "read_answers",
     "read_materials",
     "scores",
     "single_jobs",
-    "single_key",
     "verdict",
     "winner",
 ]
@@ -98,26 +101,18 @@ class Materials:
 
 def read_materials(questions: Sequence[Any], prompts: Path, references: Path | None) -> Materials:
     """Read the judge's prompts and the reference answers. Raises UserError for damaged files."""
-    rows = read_lines(prompts, "the file of judge prompts", ("name", "system_prompt", "prompt_template"))
+    rows = {row["name"]: row for row in read_lines(prompts, "the file of judge prompts", PromptLine)}
     return Materials(
         {question.id: question for question in questions},
-        {str(row["name"]): row for row in rows},
+        rows,
         {} if references is None else read_answers(references),
     )
 
 
 def read_answers(path: Path) -> dict[int, list[str]]:
     """The turns of every question of an answer file, by its last line. Raises UserError for a damaged file."""
-    answers = {}
-    for row in read_lines(path, "the file of answers", ("question_id", "choices")):
-        try:
-            turns = row["choices"][0]["turns"]
-        except (TypeError, KeyError, IndexError):
-            turns = None
-        if not isinstance(turns, list) or len(turns) != len(TURNS) or not all(isinstance(t, str) for t in turns):
-            raise UserError(f"{path}: the answer to question {row['question_id']} has not {len(TURNS)} turns of text")
-        answers[row["question_id"]] = turns
-    return answers
+    rows = read_lines(path, "the file of answers", AnswerLine)
+    return {row["question_id"]: row["choices"][0]["turns"] for row in rows}
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ def _prompt(
 def _filled(prompt: dict[str, Any], texts: dict[str, str]) -> str:
     try:
         return prompt["prompt_template"].format(**texts)
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
         raise UserError(
             f"the judge prompt {prompt['name']!r} has a place for {error}, which is not known there; known are "
             f"{', '.join(texts)}"
@@ -183,18 +178,24 @@ def _outcome(replies: Sequence[Reply], scored: bool) -> str:
     return next((word for word in ("failed", "refused") if word in said), "scored" if scored else unscored)
 
 
-def single_key(line: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What a line of single-answer grading is about; None if it is no such line."""
-    if not {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn"} <= line.keys():
-        return None
-    return (line["question_id"], line["model"], tuple(line["judge"]), line["turn"])
+def _at(key: tuple[Any, ...], endpoint: str | None) -> tuple[Any, ...]:
+    """What a judgement is about, with where it was made unless that is OpenAI's, or a local model."""
+    return key if endpoint in (None, OPENAI) else (*key, endpoint)
 
 
-def pair_key(line: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What a line of comparisons is about; None if it is no such line."""
-    if not {"question_id", "model_1", "model_2", "g1_winner", "g2_winner", "judge", "turn"} <= line.keys():
-        return None
-    return (line["question_id"], line["model_1"], line["model_2"], tuple(line["judge"]), line["turn"])
+GRADES = Lines(
+    "a file of grades",
+    GradeLine,
+    lambda line: _at((line["question_id"], line["model"], tuple(line["judge"]), line["turn"]), line.get("endpoint")),
+)
+COMPARISONS = Lines(
+    "a file of comparisons",
+    ComparisonLine,
+    lambda line: _at(
+        (line["question_id"], line["model_1"], line["model_2"], tuple(line["judge"]), line["turn"]),
+        line.get("endpoint"),
+    ),
+)
 
 
 def single_jobs(materials: Materials, judge: str, model: str, answers: dict[int, list[str]]) -> list[Job]:
@@ -311,13 +312,14 @@ def judge_all(
 
     protocol: what decides a judgement besides its texts and the judge's name; it is kept in every line, and a judgement
     by another one is made again (of a line that says nothing of it, as FastChat's do not, it is taken to be the same).
+    Its `endpoint` is where the judge is: judgements of one name at two addresses stand beside each other.
     A judgement that failed is on file as unscored and is made again next time; a refusal or an answer without a rating
     is what the judge has to say and stays. After `IN_A_ROW` failures in a row the judge is taken to be down.
     """
     left = []
     for job in jobs:
-        line = file.rows.get(job.key)
-        if line is None or not _is_made(job, line, protocol):
+        line = kept_line(job, file, protocol)
+        if line is None or line.get("outcome") == "failed":
             left.append(job)
             continue
         report()
@@ -352,10 +354,28 @@ def judge_all(
                     keep(job, call.result())
 
 
-def _is_made(job: Job, line: dict[str, Any], protocol: Mapping[str, Any]) -> bool:
-    if line.get("outcome") == "failed" or not job.same(line):
-        return False
-    return all(line.get(name, value) == value for name, value in protocol.items())
+def kept_line(job: Job, file: LineFile, protocol: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The line of a judgement on the same texts by the same protocol, failed or not; None if the file has none.
+
+    A line that names no address was made at OpenAI's, which is the default, or by a local model. Raises UserError
+    where another address is asked for the same: what that line was made by is not known, nor paid for twice.
+    """
+    endpoint = protocol.get("endpoint")
+    decided = {"endpoint": endpoint, **protocol}
+
+    def same(line: dict[str, Any]) -> bool:
+        return all(line.get(name, value) == value for name, value in decided.items()) and job.same(line)
+
+    if (line := file.rows.get(_at(job.key, endpoint))) is not None:
+        return line if same(line) else None
+    nameless = file.rows.get(job.key)
+    if nameless is None or "endpoint" in nameless or nameless.get("outcome") == "failed" or not same(nameless):
+        return None
+    raise UserError(
+        f"{file.path} holds judgements of these answers by {job.key[-2][0]} that name no address, so they may have "
+        f"been made at {endpoint} or elsewhere; write into them where, such as "
+        f"""sed -i '/"endpoint": /!s#}}$#, "endpoint": "{endpoint}"}}#' '{file.path}', or move the file away"""
+    )
 
 
 def _read_anew(job: Job, line: dict[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,30 @@
 """Who judges: an OpenAI-compatible endpoint, or a local model. Both take a system and a user text and give a `Reply`.
 
-The endpoint is asked through the library `openai`. Its own repetitions are switched off: they know neither broken
-answers nor a program that stops. Rate limits, server errors, time-outs and broken answers are tried again here, with a
-pause that doubles and is never shorter than the server's Retry-After; what cannot get better is not. Redirects are not
-followed, so that the key reaches no other server.
+Rate limits, server errors, time-outs and broken answers of an endpoint are tried again, with a pause that doubles and
+is never shorter than the server's Retry-After; what cannot get better is not. Redirects are not followed.
 """
 
 import email.utils
+import json
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import responses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field
 from transformers import LogitsProcessor, LogitsProcessorList
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
+from corpora.json_files import fitted
+from eval.mtbench.endpoint import Endpoint, Key, NoAnswer, endpoint_address
 from eval.mtbench.reasoning import CLOSINGS, left_open, opened_at_the_end
 
 __all__ = ["ChatClient", "Judge", "Reply", "local_judge"]
@@ -61,16 +66,9 @@ class ChatClient:
     def __init__(
         self, base_url: str, model: str, key: str, *, timeout: float = 120, retries: int = 5, max_tokens: int = 2048
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise UserError(f"--base-url {base_url} is no address; give one such as http://localhost:8000/v1")
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("the judge's key has characters that no HTTP header holds; give the variable another value")
-        from openai import DefaultHttpxClient, OpenAI  # half a second, which a local judge need not wait
-
-        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it has a line for every call
-        http = DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
-        self._client = OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0, http_client=http)
-        self.model, self.timeout, self.retries = model, timeout, retries
+        self._key = Key(key)
+        self._endpoint = Endpoint(endpoint_address(base_url), self._key, timeout)
+        self.model, self.retries = model, retries
         self._settings: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
         self._stopped = threading.Event()
 
@@ -89,7 +87,7 @@ class ChatClient:
             except _Again as error:
                 reason = str(error)
                 if error.after > LONGEST_RETRY_AFTER:
-                    reason = f"{reason}; it asks to wait {error.after:.0f} s"
+                    reason = f"{reason}; it asks to wait {error.after:.6g} s"
                     break
                 if attempt < self.retries:
                     pause = min(PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1)  # callers spread out
@@ -98,33 +96,23 @@ class ChatClient:
 
     def _ask(self, system: str, user: str) -> Reply:
         """One attempt. An HTTP error is raised to try again, raised as hopeless, or fails this prompt (too long, …)."""
-        import openai
-
-        answer: Any = None
         settings = self._settings
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
-            answer = self._client.chat.completions.create(
-                model=self.model, **settings,
-                messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
-            )  # fmt: skip
-            return _reply(answer)
-        except openai.APIStatusError as error:
-            status, after = error.status_code, error.response.headers.get("Retry-After")
-            message = error.body.get("message") if isinstance(error.body, dict) else None
-            text = self._shown(f"HTTP {status}: {message or error.response.reason_phrase}")
-            if status == UNSUPPORTED and self._says_otherwise(settings, str(message)):
-                return self._ask(system, user)
-        except openai.APITimeoutError:
-            raise _Again(f"no answer within {self.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            raise _Again(self._shown(f"the connection failed ({error.__cause__})")) from None
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise _Again(self._shown(f"the answer is not a chat completion ({answer or error})")) from None
-        if status in RETRIED or status >= 500:
-            raise _Again(text, _seconds(after))
-        if status in HOPELESS or status < 400:
+            answer = self._endpoint.ask(model=self.model, messages=messages, **settings)
+        except NoAnswer as error:
+            raise _Again(self._key.shown(str(error))) from None
+        if 200 <= answer.status < 300:
+            return self._reply(answer.value)
+        complaint = _complaint(answer.value)
+        text = self._key.shown(f"HTTP {answer.status}: {complaint or responses.get(answer.status, 'no reason')}")
+        if answer.status == UNSUPPORTED and self._says_otherwise(settings, complaint):
+            return self._ask(system, user)
+        if answer.status in RETRIED or answer.status >= 500:
+            raise _Again(text, _seconds(answer.retry_after))
+        if answer.status in HOPELESS or answer.status < 400:
             raise UserError(
-                f"the judge {self.model} at {self._client.base_url} refuses every call ({text}); check the key, the "
+                f"the judge {self.model} at {self._endpoint.address} refuses every call ({text}); check the key, the "
                 "name of the model and --base-url"
             )
         return Reply(text, "failed")
@@ -147,42 +135,73 @@ class ChatClient:
         self._settings = settings
         return True
 
-    def _shown(self, text: str) -> str:
-        """A line of at most 300 characters, without the key."""
-        return " ".join(text.replace(self._client.api_key, "…").split())[:300]
+    def _reply(self, value: Any) -> Reply:
+        """What a chat completion says."""
+        try:
+            fitted(value, _Completion, "the answer")
+        except UserError:
+            raise _Again(self._key.shown(f"the answer is not a chat completion ({json.dumps(value)[:2000]})")) from None
+        choice, counts = value["choices"][0], _usage(value.get("usage"))
+        message, reason = choice["message"], choice.get("finish_reason")
+        text = message.get("content")
+        if message.get("refusal"):
+            return Reply(self._key.removed_from(message["refusal"]), "refused", *counts)
+        if text is None and reason == "content_filter":
+            return Reply("the content filter withheld the answer", "refused", *counts)
+        reasoning = any(message.get(name) for name in ("reasoning_content", "reasoning"))
+        if text is None and (reasoning or reason == "length"):
+            text = ""  # its reasoning took all the room there was
+        if isinstance(text, list):  # of parts, some of them reasoning
+            text = "".join(part.get("text", "") for part in text if part["type"] == "text")
+        if text is None:
+            raise _Again("the answer has no text")
+        return Reply(self._key.removed_from(text), "answered", *counts)
 
 
-def _reply(answer: Any) -> Reply:
-    """A chat completion, of whose form the library has checked nothing. Raises the usual errors of access."""
-    choice, usage = answer.choices[0], answer.usage
-    counts = (int(usage.prompt_tokens or 0), int(usage.completion_tokens or 0)) if usage else (0, 0)
-    if choice.message.refusal:
-        return Reply(str(choice.message.refusal), "refused", *counts)
-    text = choice.message.content
-    if text is None and choice.finish_reason == "content_filter":
-        return Reply("the content filter withheld the answer", "refused", *counts)
-    reasoning = any(getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning"))
-    if text is None and (reasoning or choice.finish_reason == "length"):
-        text = ""  # its reasoning took all the room there was
-    if isinstance(text, list):  # of parts, some of them reasoning
-        text = "".join(part["text"] for part in text if part["type"] == "text")
-    if not isinstance(text, str):
-        raise TypeError("no text")
-    return Reply(text, "answered", *counts)
+class _Part(TypedDict):
+    type: str
+    text: NotRequired[str]
 
 
-def _seconds(retry_after: str | None) -> float:
+class _Message(TypedDict):
+    content: NotRequired[str | list[_Part] | None]
+    refusal: NotRequired[str | None]
+
+
+class _Choice(TypedDict):
+    message: _Message
+    finish_reason: NotRequired[str | None]
+
+
+class _Completion(TypedDict):
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+
+
+def _usage(value: Any) -> tuple[int, int]:
+    """The tokens of a prompt and of an answer, 0 where a server counts none: an answer is none the worse for that."""
+    counts = value if isinstance(value, dict) else {}
+    found = (counts.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    prompt, completion = (n if type(n) is int and 0 <= n < 2**53 else 0 for n in found)
+    return prompt, completion
+
+
+def _complaint(value: Any) -> str:
+    """The message of an answer that is an error; "" where it has none."""
+    for _ in range(2):
+        value = value.get("error", value.get("message")) if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _seconds(retry_after: str) -> float:
     """A Retry-After header, in seconds or as a date; 0 where there is none or it cannot be read."""
-    if not retry_after:
-        return 0.0
     try:
-        return max(float(retry_after), 0.0)
+        seconds = float(retry_after)
     except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
 
 
 class _OneOf(LogitsProcessor):

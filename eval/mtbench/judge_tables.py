@@ -46,7 +46,7 @@ def _without_seed(model: str) -> str:
 def judge_table(record: dict[str, Any], cost: str) -> Table:
     """A record's grades, or wins, with what a reader must know about them. cost: of the judgements, in words."""
     settings = record["settings"]
-    notes = [cost]
+    notes = [cost, *([f"the judge is at {settings['endpoint']}"] if "endpoint" in settings else [])]
     if settings["questions"] == "sample":
         notes.append("sample: questions, references and judge prompts written for this project; not an MT-bench score")
     if settings["judge"].startswith("local-"):

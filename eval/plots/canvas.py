@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator
 
 from corpora.errors import UserError
 from corpora.files import name_part
+from corpora.targets import MARK, check_ours
 from corpora.writing import write_all
 
 __all__ = [
@@ -44,7 +45,11 @@ SERIES = (INTACT, ORANGE, BEHIND, VANILLA)
 GREY = "0.35"
 
 # Without the time of writing the same numbers give the same file.
-FORMATS: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"Software": MARK},
+    "pdf": {"Creator": MARK, "CreationDate": None},
+    "svg": {"Creator": MARK, "Date": None},
+}
 LARGEST_DPI = 1200
 
 
@@ -65,6 +70,8 @@ class Output:
     def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
         """Write a figure in every format and its numbers as CSV under the same name, all or none; closes the figure."""
         contents: dict[Path, bytes] = {}
+        for suffix in (*self.formats, "csv"):  # of a part, whose name is only known now
+            check_ours(self.path(part, suffix))
         _draw_words(figure)
         try:
             for suffix in self.formats:

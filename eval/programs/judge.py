@@ -6,8 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import UserError
 from corpora.files import data_files, sha256_of_data
+from corpora.targets import check_written, inputs_of
+from eval.mtbench.endpoint import OPENAI
 
 if TYPE_CHECKING:
     from eval.mtbench.judge import Job, Materials
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add", "run"]
 
-OPENAI = "https://api.openai.com/v1"
 LOCAL = "local:"
 EXAMPLES = """\
 examples:
@@ -40,40 +42,71 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     judge.add_argument(
-        "--answers", type=Path, nargs="+", required=True, metavar="FILE", help="of python -m eval mtbench"
+        "--answers", type=values.path, nargs="+", required=True, metavar="FILE", help="of python -m eval mtbench"
     )
-    judge.add_argument("--baseline", type=Path, metavar="FILE", help="compare with these answers, in both orders")
+    judge.add_argument(
+        "--baseline", type=values.path, metavar="FILE", help="compare with these answers, in both orders"
+    )
     judge.add_argument(
         "--questions",
+        type=values.name,
         default=None,
         metavar="sample|mt_bench|FILE",
         help="what was asked (default: sample or mt_bench, by the ids); prompts and references lie beside it",
     )
     judge.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="judge prompts (default: judge_prompts.jsonl there)"
+        "--prompts", type=values.path, metavar="FILE", help="judge prompts (default: judge_prompts.jsonl there)"
     )
     judge.add_argument(
         "--references",
-        type=Path,
+        type=values.path,
         metavar="FILE",
         help="reference answers (default: reference_answer/JUDGE.jsonl there, or the only file)",
     )
     group = judge.add_argument_group("judge")
     group.add_argument(
-        "--judge-model", required=True, metavar="NAME|local:DIR", help="at the endpoint, or a checkpoint"
+        "--judge-model",
+        type=values.name,
+        required=True,
+        metavar="NAME|local:DIR",
+        help="at the endpoint, or a checkpoint",
     )
     group.add_argument(
-        "--base-url", default=OPENAI, metavar="URL", help=f"OpenAI-compatible endpoint (default: {OPENAI})"
+        "--base-url",
+        type=values.name,
+        default=OPENAI,
+        metavar="URL",
+        help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
-    group.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
-    group.add_argument("--concurrency", type=int, default=4, metavar="N", help="calls at once (default: 4)")
-    group.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="of a call (default: 120)")
-    group.add_argument("--retries", type=int, default=5, metavar="N", help="after a failed call (default: 5)")
-    group.add_argument("--max-tokens", type=int, default=2048, metavar="T", help="of a judgement (default: 2048)")
-    group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="of a local judge")
-    group.add_argument("--price-in", type=float, metavar="USD", help="per million prompt tokens: the cost is shown")
-    group.add_argument("--price-out", type=float, metavar="USD", help="per million tokens of the judgements")
-    judge.add_argument("--plot", type=Path, metavar="FILE.png", help="scores per category as a radar chart")
+    group.add_argument(
+        "--key-variable", type=values.name, default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key"
+    )
+    group.add_argument(
+        "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
+    )
+    group.add_argument(
+        "--timeout",
+        type=values.number(above=0, most=86400, like="120"),
+        default=120,
+        metavar="SECONDS",
+        help="of a call (default: 120)",
+    )
+    group.add_argument(
+        "--retries", type=values.count(0, 1000), default=5, metavar="N", help="after a failed call (default: 5)"
+    )
+    group.add_argument(
+        "--max-tokens", type=values.count(), default=2048, metavar="T", help="of a judgement (default: 2048)"
+    )
+    group.add_argument(
+        "--device", type=values.device, default="auto", metavar="auto|cpu|cuda[:N]", help="of a local judge"
+    )
+    group.add_argument(
+        "--price-in", type=values.number(least=0), metavar="USD", help="per million prompt tokens: the cost is shown"
+    )
+    group.add_argument(
+        "--price-out", type=values.number(least=0), metavar="USD", help="per million tokens of the judgements"
+    )
+    judge.add_argument("--plot", type=values.path, metavar="FILE.png", help="scores per category as a radar chart")
     judge.add_argument("--json", action="store_true", help="print the run record instead of the table")
 
 
@@ -81,8 +114,8 @@ def run(options: argparse.Namespace) -> None:
     """Make the judgements that are missing, print the scores, and write the record if all were made."""
     from corpora.paths import outputs_dir
     from eval.mtbench.answers import QUESTION_SETS, question_file, read_questions
-    from eval.mtbench.json_lines import LineFile, only_writer
-    from eval.mtbench.judge import pair_key, read_answers, read_materials, single_key
+    from eval.mtbench.json_lines import LineFile, only_writer, refuse_other_lines
+    from eval.mtbench.judge import COMPARISONS, GRADES, kept_line, read_answers, read_materials
     from eval.mtbench.judge_tables import judge_table, pair_report, single_report
     from eval.runs import record_of
     from eval.tables.render import render
@@ -104,15 +137,19 @@ def run(options: argparse.Namespace) -> None:
 
         check_categories({materials.questions[number].category for given in answers.values() for number in given})
 
-    kind, key = ("single", single_key) if baseline is None else ("pair", pair_key)
+    kind, kind_of_lines = ("single", GRADES) if baseline is None else ("pair", COMPARISONS)
     path = outputs_dir() / "mt_bench" / "model_judgment" / f"{name.replace('/', '-')}_{kind}.jsonl"
+    refuse_other_lines(path, kind_of_lines)  # before a local judge is loaded
     judge, protocol = _judge(options, kind)
     with only_writer(path):
-        file = LineFile(path, key)
+        file = LineFile(path, kind_of_lines)
         concurrency = 1 if options.judge_model.startswith(LOCAL) else options.concurrency
         stopped = _with_bar(jobs, judge, file, protocol, concurrency)
-        file.finish(lambda line: (line["question_id"], line.get("model", line.get("model_1")), line["turn"]))
-    lines = [file.rows[job.key] for job in jobs if job.key in file.rows]
+        file.finish(
+            lambda line: (line["question_id"], line.get("model", line.get("model_1")), line["turn"],
+                          line.get("endpoint", ""))
+        )  # fmt: skip
+    lines = [line for job in jobs if (line := kept_line(job, file, protocol)) is not None]
     report = single_report(lines, materials) if baseline is None else pair_report(lines)
     report |= {
         "judgement_file": str(path),
@@ -131,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
         "references_sha256": sha256_of_data(references) if references else None,
         "answers_sha256": {path.stem: sha256_of_data(path) for path in options.answers},
         "baseline": {options.baseline.stem: sha256_of_data(options.baseline)} if options.baseline else None,
-        **protocol,
+        **{part: value for part, value in protocol.items() if value != OPENAI},  # the default, and no part of names
     }
     failed = sum(line.get("outcome") == "failed" for line in lines)
     whole = not failed and not report["missing"]
@@ -154,14 +191,17 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
-    for option, value in (("--concurrency", options.concurrency), ("--max-tokens", options.max_tokens)):
-        if value < 1:
-            raise UserError(f"{option} {value}: give 1 or more")
-    if options.retries < 0 or options.timeout <= 0:
-        raise UserError("--retries is 0 or more, --timeout more than 0 seconds")
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
+    if not options.judge_model.isprintable() or len(options.judge_model.encode()) > 200:
+        raise UserError(f"--judge-model {options.judge_model[:40]!r}: a name has one line of at most 200 bytes")
+    if not options.key_variable.isidentifier():  # it may be the key itself
+        raise UserError(
+            "--key-variable takes the name of a variable: letters, digits and _; a key is never an argument"
+        )
     stems = [path.stem for path in [*options.answers, *([options.baseline] if options.baseline else [])]]
+    if odd := [stem for stem in stems if not stem.isprintable()]:
+        raise UserError(f"{odd[0]!r} is the model's name, and has characters that no table can show; rename the file")
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"two files of answers are called {twice[0]!r}, which is the model's name; rename one of them")
     if options.plot is not None and (
@@ -170,6 +210,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"--plot {options.plot}: the radar chart shows grades, not comparisons, and ends in .png, .pdf or .svg"
         )
+    if options.plot is not None:
+        reads = inputs_of(value for name, value in vars(options).items() if name != "plot")
+        check_written((options.plot, options.plot.with_suffix(".csv")), reads, "--plot")
 
 
 def _question_set(answers: list[dict[int, list[str]]]) -> str:
@@ -241,6 +284,7 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
     from corpora.storage import identity
     from eval.generation import own_generation
     from eval.mtbench.chat_templates import chat_template
+    from eval.mtbench.endpoint import endpoint_address
     from eval.mtbench.judge import ENDINGS, is_decided
     from eval.mtbench.judge_client import ChatClient, local_judge
     from quantization.programs.options import chosen_device
@@ -257,6 +301,7 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
         decided = partial(is_decided, kind)
         device = chosen_device(options.device)
         return local_judge(directory, device, options.max_tokens, ENDINGS[kind], decided), protocol
+    address = endpoint_address(options.base_url)
     key = os.environ.get(options.key_variable, "").strip()
     if not key:
         raise UserError(
@@ -264,14 +309,14 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
             "name another variable with --key-variable, or use a local model: --judge-model local:DIR"
         )
     client = ChatClient(
-        options.base_url,
+        address,
         options.judge_model,
         key,
         timeout=options.timeout,
         retries=options.retries,
         max_tokens=options.max_tokens,
     )
-    return client, protocol
+    return client, protocol | {"endpoint": address}
 
 
 def _with_bar(jobs: "list[Job]", judge: "Judge", file: Any, protocol: dict[str, Any], concurrency: int) -> str | None:

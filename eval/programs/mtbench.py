@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import add_plan_options, check_counts, check_out
+from quantization.programs.options import add_plan_options, check_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,12 +44,13 @@ def add(commands: Any) -> None:
     group = mtbench.add_argument_group("questions and protocol")
     group.add_argument(
         "--questions",
+        type=values.name,
         default=None,
         metavar="sample|mt_bench|FILE",
         help="sample: 16 questions written for this project, no benchmark; mt_bench: the published 80 (scripts/prepare/"
         "mtbench.sh fetches them); or a question.jsonl (default: mt_bench, but sample for the embedded model)",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    group.add_argument("--limit", type=values.count(), metavar="N", help="only the first N questions")
     group.add_argument(
         "--template",
         default="auto",
@@ -60,10 +62,16 @@ def add(commands: Any) -> None:
         action="store_true",
         help="put the prefix in front of prompts that do not start with it; without this they are refused",
     )
-    group.add_argument("--max-new-tokens", type=int, default=1024, metavar="T", help="of one turn (default: 1024)")
-    group.add_argument("--answer-seed", type=int, default=42, metavar="S", help="of the answers (default: 42)")
-    group.add_argument("--batch-size", type=int, default=4, metavar="ROWS", help="dialogues at once (default: 4)")
-    group.add_argument("--out", type=Path, metavar="FILE.jsonl", help="the answers' file (default: named by the run)")
+    group.add_argument(
+        "--max-new-tokens", type=values.count(), default=1024, metavar="T", help="of one turn (default: 1024)"
+    )
+    group.add_argument("--answer-seed", type=values.seed, default=42, metavar="S", help="of the answers (default: 42)")
+    group.add_argument(
+        "--batch-size", type=values.count(), default=4, metavar="ROWS", help="dialogues at once (default: 4)"
+    )
+    group.add_argument(
+        "--out", type=values.path, metavar="FILE.jsonl", help="the answers' file (default: named by the run)"
+    )
     mtbench.add_argument("--json", action="store_true", help="print the run record instead of the table")
     mtbench.add_argument("--force", action="store_true", help="answer again, even what is answered")
 
@@ -90,11 +98,9 @@ def run(options: argparse.Namespace) -> None:
     from eval.mtbench.json_lines import only_writer
     from eval.runs import record_of
 
-    check_counts(
-        limit=(options.limit, 1), max_new_tokens=(options.max_new_tokens, 1), batch_size=(options.batch_size, 1)
-    )
     if options.out is not None:
-        check_out(options.out, ".jsonl")
+        check_out(options, ".jsonl", _side_file(options.out))
+        _refuse_other_files(options.out)
     plan, processes = start(options)
     if options.prepend and not plan.has_prefix:
         raise UserError("--prepend puts a prefix in front, but none was named; add --prefix, or leave it out")
@@ -115,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.answer_seed,
     }
     path = options.out or _answers_directory() / f"{_model_id(plan, settings)}.jsonl"
+    _refuse_other_files(path)
     if not options.force:
         _refuse_other_settings(path, settings)
 
@@ -170,6 +177,7 @@ def _answers_directory() -> Path:
 def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
     """model-method-w{b}g{g}[-kvN][-intactkv…][-questions]-seed_{s}: [P] is plain intactkv, as published; what is other
     than in the named recipe stands behind the method."""
+    from corpora.json_files import plain_name
     from quantization.kv_cache import kv_bits
     from quantization.labels import told
 
@@ -181,7 +189,13 @@ def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
         parts += ["intactkv" if prefix["intact"] else "vanilla", *_kind(prefix["label"])]
     if settings["questions"] != "mt_bench":
         parts.append(Path(settings["questions"]).stem)
-    return "-".join([*parts, f"seed_{settings['seed']}"]).replace("/", "-")
+    name = "-".join([*parts, f"seed_{settings['seed']}"]).replace("/", "-")
+    try:
+        return plain_name(name)
+    except ValueError as error:
+        raise UserError(
+            f"the answers cannot be called {name!r}, which {error}; name them with --out FILE.jsonl"
+        ) from None
 
 
 def _kind(label: str) -> list[str]:
@@ -194,24 +208,46 @@ def _side_file(path: Path) -> Path:
 
 def _holds(path: Path, questions: "list[Question]") -> bool:
     """Whether a file holds the answers to all these questions."""
-    from eval.mtbench.answers import answer_key
+    from eval.mtbench.answers import ANSWERS
     from eval.mtbench.json_lines import LineFile
 
-    return path.is_file() and {question.id for question in questions} <= LineFile(path, answer_key).rows.keys()
+    return path.is_file() and {question.id for question in questions} <= LineFile(path, ANSWERS).rows.keys()
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise UserError if something else than answers and their settings is where these are written, also with --force:
+    what is replaced is what this program made."""
+    from corpora.writing import refuse_special
+    from eval.mtbench.answers import ANSWERS
+    from eval.mtbench.json_lines import refuse_other_lines
+
+    refuse_other_lines(path, ANSWERS)
+    refuse_special(_side_file(path))
+    _settings_of(path)
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """What a file of answers was made with; nothing if it does not say. Raises UserError for a file of another kind."""
+    from corpora.json_files import read_json
+    from eval.mtbench.forms import AnswerSettings
+
+    side = _side_file(path)
+    mend = "name another file with --out FILE.jsonl, or move this one away"
+    found: dict[str, Any] = (
+        read_json(side, "the settings of answers", AnswerSettings, mend=mend) if side.exists() else {}
+    )
+    return found
 
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if a file holds answers of another run: they are never mixed."""
-    from corpora.json_files import read_json
     from eval.mtbench.json_lines import parts_of
 
     if not path.is_file() and not parts_of(path):
         return
-    side = _side_file(path)
-    theirs = read_json(side, "the settings of these answers,") if side.is_file() else {}
+    theirs = _settings_of(path)
     ours = json.loads(json.dumps(settings))
-    names = [*ours, *(theirs if isinstance(theirs, dict) else ())]
-    if other := [name for name in names if not isinstance(theirs, dict) or theirs.get(name) != ours.get(name)]:
+    if other := [name for name in (*ours, *theirs) if theirs.get(name) != ours.get(name)]:
         raise UserError(
             f"{path} holds answers that were made with another {', '.join(dict.fromkeys(other[:3]))}; keep both with "
             "--out FILE.jsonl, or answer again with --force"
@@ -237,7 +273,7 @@ def _answer(
     from corpora.files import sha256_of_file
     from corpora.json_files import write_json
     from corpora.machine import peak_memory_mb
-    from eval.mtbench.answers import answer_key
+    from eval.mtbench.answers import ANSWERS
     from eval.mtbench.json_lines import LineFile, part_of, parts_of
 
     if processes.is_first:
@@ -245,15 +281,15 @@ def _answer(
             for old in (path, *parts_of(path)):
                 old.unlink(missing_ok=True)
         write_json(_side_file(path), settings)  # before the first answer: a file without it is nobody's
-        LineFile(path, answer_key).join()
+        LineFile(path, ANSWERS).join()
     _all_here(processes)
-    answers = LineFile(path, answer_key)
+    answers = LineFile(path, ANSWERS)
     left = [question for question in questions if question.id not in answers.rows]
     mine = [left[first : first + batch_size] for first in processes.mine(range(0, len(left), batch_size))]
     tokens, started = 0, time.perf_counter()
     if mine:
         loaded = answerer(plan.load())
-        file = answers if processes.count == 1 else LineFile(part_of(path, processes.index), answer_key)
+        file = answers if processes.count == 1 else LineFile(part_of(path, processes.index), ANSWERS)
         done = len(questions) - sum(map(len, mine))  # before this run, or by other processes
         started = time.perf_counter()
         with tqdm(total=len(questions), initial=done, desc="answers", unit="question",
@@ -269,7 +305,7 @@ def _answer(
         answers.join()
         answers.finish(lambda line: line["question_id"])
     _all_here(processes)
-    answers = LineFile(path, answer_key)
+    answers = LineFile(path, ANSWERS)
     lines = [answers.rows[question.id] for question in questions]
     stops = [stop for line in lines for stop in line["stopped"]]
     return {

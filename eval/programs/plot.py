@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from eval.programs.plot_options import (
     Declare,
     calibration_options,
@@ -78,9 +78,15 @@ def add(commands: Any) -> None:
         kind.declare(parser)
         parser.set_defaults(default=parser.get_default)
         written = parser.add_argument_group("what is written")
-        written.add_argument("--out", type=Path, metavar="DIR|FILE.png", help="see below (default: outputs/figures)")
-        written.add_argument("--format", default="png,pdf", metavar="LIST", help="of png, pdf, svg (default: png,pdf)")
-        written.add_argument("--dpi", type=int, default=200, help="dots per inch of what is no vector (default: 200)")
+        written.add_argument(
+            "--out", type=values.path, metavar="DIR|FILE.png", help="see below (default: outputs/figures)"
+        )
+        written.add_argument(
+            "--format", type=values.name, default="png,pdf", metavar="LIST", help="of png, pdf, svg (default: png,pdf)"
+        )
+        written.add_argument(
+            "--dpi", type=values.count(10, 1200), default=200, help="dots per inch of what is no vector (default: 200)"
+        )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -92,9 +98,13 @@ def run(options: argparse.Namespace) -> None:
 def _output(options: argparse.Namespace, name: str) -> "Output":
     """Where this command writes. Raises UserError for what cannot be written."""
     from corpora.paths import outputs_dir
+    from corpora.targets import check_written, inputs_of
     from eval.plots.canvas import output_for
 
-    return output_for(options.out or outputs_dir() / "figures", name, options.format, options.dpi)
+    output = output_for(options.out or outputs_dir() / "figures", name, options.format, options.dpi)
+    reads = inputs_of(value for option, value in vars(options).items() if option != "out")
+    check_written((output.path("", ending) for ending in (*output.formats, "csv")), reads)
+    return output
 
 
 def _changed(options: argparse.Namespace, parts: dict[str, str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
+from corpora import values
 from intactkv.architecture import DOWN_PROJ
 from quantization.programs.options import add_plan_options, add_text_seed
 
@@ -20,9 +20,11 @@ def _text_options(
     """Model, recipe and text. own: what the text is by default. tokens: the default, None for the model's own."""
     add_plan_options(parser, prefix=prefix, run=False)
     text = parser.add_argument_group("text")
-    text.add_argument("--corpus", metavar="NAME|FILE", help=f"text to run (default: {own})")
+    text.add_argument("--corpus", type=values.name, metavar="NAME|FILE", help=f"text to run (default: {own})")
     length = str(tokens) if tokens else "the model's own, or 1024"
-    text.add_argument("--tokens", type=int, default=tokens, metavar="T", help=f"of a sequence (default: {length})")
+    text.add_argument(
+        "--tokens", type=values.count(), default=tokens, metavar="T", help=f"of a sequence (default: {length})"
+    )
     return text
 
 
@@ -33,7 +35,7 @@ def opening_options(tokens: int, *, conversation: bool = True, prefix: bool = Tr
     def declare(parser: argparse.ArgumentParser) -> None:
         text = _text_options(parser, own if conversation else "the model's own", tokens, prefix=prefix)
         if many:
-            text.add_argument("--samples", type=int, default=1, metavar="N", help="sequences (default: 1)")
+            text.add_argument("--samples", type=values.count(), default=1, metavar="N", help="sequences (default: 1)")
         else:
             parser.set_defaults(samples=1)
         add_text_seed(text, 1, "of the order of ShareGPT's conversations")
@@ -47,7 +49,9 @@ def scattered_options(tokens: int | None = None, *, many: bool = True) -> Declar
     def declare(parser: argparse.ArgumentParser) -> None:
         text = _text_options(parser, "the model's own calibration text, or pile", tokens, prefix=True)
         if many:
-            text.add_argument("--samples", type=int, metavar="N", help="pieces (default: the model's own, or 64)")
+            text.add_argument(
+                "--samples", type=values.count(), metavar="N", help="pieces (default: the model's own, or 64)"
+            )
         else:
             parser.set_defaults(samples=1)
         add_text_seed(text, 0, "of the pieces' draw")
@@ -66,7 +70,7 @@ def layer_options(declare: Declare, *more: Declare) -> Declare:
     def declare_all(parser: argparse.ArgumentParser) -> None:
         declare(parser)
         parser.add_argument(
-            "--layers", default="step:8", metavar="LIST|step:N",
+            "--layers", type=values.name, default="step:8", metavar="LIST|step:N",
             help="0,8,16, or every N-th block from 0 on (default: step:8)",
         )  # fmt: skip
         for add_more in more:
@@ -101,11 +105,11 @@ def outlier_options(parser: argparse.ArgumentParser) -> None:
     """Options of outlier tokens, and their detector."""
     scattered_options()(parser)
     detector = parser.add_argument_group("detector")
-    detector.add_argument("--outlier-object", default=DOWN_PROJ, metavar=f"{DOWN_PROJ}|hidden_state",
+    detector.add_argument("--outlier-object", type=values.name, default=DOWN_PROJ, metavar=f"{DOWN_PROJ}|hidden_state",
                           help=f"inputs of {DOWN_PROJ}, or outputs of blocks (default: %(default)s)")  # fmt: skip
     detector.add_argument(
         "--outlier-threshold",
-        type=float,
+        type=values.number(above=1, like="64"),
         default=64.0,
         metavar="RATIO",
         help="to the median over tokens, above which a token is an outlier (default: 64)",
@@ -115,17 +119,17 @@ def outlier_options(parser: argparse.ArgumentParser) -> None:
 def hessian_options(parser: argparse.ArgumentParser) -> None:
     """The text that calibration sees."""
     add_plan_options(parser, recipe=False, calibration=False, prefix=False, run=False, dtype=False)
-    parser.add_argument("--calibration", dest="corpus", metavar="NAME|FILE",
+    parser.add_argument("--calibration", dest="corpus", type=values.name, metavar="NAME|FILE",
                         help="text to run (default: the model's own, or c4)")  # fmt: skip
-    parser.add_argument("--calibration-samples", dest="samples", type=int, metavar="N",
+    parser.add_argument("--calibration-samples", dest="samples", type=values.count(), metavar="N",
                         help="pieces of text (default: the model's own, or 16)")  # fmt: skip
-    parser.add_argument("--calibration-length", dest="tokens", type=int, metavar="T",
+    parser.add_argument("--calibration-length", dest="tokens", type=values.count(), metavar="T",
                         help="tokens of a piece (default: the model's own, or 2048)")  # fmt: skip
 
 
 def calibration_options(parser: argparse.ArgumentParser) -> None:
     """The curves to draw."""
-    parser.add_argument("--curves", type=Path, nargs="+", required=True, metavar="FILE.curve.jsonl",
+    parser.add_argument("--curves", type=values.path, nargs="+", required=True, metavar="FILE.curve.jsonl",
                         help="what `python -m intactkv calibrate` wrote; several are drawn together")  # fmt: skip
 
 
@@ -134,5 +138,7 @@ def motivation_options(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser, run=False)
     parser.set_defaults(corpus=None)
     text = parser.add_argument_group("conversations")
-    text.add_argument("--samples", type=int, metavar="N", help="how many (default: 128; smollm2: 8)")
-    text.add_argument("--tokens", type=int, metavar="T", help="of one, at most (default: 1024; smollm2: 128)")
+    text.add_argument("--samples", type=values.count(), metavar="N", help="how many (default: 128; smollm2: 8)")
+    text.add_argument(
+        "--tokens", type=values.count(), metavar="T", help="of one, at most (default: 1024; smollm2: 128)"
+    )

@@ -4,8 +4,9 @@ import argparse
 import json
 from typing import Any
 
+from corpora import values
 from eval.programs.start import start
-from quantization.programs.options import add_plan_options, check_counts
+from quantization.programs.options import add_plan_options
 
 __all__ = ["add", "run"]
 
@@ -24,6 +25,7 @@ def add(commands: Any) -> None:
     data = ppl.add_argument_group("data and protocol")
     data.add_argument(
         "--corpus",
+        type=values.name,
         action="append",
         metavar="NAME|FILE",
         help="a corpus by name (python -m corpora lists them) or a text file; may be given several times "
@@ -36,11 +38,13 @@ def add(commands: Any) -> None:
         help="intactkv: [BOS] in every window, its own prediction not counted (default); gptq: windows "
         "of the plain stream",
     )
-    data.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="window length (default: 2048)")
-    data.add_argument("--limit", type=int, default=None, metavar="WINDOWS", help="at most so many windows")
+    data.add_argument(
+        "--window", type=values.count(3), default=2048, metavar="TOKENS", help="window length (default: 2048)"
+    )
+    data.add_argument("--limit", type=values.count(), default=None, metavar="WINDOWS", help="at most so many windows")
     data.add_argument(
         "--batch-size",
-        type=int,
+        type=values.count(),
         default=None,
         metavar="WINDOWS",
         help="windows per forward pass (default: about 512 tokens on a CPU, 2048 on a GPU)",
@@ -61,7 +65,6 @@ def run(options: argparse.Namespace) -> None:
     from eval.tables.perplexities import perplexity_rows, print_table
     from intactkv.attach import default_batch_size
 
-    check_counts(window=(options.window, 3), batch_size=(options.batch_size, 1))
     plan, processes = start(options)
     device = plan.device
     batch_size = options.batch_size or default_batch_size(options.window, device.type)
@@ -70,10 +73,14 @@ def run(options: argparse.Namespace) -> None:
     records: list[dict[str, Any]] = []
     model: list[Any] = []  # loaded once, when the first corpus without a finished run needs it
 
+    texts = []
     for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).corpora_of(rules.name):
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
         plan.check_fits(f"--window {options.window}", windows.lead.numel() + windows.fed.shape[1])
+        texts.append((stream, windows))  # of all corpora, before the first of them is run
+
+    for stream, windows in texts:
         settings = description | {
             "corpus": corpus_label(stream.corpus),
             "text_sha256": stream.text_sha256,

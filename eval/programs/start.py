@@ -20,6 +20,7 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
     """
     from eval.processes import Processes
     from quantization.programs.options import ALL_GPUS, plan_of, show_log
+    from quantization.runs.checkpoint import is_quantized, read_cost
 
     show_log()
     processes = Processes(on_cpu=options.device == "cpu")
@@ -31,4 +32,7 @@ def start(options: argparse.Namespace) -> "tuple[Plan, Processes]":
     if not processes.is_first:
         logging.getLogger().setLevel(logging.WARNING)
     given = processes.device if options.device == "auto" else None
-    return plan_of(options, several=True, device=given, shown=processes.is_first), processes
+    plan = plan_of(options, several=True, device=given, shown=processes.is_first)
+    if is_quantized(made := plan.directory_of(plan.recipe)):
+        read_cost(made)  # which the record tells: what is wrong with it shows before the run, not behind it
+    return plan, processes

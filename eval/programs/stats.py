@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import UserError
 from quantization.programs.options import add_plan_options, add_text_seed, check_out, plan_of, show_log
 
@@ -72,6 +73,7 @@ def add(commands: Any) -> None:
         text = report.add_argument_group("text")
         text.add_argument(
             "--corpus",
+            type=values.name,
             metavar="NAME|FILE",
             help="a corpus by name or a text file (default: the model's own, wikitext2 for most)",
         )
@@ -83,16 +85,20 @@ def add(commands: Any) -> None:
             "plain text",
         )
         text.add_argument(
-            "--window", type=int, metavar="TOKENS", help="window length (default: 2048, or the model's own)"
+            "--window", type=values.count(3), metavar="TOKENS", help="window length (default: 2048, or the model's own)"
         )
         text.add_argument(
-            "--limit", type=int, default=kind.windows, metavar="WINDOWS", help=f"windows (default: {kind.windows})"
+            "--limit",
+            type=values.count(),
+            default=kind.windows,
+            metavar="WINDOWS",
+            help=f"windows (default: {kind.windows})",
         )
         if kind.drawn:
             add_text_seed(text, PUBLISHED_SEED, "of the windows' draw from the corpus' calibration text")
         report.add_argument(
             "--out",
-            type=Path,
+            type=values.path,
             metavar="FILE.csv",
             help="table to write, the figure beside it (default: outputs/stats/"
             "MODEL__KIND__WEIGHTS[__PREFIX]__IDENTITY.csv, with the identity of the run record)",
@@ -115,7 +121,11 @@ def run(options: argparse.Namespace) -> None:
     show_log()
     kind = options.kind
     if options.out is not None:
-        check_out(options.out, ".csv")
+        beside = [
+            options.out.with_name(f"{options.out.stem}__{part}")
+            for part in ("figure.png", "figure.pdf", "figure.csv", "tokens.csv")
+        ]
+        check_out(options, ".csv", *beside)
     plan = plan_of(options)
     _refuse(kind, plan)
     stream, windows = _text(options, plan)
@@ -137,12 +147,13 @@ def run(options: argparse.Namespace) -> None:
     )
     figures = decoded(record)
     out = options.out or _default_out(kind, plan, record["identity"])
-    write_csv(out, figures["rows"])
     written = [out]
+    drawn = draw(kind, figures, out.with_suffix(""))  # first: it carries the mark by which the tables are known as ours
+    write_csv(out, figures["rows"])
     if kind == "pivots":
         written.append(out.with_name(f"{out.stem}__tokens.csv"))
         write_csv(written[-1], figures["pivots"])
-    written += draw(kind, figures, out.with_suffix(""))
+    written += drawn
     if options.json:
         print(json.dumps(record, indent=2))
         return
@@ -177,8 +188,6 @@ def _text(options: argparse.Namespace, plan: "Plan") -> "tuple[TokenStream, Wind
     window = options.window
     if window is None:
         window = own.default_calibration.length if own.default_calibration else PUBLISHED_WINDOW
-    if window < 3 or options.limit < 1:
-        raise UserError(f"--window {window} --limit {options.limit}: give at least 3 tokens and 1 window")
     if KINDS[options.kind].drawn:
         segments = calibration_segments(
             plan.tokenizer, corpus, samples=options.limit, length=window, seed=options.text_seed

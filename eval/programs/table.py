@@ -4,10 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from corpora import values
 from corpora.errors import UserError
+from corpora.targets import MARK, check_written
 
 __all__ = ["add", "add_filters", "chosen_rows", "run"]
 
+SIGNED = {"markdown": f"\n<!-- {MARK} -->\n", "csv": "", "latex": f"% {MARK}\n"}  # in a file that is written
 WHICH = ("1", "2", "3", "4", "5", "tasks")
 
 
@@ -27,7 +30,9 @@ def add(commands: Any) -> None:
         "activations of 4 bits, too) with ours beside it; tasks: all finished tasks; without it: all perplexities",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
-    table.add_argument("--out", type=Path, metavar="FILE", help="write the table to a file instead of printing it")
+    table.add_argument(
+        "--out", type=values.path, metavar="FILE", help="write the table to a file instead of printing it"
+    )
     table.add_argument(
         "--costs", action="store_true", help="also what quantizing took: bits per weight, seconds, peak memory"
     )
@@ -38,9 +43,9 @@ def add(commands: Any) -> None:
         "to 5 always do)",
     )
     add_filters(table, required=False)
-    table.add_argument("--task", metavar="NAME", help="only this task, for example arc_easy (tasks)")
+    table.add_argument("--task", type=values.name, metavar="NAME", help="only this task, for example arc_easy (tasks)")
     table.add_argument("--data", choices=["sample", "local", "hub"], help="only runs on this data (tasks)")
-    table.add_argument("--fewshot", type=int, metavar="N", help="only runs with so many examples (tasks)")
+    table.add_argument("--fewshot", type=values.count(0), metavar="N", help="only runs with so many examples (tasks)")
 
 
 def add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -48,17 +53,20 @@ def add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
     several = "" if required else "; may be given several times"
     parser.add_argument(
         "--model",
+        type=values.name,
         action="store" if required else "append",
         required=required,
         metavar="NAME",
         help=f"only this one, for example smollm2-135m{several}",
     )
-    parser.add_argument("--corpus", metavar="NAME", help="only runs on this corpus or text file")
+    parser.add_argument("--corpus", type=values.name, metavar="NAME", help="only runs on this corpus or text file")
     parser.add_argument("--protocol", choices=["intactkv", "gptq", "hendrycks", "lm-eval"], help="only by this one")
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="only runs with this window")
-    parser.add_argument("--limit", metavar="N|all", help="only runs with this limit, in windows or questions a task")
-    parser.add_argument("--dtype", metavar="NAME", help="only runs computed in this dtype")
-    parser.add_argument("--device", metavar="cpu|cuda", help="only runs on this kind of device")
+    parser.add_argument("--window", type=values.count(), metavar="TOKENS", help="only runs with this window")
+    parser.add_argument(
+        "--limit", type=values.limit, metavar="N|all", help="only runs with this limit, in windows or questions a task"
+    )
+    parser.add_argument("--dtype", type=values.name, metavar="NAME", help="only runs computed in this dtype")
+    parser.add_argument("--device", type=values.name, metavar="cpu|cuda", help="only runs on this kind of device")
 
 
 # Options that filter, and the setting that they look at.
@@ -140,17 +148,15 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.costs and options.which is not None:
         raise UserError(f"--costs belongs to the table of all perplexities, not to table {options.which}; leave it out")
-    text = _table(options)
     if options.out is None:
-        print(text, end="")
+        print(_table(options), end="")
         return
     from corpora.writing import write_beside
 
-    try:
-        with write_beside(options.out) as beside:
-            beside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {options.out} cannot be written ({error.strerror}); name another file") from None
+    check_written([options.out])
+    text = _table(options)
+    with write_beside(options.out) as beside:
+        beside.write_text(text + SIGNED[options.format], encoding="utf-8")
     print(options.out)
 
 

@@ -4,9 +4,10 @@ import argparse
 import json
 from typing import Any
 
+from corpora import values
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import add_plan_options, check_counts
+from quantization.programs.options import add_plan_options
 
 __all__ = ["add", "run"]
 
@@ -36,7 +37,7 @@ def add(commands: Any) -> None:
     )
     add_plan_options(tasks, several=True)
     group = tasks.add_argument_group("tasks and protocol")
-    group.add_argument("--tasks", required=True, metavar="NAME,…", help="names, joined by commas")
+    group.add_argument("--tasks", type=values.name, required=True, metavar="NAME,…", help="names, joined by commas")
     group.add_argument(
         "--data",
         choices=["local", "sample", "hub"],
@@ -44,7 +45,9 @@ def add(commands: Any) -> None:
         "written for this project, no benchmark; hub: what lm-eval fetches by itself (default: local, but sample for "
         "the embedded model)",
     )
-    group.add_argument("--fewshot", type=int, metavar="K", help="examples shown (default: the task's own; mmlu: 5)")
+    group.add_argument(
+        "--fewshot", type=values.count(0), metavar="K", help="examples shown (default: the task's own; mmlu: 5)"
+    )
     group.add_argument(
         "--protocol",
         choices=["hendrycks", "lm-eval"],
@@ -58,8 +61,12 @@ def add(commands: Any) -> None:
         help="without a prefix: [BOS] in front of every prompt (default), or only if the tokenizer itself puts it "
         "there, as stock lm-eval does",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="at most N questions of each task (mmlu: each subject)")
-    group.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="rows per forward pass (default: 8)")
+    group.add_argument(
+        "--limit", type=values.count(), metavar="N", help="at most N questions of each task (mmlu: each subject)"
+    )
+    group.add_argument(
+        "--batch-size", type=values.count(), default=8, metavar="ROWS", help="rows per forward pass (default: 8)"
+    )
     tasks.add_argument("--json", action="store_true", help="print the run records instead of the table")
     tasks.add_argument("--force", action="store_true", help="run again, even if there is a record")
 
@@ -70,7 +77,6 @@ def run(options: argparse.Namespace) -> None:
 
     from corpora.catalog import model_defaults
 
-    check_counts(limit=(options.limit, 1), batch_size=(options.batch_size, 1), fewshot=(options.fewshot, 0))
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name one, for example --tasks qa")

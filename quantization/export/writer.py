@@ -26,8 +26,6 @@ from quantization.export.readme import how_to
 from quantization.grids.stored import StoredWeight, restore
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import (
-    CHECKSUMS,
-    EARLIER_CHECKSUMS,
     ENDS,
     MANIFEST,
     block_file,
@@ -38,6 +36,7 @@ from quantization.runs.checkpoint import (
 )
 from quantization.runs.dense import check_values, empty_model
 from quantization.runs.plan import plan_run
+from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS
 
 __all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]
 

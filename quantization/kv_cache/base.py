@@ -68,7 +68,7 @@ class Grids:
     stores_grids: ClassVar[bool] = False  # with a model, and not with every token
 
     def __post_init__(self) -> None:
-        for name, bits in (("grid", self.bits), ("v_grid", self.v_bits or self.bits)):
+        for name, bits in (("grid", self.bits), ("v_grid", self.bits if self.v_bits is None else self.v_bits)):
             check_bits("KV bits", bits, "--kv none (16 in a script) for a full-precision cache")
             object.__setattr__(self, name, UniformGrid(bits, -1, self.convention))
         if self.stores_grids and self.grid.rule.zero_point == "real":

@@ -4,20 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 
-__all__ = ["bytes_of", "memory_of_each", "spread"]
-
-
-def bytes_of(size: str) -> int:
-    """A size such as 65GiB in bytes. Raises UserError for others."""
-    from accelerate.utils import convert_file_size_to_int
-
-    try:
-        return int(convert_file_size_to_int(size))
-    except ValueError:
-        raise UserError(f"--max-memory {size} is no size; give one such as 65GiB") from None
+__all__ = ["memory_of_each", "spread"]
 
 
 def memory_of_each(limit: int) -> dict[Any, Any]:

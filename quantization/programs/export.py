@@ -2,10 +2,17 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from corpora import values
 from corpora.errors import Parser, UserError, run_program
-from quantization.programs.options import add_plan_option, chosen_device, chosen_dtype, show_log, stop_at_plan
+from quantization.programs.options import (
+    add_plan_option,
+    check_out,
+    chosen_device,
+    chosen_dtype,
+    show_log,
+    stop_at_plan,
+)
 
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "dense")
 SEARCH = "awq-search"
@@ -33,10 +40,10 @@ examples:
   python -m quantization.export --model modelzoo/my-w4 --out modelzoo/my-w4-ct --prefix bos --verify
   python -m quantization.export --model modelzoo/my-awq --out my-model-w3-g64.pt --format awq-search""",
     )
-    made.add_argument("--model", type=Path, required=True, metavar="DIR", help="a quantized checkpoint of ours")
+    made.add_argument("--model", type=values.path, required=True, metavar="DIR", help="a quantized checkpoint of ours")
     made.add_argument(
         "--out",
-        type=Path,
+        type=values.path,
         required=True,
         metavar="DIR",
         help="directory (with awq-search: *.pt) to write; must not exist yet",
@@ -49,6 +56,7 @@ examples:
     )
     made.add_argument(
         "--prefix",
+        type=values.text,
         default="none",
         metavar='none|bos|prompt|FILE|"text"',
         help="an intact prefix to put beside the weights as intactkv-prefix.safetensors, for our own attach(); other "
@@ -56,6 +64,7 @@ examples:
     )
     made.add_argument(
         "--device",
+        type=values.device,
         default="auto",
         metavar="auto|cpu|cuda[:N]",
         help="where the full-precision model computes the prefix (default: auto, a GPU if there is one)",
@@ -74,6 +83,7 @@ examples:
     )
     made.add_argument(
         "--verify-python",
+        type=values.name,
         default=sys.executable,
         metavar="PATH",
         help="the interpreter for --verify, for example one with gptqmodel and optimum (default: this one)",
@@ -85,6 +95,7 @@ examples:
 def export(arguments: list[str]) -> None:
     """The program."""
     options = parser().parse_args(arguments)
+    check_out(options, ".pt" if options.format == SEARCH else "directory")
     if options.format == SEARCH:
         export_awq_search(options)
         return

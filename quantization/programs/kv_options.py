@@ -6,6 +6,8 @@ Only the standard library is imported here, so that `--help` answers at once.
 import argparse
 from typing import TYPE_CHECKING
 
+from corpora import values
+
 if TYPE_CHECKING:
     from quantization.recipes.recipe import Recipe
     from quantization.runs.checkpoint import Checkpoint
@@ -20,17 +22,20 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
     """The KV policy and its fields."""
     group.add_argument(
         "--kv",
+        type=values.name,
         default=None,
         metavar="NAME",
         help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
         "(default: the recipe's, or the checkpoint's)",
     )
-    group.add_argument("--kv-bits", type=int, metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head")
-    group.add_argument("--k-bits", type=int, metavar="N", help="bits of keys, where values have others")
-    group.add_argument("--v-bits", type=int, metavar="N", help="bits of values, where keys have others")
+    group.add_argument(
+        "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
+    )
+    group.add_argument("--k-bits", type=values.count(1, 16), metavar="N", help="bits of keys, where values have others")
+    group.add_argument("--v-bits", type=values.count(1, 16), metavar="N", help="bits of values, where keys have others")
     group.add_argument(
         "--kv-group-size",
-        type=int,
+        type=values.group_size,
         metavar="G",
         help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head)",
     )

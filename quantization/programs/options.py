@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corpora import values
 from quantization.programs.kv_options import add_kv_options, with_kv
 from quantization.programs.recipe_options import (
     CALIBRATION,
@@ -30,7 +31,6 @@ __all__ = [
     "add_plan_option",
     "add_plan_options",
     "add_text_seed",
-    "check_counts",
     "check_out",
     "chosen_device",
     "chosen_dtype",
@@ -91,13 +91,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     """--model and where it computes. several: the program can spread one model over all GPUs."""
     parser.add_argument(
         "--model",
-        type=Path,
+        type=values.path,
         required=True,
         metavar="DIR",
         help="directory of a dense Hugging Face checkpoint, or of a quantized one",
     )
     parser.add_argument(
         "--device",
+        type=values.device,
         default="auto",
         metavar="auto|cpu|cuda[:N]" + ("|cuda:all" if several else ""),
         help="where to compute (default: auto, a GPU if there is one)"
@@ -106,6 +107,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     if several:
         parser.add_argument(
             "--max-memory",
+            type=values.size,
             metavar="SIZE",
             help=f"with --device {ALL_GPUS}: what the model may take of each GPU, as 65GiB; the rest goes to main "
             "memory (default: as much as there is)",
@@ -117,12 +119,17 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration (methods that need none refuse these)")
     group.add_argument(
         "--calibration",
+        type=values.name,
         metavar="NAME|FILE",
         help="a corpus by name or a text file (default: the paper's, or the model's own where that has one)",
     )
-    group.add_argument("--calibration-samples", type=int, metavar="N", help="pieces of text (default: the same)")
-    group.add_argument("--calibration-length", type=int, metavar="T", help="tokens of a piece (default: the same)")
-    group.add_argument("--seed", type=int, metavar="S", help="of the draw (default: the recipe's)")
+    group.add_argument(
+        "--calibration-samples", type=values.count(), metavar="N", help="pieces of text (default: the same)"
+    )
+    group.add_argument(
+        "--calibration-length", type=values.count(), metavar="T", help="tokens of a piece (default: the same)"
+    )
+    group.add_argument("--seed", type=values.seed, metavar="S", help="of the draw (default: the recipe's)")
     group.add_argument(
         "--calibrate-behind-prefix",
         action="store_true",
@@ -135,6 +142,7 @@ def add_prefix_option(parser: argparse._ActionsContainer) -> None:
     """--prefix."""
     parser.add_argument(
         "--prefix",
+        type=values.text,
         default=None,
         metavar='none|bos|prompt|auto|FILE|"text"',
         help="tokens whose keys and values stay as the full-precision model wrote them; auto: those that PrefixQuant "
@@ -170,7 +178,9 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
 
 def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -> None:
     """--text-seed, of a text that a program draws by itself; --seed is the calibration's everywhere."""
-    parser.add_argument("--text-seed", type=int, default=default, metavar="S", help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--text-seed", type=values.seed, default=default, metavar="S", help=f"{what} (default: {default})"
+    )
 
 
 def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Recipe":
@@ -240,7 +250,6 @@ def plan_of(
     Raises UserError for options that cannot be.
     """
     from corpora.errors import UserError
-    from quantization.model.placement import bytes_of
     from quantization.runs.checkpoint import find_checkpoint
     from quantization.runs.dense import empty_model
     from quantization.runs.pipeline import check_makes_something, check_recipe
@@ -250,7 +259,7 @@ def plan_of(
         device = chosen_device(options.device, several=several, planned=options.plan)
     spread, size = several and options.device == ALL_GPUS, getattr(options, "max_memory", None)
     if size is not None and not spread:
-        raise UserError(f"--max-memory {size} is for a model that is spread: add --device {ALL_GPUS}, or leave it out")
+        raise UserError(f"--max-memory is for a model that is spread: add --device {ALL_GPUS}, or leave it out")
     checkpoint = find_checkpoint(options.model)
     plan = plan_run(
         checkpoint,
@@ -260,7 +269,7 @@ def plan_of(
         vanilla=getattr(options, "vanilla", False),
         packed=getattr(options, "packed", False),
         spread=spread,
-        max_memory=None if size is None else bytes_of(size),
+        max_memory=size,
         makes=makes,
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
@@ -285,35 +294,48 @@ def stop_at_plan(options: argparse.Namespace, plan: "Plan", makes: str = "run", 
         raise SystemExit(0)
 
 
-def check_out(path: Path, kind: str) -> None:
-    """Refuse a file or directory that must not be written, before the work. Raises UserError.
+def check_out(options: argparse.Namespace, kind: str, *more: Path) -> None:
+    """Refuse an --out that must not be written, before the work (`corpora.targets`); without --out nothing. Raises
+    UserError.
 
-    kind: "directory" (a new one), "prefix" (replaces an older prefix and nothing else), or the ending of a file.
+    kind: "directory" (a new one), "checkpoint" (a new one, or one of ours, which is gone on with), "prefix" (replaces
+    an older prefix and nothing else), or the ending of a file: .pt (a new one), .csv (`check_written`), .jsonl (whose
+    program knows its own). more: files that are written beside it.
     """
     from corpora.errors import UserError
+    from corpora.targets import check_target, check_written, inputs_of
 
-    if kind == "directory":
-        if path.exists():
-            raise UserError(f"--out {path} exists already; choose another directory or remove it")
+    out: Path | None = options.out
+    if out is None:
+        return
+    reads = inputs_of(value for name, value in vars(options).items() if name != "out")
+    if kind in ("directory", "checkpoint"):
+        if check_target(out, directory=True, reads=reads):
+            from quantization.runs.checkpoint import is_quantized
+
+            if kind == "directory" or not is_quantized(out):
+                raise UserError(f"--out {out} exists already; choose another directory or remove it")
         return
     suffix = PREFIX_SUFFIX if kind == "prefix" else kind
-    if path.suffix != suffix:
+    if out.suffix != suffix:
         what = "a prefix file ends" if kind == "prefix" else "give a file that ends"
-        raise UserError(f"--out {path}: {what} in {suffix}")
-    if kind == "prefix" and path.exists():
+        raise UserError(f"--out {out}: {what} in {suffix}")
+    if kind == ".csv":
+        check_written((out, *more), reads)
+        return
+    there = check_target(out, reads=reads)
+    for file in more:
+        if check_target(file, reads=reads) and kind == "prefix" and not there:
+            raise UserError(f"--out {out} would replace {file}, which belongs to no prefix; move it, or name another")
+    if kind == "prefix" and there:
         from intactkv.prefix import Prefix
 
-        Prefix.load(path)
-
-
-def check_counts(**least: tuple[int | None, int]) -> None:
-    """Refuse numbers that are too small: each by its option's name, with its value (None: not given) and the least one
-    that is allowed. Raises UserError."""
-    from corpora.errors import UserError
-
-    for name, (value, allowed) in least.items():
-        if value is not None and value < allowed:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give {allowed} or more")
+        try:
+            Prefix.load(out)
+        except UserError:
+            raise UserError(f"--out {out} is there and no whole prefix file; remove it, or name another") from None
+    if kind == ".pt" and there:
+        raise UserError(f"--out {out} exists already; name another file or remove it")
 
 
 def chosen_device(name: str, *, several: bool = False, planned: bool = False) -> "torch.device":

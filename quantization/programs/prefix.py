@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import Parser, UserError
 from quantization.programs.options import (
     add_plan_options,
     add_text_seed,
-    check_counts,
     check_out,
     plan_of,
     show_log,
@@ -66,9 +66,11 @@ def prefix_parser(program: str) -> argparse.ArgumentParser:
     )
     for one in (build, export):
         add_plan_options(one, run=False)
-    build.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, *.safetensors")
+    build.add_argument("--out", type=values.path, required=True, metavar="FILE", help="file to write, *.safetensors")
     export.add_argument("--format", choices=["peft"], default="peft", help="what to write (default: %(default)s)")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; must not exist yet")
+    export.add_argument(
+        "--out", type=values.path, required=True, metavar="DIR", help="directory to write; must not exist yet"
+    )
     add_calibrate_options(
         command(
             "calibrate",
@@ -104,7 +106,7 @@ NO_PREFIX = "no prefix was named"
 
 def build_prefix(options: argparse.Namespace) -> None:
     """Write a prefix file."""
-    check_out(options.out, "prefix")
+    check_out(options, "prefix")
     prefix = plan_of(options, needs_prefix=NO_PREFIX, makes="prefix").intact_prefix()
     prefix.save(options.out)
     print(f"{_facts(prefix)}  {options.out}")
@@ -112,7 +114,7 @@ def build_prefix(options: argparse.Namespace) -> None:
 
 def export_prefix(options: argparse.Namespace) -> None:
     """Write a PEFT adapter."""
-    check_out(options.out, "directory")
+    check_out(options, "directory")
     plan = plan_of(options, needs_prefix=NO_PREFIX, makes="prefix")
     from intactkv.peft import write_adapter
 
@@ -130,27 +132,34 @@ def add_discover_options(command: argparse.ArgumentParser) -> None:
     add_plan_options(command, recipe=False, calibration=False, prefix=False, run=False)
     text = command.add_argument_group("text")
     text.add_argument(
-        "--corpus", metavar="NAME|FILE", help="random pieces of which text (default: the model's own, or pile)"
+        "--corpus",
+        type=values.name,
+        metavar="NAME|FILE",
+        help="random pieces of which text (default: the model's own, or pile)",
     )
-    text.add_argument("--samples", type=int, metavar="N", help="pieces (default: 64)")
-    text.add_argument("--length", type=int, metavar="T",
+    text.add_argument("--samples", type=values.count(), metavar="N", help="pieces (default: 64)")
+    text.add_argument("--length", type=values.count(), metavar="T",
                       help="tokens of a piece (default: 512, at most half the model's positions)")  # fmt: skip
     add_text_seed(text, 2, "of the pieces' draw")
     command.add_argument(
-        "--threshold", type=float, default=64.0, metavar="R", help="an outlier exceeds R × the median (default: 64)"
+        "--threshold",
+        type=values.number(above=1, like="64"),
+        default=64.0,
+        metavar="R",
+        help="an outlier exceeds R × the median (default: 64)",
     )
-    command.add_argument("--ablate", type=int, metavar="N", help="look behind the first N tokens of the prefix only")
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the prefix, too (*.safetensors), for --prefix FILE; what "
-        "--prefix auto finds needs none"
+        "--ablate", type=values.count(), metavar="N", help="look behind the first N tokens of the prefix only"
+    )
+    command.add_argument(
+        "--out", type=values.path, metavar="FILE", help="write the prefix, too (*.safetensors), for --prefix FILE; "
+        "what --prefix auto finds needs none"
     )  # fmt: skip
 
 
 def discover_prefix(options: argparse.Namespace) -> None:
     """Discover, look behind the prefix, print both."""
-    if options.out is not None:
-        check_out(options.out, "prefix")
-    check_counts(ablate=(options.ablate, 1))
+    check_out(options, "prefix")
 
     from dataclasses import replace
 

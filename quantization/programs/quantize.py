@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-from pathlib import Path
 
+from corpora import values
 from corpora.errors import Parser
 from quantization.programs.kv_options import given_kv
-from quantization.programs.options import add_plan_options, plan_of, show_log
+from quantization.programs.options import add_plan_options, check_out, plan_of, show_log
 
 __all__ = ["quantize"]
 
@@ -25,7 +25,10 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
     if not listing:
         add_plan_options(parser, run=False, dtype=False)
         parser.add_argument(
-            "--out", type=Path, metavar="DIR", help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)"
+            "--out",
+            type=values.path,
+            metavar="DIR",
+            help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)",
         )
         parser.add_argument("--verbose", action="store_true", help="one log line per block on stderr")
     parser.add_argument(
@@ -41,6 +44,8 @@ def quantize(arguments: list[str]) -> None:
         list_recipes()
         return
     show_log(options.verbose)
+    if not options.plan:  # which shows what is there
+        check_out(options, "checkpoint")
     plan = plan_of(options, makes="checkpoint")
     asked = given_kv(options)
     if asked and plan.recipe.kv_cache is not None and "kv_cache" not in plan.recipe.weights_identity():

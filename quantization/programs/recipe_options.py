@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from corpora import values
 from quantization.programs.kv_options import FIELDS, given_fields
 
 if TYPE_CHECKING:
@@ -54,29 +55,42 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--recipe smoothquant-w8a8 --weights gptq-w4 is SmoothQuant with GPTQ's weights.",
     )
     group.add_argument(
-        "--recipe", default=None, metavar="NAME", help="what is done to the model (default: fp16, nothing quantized)"
+        "--recipe",
+        type=values.name,
+        default=None,
+        metavar="NAME",
+        help="what is done to the model (default: fp16, nothing quantized)",
     )
-    group.add_argument("--weights", metavar="NAME|none", help="quantize the weights as this recipe does")
+    group.add_argument(
+        "--weights", type=values.name, metavar="NAME|none", help="quantize the weights as this recipe does"
+    )
     group.add_argument(
         "--transform",
+        type=values.name,
         action="append",
         metavar="NAME|none",
         help="rewrite the model exactly as this recipe does: smooth, rotate, …; may be repeated, those that rescale "
         "come last",
     )
     group.add_argument(
-        "--activations", metavar="NAME|none", help="round the inputs of the linears as this recipe does: rtn-w8a8, …"
+        "--activations",
+        type=values.name,
+        metavar="NAME|none",
+        help="round the inputs of the linears as this recipe does: rtn-w8a8, …",
     )
-    group.add_argument("--bits", type=int, metavar="B", help="bits of the weights, short for --set weights.grid.bits=B")
+    group.add_argument(
+        "--bits", type=values.count(1, 16), metavar="B", help="bits of the weights, short for --set weights.grid.bits=B"
+    )
     group.add_argument(
         "--group-size",
-        type=int,
+        type=values.group_size,
         metavar="G",
         help="input channels per scale, -1 for one scale per row (default: the recipe's, or the model's "
         "own where that has one)",
     )
     group.add_argument(
         "--set",
+        type=values.name,
         action="append",
         default=[],
         dest="settings",

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora import values
 from corpora.errors import UserError
-from quantization.programs.options import add_plan_options, check_counts, check_out, plan_of
+from quantization.programs.options import add_plan_options, check_out, plan_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,14 +59,32 @@ def _state(out: Path) -> Path:
     return out.with_suffix(".state.safetensors")
 
 
-def _keep(out: Path, prefix: "Prefix", history: list[dict[str, float]], made_of: dict[str, Any]) -> Path:
-    """Write what a training leaves, and drop its state. Returns the curve's file."""
+def _curve(out: Path) -> Path:
+    return out.with_suffix(".curve.jsonl")
+
+
+def _embeddings(out: Path) -> Path:
+    return out.with_suffix(".embeddings.safetensors")
+
+
+def _keep(
+    out: Path,
+    prefix: "Prefix",
+    history: list[dict[str, float]],
+    made_of: dict[str, Any],
+    embeddings: "Tensor | None" = None,
+) -> Path:
+    """Write what a training leaves, the prefix first: what lies beside belongs to it. Then drop the training's state.
+    Returns the curve's file."""
     from dataclasses import replace
 
+    from corpora.storage import write_artefact
     from corpora.writing import write_beside
 
     replace(prefix, calibrated=made_of).save(out)
-    curve = out.with_suffix(".curve.jsonl")
+    if embeddings is not None:
+        write_artefact(_embeddings(out), "embeddings", made_of, {"embeddings": embeddings})
+    curve = _curve(out)
     with write_beside(curve) as beside:
         beside.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     _state(out).unlink(missing_ok=True)
@@ -85,30 +104,45 @@ def add_calibrate_options(command: argparse.ArgumentParser) -> None:
         help="sharegpt: the published data; sample: made from the sample text by a rule (default: sharegpt, but sample "
         "for the embedded model)",
     )
-    text.add_argument("--samples", type=int, default=128, metavar="N", help="to train on (default: 128)")
-    text.add_argument("--held-out", type=int, default=16, metavar="N", help="to choose the best state by (default: 16)")
-    text.add_argument("--max-length", type=int, default=1024, metavar="T", help="tokens of one (default: 1024)")
-    text.add_argument("--min-assistant", type=int, default=50, metavar="T",
+    text.add_argument("--samples", type=values.count(), default=128, metavar="N", help="to train on (default: 128)")
+    text.add_argument(
+        "--held-out", type=values.count(), default=16, metavar="N", help="to choose the best state by (default: 16)"
+    )
+    text.add_argument(
+        "--max-length", type=values.count(), default=1024, metavar="T", help="tokens of one (default: 1024)"
+    )
+    text.add_argument("--min-assistant", type=values.count(0), default=50, metavar="T",
                       help="assistant's tokens that one must have more than (default: 50)")  # fmt: skip
     training = command.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=160, metavar="N", help="optimizer steps (default: 160)")
     training.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="conversations of a step (default: 16)"
+        "--steps", type=values.count(), default=160, metavar="N", help="optimizer steps (default: 160)"
     )
-    training.add_argument("--learning-rate", type=float, default=2e-4, metavar="R", help="constant (default: 2e-4)")
-    training.add_argument("--evaluate-every", type=int, default=8, metavar="N",
+    training.add_argument(
+        "--batch-size", type=values.count(), default=16, metavar="N", help="conversations of a step (default: 16)"
+    )
+    training.add_argument(
+        "--learning-rate",
+        type=values.number(above=0, like="2e-4"),
+        default=2e-4,
+        metavar="R",
+        help="constant (default: 2e-4)",
+    )
+    training.add_argument("--evaluate-every", type=values.count(), default=8, metavar="N",
                           help="steps between held-out losses (default: 8)")  # fmt: skip
-    training.add_argument("--training-seed", type=int, default=42, metavar="S", help="of data and order (default: 42)")
+    training.add_argument(
+        "--training-seed", type=values.seed, default=42, metavar="S", help="of data and order (default: 42)"
+    )
     training.add_argument("--checkpointing", action="store_true",
                           help="compute blocks again for their gradients instead of keeping activations")  # fmt: skip
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="prefix file to write, *.safetensors")
+    command.add_argument(
+        "--out", type=values.path, required=True, metavar="FILE", help="prefix file to write, *.safetensors"
+    )
 
 
 def calibrate_prefix(options: argparse.Namespace) -> None:
     """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
     training changed on held-out conversations, and what it took."""
-    check_out(options.out, "prefix")
-    check_counts(samples=(options.samples, 1), held_out=(options.held_out, 1))
+    check_out(options, "prefix", _curve(options.out))
     plan = plan_of(options, needs_prefix="calibrate trains an intact prefix")
 
     from dataclasses import asdict
@@ -203,40 +237,59 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     add_plan_options(command, run=False)
     text = command.add_argument_group("text")
     text.add_argument(
-        "--corpus", metavar="NAME|FILE", help="random pieces of which text (default: the model's own, or pile)"
+        "--corpus",
+        type=values.name,
+        metavar="NAME|FILE",
+        help="random pieces of which text (default: the model's own, or pile)",
     )
-    text.add_argument("--samples", type=int, metavar="N", help="pieces to train on (default: the model's own, or 512)")
     text.add_argument(
-        "--held-out", type=int, metavar="N", help="to choose the best state by (default: an eighth, at least 4)"
+        "--samples", type=values.count(), metavar="N", help="pieces to train on (default: the model's own, or 512)"
     )
-    text.add_argument("--length", type=int, metavar="T", help="tokens of a piece (default: the model's own, or 1024)")
+    text.add_argument(
+        "--held-out",
+        type=values.count(),
+        metavar="N",
+        help="to choose the best state by (default: an eighth, at least 4)",
+    )
+    text.add_argument(
+        "--length", type=values.count(), metavar="T", help="tokens of a piece (default: the model's own, or 1024)"
+    )
     group = command.add_argument_group("training")
-    group.add_argument("--prefix-len", type=int, default=8, metavar="L", help="trained positions (default: 8)")
-    group.add_argument("--prefix-lr", type=float, default=1e-3, metavar="R",
+    group.add_argument(
+        "--prefix-len", type=values.count(), default=8, metavar="L", help="trained positions (default: 8)"
+    )
+    group.add_argument("--prefix-lr", type=values.number(above=0, like="1e-3"), default=1e-3, metavar="R",
                        help="learning rate, falling to a tenth (default: 1e-3)")  # fmt: skip
-    group.add_argument("--prefix-epochs", type=int, default=20, metavar="N", help="over the pieces (default: 20)")
+    group.add_argument(
+        "--prefix-epochs", type=values.count(), default=20, metavar="N", help="over the pieces (default: 20)"
+    )
     group.add_argument("--prefix-loss-type", choices=["l2", "var"], default="l2",
                        help="of the attention outputs: mean square or variance (default: l2)")  # fmt: skip
     group.add_argument("--prefix-loss-norm", choices=["baseline", "none"], default="baseline",
                        help="divide each layer's by that without a prefix, or not (default: baseline)")  # fmt: skip
-    group.add_argument("--prefix-kd-weight", type=float, default=1.0, metavar="W",
+    group.add_argument("--prefix-kd-weight", type=values.number(least=0), default=1.0, metavar="W",
                        help="of KL(model behind [BOS] ‖ model behind the prefix); 0 leaves it out (default: 1)",
                        )  # fmt: skip
     group.add_argument("--prefix-output", choices=["attention", "block"], default="attention",
                        help="whose outputs (default: attention)")  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=4, metavar="N", help="pieces of a step (default: 4)")
-    group.add_argument("--training-seed", type=int, default=2, metavar="S", help="of pieces and order (default: 2)")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="prefix file to write, *.safetensors")
+    group.add_argument(
+        "--batch-size", type=values.count(), default=4, metavar="N", help="pieces of a step (default: 4)"
+    )
+    group.add_argument(
+        "--training-seed", type=values.seed, default=2, metavar="S", help="of pieces and order (default: 2)"
+    )
+    command.add_argument(
+        "--out", type=values.path, required=True, metavar="FILE", help="prefix file to write, *.safetensors"
+    )
 
 
 def train_prefix_file(options: argparse.Namespace) -> None:
     """Train, then write FILE, FILE's stem + .curve.jsonl and .embeddings.safetensors, and drop the state of the run."""
-    check_out(options.out, "prefix")
+    check_out(options, "prefix", _curve(options.out), _embeddings(options.out))
 
     from dataclasses import asdict, replace
 
     from corpora.machine import peak_memory_mb
-    from corpora.storage import write_tensors
     from corpora.text import start_token_id
     from intactkv.architecture import architecture_of
     from intactkv.discover import down_maxima, largest_ratios
@@ -288,8 +341,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         "held_out": {"discrete": asdict(outcome.discrete), "kept": asdict(outcome.kept)},
         "largest_ratio": dict(zip(("none", "discrete", "kept"), ratios, strict=True)),
     }
-    write_tensors(options.out.with_suffix(".embeddings.safetensors"), {"embeddings": outcome.embeddings})
-    curve = _keep(options.out, outcome.prefix, outcome.history, made_of)
+    curve = _keep(options.out, outcome.prefix, outcome.history, made_of, outcome.embeddings)
     print(_table(plan, outcome, ratios))
     print(f"peak memory {peak_memory_mb(plan.device.type):.0f} MB\n{options.out}  {curve}")
 
@@ -306,12 +358,11 @@ def _texts(options: argparse.Namespace, plan: "Plan") -> tuple["Tensor", "Tensor
     samples = own.samples if options.samples is None else options.samples
     length = own.length if options.length is None else options.length
     others = max(4, samples // 8) if options.held_out is None else options.held_out
-    check_counts(held_out=(others, 1))
     plan.check_fits(f"--length {length}", options.prefix_len + length)
     draws = calibration_segments(
-        plan.tokenizer, corpus, samples=max(samples, 0) + 8 * others, length=length, seed=options.training_seed
+        plan.tokenizer, corpus, samples=samples + 8 * others, length=length, seed=options.training_seed
     )
-    texts = draws[: max(samples, 0)]
+    texts = draws[:samples]
     held_out = held_out_pieces(texts, draws[len(texts) :], others)
     drawn = {"corpus": corpus_label(corpus), "samples": samples, "held_out": others,
              "length": length, "seed": options.training_seed, "sha256": sha256_of_tensor(texts)}  # fmt: skip

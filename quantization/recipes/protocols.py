@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, get_type_hints, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from corpora.errors import UserError, said_by
+from corpora.json_files import fitted
 from intactkv.architecture import Feed
 from intactkv.cache import KVPolicy, LayeredPolicy, LayerPolicy
 from quantization.grids.stored import Grid, StoredWeight
@@ -182,17 +184,26 @@ class BlockTuning(Protocol):
         ...
 
 
-def restored(description: Any, kinds: Mapping[str, type]) -> Any:
+def restored(description: Any, kinds: Mapping[str, type], what: str = "the manifest") -> Any:
     """Undo `quantization.recipes.recipe.describe`: a part of a recipe from its plain JSON.
 
-    kinds: classes by their names. Raises KeyError for one that is not among them.
+    kinds: classes by their names. what: where it stands. Raises UserError for one that is not among them, and for
+    fields that it does not have, lacks, or that are of another type.
     """
     if isinstance(description, list):
-        return tuple(restored(item, kinds) for item in description)
-    if isinstance(description, dict):
-        kind: Any = kinds[description["kind"]]
-        # Fields that were added later, and left out where they say what held before (`recipe.added`).
-        earlier = {f.name: f.metadata["before"][0] for f in fields(kind) if "before" in f.metadata}
-        told = {name: restored(value, kinds) for name, value in description.items() if name != "kind"}
-        return kind(**earlier | told)
-    return description
+        return tuple(restored(item, kinds, what) for item in description)
+    if not isinstance(description, dict):
+        return description
+    kind: Any = kinds.get(description["kind"])
+    if kind is None:
+        raise UserError(f"{what} names the part {description['kind']!r}, which is not known here; quantize again")
+    hints = get_type_hints(kind)
+    # Fields that were added later, and left out where they say what held before (`recipe.added`).
+    told = {f.name: f.metadata["before"][0] for f in fields(kind) if "before" in f.metadata}
+    for name, value in description.items():
+        if name != "kind":
+            told[name] = fitted(restored(value, kinds, what), hints.get(name, Any), f"{what}: {kind.__name__}.{name}")
+    try:
+        return kind(**told)
+    except TypeError as error:
+        raise UserError(f"{what} is damaged ({said_by(error)}); quantize again") from None

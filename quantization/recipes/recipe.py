@@ -5,10 +5,13 @@ on) make the quantized checkpoint and its identity, the KV policy and the prefix
 that calibrates belongs to the checkpoint, too.
 """
 
+import math
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+from corpora import values
 from corpora.errors import UserError
 from corpora.files import sha256_of_file
 from intactkv.cache import KVPolicy
@@ -35,6 +38,9 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.draw not in ("segments", "documents"):
             raise UserError(f"calibration.draw={self.draw} is not known; choose segments or documents")
+        for field_name in ("samples", "length"):
+            if getattr(self, field_name) < 1:
+                raise UserError(f"calibration.{field_name}={getattr(self, field_name)} is not allowed; give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -206,11 +212,19 @@ def _set(part: Any, path: list[str], text: str, setting: str) -> Any:
     if len(path) > 1:
         value = _set(getattr(part, path[0]), path[1:], text, setting)
     else:
-        value = _read(text, get_type_hints(type(part))[path[0]], setting)
+        kind, own = get_type_hints(type(part))[path[0]], type(part).__dataclass_fields__[path[0]]
+        try:
+            value = _read(text, kind, setting, infinite=own.metadata.get("infinite", False))
+        except ArgumentTypeError as error:
+            raise UserError(f"--set {setting}: {error}") from None
     return replace(part, **{path[0]: value})
 
 
-def _read(text: str, kind: Any, setting: str) -> Any:
+LEAST, MOST = -values.MANY, values.MANY  # no field means more
+
+
+def _read(text: str, kind: Any, setting: str, infinite: bool) -> Any:
+    """A word as a field's value. infinite: whether `inf` means something there."""
     if type(None) in get_args(kind):
         if text == "none":
             return None
@@ -219,13 +233,12 @@ def _read(text: str, kind: Any, setting: str) -> Any:
         if text not in ("true", "false"):
             raise UserError(f"--set {setting}: expected true or false")
         return text == "true"
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise UserError(f"--set {setting}: expected a number ({kind.__name__})") from None
+    if kind is int:
+        return values.seed(text) if setting.partition("=")[0].endswith("seed") else values.count(LEAST, MOST)(text)
+    if kind is float:
+        return math.inf if infinite and text == "inf" else values.number(least=LEAST, most=MOST)(text)
     if kind is str:
-        return text
+        return values.name(text)
     raise UserError(
         f"--set {setting}: this field holds parts of its own; set one of those (for example weights.grid.bits)"
     )

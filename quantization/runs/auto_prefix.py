@@ -10,27 +10,58 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.catalog import CalibrationText, model_defaults
 from corpora.errors import UserError
-from corpora.json_files import read_json, write_json
-from corpora.paths import modelzoo_dir
-from corpora.storage import identity, sha256_of_tensor
+from corpora.json_files import Count, Hash, read_json, write_json
+from corpora.storage import SUM, identity, sha256_of_tensor
 from corpora.text import calibration_segments, corpus_label, start_token_id, text_identity
 from intactkv.discover import check_threshold, discover
 from intactkv.pivots import OUTLIER_RATIO
 from quantization.runs.checkpoint import Checkpoint, dense_directory
+from quantization.runs.prefixes import prefixes_of
 
 __all__ = ["Found", "Search", "default_search", "find"]
 
 PUBLISHED = CalibrationText("pile", 64, 512)  # PrefixQuant's; random pieces of it
 SEED = 2  # PrefixQuant's
 
+DISCOVER_AGAIN = "delete it to discover again"
+
 log = logging.getLogger(__name__)
+
+
+class _Drawn(TypedDict):
+    corpus: str
+    samples: Count
+    length: Count
+    seed: int
+
+
+class _MadeOf(TypedDict):
+    source: str
+    start: Count
+    threshold: float
+    drawn: _Drawn
+
+
+class _Kept(TypedDict):
+    """A discovery's file."""
+
+    prefix: Annotated[list[Count], Field(min_length=1)]
+    number: Count
+    position_0: Count
+    counts: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    ratios: list[float]
+    behind: list[float] | None
+    made_of: _MadeOf
+    sha256: NotRequired[Hash]  # of the rest; files of before have none
 
 
 @dataclass(frozen=True)
@@ -50,11 +81,12 @@ class Found:
 
     def write(self) -> None:
         """Keep it in its file."""
-        write_json(self.file, {
+        content = {
             "prefix": list(self.prefix), "number": self.number, "position_0": self.position_0,
             "counts": [list(pair) for pair in self.counts], "ratios": list(self.ratios),
             "behind": None if self.behind is None else list(self.behind), "made_of": self.made_of,
-        })  # fmt: skip
+        }  # fmt: skip
+        write_json(self.file, content | {SUM: identity(content, 64)})
 
 
 @dataclass(frozen=True)
@@ -86,7 +118,7 @@ class Search:
     @property
     def file(self) -> Path:
         """Where the discovery lies once it is made."""
-        return modelzoo_dir() / "prefixes" / self.checkpoint.family_name / f"auto-{identity(self.made_of)}.json"
+        return prefixes_of(self.checkpoint.family_name) / f"auto-{identity(self.made_of)}.json"
 
     def pieces(self) -> Tensor:
         """The text that is looked at, (samples, length), without [BOS]. Raises UserError if it is not there."""
@@ -125,13 +157,13 @@ def find(
     Raises UserError if the text is not there, or the dense checkpoint of a quantized one is not at hand.
     """
     if search.file.is_file():
-        return _read(search.file)
+        return _read(search.file, search)
     ids, start = search.pieces(), start_token_id(search.tokenizer)
     by_tokens = {"source": search.checkpoint.fingerprint, "text": sha256_of_tensor(ids), "start": start,
                  "threshold": search.threshold}  # fmt: skip
     earlier = search.file.with_name(f"auto-{identity(by_tokens)}.json")  # discoveries were once named by their tokens
     if earlier.is_file():
-        found = replace(_read(earlier), file=search.file)
+        found = replace(_read(earlier, search), file=search.file)
         found.write()
         return found
     name = search.checkpoint.family_name
@@ -156,20 +188,24 @@ def find(
     return found
 
 
-def _read(file: Path) -> Found:
-    """A discovery from its file. Raises UserError if it is damaged."""
-    content = read_json(file, "the discovery")
-    try:
-        behind = content["behind"]
-        return Found(
-            prefix=tuple(int(token) for token in content["prefix"]),
-            number=int(content["number"]),
-            position_0=int(content["position_0"]),
-            counts=tuple((int(token), int(count)) for token, count in content["counts"]),
-            ratios=tuple(map(float, content["ratios"])),
-            behind=None if behind is None else tuple(map(float, behind)),
-            made_of=dict(content["made_of"]),
-            file=file,
-        )
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{file} is no discovery of a prefix; delete it to discover again") from None
+def _read(file: Path, search: Search) -> Found:
+    """A discovery from its file. Raises UserError if it is damaged, was edited, or is of another search."""
+    content = read_json(file, "the discovery", _Kept, mend=DISCOVER_AGAIN)
+    found = content.pop(SUM, None)
+    if found is not None and found != identity(content, 64):
+        raise UserError(f"the discovery {file} has changed since it was written (its sum is another); {DISCOVER_AGAIN}")
+    made_of, behind = content["made_of"], content["behind"]
+    ours = (search.checkpoint.fingerprint, search.threshold, content["prefix"][-1], len(content["ratios"]))
+    theirs = (made_of["source"], made_of["threshold"], made_of["start"], len(behind or content["ratios"]))
+    if ours != theirs:
+        raise UserError(f"the discovery {file} is not of this model and threshold; {DISCOVER_AGAIN}")
+    return Found(
+        prefix=tuple(content["prefix"]),
+        number=content["number"],
+        position_0=content["position_0"],
+        counts=tuple((token, count) for token, count in content["counts"]),
+        ratios=tuple(content["ratios"]),
+        behind=None if behind is None else tuple(behind),
+        made_of=made_of,
+        file=file,
+    )

@@ -13,16 +13,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.files import sha256_of_file
-from corpora.json_files import read_json
-from corpora.storage import checkpoint_fingerprint, open_tensors, write_tensors
+from corpora.json_files import Count, FileName, Hash, fitted, plain_name, read_json
+from corpora.storage import checkpoint_fingerprint, identity, open_tensors, write_tensors
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import StoredWeight, restore
 from quantization.grids.uniform import UniformGrid
@@ -33,6 +33,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
+from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import (
     DenseCheckpoint,
     check_values,
@@ -40,6 +41,7 @@ from quantization.runs.dense import (
     read_generation_config,
     tied_names,
 )
+from quantization.runs.sums import CHECKSUMS, checked, read_cost, sums_of
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 
@@ -54,6 +56,7 @@ __all__ = [
     "find_checkpoint",
     "is_quantized",
     "load_quantized",
+    "model_name",
     "read_block",
     "read_cost",
     "read_manifest",
@@ -63,9 +66,6 @@ __all__ = [
 
 FORMAT = 2
 MANIFEST = "quantization.json"
-CHECKSUMS = "checksums.json"  # of the files, and what the run took that finished them
-EARLIER_CHECKSUMS = "cost.json"  # the same, of checkpoints that were written before it had this name
-MANIFEST_KEYS = {"identity", "label", "made_of", "recipe", "basis", "source", "needs_prefix"}
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
 KV = "kv."  # in front of a calibrated KV policy's tensors
@@ -82,24 +82,62 @@ def is_quantized(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
 
 
+class _Part(TypedDict):
+    kind: str
+
+
+class _Recipe(TypedDict):
+    transforms: list[_Part]
+    weights: _Part | None
+    prefix: str
+    attention: NotRequired[_Part | None]
+    kv_cache: NotRequired[_Part | None]
+
+
+class _Source(TypedDict):
+    name: FileName
+    directory: str
+    fingerprint: Hash
+
+
+class _Manifest(TypedDict):
+    format: int
+    identity: Hash
+    label: FileName
+    made_of: dict[str, Any]
+    recipe: _Recipe
+    basis: str
+    source: _Source
+    needs_prefix: list[Count] | None
+    needs_kv: NotRequired[Hash | None]
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What made a quantized checkpoint. Raises UserError if its manifest is missing, damaged or of another version."""
-    manifest = read_json(directory / MANIFEST, "quantization manifest")
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT or not manifest.keys() >= MANIFEST_KEYS:
+    """What made a quantized checkpoint; what it says of its recipe can be `restored`.
+
+    Raises UserError if it is missing, damaged or of another version, or if it or the configuration beside it changed
+    since the checkpoint was finished.
+    """
+    file = directory / MANIFEST
+    again = "delete the directory and quantize again"
+    manifest: dict[str, Any] = read_json(file, "quantization manifest", dict, mend=again)
+    if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{directory / MANIFEST} is not a whole manifest of format {FORMAT} (its format: {version}); delete the "
-            "directory and quantize again"
+            f"{file} is not a whole manifest of format {FORMAT} (its format: {manifest.get('format')}); {again}"
         )
+    fitted(manifest, _Manifest, f"quantization manifest {file}", mend=again)
+    made_of, recipe = manifest["made_of"], manifest["recipe"]
+    said = {name: recipe[name] for name in ("transforms", "weights", "attention", "kv_cache") if name in recipe}
+    agrees = identity(made_of) == manifest["identity"] and made_of.get("source") == manifest["source"]["fingerprint"]
+    if not agrees or any(made_of.get(name, part) != part for name, part in said.items()):
+        raise UserError(f"{file} is damaged: it says other things than its identity was made of; {again}")
+    for part in (*recipe["transforms"], recipe.get("attention"), recipe.get("kv_cache")):
+        if part is not None and (part["kind"] in PARTS or part not in recipe["transforms"]):
+            restored(part, PARTS, str(file))
+    if (directory / CHECKSUMS).is_file():
+        for name in sums_of(directory).keys() & {MANIFEST, CONFIG}:
+            checked(directory / name)
     return manifest
-
-
-def read_cost(directory: Path) -> dict[str, Any]:
-    """What it took to make a quantized checkpoint, and its files' sums. Raises UserError if the file is missing or
-    damaged."""
-    file = directory / CHECKSUMS
-    earlier = directory / EARLIER_CHECKSUMS
-    return read_json(file if file.is_file() or not earlier.is_file() else earlier, "the cost of the quantization,")
 
 
 @dataclass(frozen=True)
@@ -126,8 +164,19 @@ def find_checkpoint(directory: Path) -> Checkpoint:
         name = f"{manifest['source']['name']}/{directory.name}"
         return Checkpoint(directory, name, manifest["source"]["fingerprint"], manifest)
     exported = DenseCheckpoint(directory).exported
+    return Checkpoint(directory, model_name(directory), checkpoint_fingerprint(directory), None, exported)
+
+
+def model_name(directory: Path) -> str:
+    """What a dense model is called: as its directory. Artefacts are kept in directories of that name.
+
+    Raises UserError for a name that is not `plain_name`.
+    """
     name = Path(os.path.abspath(directory)).name
-    return Checkpoint(directory, name, checkpoint_fingerprint(directory), None, exported)
+    try:
+        return plain_name(name)
+    except ValueError as error:
+        raise UserError(f"the name of the model directory {directory} {error}; rename it") from None
 
 
 BUILT_THERE = (
@@ -231,12 +280,15 @@ def write_ends(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_block(file: Path) -> StoredBlock:
-    """Everything in a block's file, or in that of the ends. Raises UserError if it is missing or damaged."""
+    """Everything in a block's file, or in that of the ends: the only way to them.
+
+    Raises UserError if it is missing, or is not what was written there (`checked`).
+    """
     if not file.is_file():
         raise UserError(
             f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize again"
         )
-    with open_tensors(file) as tensors:
+    with open_tensors(checked(file)) as tensors:
         header = json.loads((tensors.metadata() or {}).get("block", "{}"))
         kinds: dict[str, dict[str, Any]] = header.get("linears", {})
         parts: dict[str, dict[str, Tensor]] = {linear: {} for linear in kinds}
@@ -297,7 +349,6 @@ def load_quantized(
     state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
     if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
-    _check_sums(directory)  # behind the reader's own messages, which say more
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
     model.generation_config = read_generation_config(directory)
     if recipe.get("attention") is not None:
@@ -315,18 +366,6 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.devic
         name: tensor.to(device, dtype if tensor.is_floating_point() and f".{PATH}." not in name else None)
         for name, tensor in tensors.items()
     }
-
-
-def _check_sums(directory: Path) -> None:
-    """Compare the files with the sums that the run which finished them left. Raises UserError for a changed byte."""
-    if not any((directory / name).is_file() for name in (CHECKSUMS, EARLIER_CHECKSUMS)):
-        return
-    for name, expected in read_cost(directory).get("sha256", {}).items():
-        if sha256_of_file(directory / name) != expected:
-            raise UserError(
-                f"{directory / name} has changed since it was written; copy it again, or delete the directory and "
-                "quantize again"
-            )
 
 
 def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> list[str]:

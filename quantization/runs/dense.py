@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from corpora.errors import UserError, said_by
-from corpora.json_files import read_json
+from corpora.errors import UserError
 from corpora.storage import is_finite, open_tensors, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
-from intactkv.peft import CONFIG, is_adapter
+from intactkv.peft import CONFIG as ADAPTER
+from intactkv.peft import is_adapter
+from quantization.runs.configuration import CONFIG, GENERATION, MEND, built, config_of, generation_config_of
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "read_config",
@@ -55,17 +55,14 @@ class DenseCheckpoint:
             )
         if is_adapter(directory):  # transformers would read it on top of the weights, other programs would not
             raise UserError(
-                f"{directory} holds a PEFT adapter ({CONFIG}), which is not read as part of a model; merge it "
+                f"{directory} holds a PEFT adapter ({ADAPTER}), which is not read as part of a model; merge it "
                 "(merge_and_unload, save_pretrained) and give the result, or move the adapter's files elsewhere"
             )
-        if not (directory / "config.json").is_file():
+        if not (directory / CONFIG).is_file():
             raise UserError(f"{directory} holds no config.json; give the directory of a Hugging Face checkpoint")
         self.directory = directory
-        self._config = read_json(directory / "config.json", "the model configuration")
-        if not isinstance(self._config, dict):
-            raise UserError(f"{directory / 'config.json'} is not a model configuration; fetch the checkpoint again")
-        ours = self._config.get("intactkv")
-        self.exported: str | None = ours.get("label", "exported") if isinstance(ours, dict) else None
+        self._config = config_of(directory)
+        self.exported: str | None = self._config.get("intactkv", {}).get("label")
         self._file_of: dict[str, Path] = {}
         for file in weight_files(directory):
             with open_tensors(file) as tensors:
@@ -95,7 +92,7 @@ class DenseCheckpoint:
         """Raise UserError for weights in the layout of another program, by its name."""
         for key in ("quantization_config", "compression_config"):
             if layout := self._config.get(key):
-                method = layout.get("quant_method") if isinstance(layout, dict) else None
+                method = layout.get("quant_method")
                 give = "dense checkpoint that it was made from"
                 if self.exported is not None:
                     give = "quantized checkpoint that it was exported from, or that one's dense model"
@@ -252,28 +249,28 @@ def check_values(tensor: Tensor, what: str, dtype: torch.dtype | None = None) ->
 def read_config(directory: Path) -> PreTrainedConfig:
     """A checkpoint's configuration. Raises UserError if transformers does not know it, or needs code of the directory
     for it, and for a value that it cannot take."""
-    file = directory / "config.json"
-    try:
+    file = directory / CONFIG
+    said = config_of(directory)
+    for word in filter(None, (said.get("dtype"), said.get("torch_dtype"))):
+        if isinstance(word, str) and not isinstance(getattr(torch, word.removeprefix("torch."), None), torch.dtype):
+            raise UserError(f"{file}: dtype {word!r} is none of torch's; write float32, float16 or bfloat16")
+    with built(f"{file} is not a configuration that transformers knows", MEND):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except AttributeError as error:  # the name of a dtype is looked up in torch
-        name = str(error).rpartition("attribute ")[2]
-        raise UserError(f"{file}: dtype {name} is none of torch's; write float32, float16 or bfloat16") from None
-    except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
-        raise UserError(f"{file} is not a configuration that transformers knows ({said_by(error)})") from None
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:
     """How a checkpoint's model generates: generation_config.json, or what an old config.json says of it.
 
     Raises UserError if the file is damaged."""
-    there = (directory / "generation_config.json").is_file()
-    try:
+    there = (directory / GENERATION).is_file()
+    if there:
+        generation_config_of(directory)
+    with built(
+        f"{directory / (GENERATION if there else CONFIG)} does not say how to generate", "mend it, or remove it"
+    ):
         if there:
             return GenerationConfig.from_pretrained(directory)
-        return GenerationConfig.from_pretrained(directory, config_file_name="config.json", _from_model_config=True)
-    except (ValueError, TypeError, OSError, AttributeError) as error:
-        file = directory / ("generation_config.json" if there else "config.json")
-        raise UserError(f"{file} does not say how to generate ({said_by(error)}); mend it, or remove it") from None
+        return GenerationConfig.from_pretrained(directory, config_file_name=CONFIG, _from_model_config=True)
 
 
 def empty_model(directory: Path) -> PreTrainedModel:
@@ -287,15 +284,9 @@ def empty_model_of(config: PreTrainedConfig) -> PreTrainedModel:
     """The same of a configuration of any causal language model that transformers knows.
 
     Raises UserError if it knows none."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype or torch.float32, trust_remote_code=False
-            )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise UserError(
-            f"transformers makes no causal language model of model_type {config.model_type!r} ({said_by(error)})"
-        ) from None
+    what = f"transformers makes no causal language model of model_type {config.model_type!r}"
+    with built(what, "mend its config.json"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
     return model.eval().requires_grad_(False)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from corpora.errors import UserError, said_by
+from corpora.errors import UserError
 from corpora.storage import open_tensors
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.model.blocks import DecoderBlock
 from quantization.model.placement import memory_of_each, spread
 from quantization.model.rescale import rescale_all
 from quantization.runs.checkpoint import block_file, is_quantized, load_quantized, read_block, read_manifest
+from quantization.runs.configuration import built, config_of, tokenizer_config_of
 from quantization.runs.dense import (
     DenseCheckpoint,
     check_dtype,
@@ -32,13 +33,13 @@ __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside the weights. Raises UserError if there is none, or if a special token of it is
     the empty text."""
-    try:
+    config_of(directory)  # transformers looks there, too
+    tokenizer_config_of(directory)
+    with built(
+        f"{directory} holds no tokenizer that transformers can open",
+        "copy tokenizer.json and tokenizer_config.json beside the weights",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"{directory} holds no tokenizer that transformers can open ({said_by(error)}); "
-            "copy tokenizer.json and tokenizer_config.json beside the weights"
-        ) from None
     for name, token in tokenizer.special_tokens_map.items():
         if token == "":
             raise UserError(

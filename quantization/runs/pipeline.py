@@ -8,12 +8,10 @@ through the blocks that are already done. The directory gets its final name last
 import ctypes
 import logging
 import os
+import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +21,30 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.files import sha256_of_file
 from corpora.json_files import read_json, write_json
 from corpora.machine import peak_memory_mb
 from corpora.storage import checkpoint_fingerprint
 from corpora.writing import locked, sweep
 from intactkv.architecture import architecture_of
-from intactkv.cache import KVPolicy
 from intactkv.prefix import Prefix
-from quantization.grids.stored import StoredWeight, restore
-from quantization.model.activations import quantize_inputs
 from quantization.model.blocks import CalibrationStream, DecoderBlock
-from quantization.model.inputs import InputQuantizer, restore_paths
-from quantization.model.rescale import Rescaling, rescale_all
-from quantization.model.rounding import BlockRounding
-from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
-    CHECKSUMS,
     FORMAT,
     MANIFEST,
-    StoredBlock,
     block_file,
     copy_companions,
     is_quantized,
+    model_name,
     read_block,
     read_manifest,
-    write_block,
     write_ends,
 )
+from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
+from quantization.runs.one_block import process_block
+from quantization.runs.sums import CHECKSUMS, drop_changed, sum_of
 
 __all__ = ["check_makes_something", "check_recipe", "identity_at", "partial_of", "quantize_checkpoint"]
 
@@ -117,46 +108,62 @@ def quantize_checkpoint(
         "recipe": describe(recipe),
         "basis": artefact.basis,
         "source": {
-            "name": Path(os.path.abspath(source)).name,
+            "name": model_name(source),
             "directory": os.path.relpath(source, out.parent),
             "fingerprint": fingerprint,
         },
         "needs_prefix": needed.get("prefix"),
         "needs_kv": needed.get("prefix_kv"),
     }
+    if out.exists():  # finished ones need no right to write
+        _refuse_other(out, manifest)
+        return out
+    model = _empty_model_for(source, recipe)
+    weights = dense.weights(model)
     with locked(out):
         if out.exists():
             _refuse_other(out, manifest)
             return out
-        model = _empty_model_for(source, recipe)
-        weights = dense.weights(model)
         partial = partial_of(out)
-        if partial.exists() and identity_at(partial) != manifest["identity"]:
-            sweep(partial)
-            if not is_quantized(partial) and any(partial.iterdir()):
-                raise UserError(
-                    f"{partial} exists and is not a half-finished checkpoint of ours; the work would go there, so move "
-                    "it away or choose another --out"
-                )
-            shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
-        partial.mkdir(parents=True, exist_ok=True)
-        sweep(partial)
-        for left in partial.glob(".*.partial"):  # a killed run's of before; no other process is at work here
-            left.unlink()
+        _clear(partial, manifest["identity"])
         write_json(partial / MANIFEST, manifest)  # first: it marks the directory as ours
         copy_companions(source, partial)
         if any(transform.unties for transform in recipe.transforms):
-            config = read_json(partial / "config.json", "configuration")
-            write_json(partial / "config.json", config | {"tie_word_embeddings": False})
-        done = sum(block_file(partial, index).is_file() for index in range(model.config.num_hidden_layers))
+            config = read_json(partial / CONFIG, "configuration")
+            write_json(partial / CONFIG, config | {"tie_word_embeddings": False})
+        blocks = [block_file(partial, index) for index in range(model.config.num_hidden_layers)]
+        drop_changed(partial, blocks)
+        done = sum(block.is_file() for block in blocks)
         started = time.perf_counter()
         _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
-        sums = {file.name: sha256_of_file(file) for file in sorted(partial.glob("*.safetensors"))}
+        files = sorted([*partial.glob("*.safetensors"), partial / MANIFEST, partial / CONFIG])
+        sums = {file.name: sum_of(file) for file in files}
         write_json(partial / CHECKSUMS, cost | _sizes(partial, model) | {"sha256": sums})
         partial.rename(out)
     return out
+
+
+def _clear(partial: Path, identity: str) -> None:
+    """Make the directory of a half-finished checkpoint, or take out of it what a run of this identity has no use for.
+
+    Raises UserError if it holds what no run of ours left.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    sweep(partial)
+    for left in partial.glob(".*.partial"):  # a killed run's of before; no other process is at work here
+        if re.fullmatch(r"\..+\.\d+\.partial", left.name) and not left.is_dir():
+            left.unlink()
+    if identity_at(partial) == identity:
+        return
+    if not is_quantized(partial) and any(partial.iterdir()):
+        raise UserError(
+            f"{partial} exists and is not a half-finished checkpoint of ours; the work would go there, so move "
+            "it away or choose another --out"
+        )
+    shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
+    partial.mkdir()
 
 
 def _empty_model_for(source: Path, recipe: Recipe) -> PreTrainedModel:
@@ -209,7 +216,7 @@ def _work_off(
             continue
         started = time.perf_counter()
         weights.load_into(block.module, block.name, device)
-        error = _process_block(block, recipe, partial)
+        error = process_block(block, recipe, partial)
         log.info(
             "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
             index + 1,
@@ -251,126 +258,6 @@ def _return_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
-    """Transform, quantize and write one block, and pass the text on. Returns the relative weight error.
-
-    A block that an earlier run finished is transformed again (the prefix needs the transformed full-precision block),
-    but its codes, rescalings and ranges are read back: choosing them is the expensive part.
-    """
-    stream, tuning = block.stream, recipe.tuning
-    passes_rounded = tuning is not None or recipe.trains_rounded
-    method = tuning or recipe.weights
-    reads = "quantized" if method is None else method.reads
-    finished = block_file(partial, block.index).is_file()
-    stored = read_block(block_file(partial, block.index)) if finished else None
-    for transform in recipe.transforms:
-        if stored is not None and transform.rescales:
-            continue  # what it found is in the file
-        if stream is not None and transform.calibrates:
-            stream.seed(block)
-        transform.transform_block(block)
-    if stored is not None:
-        _rescale_as(block, stored.rescalings[: stored.by_transforms])
-    by_transforms = len(block.rescalings)
-    if stream is not None:
-        stream.seed(block)
-        if reads != "quantized":
-            stream.full = stream.full or list(stream.hidden)  # the same in front of the first block
-            stream.targets = list(stream.outputs(block, stream.full))
-    inputs: Mapping[tuple[str, ...], InputQuantizer] = {}
-    quantized: Mapping[str, StoredWeight] = {}
-    if stored is not None:
-        _rescale_as(block, stored.rescalings[by_transforms:])
-    elif tuning is None and recipe.weights is not None:
-        quantized = recipe.weights.quantize_block(_with_rounding(block, recipe))
-    if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
-        stream.seed(block)
-    if stored is not None:  # behind the last `seed`, which rounds nothing
-        quantized = _read_back(block, stored, passes_rounded)
-    else:  # ranges are those of the full-precision block, rescaled as its weights were
-        if recipe.activations is not None:
-            inputs = recipe.activations.fit_block(block)
-        if isinstance(recipe.kv_cache, CalibratedKV):
-            block.kv.update(recipe.kv_cache.fit_block(block))
-        if tuning is not None:
-            quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
-    error = _relative_error(block, quantized)
-    _set_weights(block.linears(), quantized)
-    # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
-    if passes_rounded:
-        quantize_inputs(block, inputs)
-    if stream is not None:
-        policy = _policy_of(block, recipe) if passes_rounded else None
-        products = recipe.attention if recipe.trains_rounded else None
-        with nullcontext() if products is None else products.at_work(block):
-            stream.advance(block, stream.targets if reads == "full" else None, policy)
-        if reads != "quantized":
-            stream.full, stream.targets = stream.targets, []
-    if stored is None:
-        quantize_inputs(block, inputs)
-        write_block(partial, block, quantized, by_transforms)
-    return error
-
-
-def _policy_of(block: DecoderBlock, recipe: Recipe) -> KVPolicy | None:
-    """What a trained block's text meets in the cache."""
-    kv = recipe.kv_cache
-    return kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
-
-
-def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:
-    """The block with what a quantizer of weights may train with at work; a KV policy with ranges comes only later."""
-    if not recipe.trains_rounded or recipe.activations is None:
-        return block
-    kv = None if isinstance(recipe.kv_cache, CalibratedKV) else recipe.kv_cache
-    return replace(block, rounding=BlockRounding(recipe.activations.fit_block(block), recipe.attention, kv))
-
-
-def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:
-    """Rescale a block as an earlier run did."""
-    rescale_all(block.module, steps, block.head_size)
-    block.rescalings.extend(steps)
-
-
-def _read_back(block: DecoderBlock, stored: StoredBlock, inputs: bool) -> dict[str, StoredWeight]:
-    """Put what a finished block's file holds into the block; returns its quantized linears.
-
-    inputs: also the quantizers in front of the linears.
-    """
-    block.kv.update(stored.kv)
-    device = next(block.module.parameters()).device
-    own = {name: tensor.to(device) for name, tensor in stored.within(block.name).items()}
-    if inputs:
-        restore_paths(block.module, stored.paths, own)
-    parameters = dict(block.module.named_parameters())
-    for name, tensor in own.items():
-        if name in parameters:  # norms and biases, which training may have moved; ranges are no parameters
-            parameters[name].data = tensor.to(parameters[name])
-    return {n.removeprefix(f"{block.name}."): restore(*parts) for n, parts in stored.linears.items()}
-
-
-def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> None:
-    for name, weight in quantized.items():
-        linear = linears[name]
-        linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
-
-
-def _relative_error(block: DecoderBlock, quantized: Mapping[str, StoredWeight]) -> float:
-    """‖Ŵ − W‖ / ‖W‖ over all linears of a block. Raises UserError for a linear that became nothing but zeros."""
-    linears, error, norm = block.linears(), 0.0, 0.0
-    for name, weight in quantized.items():
-        exact, rounded = linears[name].weight.float(), weight.dequantize()
-        if bool(exact.any()) and not bool(rounded.any()):
-            raise UserError(
-                f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for "
-                f"values up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
-                "weights.grid.scale_dtype=float32"
-            )
-        error += float((rounded - exact).square().sum())
-        norm += float(exact.square().sum())
-    return (error / norm) ** 0.5 if norm else 0.0
-
-
 def partial_of(out: Path) -> Path:
     """Where a checkpoint lies until it is finished."""
     return out.with_name(f"{out.name}.partial")
@@ -380,7 +267,7 @@ def identity_at(directory: Path) -> str | None:
     """The identity that a directory claims; None if it has no readable manifest."""
     try:
         return read_manifest(directory)["identity"]
-    except (UserError, OSError):  # OSError: a file stands where the directory should be
+    except UserError:
         return None
 
 

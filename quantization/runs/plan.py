@@ -22,6 +22,7 @@ from corpora.paths import modelzoo_dir
 from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
 from intactkv.attach import IntactModel, attach
+from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix
 from quantization.labels import full_label
 from quantization.recipes.protocols import restored
@@ -46,6 +47,7 @@ from quantization.runs.prefixes import (
     auto_search,
     choose_prefix,
     fitting,
+    keep_prefix,
     name_other_weights,
     prefix_file,
     stored_prefix,
@@ -144,6 +146,33 @@ class Plan:
                 f"{self.checkpoint.name}; use fewer"
             )
 
+    def check_prefix(self, choice: PrefixChoice, calibrates: bool = True) -> None:
+        """Raise UserError for a prefix that the model cannot hold, or that leaves the calibration text no room.
+
+        calibrates: whether that text will be read at all.
+        """
+        count = len(choice.ids)
+        if count:
+            config, name = read_config(self.checkpoint.directory), self.checkpoint.name
+            vocabulary, window = config.get_text_config(decoder=True).vocab_size, IntactCache(config).smallest_window
+            option = f"--prefix {choice.word[:40]}" + "…" * (len(choice.word) > 40)
+            if unknown := [token for token in choice.ids if token >= vocabulary]:
+                raise UserError(
+                    f"{option}: the token ids {unknown[:5]} lie outside the vocabulary of {vocabulary} of {name}; its "
+                    "tokenizer has tokens that the model never got"
+                )
+            if window is not None and count >= window:
+                raise UserError(
+                    f"{option}: {count} tokens do not fit the sliding window of {window} of {name}; use {window - 1} "
+                    "or fewer"
+                )
+            self.check_fits(option, count + 1)  # and one behind them
+        if calibrates and self.checkpoint.manifest is None and self.recipe.calibrates:
+            length = self.recipe.calibration.length
+            self.check_fits(
+                f"--calibration-length {length}", length + (count if self.recipe.calibrate_behind_prefix else 0)
+            )
+
     @cached_property
     def _auto(self) -> str:
         assert self.search is not None
@@ -192,6 +221,7 @@ class Plan:
         assert self.search is not None
         choice = PrefixChoice(self.recipe.prefix, "[A]", find(self.search, self._open_dense).prefix)
         self._check_needed(choice)
+        self.check_prefix(choice)
         return choice
 
     @cached_property
@@ -215,9 +245,12 @@ class Plan:
         """Make what is missing (quantized checkpoint, prefix) and load the model behind its prefix."""
         intact = bool(self.choice.ids) and not self.vanilla  # `auto` is discovered before anything is quantized
         source = self.written(self.recipe)
-        prefix = self.intact_prefix() if intact else None
+        prefix, built = self._prefix() if intact else (None, False)
         model = self._open(source, self.packed)
-        return attach(model, prefix, bound_kv(self.recipe, model))
+        attached = attach(model, prefix, bound_kv(self.recipe, model))
+        if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
+            self._keep(prefix)
+        return attached
 
     def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
@@ -262,15 +295,32 @@ class Plan:
 
     def intact_prefix(self) -> Prefix:
         """The intact prefix: from its file, or written now by the full-precision twin."""
-        basis = self.basis
-        if self.checkpoint.manifest is None and self.recipe.rescales:  # by what was found when it was quantized
-            basis = read_manifest(self.written(self.recipe))["basis"]
-        return stored_prefix(self.choice, self.prefix_file(basis), self.twin)
+        prefix, built = self._prefix()
+        if built:
+            self._keep(prefix)
+        return prefix
+
+    def _prefix(self) -> tuple[Prefix, bool]:
+        """The intact prefix, and whether it was built now and is not kept yet."""
+        basis = self._written_basis
+        return stored_prefix(self.choice, self.prefix_file(basis), self._made_of(basis), self.dtype, self.twin)
+
+    def _keep(self, prefix: Prefix) -> None:
+        keep_prefix(prefix, self.choice, self.prefix_file(self._written_basis))
+
+    @property
+    def _written_basis(self) -> str:
+        """The basis of the checkpoint as it was written: by what was found when it was quantized."""
+        if self.checkpoint.manifest is None and self.recipe.rescales:
+            return str(read_manifest(self.written(self.recipe))["basis"])
+        return self.basis
+
+    def _made_of(self, basis: str) -> dict[str, Any]:
+        return {"source": self.checkpoint.fingerprint, "basis": basis}
 
     def prefix_file(self, basis: str) -> Path:
         """Where the intact prefix lies, or will. Its name holds its tokens: what `auto` stands for must be known."""
-        made_of = {"source": self.checkpoint.fingerprint, "basis": basis}
-        return prefix_file(self.choice, self.checkpoint.family_name, made_of, self.dtype)
+        return prefix_file(self.choice, self.checkpoint.family_name, self._made_of(basis), self.dtype)
 
     def twin(self) -> PreTrainedModel:
         """The full-precision twin, which writes the prefix and which errors are measured against: the dense checkpoint,
@@ -371,6 +421,9 @@ def plan_run(
     plan = Plan(
         checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
+    plan.check_prefix(
+        named or PrefixChoice(recipe.prefix, "[A]", ()), makes in ("run", "checkpoint") or recipe.rescales
+    )
     if makes in ("run", "checkpoint"):
         _ = plan.text  # which must be there
     if named is not None or vanilla:
@@ -378,7 +431,7 @@ def plan_run(
     if named is not None and named.file is not None:  # now, and not after hours of quantizing
         prefix = Prefix.load(named.file)
         plan = replace(plan, named=fitting(named, prefix, directory, checkpoint.fingerprint, _bases(plan)))
-        if makes == "run":
+        if makes == "run" or (makes == "checkpoint" and recipe.calibrate_behind_prefix):
             name_other_weights(prefix, named.file, plan.describe())
     return plan
 

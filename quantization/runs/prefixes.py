@@ -1,12 +1,13 @@
 """Which tokens a prefix word stands for, and the prefix file that belongs to a model and a recipe.
 
-    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text"
+    none | bos | prompt | auto[:CORPUS][@THRESHOLD] | FILE.safetensors | ADAPTER_DIR | "any text" | text:"like/a/path"
 
 The same words in every program; `auto` is what PrefixQuant discovers on the full-precision model
 (`quantization.runs.auto_prefix`). A prefix is written by the recipe's full-precision twin, kept under
 modelzoo/prefixes/ by the identity of all that made it, and read back from there by every later run.
 """
 
+import json
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.chat import rendered, template_source
 from corpora.errors import UserError
+from corpora.json_files import plain_name
 from corpora.paths import modelzoo_dir
 from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import identity
@@ -30,17 +32,20 @@ from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.dense import empty_model
 
-__all__ = ["AUTO", "PrefixChoice", "auto_search", "choose_prefix", "fitting", "name_other_weights", "prefix_file",
-           "searched_in", "stored_prefix"]  # fmt: skip
+__all__ = ["AUTO", "PrefixChoice", "auto_search", "choose_prefix", "fitting", "keep_prefix", "name_other_weights",
+           "prefix_file", "prefixes_of", "searched_in", "stored_prefix"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
 AUTO_WORD = re.compile(rf"{AUTO}(?::(?P<corpus>.+?))?(?:@(?P<threshold>[-+\d.e]+))?")
+TEXT = "text:"  # in front of a text that looks like another word
+LIKE_A_PATH = re.compile(r"[^\s<>]*/[^\s<>]*|[^\s<>]+\.(safetensors|txt|jsonl?|pt|bin)")  # "</s>" is a text
 WORDS = (
     "none, bos, prompt, auto (discovered outlier tokens; auto:CORPUS names the text, auto@64 or auto:CORPUS@64 the "
     "ratio to the median that makes an outlier), a FILE.safetensors made by "
-    "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text"
+    "`python -m intactkv build`, the directory of a PEFT adapter made by `python -m intactkv export`, or a text "
+    "(text:… for one that looks like a path)"
 )
 
 
@@ -80,7 +85,7 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
 
     Raises UserError if the model has no such prefix, or the file is broken.
     """
-    if not word.strip():
+    if not word.removeprefix(TEXT).strip():
         raise UserError(f"--prefix is empty; choose {WORDS}")
     if word == "none":
         return PrefixChoice(word, "none", ())
@@ -96,11 +101,17 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         # The file beside the adapter's own holds the same K and V, which reading the adapter checks.
         ids = read_adapter(word).ids.tolist()
         return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
-    if os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep):
+    if not word.startswith(TEXT) and _looks_like_a_path(word):
         raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
-    ids = _behind_start(encode(tokenizer, word), tokenizer)
-    log.info("the prefix is the text %r: %d tokens", word, len(ids))
+    ids = _behind_start(encode(tokenizer, word.removeprefix(TEXT)), tokenizer)
+    log.info("the prefix is the text %r: %d tokens", word.removeprefix(TEXT), len(ids))
     return PrefixChoice(word, "[T]", tuple(ids))
+
+
+def _looks_like_a_path(word: str) -> bool:
+    """Whether nobody means it as a text: the name of something that is there, or written as one."""
+    there = os.path.lexists(word) or (os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep))
+    return there or LIKE_A_PATH.fullmatch(word) is not None
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, model_name: str) -> list[int]:
@@ -137,23 +148,54 @@ def prefix_file(choice: PrefixChoice, model_name: str, made_of: Mapping[str, Any
         return choice.file
     key = identity({**made_of, "ids": list(choice.ids), "dtype": str(dtype)})
     name = {"[B]": "bos", "[P]": "prompt", "[A]": AUTO}.get(choice.label, "text")
-    return modelzoo_dir() / "prefixes" / model_name / f"{name}-{key}.safetensors"
+    return prefixes_of(model_name) / f"{name}-{key}.safetensors"
 
 
-def stored_prefix(choice: PrefixChoice, path: Path, twin: Callable[[], PreTrainedModel]) -> Prefix:
-    """The prefix of a choice, read from its file (`prefix_file`) or built now and kept there.
+def prefixes_of(model_name: str) -> Path:
+    """Where a model's prefixes and discoveries lie. Raises UserError for a name that is a path: a manifest says it."""
+    try:
+        return modelzoo_dir() / "prefixes" / plain_name(model_name)
+    except ValueError as error:
+        raise UserError(
+            f"the model's name {model_name!r} {error}; rename its directory, or quantize it again"
+        ) from None
 
-    twin: loads the full-precision twin; only called if there is no such file.
+
+def stored_prefix(
+    choice: PrefixChoice,
+    path: Path,
+    made_of: Mapping[str, Any],
+    dtype: torch.dtype,
+    twin: Callable[[], PreTrainedModel],
+) -> tuple[Prefix, bool]:
+    """The prefix of a choice, read from its file (`prefix_file`) or built now; and whether it was built, to be kept
+    there by `keep_prefix` once the model takes it.
+
+    made_of, dtype: as there. twin: loads the full-precision twin; only called if there is no such file. One that is
+    damaged, changed or of something else is built again, and that is told.
     """
     if choice.file is not None:
-        return Prefix.load(choice.file)
-    try:
-        return Prefix.load(path)
-    except UserError as error:  # not there yet, or a file that an older version or a failing disk left
-        log.debug("%s", error)
-        build_prefix(twin(), choice.ids).save(path)
-        log.info("built the prefix %s of %d tokens: %s", choice.label, len(choice.ids), path)
-    return Prefix.load(path)
+        return Prefix.load(choice.file), False
+    if path.exists():
+        try:
+            prefix = Prefix.load(path)
+            same = prefix.ids.tolist() == list(choice.ids) and prefix.dtype == dtype and prefix.calibrated is None
+            if (
+                same
+                and prefix.model.fingerprint in (None, made_of["source"])
+                and prefix.model.basis == made_of["basis"]
+            ):
+                return prefix, False
+            raise UserError(f"prefix file {path} holds another prefix than its name says")
+        except UserError as error:
+            log.warning("the prefix %s is built again: %s", choice.label, error)
+    return build_prefix(twin(), choice.ids), True
+
+
+def keep_prefix(prefix: Prefix, choice: PrefixChoice, path: Path) -> None:
+    """Write a prefix that was built where `stored_prefix` finds it."""
+    prefix.save(path)
+    log.info("built the prefix %s of %d tokens: %s", choice.label, len(prefix), path)
 
 
 def fitting(
@@ -187,13 +229,19 @@ def _check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> 
 
 
 def name_other_weights(prefix: Prefix, file: Path, run: Mapping[str, Any]) -> None:
-    """Log for which weights keys and values were trained on conversations, if those of a described run are others."""
-    if prefix.calibrated is None or "conversations" not in prefix.calibrated:
+    """Log for which weights and KV policy keys and values were trained on conversations, if those of a described run
+    are others."""
+    trained = (prefix.calibrated or {}).get("for")
+    if trained is None or "conversations" not in (prefix.calibrated or {}):
         return
-    trained = prefix.calibrated["for"]
     if trained["made_of"] != run["made_of"]:
         log.warning(
             "%s was trained for the weights %s (%s); those that run now are %s (%s)",
             file,
             *(word for those in (trained, run) for word in (those["weights"], identity(those["made_of"]))),
+        )
+    if "kv" in trained and trained["kv"] != run["kv"]:
+        policies = (those["kv"] and json.dumps(those["kv"], sort_keys=True) for those in (trained, run))
+        log.warning(
+            "%s was trained behind the KV policy %s; that of this run is %s", file, *(p or "none" for p in policies)
         )

@@ -18,7 +18,7 @@ feeds keep H_jj = λ, in H's own unit, instead of 1; leave-one-out takes three g
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class SpQR(GridQuantizer):
     scale_bits: int = 3
     zero_bits: int = 3
     scale_group: int = 16
-    threshold: float = 0.25
+    threshold: float = field(default=0.25, metadata={"infinite": True})
     average_bits: float = 0.0
     damp: float = 0.01
     act_order: bool = True
@@ -73,10 +73,12 @@ class SpQR(GridQuantizer):
             )
         if self.grid.group_size == 1:
             raise UserError("weights.grid.group_size=1 is not allowed: SpQR fits grids to a group without one weight")
-        for field, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
-            check_bits(f"weights.{field}", bits, "leave it out for 3, as published")
+        for name, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
+            check_bits(f"weights.{name}", bits, "leave it out for 3, as published")
         if self.scale_group < 1:
             raise UserError(f"weights.scale_group={self.scale_group} is not allowed; give a number of rows, such as 16")
+        if self.average_bits < 0:
+            raise UserError(f"weights.average_bits={self.average_bits:g} is not allowed; give bits, 0 for none asked")
         if not self.threshold >= 0:
             raise UserError(f"weights.threshold={self.threshold:g} is not allowed; give 0 or more, inf for no outliers")
         if not self.damp > 0:

@@ -16,7 +16,7 @@ model=$(model_directory "$1" "$2")
 choose_method "$3" "$4" "$model"
 trained=$(trained_prefix "$model" "$3" "$4")
 if [ -n "${PREFIXES:-}" ]; then
-    read -r -d "" -a prefixes <<< "$PREFIXES" || true
+    words prefixes PREFIXES
 elif [ -f "$trained" ]; then
     echo "arms: vanilla, [P], [P] trained: $trained" >&2
     prefixes=(none prompt "$trained")

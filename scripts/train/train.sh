@@ -14,10 +14,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 enter_project
 device=$(device_option "$5")
 model=$(model_directory "$1" "$2")
+again=()
+! flag CHECKPOINTING 0 || again=(--checkpointing)
 choose_method "$3" "$4" "$model"
 python -m intactkv calibrate --model "$model" --device "$device" "${method[@]}" \
     --prefix "${PREFIX:-prompt}" --out "${OUT:-$(trained_prefix "$model" "$3" "$4")}" \
     ${CONVERSATIONS:+--conversations "$CONVERSATIONS"} ${SAMPLES:+--samples "$SAMPLES"} ${HELD_OUT:+--held-out "$HELD_OUT"} \
     ${MAX_LENGTH:+--max-length "$MAX_LENGTH"} ${STEPS:+--steps "$STEPS"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} \
     ${LEARNING_RATE:+--learning-rate "$LEARNING_RATE"} ${EVALUATE_EVERY:+--evaluate-every "$EVALUATE_EVERY"} \
-    ${CHECKPOINTING:+--checkpointing}
+    "${again[@]}"

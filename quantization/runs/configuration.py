@@ -1,0 +1,206 @@
+"""What a model directory says of itself, at one boundary: its config, generation config, tokenizer files.
+
+transformers checks some types and takes any value of them. What the project or a model of the architecture table relies
+on has a form here; what is left, transformers refuses while it builds (`built`).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
+
+from corpora.errors import UserError, said_by
+from corpora.json_files import Hash, fitted, read_json
+from intactkv.architecture import ARCHITECTURES
+
+__all__ = ["CONFIG", "GENERATION", "MEND", "built", "config_of", "generation_config_of", "tokenizer_config_of"]
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+MEND = "mend it, or fetch the checkpoint again"
+
+Size = Annotated[int, Field(ge=1, le=2**31)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # −1 says none in old files
+
+
+def _ids(value: Any) -> Any:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int and -1 <= number < 2**31 for number in ids):
+        raise ValueError("is no token id and no list of them")
+    return value
+
+
+Ids = Annotated[Any, AfterValidator(_ids)]
+
+
+class _Exported(TypedDict):
+    """What an export of ours says of its origin."""
+
+    label: str
+    fingerprint: Hash
+    basis: str
+    needs_prefix: NotRequired[list[Annotated[int, Field(ge=0)]] | None]
+    needs_kv: NotRequired[Hash | None]
+
+
+class _Config(TypedDict, total=False):
+    """Of any model type."""
+
+    model_type: Annotated[str, Field(pattern=r"^[\w-]+$")]
+    intactkv: _Exported
+    quantization_config: dict[str, Any] | None
+    compression_config: dict[str, Any] | None
+
+
+class _Rope(TypedDict, total=False):
+    rope_type: str
+    type: str
+    rope_theta: Positive
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)]
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    attention_factor: Positive | None
+    beta_fast: Positive
+    beta_slow: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Size
+    short_factor: list[Positive]
+    long_factor: list[Positive]
+
+
+class _Known(_Config, total=False):
+    """Of the types in the architecture table."""
+
+    vocab_size: Size
+    hidden_size: Annotated[int, Field(ge=1, le=2**24)]
+    intermediate_size: Annotated[int, Field(ge=1, le=2**24)]
+    ffn_dim: Annotated[int, Field(ge=1, le=2**24)]
+    word_embed_proj_dim: Annotated[int, Field(ge=1, le=2**24)] | None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
+    num_attention_heads: Annotated[int, Field(ge=1, le=2**16)]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=2**16)] | None
+    head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] | None  # RoPE turns pairs
+    max_position_embeddings: Size
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+    rope_theta: Positive
+    rope_parameters: _Rope | None
+    rope_scaling: _Rope | None
+    sliding_window: Size | None
+    max_window_layers: Annotated[int, Field(ge=0)]
+    attention_dropout: Share | None
+    dropout: Share
+    layerdrop: Share
+    pretraining_tp: Size | None
+    bos_token_id: TokenId | None
+    eos_token_id: Ids
+    pad_token_id: TokenId | None
+    dtype: str | None
+    torch_dtype: str | None
+    architectures: list[str] | None
+    is_encoder_decoder: Literal[False]
+    chunk_size_feed_forward: Literal[0]
+
+
+class _Generation(TypedDict, total=False):
+    bos_token_id: TokenId | None
+    eos_token_id: Ids
+    pad_token_id: TokenId | None
+
+
+class _Token(TypedDict):
+    content: str
+    lstrip: NotRequired[bool]
+    normalized: NotRequired[bool]
+    rstrip: NotRequired[bool]
+    single_word: NotRequired[bool]
+    special: NotRequired[bool]
+
+
+class _Tokenizer(TypedDict, total=False):
+    tokenizer_class: Annotated[str, Field(pattern=r"^\w+$")] | None
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None
+    model_max_length: Annotated[float, Field(gt=0)] | None
+    padding_side: Literal["left", "right"]
+    truncation_side: Literal["left", "right"]
+    added_tokens_decoder: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], _Token]
+    bos_token: str | _Token | None
+    eos_token: str | _Token | None
+    unk_token: str | _Token | None
+    pad_token: str | _Token | None
+    add_bos_token: bool | None
+    add_eos_token: bool | None
+    add_prefix_space: bool | None
+    clean_up_tokenization_spaces: bool | None
+    model_input_names: list[str]
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """config.json. Raises UserError for what is damaged, beyond every model, or asks for code of the directory."""
+    file = directory / CONFIG
+    config: dict[str, Any] = read_json(file, "the model configuration", _Config, mend=MEND)
+    refuse_code(config, file)
+    if config.get("model_type") not in ARCHITECTURES:
+        return config
+    fitted(config, _Known, f"the model configuration {file}", mend=MEND)
+    for name in ("text_config", "decoder", "generator"):
+        if name in config:
+            raise UserError(
+                f"{file} nests another configuration in {name!r}, where {config['model_type']} has none; {MEND}"
+            )
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        if rope.keys() - {"rope_theta", "partial_rotary_factor"} and not rope.keys() & {"rope_type", "type"}:
+            raise UserError(
+                f"{file}: {name} {rope} does not say its rope_type, without which it has no meaning; {MEND}"
+            )
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise UserError(
+            f"{file}: num_attention_heads {heads} are no multiple of num_key_value_heads {kv_heads}; {MEND}"
+        )
+    return config
+
+
+def generation_config_of(directory: Path) -> None:
+    """Look at generation_config.json. Raises UserError for what is damaged."""
+    file = directory / GENERATION
+    refuse_code(read_json(file, "the generation configuration", _Generation, mend="mend it, or remove it"), file)
+
+
+def tokenizer_config_of(directory: Path) -> None:
+    """Look at the small files of a tokenizer that are there. Raises UserError for what is damaged, or asks for code."""
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        refuse_code(read_json(file, "the tokenizer configuration", _Tokenizer, mend=MEND), file)
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (directory / name).is_file():
+            read_json(directory / name, "the tokenizer's file", dict, mend=MEND)
+
+
+def refuse_code(content: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for a file that names Python code of its directory, which is never run."""
+    if code := content.get("auto_map"):
+        raise UserError(
+            f"{file} asks for code of its directory (auto_map: {str(code)[:80]}), which is never run here; use a "
+            "checkpoint that transformers knows without it, or take auto_map out if its own class of the type is the same"
+        )
+
+
+@contextmanager
+def built(what: str, way_out: str) -> Iterator[None]:
+    """Around a library's own constructor, and nothing of ours: whatever it raises is said in one line.
+
+    Also a panic of a library in Rust, which is no Exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None

@@ -1,0 +1,144 @@
+"""One decoder block on its way through a recipe: transformed, quantized, written, and the text passed on."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from corpora.errors import UserError
+from intactkv.cache import KVPolicy
+from quantization.grids.stored import StoredWeight, restore
+from quantization.model.activations import quantize_inputs
+from quantization.model.blocks import DecoderBlock
+from quantization.model.inputs import InputQuantizer, restore_paths
+from quantization.model.rescale import Rescaling, rescale_all
+from quantization.model.rounding import BlockRounding
+from quantization.recipes.protocols import CalibratedKV
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import StoredBlock, block_file, read_block, write_block
+from quantization.runs.sums import add_sum
+
+__all__ = ["process_block"]
+
+
+def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
+    """Transform, quantize and write one block, and pass the text on. Returns the relative weight error.
+
+    A block that an earlier run finished is transformed again (the prefix needs the transformed full-precision block),
+    but its codes, rescalings and ranges are read back: choosing them is the expensive part.
+    """
+    stream, tuning = block.stream, recipe.tuning
+    passes_rounded = tuning is not None or recipe.trains_rounded
+    method = tuning or recipe.weights
+    reads = "quantized" if method is None else method.reads
+    finished = block_file(partial, block.index).is_file()
+    stored = read_block(block_file(partial, block.index)) if finished else None
+    for transform in recipe.transforms:
+        if stored is not None and transform.rescales:
+            continue  # what it found is in the file
+        if stream is not None and transform.calibrates:
+            stream.seed(block)
+        transform.transform_block(block)
+    if stored is not None:
+        _rescale_as(block, stored.rescalings[: stored.by_transforms])
+    by_transforms = len(block.rescalings)
+    if stream is not None:
+        stream.seed(block)
+        if reads != "quantized":
+            stream.full = stream.full or list(stream.hidden)  # the same in front of the first block
+            stream.targets = list(stream.outputs(block, stream.full))
+    inputs: Mapping[tuple[str, ...], InputQuantizer] = {}
+    quantized: Mapping[str, StoredWeight] = {}
+    if stored is not None:
+        _rescale_as(block, stored.rescalings[by_transforms:])
+    elif tuning is None and recipe.weights is not None:
+        quantized = recipe.weights.quantize_block(_with_rounding(block, recipe))
+    if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
+        stream.seed(block)
+    if stored is not None:  # behind the last `seed`, which rounds nothing
+        quantized = _read_back(block, stored, passes_rounded)
+    else:  # ranges are those of the full-precision block, rescaled as its weights were
+        if recipe.activations is not None:
+            inputs = recipe.activations.fit_block(block)
+        if isinstance(recipe.kv_cache, CalibratedKV):
+            block.kv.update(recipe.kv_cache.fit_block(block))
+        if tuning is not None:
+            quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
+    error = _relative_error(block, quantized)
+    _set_weights(block.linears(), quantized)
+    # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
+    if passes_rounded:
+        quantize_inputs(block, inputs)
+    if stream is not None:
+        policy = _policy_of(block, recipe) if passes_rounded else None
+        products = recipe.attention if recipe.trains_rounded else None
+        with nullcontext() if products is None else products.at_work(block):
+            stream.advance(block, stream.targets if reads == "full" else None, policy)
+        if reads != "quantized":
+            stream.full, stream.targets = stream.targets, []
+    if stored is None:
+        quantize_inputs(block, inputs)
+        write_block(partial, block, quantized, by_transforms)
+        add_sum(block_file(partial, block.index))
+    return error
+
+
+def _policy_of(block: DecoderBlock, recipe: Recipe) -> KVPolicy | None:
+    """What a trained block's text meets in the cache."""
+    kv = recipe.kv_cache
+    return kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
+
+
+def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:
+    """The block with what a quantizer of weights may train with at work; a KV policy with ranges comes only later."""
+    if not recipe.trains_rounded or recipe.activations is None:
+        return block
+    kv = None if isinstance(recipe.kv_cache, CalibratedKV) else recipe.kv_cache
+    return replace(block, rounding=BlockRounding(recipe.activations.fit_block(block), recipe.attention, kv))
+
+
+def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:
+    """Rescale a block as an earlier run did."""
+    rescale_all(block.module, steps, block.head_size)
+    block.rescalings.extend(steps)
+
+
+def _read_back(block: DecoderBlock, stored: StoredBlock, inputs: bool) -> dict[str, StoredWeight]:
+    """Put what a finished block's file holds into the block; returns its quantized linears.
+
+    inputs: also the quantizers in front of the linears.
+    """
+    block.kv.update(stored.kv)
+    device = next(block.module.parameters()).device
+    own = {name: tensor.to(device) for name, tensor in stored.within(block.name).items()}
+    if inputs:
+        restore_paths(block.module, stored.paths, own)
+    parameters = dict(block.module.named_parameters())
+    for name, tensor in own.items():
+        if name in parameters:  # norms and biases, which training may have moved; ranges are no parameters
+            parameters[name].data = tensor.to(parameters[name])
+    return {n.removeprefix(f"{block.name}."): restore(*parts) for n, parts in stored.linears.items()}
+
+
+def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWeight]) -> None:
+    for name, weight in quantized.items():
+        linear = linears[name]
+        linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
+
+
+def _relative_error(block: DecoderBlock, quantized: Mapping[str, StoredWeight]) -> float:
+    """‖Ŵ − W‖ / ‖W‖ over all linears of a block. Raises UserError for a linear that became nothing but zeros."""
+    linears, error, norm = block.linears(), 0.0, 0.0
+    for name, weight in quantized.items():
+        exact, rounded = linears[name].weight.float(), weight.dequantize()
+        if bool(exact.any()) and not bool(rounded.any()):
+            raise UserError(
+                f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for "
+                f"values up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
+                "weights.grid.scale_dtype=float32"
+            )
+        error += float((rounded - exact).square().sum())
+        norm += float(exact.square().sum())
+    return (error / norm) ** 0.5 if norm else 0.0
