@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from fuzz.campaign import run_kind
 from fuzz.damage import DAMAGES
-from fuzz.engine import Call, Case, Program, Scratch, damaged, scratch
+from fuzz.engine import Call, Case, Outcome, Program, Scratch, damaged, judge, scratch
 from fuzz.kinds import KINDS, printed
 from fuzz.options import PROGRAMS, option_cases, run_options
 
@@ -83,10 +83,6 @@ def says_more() -> None:
     raise UserError("no")
 
 
-def raw() -> None:
-    print("name: \x1b[31m")
-
-
 def other_figures() -> None:
     print(Path("input.json").read_text())
 
@@ -100,7 +96,7 @@ def opens_the_pipe() -> None:
 FAULTY: dict[Callable[[], None], tuple[str, str]] = {
     boom: ("truncate", "traceback"), sleeps: ("truncate", "hang"), leaves: ("truncate", "leftover"),
     leaves_outside: ("truncate", "leftover"), overwrites: ("truncate", "changed"), says_more: ("truncate", "lines"),
-    raw: ("truncate", "control"), other_figures: ("retype", "silent"), opens_the_pipe: ("pipe", "hang"),
+    other_figures: ("retype", "silent"), opens_the_pipe: ("pipe", "hang"),
     lambda: sys.exit(1): ("truncate", "exit code"),
 }  # fmt: skip
 
@@ -109,11 +105,19 @@ FAULTY: dict[Callable[[], None], tuple[str, str]] = {
 def test_a_fault_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], damage: str, fault: str
 ) -> None:
-    monkeypatch.setattr("fuzz.engine.SECONDS", 0.5)
+    monkeypatch.setattr("fuzz.engine.SECONDS", 0.2)
     assert fault_of(tmp_path, monkeypatch, main, damage) == fault
 
 
-@pytest.mark.parametrize("damage", sorted(set(DAMAGES) - {"unreadable", "cell", "header", "metadata", "tensor", "twice"}))
+def test_control_characters_are_seen() -> None:
+    for stream in range(3):
+        texts = ["a\x1b[31m" if i == stream else "" for i in range(3)]
+        assert judge(Outcome(0, *texts), {}, {}, lambda: True)[0] == "control"
+
+
+@pytest.mark.parametrize(
+    "damage", sorted(set(DAMAGES) - {"unreadable", "cell", "header", "metadata", "tensor", "twice"})
+)
 def test_a_program_that_behaves_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     def refuses() -> None:
         raise UserError("input.json is damaged")

@@ -15,7 +15,9 @@ def main() -> None:
     """Run, print a table on stdout and, with --out, every failing case in a file."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of damages (default: 0)")
-    parser.add_argument("--calls", type=int, default=50, help="of every kind of file, ten times as many of options (default: 50)")
+    parser.add_argument(
+        "--calls", type=int, default=50, help="of every kind of file, ten times as many of options (default: 50)"
+    )
     parser.add_argument("--kind", action="append", help="only this one; may be given several times")
     parser.add_argument("--case", help="one case, by the name that a run printed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="with --case: leave the damaged world there")
@@ -24,11 +26,12 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from tqdm import tqdm
+
     from fuzz.campaign import run_case, run_kind, table
     from fuzz.engine import Call, Case, scratch
     from fuzz.kinds import KINDS
     from fuzz.options import run_option, run_options
-    from tqdm import tqdm
 
     torch.set_num_threads(1)
     if options.list:

@@ -12,6 +12,7 @@ from typing import Any
 from chats import TEMPLATE
 from common import FOXES
 from conftest import _tiny_checkpoint, _tiny_tokenizer
+
 from fuzz.engine import Outcome, Program, Scratch, call, said
 
 __all__ = ["KINDS", "Kind"]
@@ -104,7 +105,9 @@ def ran(world: Path, *words: str) -> Outcome:
 
 
 def _dense(world: Path, scratch: Scratch, **options: Any) -> None:
-    directory = _tiny_checkpoint(world / "modelzoo", "llama", num_hidden_layers=2, max_position_embeddings=1024, **options)
+    directory = _tiny_checkpoint(
+        world / "modelzoo", "llama", num_hidden_layers=2, max_position_embeddings=1024, **options
+    )
     _tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=2))
@@ -139,8 +142,8 @@ def quantized(world: Path, scratch: Scratch) -> None:
 def rotated(world: Path, scratch: Scratch) -> None:
     """A checkpoint with rescalings, online rotations and a calibrated KV policy."""
     _from(world, scratch, dense)
-    ran(world, "quantization", "--model", MODEL, "--recipe", "smoothquant-w8a8", "--kv", "static", "--kv-bits", "4",
-        "--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32", "--out", "q")  # fmt: skip
+    ran(world, "quantization", "--model", MODEL, "--recipe", "smoothquant-w8a8", "--kv", "static", "--kv-bits",
+        "4", "--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32", "--out", "q")  # fmt: skip
 
 
 def partial_(world: Path, scratch: Scratch) -> None:
@@ -275,7 +278,18 @@ CALIBRATE = (
     "2", "--held-out", "1", "--max-length", "300", "--min-assistant", "5", "--steps", "2", "--batch-size", "1",
     "--evaluate-every", "1", "--out",
 )  # fmt: skip
-ANSWER = ("eval", "mtbench", "--model", MODEL, "--questions", "questions.jsonl", "--max-new-tokens", "2", "--json", "--out")
+ANSWER = (
+    "eval",
+    "mtbench",
+    "--model",
+    MODEL,
+    "--questions",
+    "questions.jsonl",
+    "--max-new-tokens",
+    "2",
+    "--json",
+    "--out",
+)
 JUDGE = (
     "eval", "judge", "--questions", "questions.jsonl", "--prompts", "prompts.jsonl", "--references", "references.jsonl",
     "--judge-model", f"local:{MODEL}", "--max-tokens", "2", "--json", "--answers",
@@ -287,7 +301,8 @@ def mtbench(world: Path, scratch: Scratch) -> None:
     _from(world, scratch, dense)
     reference = "\n[Reference] {ref_answer_1}"
     later = "[Q] {question_1} [A] {answer_1} [Q] {question_2} [A] {answer_2}"
-    templates = {"single-v1": "[Q] {question} [A] {answer}", "single-math-v1": f"[Q] {{question}} [A] {{answer}}{reference}",
+    templates = {"single-v1": "[Q] {question} [A] {answer}",
+                 "single-math-v1": f"[Q] {{question}} [A] {{answer}}{reference}",
                  "single-v1-multi-turn": later,
                  "single-math-v1-multi-turn": f"{later}{reference} {{ref_answer_2}}"}  # fmt: skip
     rows: list[dict[str, Any]] = [
@@ -305,9 +320,9 @@ def mtbench(world: Path, scratch: Scratch) -> None:
 
 def zoo(world: Path, scratch: Scratch) -> None:
     _from(world, scratch, dense)
-    ran(world, "quantization", "--model", MODEL, "--recipe", "awq-w3", "--group-size", "32", "--calibration", "text.txt",
-        "--calibration-samples", "2", "--calibration-length", "32", "--set",
-        "calibration.draw=segments", "--out", "search")  # fmt: skip
+    ran(world, "quantization", "--model", MODEL, "--recipe", "awq-w3", "--group-size", "32", "--calibration",
+        "text.txt", "--calibration-samples", "2", "--calibration-length", "32", "--set", "calibration.draw=segments",
+        "--out", "search")  # fmt: skip
     ran(world, "quantization", "export", "--format", "awq-search", "--model", "search", "--out", "zoo.pt")
 
 
@@ -395,9 +410,9 @@ KINDS = {
             Program("table", ("eval", "table", "--costs"), printed),
             Program("table-tasks", ("eval", "table", "tasks"), printed),
             Program("table-1", ("eval", "table", "1"), printed),
-            Program("ppl-again", ("eval", "ppl", "--model", MODEL, *RTN, "--corpus", "text.txt", "--window", "32", "--limit",
-                                  "2", "--json"), record),
-            Program("plot", ("eval", "plot", "perplexity", "--model", "tiny-llama", "--out", "f.png"), files_of("f.csv")),
+            Program("ppl-again", ("eval", "ppl", "--model", MODEL, *RTN, *WINDOW[:-1]), record),
+            Program("plot", ("eval", "plot", "perplexity", "--model", "tiny-llama", "--out", "f.png"),
+                    files_of("f.csv")),
         ), without=_record_left_out),
         Kind("state", chats, ("out.state.safetensors",), (
             Program("resume", (*CALIBRATE, "out.safetensors"), tensors_of("out.safetensors")),
@@ -409,7 +424,7 @@ KINDS = {
         Kind("conversations", chats, ("datasets/ShareGPT_Vicuna_unfiltered/*.json",), (
             Program("calibrate", (*CALIBRATE, "new.safetensors"), tensors_of("new.safetensors")),
         ), without=_named(), rewritten="^modelzoo/"),
-        Kind("task", tasks, ("datasets/lambada_openai/data/*", "datasets/piqa/plain_text/*", "datasets/hellaswag/data/*"), (
+        Kind("task", tasks, ("datasets/lambada_openai/data/*", "datasets/piqa/*/*", "datasets/hellaswag/data/*"), (
             Program("tasks", ("eval", "tasks", "--model", MODEL, "--data", "local", "--tasks",
                               "lambada_openai,piqa,hellaswag", "--json"), record),
         )),
