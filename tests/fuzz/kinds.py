@@ -143,7 +143,8 @@ def rotated(world: Path, scratch: Scratch) -> None:
     """A checkpoint with rescalings, online rotations and a calibrated KV policy."""
     _from(world, scratch, dense)
     ran(world, "quantization", "--model", MODEL, "--recipe", "smoothquant-w8a8", "--kv", "static", "--kv-bits",
-        "4", "--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32", "--out", "q")  # fmt: skip
+        "4", "--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32",
+        "--out", "q")  # fmt: skip
 
 
 def partial_(world: Path, scratch: Scratch) -> None:
