@@ -3,6 +3,10 @@
 `python -m tests.fuzz --seed 7 --calls 200` is the long one; `--case NAME` runs one case again.
 """
 
+import os
+import random
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fuzz.campaign import run_kind
+from common import ROOT
+from fuzz.campaign import run_case, run_kind
 from fuzz.damage import DAMAGES
 from fuzz.engine import Call, Case, Outcome, Program, Scratch, damaged, judge, scratch
-from fuzz.kinds import KINDS, printed
+from fuzz.kinds import KINDS, MODEL, printed
 from fuzz.options import PROGRAMS, option_cases, run_options
 
 from corpora.errors import UserError
@@ -50,6 +55,24 @@ def test_every_option_with_a_value_is_known_to_the_fuzzer(place: Scratch) -> Non
     """Those of the parsers: a program whose parser is not found would have none."""
     for name in PROGRAMS:
         assert len(list(option_cases(name))) > 50, name
+
+
+@pytest.mark.parametrize("name", [
+    f"config:ppl:{MODEL}/config.json:nest:2", "prefix:ppl:p.safetensors:truncate:1",
+])  # fmt: skip
+def test_a_process_of_its_own_ends_as_the_call_in_this_one(place: Scratch, name: str) -> None:
+    case = Case.named(name)
+    here = run_case(place, case).outcome
+    kind = KINDS[case.kind]
+    (words,) = (program.words for program in kind.programs if program.name == case.program)
+    with place.copy(place.template(kind.world, kind.build)) as world:
+        DAMAGES[case.damage].work(world / case.file, random.Random(case.name), [])
+        environment = os.environ | {"INTACTKV_ROOT": str(world), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, here.code) == (2, 2)
+    there, ours = (re.sub(r"/calls/\d+/", "/", text) for text in (done.stderr, here.err))
+    assert there == ours
 
 
 # that it sees faults --------------------------------------------------------------------------------------------------

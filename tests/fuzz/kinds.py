@@ -18,10 +18,11 @@ from fuzz.engine import Outcome, Program, Scratch, call, said
 __all__ = ["KINDS", "Kind"]
 
 MODEL = "modelzoo/tiny-llama"
-# Of a run record, what differs from run to run or names the place.
+# Of a run record, what differs from run to run, names the place, or is a key that the fuzzer added.
 VOLATILE = {
     "settings", "identity", "started", "environment", "seconds", "tokens_per_second", "peak_memory_mb", "path",
     "answers", "cost", "judgement_file", "sum", "sha256",
+    "", "unused", "auto_map", "../x",
 }  # fmt: skip
 
 
