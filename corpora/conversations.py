@@ -41,6 +41,9 @@ def conversations(
 
     Raises UserError for an unknown source, or if it is missing or too small.
     """
+    for name, count in (("samples", samples), ("held_out", held_out)):
+        if count < 0:
+            raise UserError(f"conversations: {name} is {count}; give 0 or more")
     if source == "sharegpt":
         found = sharegpt_samples(
             tokenizer, samples=samples + held_out, max_length=max_length, min_assistant=min_assistant, seed=seed

@@ -69,23 +69,24 @@ class Output:
 
     def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
         """Write a figure in every format and its numbers as CSV under the same name, all or none; closes the figure."""
+        paths = {suffix: self.path(part, suffix) for suffix in (*self.formats, "csv")}
+        for path in paths.values():  # of a part, whose name is only known now
+            check_ours(path)
         contents: dict[Path, bytes] = {}
-        for suffix in (*self.formats, "csv"):  # of a part, whose name is only known now
-            check_ours(self.path(part, suffix))
         _draw_words(figure)
         try:
             for suffix in self.formats:
                 # In memory: what matplotlib's writers raise at a full disk depends on the format.
                 drawn = io.BytesIO()
                 figure.savefig(drawn, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=FORMATS[suffix])
-                contents[self.path(part, suffix)] = drawn.getvalue()
+                contents[paths[suffix]] = drawn.getvalue()
         finally:
             plt.close(figure)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(head)
         writer.writerows(rows)
-        contents[self.path(part, "csv")] = text.getvalue().encode(errors="replace")
+        contents[paths["csv"]] = text.getvalue().encode(errors="replace")
         write_all(contents)
         self.written.extend(contents)
 
