@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ SECONDS = 10  # a call that takes a twentieth of a second when all is well
 FAULTS = ("traceback", "hang", "silent", "exit code", "lines", "control", "leftover", "changed")
 BAR = re.compile(r"^[^\n]*\d+%\|.*\|.*\[.*\]?|^[^\n]*\d+(/\d+)? ?\w* \[\d\d:\d\d.*\]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# What any call may leave: tokens that were cached, locks of shared directories.
-ALLOWED = re.compile(r"(^|/)outputs(/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
+# What any call may leave: the folders of outputs/, and tokens that were cached.
+ALLOWED = re.compile(r"^outputs(/runs|/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
 
 
 class Hang(BaseException):
@@ -210,11 +211,15 @@ def _watched(path: Path) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
+    """Raise `Hang` behind so many seconds of computing, or six times as many of waiting: the machine may be busy."""
+    computed, started = time.process_time(), time.monotonic()
+
     def stop(*_: Any) -> None:
-        raise Hang
+        if time.process_time() - computed > seconds or time.monotonic() - started > 6 * seconds:
+            raise Hang
 
     earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds / 4, seconds / 4)
     try:
         yield
     finally:
