@@ -150,10 +150,10 @@ def rotated(world: Path, scratch: Scratch) -> None:
 
 def partial_(world: Path, scratch: Scratch) -> None:
     """A run that was killed behind its first block."""
-    from quantization.runs import pipeline
+    from quantization.runs import one_block
 
     _from(world, scratch, dense)
-    write, done = pipeline.write_block, []
+    write, done = one_block.write_block, []
 
     def killed(*arguments: Any, **options: Any) -> None:
         if done:
@@ -161,13 +161,13 @@ def partial_(world: Path, scratch: Scratch) -> None:
         write(*arguments, **options)
         done.append(1)
 
-    pipeline.write_block = killed
+    one_block.write_block = killed
     try:
         call(world, (*QUANTIZE, "q"))
     except KeyboardInterrupt:
         pass
     finally:
-        pipeline.write_block = write
+        one_block.write_block = write
     assert list((world / "q.partial").glob("block-*")), list(world.iterdir())
 
 
