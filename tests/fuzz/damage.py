@@ -229,14 +229,15 @@ def _retyped(values: list[Any], rng: random.Random) -> tuple[str, str, bool]:
     try:
         new = json.loads(raw)
     except (ValueError, RecursionError):
-        new = None
+        new = MARK
     wild = raw in (DIGITS, DEEP, "NaN", "-Infinity", "1e400", "-1e400", '"\\ud83d"')
     if not wild and new == old and type(new) is type(old):
         raise Inapplicable
     _set(values, place, MARK)
     short = raw if len(raw) < 40 else f"{raw[:3]}… ({len(raw)} characters)"
     whole = isinstance(old, int) and isinstance(new, float) and not float(new).is_integer()
-    return raw, f"{_shown(place)} = {short}", wild or whole or _kind(new) != _kind(old)
+    # null often stands for "none", a token or a template for example.
+    return raw, f"{_shown(place)} = {short}", wild or whole or (new is not None and _kind(new) != _kind(old))
 
 
 def _json_retype(path: Path, rng: random.Random, others: list[Path]) -> tuple[str, bool]:

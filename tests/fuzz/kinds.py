@@ -29,8 +29,8 @@ VOLATILE = {
 @dataclass(frozen=True)
 class Kind:
     """One kind of file. build: makes the world. files: in it, as patterns. own: ours, and carries a sum, so no damage
-    may change a figure. rewritten: what the programs may write anew. without: whether a finished call rightly went
-    without the damaged file: it is named on stderr, or made again."""
+    may change a figure. rewritten: what the programs may write, whatever becomes of the call. without: whether a
+    finished call rightly went without the damaged file: it is named on stderr, or made again."""
 
     name: str
     build: Callable[[Path, Scratch], None]
@@ -348,6 +348,8 @@ MODEL_PROGRAMS = (
             tensors_of("p.safetensors")),
     Program("mtbench", (*ANSWER, "a.jsonl"), lambda outcome, world: _turns(world / "a.jsonl")),
 )  # fmt: skip
+# Values are read block by block; what is finished then stays, and the next run goes on from it.
+RESUMED = r"\.partial(/|$)"
 QUANTIZED_PROGRAMS = (
     ppl("--model", "q"),
     ppl("--model", "q", "--prefix", "bos", "--packed", name="ppl-bos-packed"),
@@ -380,9 +382,9 @@ KINDS = {
         Kind("tokenizer_config", dense, (f"{MODEL}/tokenizer_config.json",), MODEL_PROGRAMS),
         Kind("special_tokens", dense, (f"{MODEL}/special_tokens_map.json",), MODEL_PROGRAMS),
         Kind("template", dense, (f"{MODEL}/chat_template.jinja",), MODEL_PROGRAMS),
-        Kind("weights", dense, (f"{MODEL}/model.safetensors",), MODEL_PROGRAMS),
+        Kind("weights", dense, (f"{MODEL}/model.safetensors",), MODEL_PROGRAMS, rewritten=RESUMED),
         Kind("index", sharded, (f"{MODEL}/model.safetensors.index.json",), MODEL_PROGRAMS),
-        Kind("shard", sharded, (f"{MODEL}/model-*.safetensors",), MODEL_PROGRAMS),
+        Kind("shard", sharded, (f"{MODEL}/model-*.safetensors",), MODEL_PROGRAMS, rewritten=RESUMED),
         Kind("manifest", quantized, ("q/quantization.json",), QUANTIZED_PROGRAMS, own=True),
         Kind("checksums", quantized, ("q/checksums.json",), QUANTIZED_PROGRAMS, own=True),
         Kind("block", quantized, ("q/block-*.safetensors",), QUANTIZED_PROGRAMS, own=True),
