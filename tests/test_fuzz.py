@@ -18,8 +18,9 @@ from common import ROOT
 from fuzz.campaign import run_case, run_kind
 from fuzz.damage import DAMAGES
 from fuzz.engine import Call, Case, Outcome, Program, Scratch, damaged, judge, scratch
-from fuzz.kinds import KINDS, MODEL, printed
+from fuzz.kinds import KINDS, printed
 from fuzz.options import PROGRAMS, option_cases, run_options
+from fuzz.worlds import MODEL
 
 from corpora.errors import UserError
 
