@@ -15,7 +15,7 @@ from unittest import mock
 
 from corpora.errors import Parser
 from fuzz.engine import Call, Scratch, call, judge, tree
-from fuzz.kinds import MODEL, RTN, _from, mtbench, quantized, ran, records
+from fuzz.worlds import MODEL, RTN, copied, mtbench, quantized, ran, records
 
 __all__ = ["NONSENSE", "PROGRAMS", "option_cases", "run_option", "run_options"]
 
@@ -76,9 +76,9 @@ FINE: dict[str, set[str]] = {
 
 def world_of_options(world: Path, scratch: Scratch) -> None:
     """All that the programs' calls read."""
-    _from(world, scratch, mtbench)
+    copied(world, scratch, mtbench)
     for build in (quantized, records):
-        _from(world, scratch, build)
+        copied(world, scratch, build)
     (world / "binary.bin").write_bytes(bytes(range(256)) * 4)
     turns = [{"from": role, "value": text} for role, text in (("human", "hi"), ("gpt", "abc " * 20))]
     folder = world / "datasets" / "ShareGPT_Vicuna_unfiltered"
