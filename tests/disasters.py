@@ -283,7 +283,7 @@ def _import_everything() -> None:
                     continue
     for name in ("transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
                  "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_agg", "openai", "tqdm",
-                 "transformers.generation.utils"):  # fmt: skip
+                 "transformers.generation.utils", "encodings.utf_8_sig"):  # fmt: skip
         import_module(name)
 
 

@@ -72,9 +72,11 @@ class Output:
             check_ours(path)
         try:
             for suffix, path in zip(self.formats, paths, strict=False):
+                drawn = io.BytesIO()  # matplotlib's own writers hide what a full disk says behind errors of theirs
+                words = FORMATS[suffix]
+                figure.savefig(drawn, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=words)
                 with write_beside(path) as beside:
-                    words = FORMATS[suffix]
-                    figure.savefig(beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=words)
+                    beside.write_bytes(drawn.getbuffer())
                 self.written.append(path)
         finally:
             plt.close(figure)

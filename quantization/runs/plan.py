@@ -21,6 +21,7 @@ from corpora.files import sha256_of_file
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
+from corpora.writing import drop_dead_lock
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix
@@ -265,6 +266,7 @@ class Plan:
             return self.checkpoint.directory
         target, artefact = out or self.directory_of(recipe), self.artefact_of(recipe)
         if identity_at(target) == artefact.identity:
+            drop_dead_lock(target)
             self._check_discovered(target)
             return target
         segments = self.segments if recipe.calibrates else None
