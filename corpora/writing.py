@@ -18,8 +18,8 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -34,6 +34,7 @@ __all__ = [
     "refuse_special",
     "refuse_unwritable",
     "sweep",
+    "write_all",
     "write_beside",
 ]
 
@@ -93,6 +94,13 @@ def write_beside(path: Path) -> Iterator[Path]:
     refuse_special(path)
     with _growing(path) as beside:
         yield beside
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, or none of them if the disk refuses one. Raises as `write_beside`."""
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            stack.enter_context(write_beside(path)).write_bytes(content)
 
 
 @contextmanager

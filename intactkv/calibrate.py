@@ -33,10 +33,11 @@ from intactkv.attention import prefix_attention
 from intactkv.cache import IntactCache, KVPolicy
 from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, input_embeddings
-from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
+from intactkv.training import Descent, Group, Report, Schedule, check_settings, every, masters, shuffled
 from intactkv.vocabulary import known_ids
 
-__all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "mean_losses", "sample_loss"]
+__all__ = ["Outcome", "Sample", "Training", "block_losses", "block_targets", "calibrate", "check_samples",
+           "mean_losses", "sample_loss"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +64,7 @@ class Training:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training {name} is {getattr(self, name)}; give 1 or more")
-        if not self.learning_rate > 0:
-            raise UserError(f"training learning_rate is {self.learning_rate}; give a number above 0")
+        check_settings("training", self, steps=1, batch=1, evaluate_every=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +103,7 @@ def calibrate(
     Raises UserError for samples that do not start with the prefix, have nothing to learn from, or a loss that is no
     number; nothing is lost then.
     """
-    for sample in (*samples, *held_out):
-        _check(sample, prefix)
-    if not samples or not held_out:
-        raise UserError(
-            f"{len(samples)} samples to train on and {len(held_out)} held out; at least one of each is needed"
-        )
+    check_samples(samples, held_out, prefix.ids)
     learned = masters(x.to(input_embeddings(model).device) for x in (*prefix.keys, *prefix.values))
     due = every(training.evaluate_every, training.steps)
     schedule = Schedule(training.steps, due, clip=training.clip, betas=training.betas, eps=training.eps)
@@ -201,15 +193,20 @@ def block_losses(
     ]
 
 
-def _check(sample: Sample, prefix: Prefix) -> None:
-    length = len(prefix)
-    if not torch.equal(sample.ids[:length], prefix.ids):
+def check_samples(samples: Sequence[Sample], held_out: Sequence[Sample], ids: Tensor) -> None:
+    """Raise UserError for samples that a prefix of these tokens, (P,), cannot be trained on."""
+    for sample in (*samples, *held_out):
+        if not torch.equal(sample.ids[: len(ids)], ids):
+            raise UserError(
+                f"a calibration text starts with the tokens {sample.ids[: len(ids)].tolist()[:8]}, not with the "
+                f"prefix's {ids.tolist()[:8]}; the prefix must open every conversation"
+            )
+        if bool(sample.counted[: len(ids)].any()) or not bool(sample.counted[len(ids) :].any()):
+            raise UserError("a calibration text has no token to take the loss at behind the prefix; use longer ones")
+    if not samples or not held_out:
         raise UserError(
-            f"a calibration text starts with the tokens {sample.ids[:length].tolist()[:8]}, not with the prefix's "
-            f"{prefix.ids.tolist()[:8]}; the prefix must open every conversation"
+            f"{len(samples)} samples to train on and {len(held_out)} held out; at least one of each is needed"
         )
-    if bool(sample.counted[:length].any()) or not bool(sample.counted[length:].any()):
-        raise UserError("a calibration text has no token to take the loss at behind the prefix; use longer ones")
 
 
 def _identity(

@@ -37,7 +37,7 @@ from intactkv.architecture import decoder_of
 from intactkv.observe import hooked, on_output
 from intactkv.pivots import EPS
 from intactkv.prefix import Prefix, build_prefix, identity_of, input_embeddings
-from intactkv.training import Descent, Group, Report, Schedule, every, masters, shuffled
+from intactkv.training import Descent, Group, Report, Schedule, check_settings, every, masters, shuffled
 from intactkv.vocabulary import known_ids
 
 __all__ = ["Figures", "PrefixTraining", "TrainedPrefix", "starting_point", "statistics", "train_prefix"]
@@ -65,12 +65,8 @@ class PrefixTraining:
     seed: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 1), ("epochs", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"prefix training {name} is {getattr(self, name)}; give {least} or more")
-        if not self.learning_rate > 0:
-            raise UserError(f"prefix training learning_rate is {self.learning_rate}; give a number above 0")
-        if not self.kd_weight >= 0:
+        check_settings("prefix training", self, length=1, epochs=0, batch=1)
+        if not 0 <= self.kd_weight < math.inf:
             raise UserError(f"prefix training kd_weight is {self.kd_weight}; give 0 or more")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

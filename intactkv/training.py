@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,20 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 from corpora.errors import UserError
 from corpora.json_files import Count
 from corpora.storage import read_artefact, write_artefact
+from corpora.values import LARGEST_SEED, MANY
 
 __all__ = [
     "Descent",
     "Group",
     "Report",
     "Schedule",
+    "check_settings",
     "every",
     "in_order",
     "masters",
     "matrices_decay",
     "mean_loss",
+    "read_state",
     "repeatable",
     "shuffled",
     "split_samples",
@@ -79,6 +83,18 @@ class Schedule:
         return self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
+def check_settings(what: str, settings: Any, **least: int) -> None:
+    """Raise UserError for counts below these or above `MANY`, a seed that no generator takes, or a learning rate that
+    is none. what: the settings, for messages."""
+    for name, count in least.items():
+        if not count <= getattr(settings, name) <= MANY:
+            raise UserError(f"{what} {name} is {getattr(settings, name)}; give {count} to {MANY:,}")
+    if not abs(settings.seed) <= LARGEST_SEED:
+        raise UserError(f"{what} seed is {settings.seed}; give a number up to {LARGEST_SEED} (2^63 - 1)")
+    if not 0 < settings.learning_rate < math.inf:
+        raise UserError(f"{what} learning_rate is {settings.learning_rate}; give a number above 0")
+
+
 def every(count: int, steps: int) -> frozenset[int]:
     """Every so many steps, and behind the last one."""
     return frozenset({*range(count, steps, count), steps})
@@ -111,6 +127,11 @@ class _State(TypedDict):
     step: Count
     best_step: Count
     history: list[dict[str, float]]
+
+
+def read_state(path: Path) -> tuple[_State, dict[str, Tensor]] | None:
+    """A state file's header and tensors; None if there is none. Raises UserError for one that is damaged or changed."""
+    return read_artefact(path, "run", _State, "state of a training", FROM_THE_START) if path.exists() else None
 
 
 class Descent:
@@ -239,9 +260,9 @@ class Descent:
 
     def resume(self, path: Path) -> None:
         """Go on from a state file, if there is one that was made with the same texts, start and settings."""
-        if not path.exists():
+        if (found := read_state(path)) is None:
             return
-        header, tensors = read_artefact(path, "run", _State, "state of a training", FROM_THE_START)
+        header, tensors = found
         if header["made_of"] != self.made_of:
             raise UserError(
                 f"{path} belongs to a run with other texts, another prefix or other settings; {FROM_THE_START}, or "

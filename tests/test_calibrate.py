@@ -236,7 +236,7 @@ def test_a_state_of_another_run_or_a_broken_one_is_refused(pair, tmp_path):
     with pytest.raises(UserError, match="belongs to a run with other texts"):
         calibrate(model, twin, prefix, SAMPLES, OTHERS, SHORT, state=state, models={"weights": "others"})
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match="is truncated or not a safetensors file .*delete it to train from the start"):
+    with pytest.raises(UserError, match=r"is truncated or not a safetensors file .*delete it to train from the start"):
         calibrate(model, twin, prefix, SAMPLES, OTHERS, SHORT, state=state)
 
 

@@ -330,10 +330,10 @@ def test_a_quantized_checkpoint_asks_its_dense_one_and_is_refused_without_it(pro
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    (("--samples", "0"), "calibration samples is 0"),
+    (("--samples", "0"), "argument --samples: 0 is not allowed; give a whole number from 1"),
     (("--length", "200"), "--length 200: pieces take at most half of the 256 positions"),
-    (("--threshold", "0.5"), "threshold 0.5: a ratio"),
-    (("--ablate", "0"), "--ablate 0"),
+    (("--threshold", "0.5"), "argument --threshold: 0.5 is not allowed; give a number above 1"),
+    (("--ablate", "0"), "argument --ablate: 0 is not allowed"),
     (("--corpus", "nowhere"), "'nowhere'"),
     (("--out", "prefix.pt"), "a prefix file ends in .safetensors"),
 ])  # fmt: skip

@@ -137,7 +137,7 @@ def test_training_embeddings_reads_its_own_text_alone(
     dense: Path, text: Path, intactkv_root: Path, run_main: Run
 ) -> None:
     out = intactkv_root / "trained.safetensors"
-    sizes = ("--samples", 2, "--held-out", 2, "--length", 32, "--prefix-len", 2, "--prefix-epochs", 0)
+    sizes = ("--samples", 2, "--held-out", 2, "--length", 32, "--prefix-len", 2, "--prefix-epochs", 1)
     call = ("train-prefix", "--model", dense, "--recipe", "quarot", "--corpus", text, *sizes, "--out", out)
     code, _, err = run_main(intactkv, *call, "--prefix", "bos")
     assert code == 0, err

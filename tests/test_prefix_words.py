@@ -136,6 +136,10 @@ def test_a_word_that_looks_like_a_path_is_not_taken_for_a_text(tokenizer, tmp_pa
             choose_prefix(word, tokenizer, "tiny")
     told = choose_prefix("text:either/or", tokenizer, "tiny")
     assert (told.label, tokenizer.decode(told.ids)) == ("[T]", "<s>either/or")
+    for word in ("BOS", "None", "Prompt"):
+        with pytest.raises(UserError, match=f"--prefix {word} is written {word.lower()}; .*text:…"):
+            choose_prefix(word, tokenizer, "tiny")
+    assert choose_prefix("text:BOS", tokenizer, "tiny").label == "[T]"
     for word in ("either / or", "</s>", "Once upon a time."):  # nobody calls a file so
         assert tokenizer.decode(choose_prefix(word, tokenizer, "tiny").ids) == f"<s>{word}"
 

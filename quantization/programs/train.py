@@ -41,22 +41,36 @@ RUN_OF_TOKENS = 32  # that two pieces share if they overlap in the text
 
 @contextmanager
 def _training(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A progress bar that shows every row of a history: the newest training and held-out loss."""
+    """A progress bar that shows every row of a history: the newest training and held-out loss. It begins with the first
+    row, so that a state that is refused is all that is said."""
     from tqdm import tqdm
 
     shown: dict[str, Any] = {}
-    with tqdm(total=steps, desc=what, unit="step") as bar:
+    bars: list[tqdm[Any]] = []
 
-        def report(row: dict[str, float]) -> None:
-            bar.update(int(row["step"]) - bar.n)
-            shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
-            bar.set_postfix(shown)
+    def report(row: dict[str, float]) -> None:
+        if not bars:
+            bars.append(tqdm(total=steps, desc=what, unit="step"))
+        bars[0].update(int(row["step"]) - bars[0].n)
+        shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
+        bars[0].set_postfix(shown)
 
+    try:
         yield report
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _state(out: Path) -> Path:
     return out.with_suffix(".state.safetensors")
+
+
+def _check_state(out: Path) -> None:
+    """Refuse a damaged state of the training behind a prefix file before the work. Raises UserError."""
+    from intactkv.training import read_state
+
+    read_state(_state(out))
 
 
 def _curve(out: Path) -> Path:
@@ -143,15 +157,18 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
     training changed on held-out conversations, and what it took."""
     check_out(options, "prefix", _curve(options.out))
+    _check_state(options.out)
     plan = plan_of(options, needs_prefix="calibrate trains an intact prefix")
 
     from dataclasses import asdict
+
+    import torch
 
     from corpora.catalog import model_defaults
     from corpora.conversations import conversations
     from corpora.machine import peak_memory_mb
     from corpora.tokens import start_token_id
-    from intactkv.calibrate import Sample, Training, calibrate, mean_losses
+    from intactkv.calibrate import Sample, Training, calibrate, check_samples, mean_losses
 
     if options.max_length <= len(plan.choice.ids):
         raise UserError(
@@ -176,11 +193,12 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
         min_assistant=options.min_assistant,
         seed=options.training_seed,
     )
+    train, unseen = ([Sample(chat.ids, chat.assistant) for chat in part] for part in (chats, others))
+    check_samples(train, unseen, torch.tensor(plan.choice.ids))  # before anything is quantized
     model = plan.load()
     if model.prefix is None:
         raise AssertionError("a plan with a prefix that is not vanilla attaches it")
     twin, untrained = plan.twin(), model.prefix
-    train, unseen = ([Sample(chat.ids, chat.assistant) for chat in part] for part in (chats, others))
     with _training("calibrating", training.steps) as report:
         outcome = calibrate(
             model.model, twin, untrained, train, unseen, training, kv=model.kv, state=_state(options.out),
@@ -286,6 +304,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
 def train_prefix_file(options: argparse.Namespace) -> None:
     """Train, then write FILE, FILE's stem + .curve.jsonl and .embeddings.safetensors, and drop the state of the run."""
     check_out(options, "prefix", _curve(options.out), _embeddings(options.out))
+    _check_state(options.out)
 
     from dataclasses import asdict, replace
 
@@ -362,6 +381,7 @@ def _texts(options: argparse.Namespace, plan: "Plan") -> tuple["Tensor", "Tensor
     draws = calibration_segments(
         plan.tokenizer, corpus, samples=samples + 8 * others, length=length, seed=options.training_seed
     )
+    plan.check_fits(f"--length {length}", len(plan.choice.ids) + length)  # the discrete prefix is compared with
     texts = draws[:samples]
     held_out = held_out_pieces(texts, draws[len(texts) :], others)
     drawn = {"corpus": corpus_label(corpus), "samples": samples, "held_out": others,
@@ -374,6 +394,8 @@ def held_out_pieces(texts: "Tensor", candidates: "Tensor", count: int) -> "Tenso
 
     Raises UserError if there are not so many.
     """
+    if count < 1:
+        raise UserError(f"{count} pieces to hold out; give 1 or more")
     size = min(RUN_OF_TOKENS, texts.shape[1])
 
     def runs(piece: "Tensor") -> set[tuple[int, ...]]:

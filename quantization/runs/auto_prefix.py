@@ -156,7 +156,7 @@ def find(
     open_dense: loads a dense checkpoint; only called if there is no file. advance: told how many pieces are done.
     Raises UserError if the text is not there, or the dense checkpoint of a quantized one is not at hand.
     """
-    if search.file.is_file():
+    if search.file.exists():
         return _read(search.file, search)
     ids, start = search.pieces(), start_token_id(search.tokenizer)
     by_tokens = {"source": search.checkpoint.fingerprint, "text": sha256_of_tensor(ids), "start": start,

@@ -147,32 +147,30 @@ class Plan:
                 f"{self.checkpoint.name}; use fewer"
             )
 
-    def check_prefix(self, choice: PrefixChoice, calibrates: bool = True) -> None:
-        """Raise UserError for a prefix that the model cannot hold, or that leaves the calibration text no room.
-
-        calibrates: whether that text will be read at all.
-        """
+    def _check_prefix(self, choice: PrefixChoice) -> None:
+        """Raise UserError for a prefix that the model cannot hold."""
         count = len(choice.ids)
-        if count:
-            config, name = read_config(self.checkpoint.directory), self.checkpoint.name
-            vocabulary, window = config.get_text_config(decoder=True).vocab_size, IntactCache(config).smallest_window
-            option = f"--prefix {choice.word[:40]}" + "…" * (len(choice.word) > 40)
-            if unknown := [token for token in choice.ids if token >= vocabulary]:
-                raise UserError(
-                    f"{option}: the token ids {unknown[:5]} lie outside the vocabulary of {vocabulary} of {name}; its "
-                    "tokenizer has tokens that the model never got"
-                )
-            if window is not None and count >= window:
-                raise UserError(
-                    f"{option}: {count} tokens do not fit the sliding window of {window} of {name}; use {window - 1} "
-                    "or fewer"
-                )
-            self.check_fits(option, count + 1)  # and one behind them
-        if calibrates and self.checkpoint.manifest is None and self.recipe.calibrates:
-            length = self.recipe.calibration.length
-            self.check_fits(
-                f"--calibration-length {length}", length + (count if self.recipe.calibrate_behind_prefix else 0)
+        if not count:
+            return
+        config, name = read_config(self.checkpoint.directory), self.checkpoint.name
+        vocabulary, window = config.get_text_config(decoder=True).vocab_size, IntactCache(config).smallest_window
+        option = f"--prefix {choice.word[:40]}" + "…" * (len(choice.word) > 40)
+        if unknown := [token for token in choice.ids if token >= vocabulary]:
+            raise UserError(
+                f"{option}: the token ids {unknown[:5]} lie outside the vocabulary of {vocabulary} of {name}; its "
+                "tokenizer has tokens that the model never got"
             )
+        if window is not None and count >= window:
+            raise UserError(
+                f"{option}: {count} tokens do not fit the sliding window of {window} of {name}; use {window - 1} or "
+                "fewer"
+            )
+        self.check_fits(option, count + 1)  # and one behind them
+
+    def _check_calibration(self, front: int) -> None:
+        """Raise UserError for calibration text that does not fit the model. front: tokens of the prefix."""
+        length, behind = self.recipe.calibration.length, self.recipe.calibrate_behind_prefix
+        self.check_fits(f"--calibration-length {length}", length + (front if behind else 0))
 
     @cached_property
     def _auto(self) -> str:
@@ -222,7 +220,7 @@ class Plan:
         assert self.search is not None
         choice = PrefixChoice(self.recipe.prefix, "[A]", find(self.search, self._open_dense).prefix)
         self._check_needed(choice)
-        self.check_prefix(choice)
+        self._check_prefix(choice)
         return choice
 
     @cached_property
@@ -230,6 +228,7 @@ class Plan:
         """The calibration segments that the recipe asks for, (N, T); None if nothing calibrates."""
         if not self.recipe.calibrates or self.checkpoint.manifest is not None:
             return None
+        self._check_calibration(len(self.choice.ids) if self.recipe.calibrate_behind_prefix else 0)
         c = self.recipe.calibration
         draw = packed_documents if c.draw == "documents" else calibration_segments
         return draw(self.tokenizer, c.corpus, samples=c.samples, length=c.length, seed=c.seed)
@@ -333,7 +332,10 @@ class Plan:
             dense = dense_directory(self.checkpoint, "it is what writes a prefix, and what errors are measured against")
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
-            return rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
+            twin = rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
+            # By the names in the manifest, whose fingerprint may be one of before.
+            twin.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
+            return twin
         calibrating = [step.name for step in recipe.transforms if step.calibrates and not step.rescales]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out
@@ -423,11 +425,10 @@ def plan_run(
     plan = Plan(
         checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
-    plan.check_prefix(
-        named or PrefixChoice(recipe.prefix, "[A]", ()), makes in ("run", "checkpoint") or recipe.rescales
-    )
-    if makes in ("run", "checkpoint"):
-        _ = plan.text  # which must be there
+    if named is not None:
+        plan._check_prefix(named)
+    if makes in ("run", "checkpoint") and plan.text is not None:  # which must be there
+        plan._check_calibration(1 if named is None else len(named.ids))
     if named is not None or vanilla:
         plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
     if named is not None and named.file is not None:  # now, and not after hours of quantizing

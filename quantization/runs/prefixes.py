@@ -103,6 +103,8 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
         return PrefixChoice(word, f"[{Path(os.path.abspath(word)).name}]", tuple(ids), Path(word) / PREFIX_FILE)
     if not word.startswith(TEXT) and _looks_like_a_path(word):
         raise UserError(f"--prefix {word} looks like a path, but prefix files end in .safetensors; choose {WORDS}")
+    if word.lower() in ("none", "bos", "prompt"):
+        raise UserError(f"--prefix {word} is written {word.lower()}; choose {WORDS}")
     ids = _behind_start(encode(tokenizer, word.removeprefix(TEXT)), tokenizer)
     log.info("the prefix is the text %r: %d tokens", word.removeprefix(TEXT), len(ids))
     return PrefixChoice(word, "[T]", tuple(ids))
