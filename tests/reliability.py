@@ -116,6 +116,8 @@ def make_scene(warm: Warm, folder: Path, url: str) -> Scene:
     root.mkdir()
     model = _tiny_checkpoint(given, "llama").rename(given / "model")
     _tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(model)
+    for file in model.iterdir():  # as after a download; safetensors writes for the owner alone
+        file.chmod(0o644)
     (given / "text.txt").write_text(FOXES, encoding="utf-8")
     write_questions(given / "questions.jsonl", QUESTIONS[:4])
     sample = given / "root" / "datasets" / "sample"

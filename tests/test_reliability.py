@@ -299,6 +299,13 @@ def test_what_a_server_says_only_in_the_end_is_heard_before_the_old_file_goes(sc
 # Another user ---------------------------------------------------------------------------------------------------------
 
 
+def their_place() -> Path:
+    """A directory of the other user's."""
+    place = Path(tempfile.mkdtemp(prefix="their-"))
+    os.chown(place, NOBODY, NOBODY)
+    return place
+
+
 @as_root
 def test_another_user_reads_what_the_first_one_finished(scene: Scene, tmp_path: Path) -> None:
     """Nothing that the first user's runs left can be written by the second; everything can be used."""
@@ -321,8 +328,7 @@ def test_another_user_reads_what_the_first_one_finished(scene: Scene, tmp_path: 
     assert outcome.status == 0, outcome.err
     outcome = scene.warm.run(Call("eval", ("table", "--format", "csv"), str(scene.root), user=NOBODY))
     assert (outcome.status, outcome.out.count("\n")) == (0, 3), outcome.err
-    place = Path(tempfile.mkdtemp())
-    os.chown(place, NOBODY, NOBODY)
+    place = their_place()
     try:
         export = ("--model", str(checkpoint), "--out", str(place / "exported"))
         outcome = scene.warm.run(Call("quantization.export", export, str(scene.root), user=NOBODY))
@@ -352,10 +358,10 @@ def test_what_may_not_be_read_is_not_called_damaged(scene: Scene) -> None:
     (checkpoint,) = (scene.root / "modelzoo" / "quantized" / "model").iterdir()
     given = {path.name for path in (scene.given / "root" / "outputs" / "runs").iterdir()}
     (record,) = [path for path in (scene.root / "outputs" / "runs").iterdir() if path.name not in given]
-    ppl = scene.call("ppl")
+    ppl, place = scene.call("ppl"), their_place()
     calls = {
-        checkpoint / "block-001.safetensors": ("quantization.export", "--model", checkpoint, "--out", "/tmp/nowhere/x"),
-        checkpoint / "quantization.json": ("quantization.export", "--model", checkpoint, "--out", "/tmp/nowhere/x"),
+        checkpoint / "block-001.safetensors": ("quantization.export", "--model", checkpoint, "--out", place / "x"),
+        checkpoint / "quantization.json": ("quantization.export", "--model", checkpoint, "--out", place / "x"),
         scene.root / "bos.safetensors": (ppl.program, *ppl.arguments[:-1], scene.root / "bos.safetensors"),
         scene.given / "model" / "model.safetensors": (ppl.program, *ppl.arguments),
         scene.given / "model" / "config.json": (ppl.program, *ppl.arguments),
@@ -370,3 +376,4 @@ def test_what_may_not_be_read_is_not_called_damaged(scene: Scene) -> None:
             assert str(file) in line, (file, line)
         finally:
             file.chmod(0o644)
+    shutil.rmtree(place)
