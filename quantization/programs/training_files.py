@@ -86,6 +86,6 @@ def keep(
         write_artefact(_embeddings(out), "embeddings", made_of, {"embeddings": embeddings})
     curve = _curve(out)
     with write_beside(curve) as beside:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        beside.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in history), encoding="utf-8")
     state_file(out).unlink(missing_ok=True)
     return curve
