@@ -97,9 +97,10 @@ def write_beside(path: Path) -> Iterator[Path]:
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
-    """Write several files, or none of them if the disk refuses one. Raises as `write_beside`."""
+    """Write several files, or none of them if the disk refuses one; they get their names in their order, so that a
+    figure is there before its numbers, which are known by it. Raises as `write_beside`."""
     with ExitStack() as stack:
-        for path, content in contents.items():
+        for path, content in reversed(list(contents.items())):  # the last to be entered is the first to end
             stack.enter_context(write_beside(path)).write_bytes(content)
 
 

@@ -205,6 +205,15 @@ def test_an_error_within_a_directory_names_its_place_there(tmp_path: Path, monke
     assert caught.value.filename == str(tmp_path / "missing")  # somebody else's
 
 
+def test_several_files_get_their_names_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (named.append(target), replace(source, target)))
+    contents = {tmp_path / name: name.encode() for name in ("a.png", "a.pdf", "a.csv")}
+    writing.write_all(contents)
+    assert named == list(contents)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+
+
 # What another user may have laid there --------------------------------------------------------------------------------
 
 
