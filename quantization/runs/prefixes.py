@@ -28,6 +28,7 @@ from corpora.paths import modelzoo_dir
 from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import identity
 from corpora.text import encode, start_token_id
+from corpora.writing import refuse_special
 from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.dense import empty_model
@@ -190,7 +191,9 @@ def stored_prefix(
                 return prefix, False
             raise UserError(f"prefix file {path} holds another prefix than its name says")
         except UserError as error:
+            refuse_special(path, "the kept prefix")
             log.warning("the prefix %s is built again: %s", choice.label, error)
+    refuse_special(path, "the kept prefix")  # now, and not where it is kept
     return build_prefix(twin(), choice.ids), True
 
 
