@@ -26,7 +26,7 @@ from typing import Any
 
 from corpora.errors import UserError
 from corpora.fetch import prepare_directory
-from corpora.readers import read_rows
+from corpora.readers import read_documents
 from corpora.tokens import text_hash
 
 __all__ = ["ITEMS", "make_items", "prepare_sample_tasks"]
@@ -46,7 +46,7 @@ def prepare_sample_tasks(target: Path, text: Path) -> bool:
     """Write {task}/{split}.jsonl below `target` from the sample's evaluation text; returns whether it had to."""
 
     def build(directory: Path) -> dict[str, Any]:
-        items = make_items([row["text"] for row in read_rows(text)])
+        items = make_items(list(read_documents(text)))
         found = text_hash(json.dumps(items, sort_keys=True))
         if found != ITEMS_SHA256:
             raise UserError(

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.catalog import corpus_files
 from corpora.chat import rendered, template_source
 from corpora.errors import UserError
+from corpora.json_files import fitted
 from corpora.readers import read_rows
 from corpora.sharegpt import Chat, sharegpt_samples, vicuna_chat
 from corpora.tokens import encode, start_token_id
@@ -25,6 +27,11 @@ __all__ = ["SOURCES", "conversations", "sample_turns", "templated_chat"]
 
 SOURCES = ("sharegpt", "sample")
 SHORTEST = 200  # characters of a paragraph that is an answer
+
+
+class _Article(TypedDict):
+    title: str
+    text: str
 
 
 def conversations(
@@ -72,7 +79,8 @@ def sample_turns(role: str, seed: int) -> Iterator[list[str]]:
     if not files:
         raise UserError("the sample text is missing; run 'bash scripts/prepare/data.sh sample'")
     made = []
-    for row in read_rows(files):
+    for number, row in enumerate(read_rows(files), start=1):
+        fitted(row, _Article, f"article {number} of {files[0]}", mend="prepare it again")
         paragraphs = [p.strip() for p in row["text"].split("\n") if len(p.strip()) >= SHORTEST]
         for i in range(0, len(paragraphs) - 1, 2):
             made.append([f"Tell me about {row['title']}.", paragraphs[i], "Please go on.", paragraphs[i + 1]])

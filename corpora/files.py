@@ -32,6 +32,7 @@ __all__ = [
 PACKED = (".gz", ".zst")
 TABLES = (".parquet", ".arrow")
 NOT_UNPACKED = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
+LARGEST_UNPACKED, LARGEST_RATIO = 1 << 28, 100  # bytes; text of a language packs to a fifth, a bomb to a thousandth
 # Byte order marks of encodings that are not read. UTF-32's little-endian mark begins with that of UTF-16.
 OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
@@ -168,10 +169,37 @@ def damaged(what: object, reason: object) -> UserError:
 def _unpacked(path: Path, packing: str) -> Any:
     """The bytes of a file as a buffered reader."""
     if packing == ".gz":
-        return gzip.open(path)
+        return io.BufferedReader(_Bounded(path, gzip.open(path)), 1 << 16)
     if packing == ".zst":
-        return io.BufferedReader(_ZstdFile(path))
+        return io.BufferedReader(_Bounded(path, _ZstdFile(path)), 1 << 16)
     return path.open("rb")
+
+
+class _Bounded(io.RawIOBase):
+    """Unpacked bytes, until they are more than any text of this file's size could be: memory is not without end."""
+
+    def __init__(self, path: Path, unpacked: Any) -> None:
+        self._path = path
+        self._unpacked = unpacked
+        self._largest = max(LARGEST_UNPACKED, LARGEST_RATIO * path.stat().st_size)
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size: int = self._unpacked.readinto(buffer)
+        self._count += size
+        if self._count > self._largest:
+            raise UserError(
+                f"{self._path} unpacks to more than {self._largest >> 20} MB, over {LARGEST_RATIO} times its size, "
+                "which no text does; unpack it and look what it is"
+            )
+        return size
+
+    def close(self) -> None:
+        self._unpacked.close()
+        super().close()
 
 
 class _ZstdFile(io.RawIOBase):

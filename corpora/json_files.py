@@ -17,7 +17,18 @@ from corpora.errors import UserError
 from corpora.files import open_text, refuse_half_characters
 from corpora.writing import write_beside
 
-__all__ = ["Count", "FileName", "Hash", "fitted", "not_finite", "parse_json", "plain_name", "read_json", "write_json"]
+__all__ = [
+    "Count",
+    "FileName",
+    "Hash",
+    "check_values",
+    "fitted",
+    "not_finite",
+    "parse_json",
+    "plain_name",
+    "read_json",
+    "write_json",
+]
 
 DEEPEST = 100  # lists and objects within each other; ours and those of Hugging Face have fewer than ten
 LONGEST_INTEGER = 38  # digits; the longest in use is a tokenizer's 10^30 for "no limit"
@@ -63,7 +74,7 @@ def parse_json(text: str, what: str, form: Any = Any, *, mend: str = REMAKE) -> 
         raise UserError(f"{what} is nested deeper than {DEEPEST} levels; {mend}") from None
     except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python reads
         raise UserError(f"{what} is not readable JSON ({error}); {mend}") from None
-    _check_values(value, what, mend)
+    check_values(value, what, mend)
     return fitted(value, form, what, mend=mend)
 
 
@@ -91,7 +102,7 @@ def _adapter(form: Any) -> TypeAdapter[Any]:
     return TypeAdapter(form)
 
 
-def _check_values(value: Any, what: str, mend: str) -> None:
+def check_values(value: Any, what: str, mend: str) -> None:
     """Raise UserError for values that are JSON, but that nothing behind could work with."""
     found: list[tuple[str, Any, int]] = [("", value, 0)]
     while found:

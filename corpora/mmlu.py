@@ -115,6 +115,8 @@ def _questions(path: Path, strict: bool) -> tuple[Question, ...]:
         raise UserError(f"{path} has {table.shape[1]} columns; expected 6: question, A, B, C, D, answer letter")
     questions = []
     for number, (question, a, b, c, d, answer) in enumerate(table.itertuples(index=False), start=1):
+        if any("\0" in cell for cell in (question, a, b, c, d) if isinstance(cell, str)):
+            raise damaged(path, f"question {number} holds a NUL character")
         if answer not in tuple(LETTERS):
             raise UserError(f"{path}: the answer of question {number} is {answer!r}; expected one of A, B, C, D")
         questions.append(Question(str(question), (str(a), str(b), str(c), str(d)), answer))

@@ -19,17 +19,16 @@ BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # for the re
 
 def model_is_present(directory: Path) -> bool:
     """Whether a directory holds a configuration, a tokenizer and all the safetensors files that its index names."""
-    import json
-
     if not (directory / "config.json").is_file() or not list(directory.glob("tokenizer*")):
         return False
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return (directory / "model.safetensors").is_file()
+    from corpora.storage import indexed_files
+
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((directory / file).is_file() for file in files)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):  # no index, whatever it is
+        return all(file.is_file() for file in indexed_files(index).values())
+    except UserError:  # no index, whatever it is
         return False
 
 

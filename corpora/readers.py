@@ -14,13 +14,17 @@ A damaged file ends in a UserError that names it: a corpus that is silently shor
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corpora.errors import UserError
-from corpora.files import TABLES, damaged, open_text, refuse_half_characters, suffix_of
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-__all__ = ["is_plain_text", "read_documents", "read_records", "read_rows"]
+from corpora.errors import UserError
+from corpora.files import TABLES, damaged, open_text, plain_file, refuse_half_characters, suffix_of
+from corpora.json_files import FileName, check_values, read_json
+
+__all__ = ["folder_files", "is_plain_text", "read_documents", "read_records", "read_rows"]
 
 JSON = (".json", ".jsonl", ".ndjson")
 SPACE = re.compile(r"\s*")
@@ -43,7 +47,7 @@ def read_documents(
             for number, record in enumerate(read_records(path), start=1):
                 text = record.get(field) if isinstance(record, dict) else None
                 if not isinstance(text, str):
-                    has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                    has = ", ".join(record)[:200] if isinstance(record, dict) else type(record).__name__
                     raise UserError(f"{path}: record {number} has no text in the field {field!r}; it has: {has}")
                 refuse_half_characters(text, f"{path}: the text of record {number}")
                 yield text
@@ -68,13 +72,13 @@ def read_rows(paths: Path | Iterable[Path]) -> Iterator[dict[str, Any]]:
     """
     for path in [paths] if isinstance(paths, Path) else paths:
         if path.is_dir() or path.suffix.lower() in TABLES:
-            for _, columns in _tables(path):
-                yield from columns.to_pylist()
+            for file, columns in _tables(path):
+                yield from _values_of(file, columns)
         elif suffix_of(path) in JSON:
             for number, record in enumerate(read_records(path), start=1):
                 if not isinstance(record, dict):
                     raise UserError(f"{path}: record {number} is a {type(record).__name__}, not an object with fields")
-                refuse_half_characters(record, f"{path}: record {number}")
+                check_values(record, f"{path}: record {number}", "mend it, or take it out")
                 yield record
         else:
             raise UserError(f"{path} is of no format that holds records; give .parquet, .arrow, .json or .jsonl")
@@ -136,27 +140,47 @@ def _column(path: Path, field: str) -> Iterator[str]:
     """One column of a parquet file, an arrow file, or all arrow files of a save_to_disk folder."""
     for file, columns in _tables(path):
         if field not in columns.schema.names:
-            raise UserError(f"{file} has no column {field!r}; it has: {', '.join(columns.schema.names)}")
-        for row, text in enumerate(columns.column(field).to_pylist()):
+            raise UserError(f"{file} has no column {field!r}; it has: {', '.join(columns.schema.names)[:200]}")
+        for row, text in enumerate(_values_of(file, columns.column(field))):
             if not isinstance(text, str):
-                raise UserError(f"{file}: row {row} of column {field!r} holds {text!r}, not text")
+                raise UserError(f"{file}: row {row} of column {field!r} holds {repr(text)[:100]}, not text")
             yield text
 
 
 def _tables(path: Path) -> Iterator[tuple[Path, Any]]:
     """File and record batch, for every batch of a parquet file, an arrow file, or a save_to_disk folder."""
+    for file in folder_files(path) if path.is_dir() else [path]:
+        plain_file(file)
+        with file.open("rb"):  # a missing permission is no damage, but pyarrow reports both as OSError
+            pass
+        batches = _batches(file)
+        while True:
+            with _readable(file):
+                columns = next(batches, None)
+            if columns is None:
+                break
+            if len(set(columns.schema.names)) < len(columns.schema.names):
+                raise UserError(
+                    f"{file} has two columns of one name ({', '.join(columns.schema.names)[:200]}); rename one"
+                )
+            yield file, columns
+
+
+def _values_of(file: Path, cells: Any) -> list[Any]:
+    """The cells of a column, or the rows of a record batch, as Python's values."""
+    with _readable(file):
+        return list(cells.to_pylist())
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what pyarrow raises at a damaged file, or at a value that Python does not have, into a UserError."""
     import pyarrow
 
-    for file in _folder_files(path) if path.is_dir() else [path]:
-        try:
-            for columns in _batches(file):
-                yield file, columns
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing") from None
-        except PermissionError:  # an OSError too, which is how pyarrow reports damage
-            raise
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError, EOFError) as error:
-            raise damaged(file, error) from None
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+        raise damaged(file, " ".join(str(error).split())[:200]) from None
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -171,21 +195,30 @@ def _batches(file: Path) -> Iterator[Any]:
     with pyarrow.memory_map(str(file)) as source:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             source.seek(0)
-            yield from pyarrow.ipc.open_stream(source)
+            batches = iter(pyarrow.ipc.open_stream(source))
+        for columns in batches:
+            columns.validate(full=True)  # arrow takes the offsets of texts from the file as they are
+            yield columns
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    """Arrow files of a folder that datasets.save_to_disk wrote, in their order."""
+class _DataFile(TypedDict):
+    filename: FileName
+
+
+class _State(TypedDict):
+    _data_files: list[_DataFile]
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """Arrow files of a folder that datasets.save_to_disk wrote, in their order. Raises UserError for another folder."""
     state = folder / "state.json"
     if not state.is_file():
         raise UserError(
             f"{folder} is a folder, but not one that datasets.save_to_disk wrote for a single split (no state.json); "
             "name a file, or the folder of one split"
         )
-    try:
-        return [folder / entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise damaged(state, error) from None
+    found = read_json(state, "the list of a data set's files", _State, mend="mend it, or save the data set again")
+    return [folder / entry["filename"] for entry in found["_data_files"]]

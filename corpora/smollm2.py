@@ -57,12 +57,13 @@ def convert(gguf: Path, directory: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # the GGUF loader reports every default it fills in
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
+        trust_remote_code=False,
     )
     # A GGUF file names no architecture class, and its float32 epsilon reads 9.999999747378752e-06 as a double.
     model.config.architectures = ["LlamaForCausalLM"]
@@ -74,8 +75,8 @@ def convert(gguf: Path, directory: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     _save(tokenizer, model, directory)
 
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if reloaded.dtype != torch.float32 or not all(
         torch.equal(weight, reloaded.state_dict()[name]) for name, weight in model.state_dict().items()
     ):

@@ -7,7 +7,7 @@ are found again by `identity`: a hash of everything that made them.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,27 @@ def open_tensors(file: Path, what: str = "", way_out: str = "fetch or prepare it
         raise UserError(f"{name} is truncated or not a safetensors file ({said_by(error)}); {way_out}") from None
 
 
-def checkpoint_fingerprint(directory: Path) -> str:
+def checkpoint_fingerprint(directory: Path, stored: str | None = None) -> str:
     """Identity of a dense checkpoint's content, whatever the directory is called: 16 hexadecimal digits.
 
-    Covers the configuration and, for every tensor of its `weight_files`, the name, shape, dtype and a sample: the first
-    128 values of 8 rows spread over the tensor and, of a matrix, of its first 8 rows too, where most vocabularies have
-    their special tokens. Two training runs differ in every tensor, so they never meet, and a 70B checkpoint is read in
-    seconds; but an edit of a few single values can escape the sample and leaves the fingerprint as it was.
+    Covers the configuration and, for every tensor of its `weight_files`, the name, shape and dtype, and of the values:
+    all of a tensor up to 64 KiB; of a matrix with a row for every token (embeddings, head) 16 values of every row; of
+    any other 64 values of each of 32 rows, spread over rows and columns. Two training runs differ in every tensor, and
+    an edited token is seen; but an edit of a few single values of a large matrix can escape.
+    stored: what an artefact names. It is the answer where it is what earlier versions, which took a smaller sample,
+    called this content.
     Raises UserError if a file is missing, truncated or not safetensors.
     """
-    digest = hashlib.sha256()
     config = read_json(directory / "config.json", "the model configuration", dict, mend=FETCH)
+    vocabularies = set(_vocabularies(config))
+    found = _fingerprint(directory, config, lambda tensor: _sample(tensor, vocabularies))
+    if stored is not None and stored != found and stored == _fingerprint(directory, config, _earlier_sample):
+        return stored
+    return found
+
+
+def _fingerprint(directory: Path, config: dict[str, Any], sample: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    digest = hashlib.sha256()
     # Which library version wrote the file, and under which path it was loaded, does not change the function.
     digest.update(
         identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}, 64).encode()
@@ -224,20 +234,47 @@ def checkpoint_fingerprint(directory: Path) -> str:
         with open_tensors(file) as tensors:
             for name in sorted(tensors.keys()):
                 view = tensors.get_slice(name)
-                shape = view.get_shape()
-                digest.update(f"{name}{shape}{view.get_dtype()}".encode())
-                digest.update(_sample(view, shape).contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(f"{name}{view.get_shape()}{view.get_dtype()}".encode())
+                values = sample(tensors.get_tensor(name)).contiguous()  # of the mapped file: only what is looked at
+                digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def _sample(view: Any, shape: list[int]) -> torch.Tensor:
-    """Up to 128 values from each of at most 16 rows of a tensor, read without loading the rest."""
+SMALL = 1 << 16  # bytes
+
+
+def _sample(tensor: torch.Tensor, vocabularies: set[int]) -> torch.Tensor:
+    """The values of a tensor that its fingerprint covers. vocabularies: the numbers of tokens."""
+    if tensor.nbytes <= SMALL or tensor.ndim < 2:
+        return tensor
+    rows = tensor.flatten(0, -2)
+    if len(rows) in vocabularies:
+        return rows[:, _spread(rows.shape[1], 16)]
+    return rows[_spread(len(rows), 32)][:, _spread(rows.shape[1], 64)]
+
+
+def _spread(size: int, count: int) -> torch.Tensor:
+    """Up to `count` places from the first to the last of `size`."""
+    return torch.linspace(0, size - 1, min(count, size)).long().unique()
+
+
+def _vocabularies(config: Mapping[str, Any]) -> Iterator[Any]:
+    for name, value in config.items():
+        if name == "vocab_size" and isinstance(value, int):
+            yield value
+        elif isinstance(value, dict):
+            yield from _vocabularies(value)
+
+
+def _earlier_sample(tensor: torch.Tensor) -> torch.Tensor:
+    """What fingerprints covered before: up to 128 values from each of at most 16 rows."""
+    shape = tensor.shape
     if not shape or 0 in shape:
-        return view[...].flatten()
+        return tensor.flatten()
     rows = set(torch.linspace(0, shape[0] - 1, min(8, shape[0])).long().tolist())
     if len(shape) == 2:
         rows.update(range(min(8, shape[0])))
-    return torch.cat([view[row : row + 1].flatten()[:128] for row in sorted(rows)])
+    return torch.cat([tensor[row].flatten()[:128] for row in sorted(rows)])
 
 
 def sha256_of_tensor(tensor: torch.Tensor) -> str:

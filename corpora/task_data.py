@@ -73,8 +73,15 @@ def _hellaswag(row: Row) -> Row:
     return row | {"label": str(row["label"])}
 
 
+def _all_texts(values: Any, what: str) -> list[str]:
+    """The values themselves. Raises ValueError if they are no list of texts that say something."""
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"its {what} are {repr(values)[:100]}, not a list of texts")
+    return values
+
+
 def _check_choices(row: Row) -> None:
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    texts, labels = (_all_texts(row["choices"][part], f"choices' {part}s") for part in ("text", "label"))
     if len(texts) != len(labels):
         raise ValueError(f"it has {len(texts)} choices and {len(labels)} labels")
     _check_answer(row, "answerKey", labels)
@@ -87,7 +94,7 @@ def _check_winogrande(row: Row) -> None:
 
 
 def _check_hellaswag(row: Row) -> None:
-    _check_answer(row, "label", [str(i) for i in range(len(row["endings"]))])
+    _check_answer(row, "label", [str(i) for i in range(len(_all_texts(row["endings"], "endings")))])
 
 
 def _check_label(row: Row) -> None:
@@ -107,13 +114,13 @@ def _check_gsm8k(row: Row) -> None:
 
 def _check_truthfulqa(row: Row) -> None:
     for key in ("correct_answers", "incorrect_answers"):
-        if not any(answer.strip() for answer in row[key]):
+        if not isinstance(row[key], list) or not any(answer.strip() for answer in row[key]):
             raise ValueError(f"it has no {key}")
 
 
 def _check_answer(row: Row, key: str, allowed: Sequence[object]) -> None:
     """Raise ValueError if a row's answer is none of those there are: test splits are published without answers."""
-    if row[key] not in allowed:
+    if isinstance(row[key], bool) or row[key] not in allowed:
         raise ValueError(f"its {key} is {row[key]!r}, but the answers are {', '.join(map(repr, allowed))}")
 
 
@@ -302,7 +309,7 @@ def _converted(file: Path, data: TaskData) -> list[Row]:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
                 f"{file}: row {len(rows) + 1} is of no form that this task can use ({reason}); its fields are "
-                f"{', '.join(row)}; datasets/README.md names all forms"
+                f"{', '.join(row)[:200]}; datasets/README.md names all forms"
             ) from None
         rows.append(converted)
     return rows

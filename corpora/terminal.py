@@ -87,7 +87,7 @@ def terminal() -> Iterator[None]:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it is open as long as the program runs)
     if sys.stdout is None:
         raise OSError(None, "stdout is closed; send it to a file, or to /dev/null")
-    with redirect_stdout(_Clean(sys.stdout, "stdout")), redirect_stderr(_Clean(sys.stderr, "stderr")):  # type: ignore[type-var]
+    with redirect_stdout(_Clean(sys.stdout, "stdout")), redirect_stderr(_Clean(sys.stderr, "stderr")):
         try:
             yield
         except BaseException as error:

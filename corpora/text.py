@@ -12,7 +12,7 @@ shorter, which fails when the lengths are equal), and draws are bounded.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from corpora.catalog import CORPORA, TEXT_FILE, Corpus, corpus_directory, corpus_files
 from corpora.errors import UserError
-from corpora.files import data_files, sha256_of_data
-from corpora.readers import is_plain_text, read_documents
+from corpora.files import data_files, plain_file, sha256_of_data
+from corpora.readers import folder_files, is_plain_text, read_documents
 from corpora.tokens import cached_ids, encode, start_token_id, text_hash, tokenizer_fingerprint
 
 __all__ = ["CORPUS_NAMES", "PROTOCOLS", "Protocol", "TokenStream", "calibration_segments", "corpus_label", "documents",
@@ -80,7 +80,12 @@ class TokenStream:
 
     def windows(self, limit: int | None = None) -> Tensor:
         """The stream in windows, (W, window); see `split_windows`."""
-        return split_windows(self.ids, self.window, limit, self.protocol, self.start_id)
+        return self.split(self.ids, limit)
+
+    def split(self, ids: Tensor, limit: int | None) -> Tensor:
+        """The same of other ids of this stream."""
+        what = corpus_label(self.corpus)
+        return split_windows(ids, self.window, limit, self.protocol, self.start_id, what)
 
 
 def evaluation_stream(tokenizer: Any, corpus: str, *, window: int, protocol: Protocol) -> TokenStream:
@@ -102,17 +107,22 @@ def evaluation_stream(tokenizer: Any, corpus: str, *, window: int, protocol: Pro
     if entry.stripped:
         texts = [text.strip() for text in texts]
     text = entry.joiner.join(texts)
+    if not text.strip():
+        raise UserError(f"{corpus} holds no text; give a file that does")
     ids = _stream_ids(tokenizer, text)
     if entry.windows is not None:
         ids = ids[: entry.windows * window]
     return TokenStream(ids, corpus, text_hash(text), len(texts), window, protocol, start_id)
 
 
-def split_windows(stream_ids: Tensor, window: int, limit: int | None, protocol: Protocol, start_id: int) -> Tensor:
+def split_windows(
+    stream_ids: Tensor, window: int, limit: int | None, protocol: Protocol, start_id: int, what: str = "the text"
+) -> Tensor:
     """Cut a stream into windows without overlap and drop the remainder: (N,) to (W, window), always a copy.
 
-    limit: at most so many windows, None for all. In the intactkv protocol position 0 of each is overwritten with
-    `start_id`. Raises UserError if the stream is shorter than one window, or a number is out of range.
+    limit: at most so many windows, None for all. what: the text's name. In the intactkv protocol position 0 of each
+    is overwritten with `start_id`. Raises UserError if the stream is shorter than one window, or a number is out of
+    range.
     """
     _check_window(window)
     if limit is not None and limit < 1:
@@ -120,7 +130,7 @@ def split_windows(stream_ids: Tensor, window: int, limit: int | None, protocol: 
     count = len(stream_ids) // window
     if count == 0:
         raise UserError(
-            f"the text has {len(stream_ids)} tokens, which is less than one window of {window}; give a longer text or "
+            f"{what} has {len(stream_ids)} tokens, which is less than one window of {window}; give a longer text or "
             "a smaller --window"
         )
     count = count if limit is None else min(count, limit)
@@ -137,9 +147,11 @@ def text_identity(tokenizer: Any, corpus: str, *, samples: int, length: int) -> 
     Raises UserError if the corpus is unknown or not there, or a number is out of range.
     """
     _check_pieces(corpus, samples, length)
+    hashes = {file: _hash(file) for path in _files(corpus, "calibration") for file in _within(path)}
+    _seen.update(hashes)
     return {
         "corpus": corpus if corpus in CORPUS_NAMES else Path(corpus).suffix,
-        "files": [_hash(file) for path in _files(corpus, "calibration") for file in _within(path)],
+        "files": list(hashes.values()),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "start": start_token_id(tokenizer),
     }
@@ -152,9 +164,19 @@ def _within(path: Path) -> list[Path]:
     return data_files(path, "**/*")
 
 
+_seen: dict[Path, str] = {}  # hashes that this process has named its artefacts after
+
+
 def _hash(file: Path) -> str:
-    status = file.stat()
+    status = plain_file(file).stat()
     return _hash_of(file, status.st_size, status.st_mtime_ns)
+
+
+def _refuse_changed(files: Iterable[Path]) -> None:
+    """Raise UserError for a file of another content than when its hash was taken: the hash would name another text."""
+    for file in files:
+        if file in _seen and _seen[file] != _hash(file):
+            raise UserError(f"{file} has changed since this run began; run the command again")
 
 
 @lru_cache(maxsize=64)  # a plan names a text several times, and C4's file takes a second
@@ -239,8 +261,11 @@ def documents(corpus: str, role: str, limit: int | None = None) -> list[str]:
 
     role: "calibration" or "evaluation". Raises UserError if the corpus is unknown or not there.
     """
-    line = _entry(corpus).line if corpus in CORPUS_NAMES else None
-    return list(islice(read_documents(_files(corpus, role), _entry(corpus).field, line=line), limit))
+    line, files = _entry(corpus).line if corpus in CORPUS_NAMES else None, _files(corpus, role)
+    found = list(islice(read_documents(files, _entry(corpus).field, line=line), limit))
+    if role == "calibration":  # its identity was settled before, by the files' hashes; of a test its text is hashed
+        _refuse_changed(part for file in files for part in _within(file))
+    return found
 
 
 def _draw_segments(
@@ -287,8 +312,11 @@ def _entry(corpus: str) -> Corpus:
 def _files(corpus: str, role: str) -> list[Path]:
     """Files of a corpus, or the file that `corpus` is. Raises UserError if there are none."""
     if corpus not in CORPUS_NAMES:
-        if Path(corpus).exists():
+        if Path(corpus).is_dir():
+            folder_files(Path(corpus))
             return [Path(corpus)]
+        if Path(corpus).exists():
+            return [plain_file(Path(corpus))]
         why = " holds conversations, not text" if corpus in CORPORA else " is neither a file nor a known corpus"
         raise UserError(f"{corpus!r}{why}; give a text file or one of {', '.join(CORPUS_NAMES)}")
     files = corpus_files(corpus, role)

@@ -2,8 +2,10 @@
 
 A file or directory grows in a hidden directory beside its final name, and its writer holds a lock in there. The system
 lets the lock go when the writer ends, however it ends, so the next write into the same place knows what is left of a
-killed one and sweeps it. Host, process and a random part in the name keep machines apart that share a disk. Where a
-file system knows no locks, work goes on without them, and nothing is swept.
+killed one and sweeps it. What is whole is moved out of the hidden directory, is locked itself, and gets its name when
+that is gone: the last step of a write is the one that finishes it, and nothing lies beside what is finished. Host,
+process and a random part in the name keep machines apart that share a disk. Where a file system knows no locks, work
+goes on without them, and nothing is swept.
 """
 
 import errno
@@ -16,8 +18,8 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -25,14 +27,25 @@ from weakref import WeakSet
 
 from corpora.errors import UserError
 
-__all__ = ["directory_beside", "found", "locked", "refuse_special", "refuse_unwritable", "sweep", "write_beside"]
+__all__ = [
+    "directory_beside",
+    "drop_dead_lock",
+    "locked",
+    "refuse_special",
+    "refuse_unwritable",
+    "sweep",
+    "write_all",
+    "write_beside",
+]
 
 log = logging.getLogger(__name__)
 
 LOCK = "lock"  # within the hidden directory
-TAGGED = re.compile(r"\..*-\d+-[0-9a-f]{8}\.partial", re.DOTALL)  # the hidden directory's name, and no other's
+WHOLE = ".whole"  # the end of the name of what only waits for its own
+TAGGED = re.compile(r"\..*-\d+-[0-9a-f]{8}\.(partial|whole)", re.DOTALL)  # names of this file, and no others
 LONGEST = 100  # bytes of the file's name in the hidden directory's; the system takes 255 with all that follows
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without them
+NO_LOCK_HERE = errno.EBADF  # NFS locks no directory
 _held: WeakSet[IO[str]] = WeakSet()  # the files of the locks that this process has
 
 
@@ -74,19 +87,20 @@ def refuse_unwritable(directory: Path) -> None:
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` on success, delete it on any failure.
 
-    The file is on the disk before it has its name, so that no error of a full or failing disk comes after the old one is
+    The file is on the disk before it has its name, so that no error of a full or failing disk comes when the old one is
     gone. Colleagues may read it as the umask says, even if a library writes for the owner alone.
     Raises UserError if something other than a plain file stands there, and OSError, with the name of `path`.
     """
     refuse_special(path)
     with _growing(path) as beside:
         yield beside
-        with beside.open("rb") as file:
-            usual = stat.S_IMODE((beside.parent / LOCK).stat().st_mode)
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != usual:  # some disks of other systems know one mode only
-                os.fchmod(file.fileno(), usual)
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, or none of them if the disk refuses one. Raises as `write_beside`."""
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            stack.enter_context(write_beside(path)).write_bytes(content)
 
 
 @contextmanager
@@ -95,20 +109,6 @@ def directory_beside(directory: Path) -> Iterator[Path]:
     with _growing(directory) as beside:
         beside.mkdir()
         yield beside
-        beside.rename(directory)
-
-
-def found(path: Path) -> bool:
-    """Whether a finished `path` is there. Who finds it does not write, so what a writer left that was killed behind its
-    last step is swept here."""
-    if not path.exists():
-        return False
-    with suppress(OSError):  # another user's, or in use
-        sweep(path.parent)
-        if _lock_of(path).exists():
-            with locked(path, wait=False):
-                pass
-    return True
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     while True:
         file = _open(lock)
         try:
-            _lock(file, wait)
+            _lock(file.fileno(), wait)
         except BaseException:
             file.close()
             raise
@@ -137,26 +137,35 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
             file.close()
 
 
+def drop_dead_lock(path: Path) -> None:
+    """Remove the lock file that a killed holder left, if the system lets it: for who finds `path` finished."""
+    with suppress(OSError):  # another user's, or held
+        if _lock_of(path).exists():
+            with locked(path, wait=False):
+                pass
+
+
 def sweep(directory: Path) -> None:
-    """Remove what killed writers left in a directory, as far as it may be removed; what living ones have there stays."""
+    """Remove what killed writers left in a directory, if the system lets it; what living ones have there stays."""
     try:
-        names = [name for name in os.listdir(directory) if name.endswith(".partial") and TAGGED.fullmatch(name)]
+        names = [name for name in os.listdir(directory) if name.startswith(".") and TAGGED.fullmatch(name)]
     except OSError:  # a directory may let itself be written, but not listed
         return
     for left in map(directory.joinpath, names):
-        if left.is_symlink():
-            continue
-        try:
-            with _open(left / LOCK) as file:
-                if _lock(file, wait=False):
-                    _remove(left, file)
-        except OSError:  # held by a living writer, gone meanwhile, or another user's
-            continue
+        with suppress(OSError):  # held by a living writer, gone meanwhile, or another user's
+            if left.suffix == WHOLE:
+                with _whole(left) as is_locked:
+                    if is_locked:
+                        _delete(left)
+            elif not left.is_symlink():
+                with _open(left / LOCK) as file:
+                    if _lock(file.fileno(), wait=False):
+                        _remove(left, file)
 
 
 @contextmanager
 def _growing(path: Path) -> Iterator[Path]:
-    """A name for `path` in a locked hidden directory beside it, which is removed in the end.
+    """A name for `path` in a locked hidden directory beside it; what is there in the end gets the name of `path`.
 
     OSErrors name `path`, not what is hidden.
     """
@@ -164,11 +173,37 @@ def _growing(path: Path) -> Iterator[Path]:
     sweep(path.parent)
     with _named(path, path.parent):
         hidden, lock = _hidden(path)
+    beside, whole = hidden / path.name, hidden.with_suffix(WHOLE)
     try:
         with _named(path, hidden):
-            yield hidden / path.name
-    finally:
+            yield beside
+            with _whole(beside, usual=stat.S_IMODE(os.fstat(lock.fileno()).st_mode)):
+                os.rename(beside, whole)
+                _remove(hidden, lock)
+                os.replace(whole, path)
+    except BaseException:
         _remove(hidden, lock)
+        _delete(whole)
+        raise
+
+
+@contextmanager
+def _whole(path: Path, usual: int | None = None) -> Iterator[bool]:
+    """Lock a finished file or directory itself, if its file system knows locks. Raises BlockingIOError if it is locked.
+
+    usual: the mode that a file is to have; it is on the disk then, too.
+    """
+    descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NOFOLLOW)
+    try:
+        is_locked = _lock(descriptor, wait=False)
+        if usual is not None:
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISREG(mode) and stat.S_IMODE(mode) != usual:  # disks of other systems know one mode only
+                os.fchmod(descriptor, usual)
+            os.fsync(descriptor)
+        yield is_locked
+    finally:
+        os.close(descriptor)
 
 
 def _hidden(path: Path) -> tuple[Path, IO[str]]:
@@ -186,7 +221,7 @@ def _hidden(path: Path) -> tuple[Path, IO[str]]:
             hidden.rmdir()
             raise
         try:
-            _lock(lock, wait=False)
+            _lock(lock.fileno(), wait=False)
         except BlockingIOError:  # it is swept now
             lock.close()
             continue
@@ -206,16 +241,24 @@ def _remove(hidden: Path, lock: IO[str]) -> None:
         hidden.rmdir()
 
 
+def _delete(path: Path) -> None:
+    """Remove a file or directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _named(path: Path, hidden: Path) -> Iterator[None]:
     """Let errors of the system that name something in `hidden`, or nothing, name what the user knows of."""
     try:
         yield
     except OSError as error:
-        name, inner = str(error.filename or hidden), f"{hidden / path.name}/"
+        name, inner, tagged = str(error.filename or hidden), f"{hidden / path.name}/", os.path.splitext(hidden)[0]
         if name.startswith(inner):
             error.filename = str(path / name.removeprefix(inner))
-        elif name.startswith(str(hidden)):
+        elif name.startswith(tagged):
             error.filename = str(path)
         raise
 
@@ -226,19 +269,20 @@ def _lock_of(path: Path) -> Path:
 
 def _open(path: Path) -> IO[str]:
     """A lock's file, made if need be; neither a link nor a pipe that another user laid there."""
-    file = open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+    file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "a")
     _held.add(file)
     return file
 
 
-def _lock(file: IO[str], wait: bool) -> bool:
-    """Lock a file. Returns whether its file system knows locks. Raises BlockingIOError if another process has it."""
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Lock an open file. Returns whether its file system knows locks. Raises BlockingIOError if another one has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno in NO_LOCKS:
+            _warn_of_no_locks()
+        elif error.errno != NO_LOCK_HERE:
             raise
-        _warn_of_no_locks()
         return False
     return True
 
@@ -246,8 +290,8 @@ def _lock(file: IO[str], wait: bool) -> bool:
 @cache
 def _warn_of_no_locks() -> None:
     log.warning(
-        "the file system of the outputs knows no locks: start no two runs with the same output at once, and delete what "
-        "killed ones leave (.*.partial) by hand"
+        "the file system of the outputs knows no locks: start no two runs with the same output at once, and delete "
+        "what killed ones leave (.*.partial) by hand"
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from corpora.errors import UserError
-from corpora.text import Protocol, TokenStream, split_windows
+from corpora.text import Protocol, TokenStream
 from eval.tasks.scoring import LOGITS_AT_ONCE, decoder_and_head
 from intactkv.attach import IntactModel
 from intactkv.finite import finite
@@ -58,7 +58,7 @@ def cut_windows(
     ids = stream.ids
     if len(lead) and int(ids[0]) == stream.start_id:
         ids = ids[1:]
-    return Windows(lead, split_windows(ids, stream.window, limit, protocol, stream.start_id), intact)
+    return Windows(lead, stream.split(ids, limit), intact)
 
 
 def perplexity_of(losses: Tensor) -> float:

@@ -150,7 +150,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(program, model, intact
     (("--out", "cal.pt"), "a prefix file ends in .safetensors"),
     (("--prefix", "none"), "calibrate trains an intact prefix"),
     (("--max-length", "5"), "--max-length 5 leaves no token behind the prefix"),
-    (("--steps", "0"), "steps is 0"),
+    (("--steps", "0"), "--steps: 0 is not allowed"),
     (("--samples", "999"), "999 are asked for"),
     (("--conversations", "sharegpt"), "ShareGPT conversations are missing"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import every
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -88,13 +89,47 @@ def test_a_damaged_file_is_named(dense: Path) -> None:
         weight_files(dense)
 
 
-@pytest.mark.parametrize("row", range(8))
-def test_the_fingerprint_sees_each_of_the_first_embeddings(dense: Path, row: int) -> None:
-    before = checkpoint_fingerprint(dense)
+def large(directory: Path) -> dict[str, torch.Tensor]:
+    """A model whose matrices are too large to be read whole: 1,000 tokens, 512 channels."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 1000}}))
+    shapes = {"embed": (1000, 512), "head": (1000, 512), "up": (700, 512), "experts": (4, 100, 512), "norm": (512,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors")
+    return tensors
+
+
+@every("row", (0, 7, 8, 20, 21, 500, 998, 999))
+@every("name", ("embed", "head"))
+def test_the_fingerprint_sees_every_changed_token(
+    name: str, row: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("large") / "model"
+    tensors = large(directory)
+    before = checkpoint_fingerprint(directory)
+    assert checkpoint_fingerprint(directory) == before
+    tensors[name][row] *= 9
+    save_file(tensors, directory / "model.safetensors")
+    assert checkpoint_fingerprint(directory) != before
+
+
+def test_the_fingerprint_sees_every_value_of_small_tensors_and_most_edits_of_large_ones(
+    dense: Path, tmp_path: Path
+) -> None:
     tensors = load_file(dense / "model.safetensors")
-    tensors["model.embed_tokens.weight"][row] += 1
-    save_file(tensors, dense / "model.safetensors")
-    assert checkpoint_fingerprint(dense) != before
+    before = checkpoint_fingerprint(dense)
+    for name in tensors:  # all of them are small
+        edited = {**tensors, name: tensors[name].clone()}
+        edited[name].view(-1)[-2] += 1
+        save_file(edited, dense / "model.safetensors")
+        assert checkpoint_fingerprint(dense) != before
+    tensors = large(tmp_path / "large")
+    before = checkpoint_fingerprint(tmp_path / "large")
+    for name, part in (("up", slice(100, 130)), ("experts", slice(1, 2))):  # behind the rows of an earlier sample
+        edited = {**tensors, name: tensors[name].clone()}
+        edited[name][part, ..., 256:] *= 2  # and behind its columns
+        save_file(edited, tmp_path / "large" / "model.safetensors")
+        assert checkpoint_fingerprint(tmp_path / "large") != before
 
 
 def test_the_fingerprint_ignores_who_wrote_the_configuration(dense: Path) -> None:

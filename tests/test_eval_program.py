@@ -284,8 +284,9 @@ def test_the_published_call_refuses_in_one_line(arguments, named):
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 def test_the_published_call_evaluates_both_arms_of_smollm2(tmp_path):
-    for part in ("modelzoo", "datasets"):
-        (tmp_path / part).mkdir()
+    for part in ("modelzoo/smollm2", "datasets"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "modelzoo" / "smollm2" / "smollm2-135m").symlink_to(SMOLLM2)
     (tmp_path / "datasets" / "sample").symlink_to(ROOT / "datasets" / "sample")
     result = run(["bash", "scripts/eval/eval.sh", "smollm2", "135m", "rtn", "4", "4", "ppl", "29500", "cpu"],
                  INTACTKV_ROOT=str(tmp_path), WINDOW="128", LIMIT="4")  # fmt: skip

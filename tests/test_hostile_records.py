@@ -1,4 +1,4 @@
-"""Run records that were damaged, edited or made up: left out of tables by name, refused to the run that asks for them."""
+"""Run records that were damaged, edited or made up: left out of tables by name, refused to the run that wants them."""
 
 import json
 import logging

@@ -216,7 +216,7 @@ def test_a_judge_that_says_nothing_is_told_apart(program, endpoint, answers, int
 
 BAD_CALLS: dict[str, tuple[list[object], str]] = {
     "one price": (["--price-in", 1], "--price-in and --price-out belong together"),
-    "no calls at once": (["--concurrency", 0], "--concurrency 0"),
+    "no calls at once": (["--concurrency", 0], "--concurrency: 0 is not allowed"),
     "a chart of comparisons": (["--plot", "a.png", "--baseline", "b.jsonl"], "shows grades, not comparisons"),
     "an unknown ending": (["--plot", "a.gif"], "ends in .png"),
     "no baseline": (["--baseline", "none.jsonl"], "none.jsonl is missing"),

@@ -99,7 +99,7 @@ def test_no_part_of_the_key_is_shown_however_it_is_echoed(endpoint, case, status
     try:
         told = client(endpoint)("s", "u").text
     except UserError as refused:
-        told = str(refused)
+        told = str(refused).replace(endpoint.url, "")  # a port may look like a piece of it
     assert len(told) < 600
     assert "\n" not in told
     for form in (KEY, KEY[::-1], quote(f"Bearer {KEY}", safe="")[8:], KEY.encode().hex(),
@@ -396,20 +396,22 @@ def test_old_grades_of_other_answers_count_nowhere_while_the_judge_is_down(progr
 
 
 BAD: dict[str, tuple[list[object], str]] = {
-    "a timeout that is no number": (["--timeout", "nan"], "--timeout nan: give 0.01 to 86400"),
-    "an endless timeout": (["--timeout", "inf"], "--timeout inf"),
-    "no time": (["--timeout", "0"], "--timeout 0.0"),
-    "a negative time": (["--timeout", "-1"], "--timeout -1.0"),
-    "too many calls": (["--concurrency", 10**22], "--concurrency 10000000000000000000000: give 1 to 1000"),
-    "too many repetitions": (["--retries", 10**22], "--retries 10000000000000000000000"),
-    "negative repetitions": (["--retries", "-1"], "--retries -1: give 0 to 100"),
-    "a price that is none": (["--price-in", "nan", "--price-out", "1"], "--price-in nan"),
-    "a negative price": (["--price-in", "1", "--price-out", "-1"], "--price-out -1.0"),
-    "too many tokens": (["--max-tokens", 10**22], "--max-tokens 10000000000000000000000"),
+    "a timeout that is no number": (["--timeout", "nan"], "--timeout: nan is not allowed"),
+    "an endless timeout": (["--timeout", "inf"], "--timeout: inf is not"),
+    "no time": (["--timeout", "0"], "--timeout: 0 is not"),
+    "a negative time": (["--timeout", "-1"], "--timeout: -1 is not"),
+    "too many calls": (["--concurrency", 10**22], "--concurrency: 10000000000000000000000 is not"),
+    "too many repetitions": (["--retries", 10**22], "--retries: 10000000000000000000000 is not"),
+    "negative repetitions": (["--retries", "-1"], "--retries: -1 is not"),
+    "a price that is none": (["--price-in", "nan", "--price-out", "1"], "--price-in: nan is not"),
+    "a negative price": (["--price-in", "1", "--price-out", "-1"], "--price-out: -1 is not"),
+    "too many tokens": (["--max-tokens", 10**22], "--max-tokens: 10000000000000000000000 is not"),
     "a key as a variable": (["--key-variable", KEY], "--key-variable takes the name of a variable"),
-    "a name of several lines": (["--judge-model", "a\nb"], "--judge-model 'a\\nb'"),
+    "a name of several lines": (["--judge-model", "a\nb"], "--judge-model: 'a\\nb' is not allowed"),
     "a name too long": (["--judge-model", "a" * 300], "at most 200 bytes"),
     "a password": (["--base-url", "http://u:hunter2@h"], "holds a user or a password"),
+    "a password and a line end": (["--base-url", "http://u:hunter2@h\n"], "holds a user or a password"),
+    "a long key as a variable": (["--key-variable", KEY * 9], "--key-variable takes the name of a variable"),
     "a port": (["--base-url", "http://h:99999"], "--base-url 'http://h:99999' is no address"),
     "a folder of answers": (["--answers", "."], "is a folder"),
     "a device of answers": (["--answers", "/dev/zero"], "is a pipe or device"),
@@ -424,7 +426,7 @@ def test_nonsense_is_one_line_and_nothing_is_sent_or_written(case, program, endp
     code, out, err = program("--base-url", endpoint.url, *arguments)
     assert (code, out) == (2, "")
     assert named in error_line(err)
-    assert KEY not in err
+    assert KEY[:9] not in err
     assert "hunter2" not in err
     assert (endpoint.requests, sorted(intactkv_root.rglob("*"))) == ([], before)
 

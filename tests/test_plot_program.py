@@ -172,7 +172,12 @@ def test_the_first_tokens_share_of_the_hessian_is_drawn_for_the_text_that_is_nam
     assert "2 × 24 tokens of some text.txt" in comments(out / f"{stem}.svg")
     shares = [float(row["share"]) for row in csv.DictReader((out / f"{stem}.csv").open())]
     assert (len(shares), min(shares) > 0, max(shares) < 1) == (2 * 4 * 3, True, True)
-    for samples, length, named in ((0, 24, "samples 0"), (-1, 24, "samples -1"), (2, 0, "length 0"), (2, 257, "256")):
+    for samples, length, named in (
+        (0, 24, "samples: 0"),
+        (-1, 24, "samples: -1"),
+        (2, 0, "length: 0"),
+        (2, 257, "256"),
+    ):
         code, _, err = program(*common, "--calibration-samples", samples, "--calibration-length", length)
         assert (code, named in err.splitlines()[-1]) == (2, True), err
     assert len(list(out.iterdir())) == 2
@@ -286,7 +291,7 @@ def test_a_sharegpt_conversation_is_the_default_and_its_system_prompt_ends_at_th
         (("act", "--tokens", 10_000), "256 positions"),
         (("attn", "--tokens", 200, "--samples", 90), "ask for less"),
         (("act", "--tokens", 1), "--tokens 1"),
-        (("attn", "--samples", 0), "--samples 0"),
+        (("attn", "--samples", 0), "--samples: 0 is not allowed"),
         (("act", "--layers", "0,3"), "layers 0 to 2, but no 3"),
         (("act", "--layers", "all"), "--layers all"),
         (("act", "--layers", "step:0"), "--layers step:0"),
@@ -296,7 +301,7 @@ def test_a_sharegpt_conversation_is_the_default_and_its_system_prompt_ends_at_th
         (("linear-input", "--samples", 2, "--tokens", 250, "--prefix", "the quick brown fox"), "256 positions"),
         (("linear-input", "--samples", 2, "--tokens", 2), "at least 3"),
         (("outlier-count", "--outlier-object", "q_proj"), "hidden_state"),
-        (("outlier-count", "--outlier-threshold", "1"), "exceed 1"),
+        (("outlier-count", "--outlier-threshold", "1"), "give a number above 1"),
         (("act", "--tokens", 6, "--prefix", "TEXT"), "more with --tokens"),
         (("act", "--recipe", "rtn-w9"), "rtn-w9"),
         (("act", "--out", "x.jpg"), "x.jpg"),

@@ -18,7 +18,7 @@ from common import ROOT
 from corpora import prepare
 from corpora.catalog import model_directory
 from corpora.errors import UserError
-from corpora.fetch import prepare_directory, wheel_member
+from corpora.fetch import hub_download, prepare_directory, wheel_member
 from corpora.paths import datasets_dir, modelzoo_dir
 from corpora.prepare import model_is_present, prepare_data, prepare_model
 from corpora.wikipedia import split_articles
@@ -164,13 +164,44 @@ def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path: Path) -> N
     assert names(target) == ["a.txt", "mine.txt", "prepared.json"]
 
 
-@pytest.mark.parametrize("note", ["[]", "{}", '{"version": 1, "files": []}'])
-def test_a_note_that_names_no_files_is_refused(tmp_path: Path, note: str) -> None:
+BAD_NOTES = ["[]", "{}", '{"files": []}', '{"files": {"a.txt": null}}', '{"files": {"a.txt": "X"}}', "{", "[" * 5000]
+OUTSIDE = ["../mine.txt", "/etc/passwd", "sub/../../mine.txt", "a\\nb", "", "sub//a", ".hidden"]
+
+
+@pytest.mark.parametrize("note", BAD_NOTES + [f'{{"files": {{"{name}": "{"0" * 64}"}}}}' for name in OUTSIDE])
+def test_a_note_that_names_no_files_of_its_directory_is_refused(tmp_path: Path, note: str) -> None:
     target = tmp_path / "target"
     prepare_directory(target, build, is_current)
+    (tmp_path / "mine.txt").write_text("mine")
     (target / "prepared.json").write_text(note)
-    with pytest.raises(UserError, match=r"prepared\.json does not list the files"):
-        prepare_directory(target, build, is_current)
+    with pytest.raises(UserError, match=r"the note of a prepared directory .*target/prepared\.json.*move .* away"):
+        prepare_directory(target, build, lambda _: False)
+    assert names(tmp_path) == ["mine.txt", "target"]
+
+
+def test_a_whole_directory_asks_for_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_directory(tmp_path / "target", build, is_current)
+    monkeypatch.setattr("corpora.fetch.locked", lambda _: pytest.fail("locked"))
+    assert not prepare_directory(tmp_path / "target", build, is_current)
+
+
+def test_a_disk_that_fails_between_the_two_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    prepare_directory(target, build, is_current)
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        if path.parent != tmp_path and to == target:
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        prepare_directory(target, build, lambda _: False)
+    assert names(tmp_path) == ["target"]
+    assert names(target) == ["a.txt", "prepared.json"]
 
 
 def test_a_directory_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -228,6 +259,49 @@ def test_a_file_of_a_wheel_is_extracted_and_checked(tmp_path: Path) -> None:
     assert file.read_text() == "text"
     with pytest.raises(UserError, match=f"has SHA-256 {sha256}, expected 0000"):
         wheel_member("textbook==1.0", "textbook/data/a.txt", "0000", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no zip", "no member", "wrong sum"])
+def test_a_damaged_wheel_is_told(package_index: Path, tmp_path: Path, damage: str, monkeypatch) -> None:
+    wheel = next(package_index.iterdir())
+    content = wheel.read_bytes()
+    damaged = {"cut": content[:-30], "no zip": b"x" * 500, "wrong sum": content.replace(b"text", b"TEXT", 1)}
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        Path(command[command.index("--dest") + 1], wheel.name).write_bytes(damaged.get(damage, content))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("corpora.fetch.subprocess.run", download)
+    member = "textbook/data/a.txt" if damage != "no member" else "textbook/data/b.txt"
+    with pytest.raises(UserError, match=r"the wheel of textbook==1\.0 is damaged, or lacks textbook/data"):
+        wheel_member("textbook==1.0", member, "0" * 64, tmp_path)
+
+
+def test_no_message_holds_an_address_with_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    said = "HTTPSConnectionPool(host='index.example', port=443): 404 for url: https://me:secret@index.example/simple/x"
+
+    def fail(*_: object, **__: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess([], 1, "", f"WARNING: {said}\nERROR: {said}\n")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError(said)
+
+    monkeypatch.setattr("corpora.fetch.subprocess.run", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    for act in (lambda: wheel_member("a==1", "b", "0", tmp_path), lambda: hub_download("a/b", tmp_path, ["*"])):
+        with pytest.raises(UserError, match="404 for url: ADDRESS") as error:
+            act()
+        assert "secret" not in str(error.value)
+        assert "example" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["ht!tp://x", "http://[::1", "127.0.0.1:1", "https://", "https://h:99999", "x"])
+def test_an_endpoint_that_is_no_address_is_refused(address: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UserError, match="HF_ENDPOINT is no address"):
+        hub_download("a/b", tmp_path, ["*"])
 
 
 @pytest.mark.usefixtures("package_index")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import ROOT
+from common import ROOT, every, refusals
 
 from corpora.catalog import FAMILIES, model_defaults
 from eval.__main__ import parser as eval_parser
@@ -492,3 +492,122 @@ def test_mt_bench_is_fetched_with_intactkvs_own_reference_answers(project: Path)
     assert there == {"question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl",
                      "reference_answer/gpt-4-0125-preview.jsonl"}  # fmt: skip
     assert "No checked hash of these files is known here" in done.stdout
+
+
+# What the environment and the arguments say ---------------------------------------------------------------------------
+
+
+def test_a_word_of_a_variable_is_no_pattern_and_quotes_keep_spaces_together(project: Path, calls: Calls) -> None:
+    (project / "star.txt").touch()
+    given = {"OPTIONS": "--corpus 'my *.txt' --set weights.damp=0.1\n  --prefix \"a b\"", "BEHIND": "* of spaces"}
+    made = calls("eval/eval llama-2 7b gptq 3 16 ppl 29500 cpu", **given)
+    for words in (words for words in made if "--recipe" in words):
+        assert words[words.index("--corpus") + 1] == "my *.txt"
+        assert words[words.index("--set") + 1] == "weights.damp=0.1"
+        assert "a b" in words
+    behind = next(words for words in made if "--calibrate-behind-prefix" in words)
+    assert behind[behind.index("--calibrate-behind-prefix") - 1] == "* of spaces"
+    (made,) = calls("quantization/auto_gptq llama-2 7b 3 128 cpu", BEHIND="* of spaces")
+    assert made[made.index("--prefix") + 1] == "* of spaces"
+    searched = calls(f"run_smoothquant cpu {MODEL}", ALPHAS="*", HELD_OUT="a text", BEHIND="* of spaces")
+    assert {words[words.index("--set") + 1] for words in searched} == {"transforms.smooth.alpha=*"}
+    prefixes = [words[words.index("--prefix") + 1] for words in searched]
+    assert prefixes == ["none", "bos", "* of spaces"] * 2
+    answered = calls("eval/gen_mtbench_answer llama-2 7b fp16 16 cpu", SEEDS="* 7", PREFIXES="'a b' *")
+    assert [words[words.index("--prefix") + 1] for words in answered] == ["a b", "*"] * 2
+    seeds = [words[words.index("--answer-seed") + 1] for words in answered]
+    assert seeds == ["*", "*", "7", "7"]
+
+
+@pytest.mark.parametrize("variable", ["OPTIONS", "BESIDE", "TRAIN_OPTIONS", "RECIPES", "PREFIXES"])
+def test_a_quote_that_is_not_closed_is_one_line(project: Path, variable: str) -> None:
+    call = {"TRAIN_OPTIONS": f"run_prefixquant cpu {MODEL}", "RECIPES": f"run_smoothquant cpu {MODEL}",
+            "PREFIXES": "eval/gen_mtbench_answer llama-2 7b fp16 16 cpu"}  # fmt: skip
+    done = run(project, call.get(variable, f"run_gptq cpu {MODEL}"), **{variable: "rtn 'open", "TRAINABLE": "1"})
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(said)) == (2, 1), done.stderr
+    assert f"{variable}: a quote is not closed" in said[0]
+
+
+DEVICES = [",", "0,", ",0", "0,0", "1,01", "all,1", "-1", " ", "", "*", "0 1", "cpu,0", "9" * 20, "0x1", "٣"]
+WITH_DEVICE = [("run_gptq", "DEVICE", MODEL), ("run_prefixquant", "DEVICE", MODEL), ("table/table1", "DEVICE", MODEL),
+               ("eval/quarot", "llama-2", "7b", "DEVICE"), ("train/train", "llama-2", "7b", "awq", "3", "DEVICE"),
+               ("eval/eval", "llama-2", "7b", "rtn", "3", "16", "ppl", "29500", "DEVICE")]  # fmt: skip
+
+
+def said_by(project: Path, script: str, *arguments: str) -> str:
+    """The one line that refuses arguments, which may be empty or have spaces; nothing runs."""
+    done = subprocess.run(
+        ["bash", f"scripts/{script}.sh", *arguments], cwd=project, capture_output=True, text=True, check=False,
+        env=os.environ | {"CALLS": str(project / "calls"), "TRAINABLE": "1"},
+    )  # fmt: skip
+    said = refusals(done.stderr)
+    assert (done.returncode, len(said)) == (2, 1), (script, done.stderr)
+    assert not (project / "calls").exists(), script
+    return said[0]
+
+
+@every("device", DEVICES)
+def test_a_device_that_is_none_is_refused_before_anything_runs(project: Path, device: str) -> None:
+    for script, *arguments in WITH_DEVICE if device == "," else WITH_DEVICE[:2]:
+        given = [device if word == "DEVICE" else word for word in arguments]
+        assert f"error: device '{device}' " in said_by(project, script, *given), script
+
+
+WRONG: dict[str, tuple[str, dict[str, str], str]] = {
+    "a switch that is neither on nor off": (f"run_prefixquant cpu {MODEL}", {"FT": "yes"}, "FT='yes' is not allowed"),
+    "figures, perhaps": (f"run_prefixquant cpu {MODEL}", {"PLOTS": "2"}, "PLOTS='2' is not allowed; give 1 or 0"),
+    "memory, perhaps": ("train/train llama-2 7b awq 3 cpu", {"CHECKPOINTING": "x"}, "CHECKPOINTING='x' is not allowed"),
+    "tasks without names": (f"run_gptq cpu {MODEL}", {"TASKS": ","}, "TASKS=',' are no names"),
+    "tasks with spaces": (f"run_gptq cpu {MODEL}", {"TASKS": "piqa mmlu"}, "give them joined by commas"),
+    "a port": ("eval/eval llama-2 7b rtn 3 16 ppl x cpu", {}, "PORT 'x' is no port; give a number such as 29500"),
+    "a root that is not there": (
+        f"run_gptq cpu {MODEL}",
+        {"INTACTKV_ROOT": "/no/where"},
+        "'/no/where' is no directory",
+    ),
+    "an install of nothing known": ("setup prod", {}, "usage: setup.sh [dev|oldest] (got 'prod')"),
+    "a demo of something": ("demo smollm2", {}, "usage: demo.sh (got 1 of 0 arguments)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_script_cannot_take_is_one_line_before_anything_runs(project: Path, case: str) -> None:
+    call, given, said = WRONG[case]
+    done = run(project, call, **given)
+    found = refusals(done.stderr)
+    assert (done.returncode, len(found)) == (2, 1), done.stderr
+    assert said in found[0]
+    assert not (project / "calls").exists()
+
+
+def test_an_empty_word_in_place_of_a_model_is_refused(project: Path) -> None:
+    for script, *arguments in (("run_gptq", "cpu", ""), ("eval/quarot", "llama-2", "", "cpu"),
+                               ("train/train", "", "7b", "awq", "3", "cpu"), ("table/weights", "cpu", "")):  # fmt: skip
+        assert "is empty; give" in said_by(project, script, *arguments)
+
+
+def test_a_switch_that_is_off_is_not_on(calls: Calls) -> None:
+    given = {value: calls("train/train llama-2 7b awq 3 cpu", CHECKPOINTING=value)[0] for value in ("1", "0", "")}
+    assert ["--checkpointing" in given[value] for value in ("1", "0", "")] == [True, False, False]
+
+
+@pytest.mark.parametrize("spelled", ["{root}", "here/../root of it"])
+def test_scripts_find_models_where_the_programs_do(project: Path, calls: Calls, spelled: str) -> None:
+    """Under INTACTKV_ROOT, with spaces and relative to where the script is called."""
+    root = project / "root of it"
+    (project / "here").mkdir()
+    file = root / "modelzoo" / "llm-awq" / "llama-2-7b-w3-g128.pt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    given = {"INTACTKV_ROOT": spelled.format(root=root)}
+    for call in ("eval/eval llama-2 7b awq 3 16 ppl 29500 cpu", "train/train llama-2 7b awq 3 cpu",
+                 "quantization/llm_awq llama-2 7b 3 128 cpu"):  # fmt: skip
+        for words in calls(call, **given):
+            if "--model" in words and "table" not in words:
+                assert words[words.index("--model") + 1] == f"{root}/modelzoo/llama-2/llama-2-7b"
+                assert f"weights.file={file}" in words
+    (trained,) = calls("train/train llama-2 7b rtn 3 cpu", **given)
+    assert trained[trained.index("--out") + 1] == f"{root}/modelzoo/prefixes/llama-2-7b-rtn-w3-cal.safetensors"
+    plain = calls("eval/quarot llama-2 7b cpu", INTACTKV_ROOT="")[0]
+    assert plain[plain.index("--model") + 1] == f"{project}/modelzoo/llama-2/llama-2-7b"

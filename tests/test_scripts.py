@@ -103,6 +103,8 @@ def test_opt_is_measured_as_published_with_rtn_beside_it(tmp_path: Path, tiny_ch
 def test_the_published_gptq_call_makes_what_the_evaluation_finds(tmp_path: Path) -> None:
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "sample").symlink_to(ROOT / "datasets" / "sample")
+    (tmp_path / "modelzoo" / "smollm2").mkdir(parents=True)
+    (tmp_path / "modelzoo" / "smollm2" / "smollm2-135m").symlink_to(ROOT / "modelzoo" / "smollm2" / "smollm2-135m")
     small = {"INTACTKV_ROOT": str(tmp_path), "CALIBRATION_SAMPLES": "2", "CALIBRATION_LENGTH": "64", "WINDOW": "64",
              "LIMIT": "2"}  # fmt: skip
     made = run("quantization/auto_gptq", "smollm2", "smollm2-135m", "3", "64", "cpu", **small)

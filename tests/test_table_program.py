@@ -126,7 +126,7 @@ def test_out_writes_what_would_be_printed(program, runs):
     path = runs / "reports" / "table1.md"
     code, out, _ = program("1", "--out", path)
     assert (code, out.strip()) == (0, str(path))
-    assert path.read_text() == printed
+    assert path.read_text() == f"{printed}\n<!-- made by IntactKV -->\n"
 
 
 BAD_INPUT = {
@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_written_is_named(program, runs):
     (runs / "file").write_text("")
     code, out, err = program("--out", runs / "file" / "table.md")
     assert (code, out) == (2, "")
-    assert f"--out {runs / 'file' / 'table.md'} cannot be written" in err
+    assert f"--out {runs / 'file' / 'table.md'}: {runs / 'file'} is no directory" in err
 
 
 def test_without_any_run_the_program_says_how_to_make_one(program, intactkv_root):

@@ -239,7 +239,7 @@ def test_a_trained_prefix_belongs_to_every_quantized_form_of_the_model(tiny_mode
 
 def test_what_cannot_be_trained_is_refused(tiny_model, tmp_path):
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="length is 0"):
+    with pytest.raises(UserError, match="--prefix-len: 0 is not allowed"):
         PrefixTraining(length=0)
     with pytest.raises(UserError, match="learning_rate is 0"):
         PrefixTraining(learning_rate=0)
@@ -340,10 +340,10 @@ def test_a_killed_program_goes_on_and_ends_with_the_same_bits(program, checkpoin
 @pytest.mark.parametrize(("changes", "named"), [
     (("--out", "trained.pt"), "a prefix file ends in .safetensors"),
     (("--prefix", "none"), "a trained prefix starts from a discrete one"),
-    (("--prefix-len", "0"), "length is 0"),
-    (("--prefix-lr", "-1"), "learning_rate is -1"),
-    (("--samples", "0"), "0 texts to train on"),
-    (("--held-out", "0"), "--held-out 0"),
+    (("--prefix-len", "0"), "--prefix-len: 0 is not allowed"),
+    (("--prefix-lr", "-1"), "--prefix-lr: -1 is not allowed; give a number above 0"),
+    (("--samples", "0"), "--samples: 0 is not allowed"),
+    (("--held-out", "0"), "--held-out: 0 is"),
     (("--length", "300"), "--length 300: 303 tokens with what stands in front do not fit"),
     (("--samples", "3000"), "give a longer text"),
     (("--corpus", "pile"), "calibration text of pile is missing"),

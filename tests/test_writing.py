@@ -1,15 +1,21 @@
 """Writes that die leave nothing that the next one does not sweep; locks go with their holders."""
 
+import errno
+import fcntl
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from corpora import writing
 from corpora.errors import UserError
 from corpora.writing import directory_beside, locked, sweep, write_beside
 
@@ -127,3 +133,220 @@ for _ in range(100):
     assert [process.wait(60) for process in processes] == [0] * 4, time.monotonic() - started
     assert (tmp_path / "counter").read_text() == "400"
     assert hidden(tmp_path) == []
+
+
+# Names, modes and errors ----------------------------------------------------------------------------------------------
+
+LONG = ("a" * 255, "ä" * 127, "漢" * 85, "😀" * 63, "two\nlines")
+
+
+@pytest.mark.parametrize("name", LONG, ids=["ascii", "two bytes", "three bytes", "four bytes", "line end"])
+def test_the_longest_names_are_written_and_swept(tmp_path: Path, name: str) -> None:
+    with write_beside(tmp_path / name) as beside:
+        beside.write_text("old")
+    process = child(WRITES, tmp_path / name)
+    process.kill()
+    process.wait()
+    assert len(hidden(tmp_path)) == 1
+    with write_beside(tmp_path / name) as beside:
+        beside.write_text("whole")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "whole")]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_of_the_umask_whatever_a_library_gives_them(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with write_beside(tmp_path / "a") as beside:
+            beside.touch(mode=0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def refusing(number: int, *names: str) -> Callable[..., Any]:
+    """A function of the system that refuses, with the name of the file that it is about."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number), *(os.fspath(arguments[0]) for name in names))
+
+    return refuse
+
+
+@pytest.mark.parametrize("function", ["mkdir", "open", "rename", "replace", "fsync"])
+@pytest.mark.parametrize("write", [write_beside, directory_beside])
+def test_a_disk_that_refuses_any_step_is_named_by_the_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, write: Callable[..., Any]
+) -> None:
+    """fsync tells of errors that a disk, a server or a quota reports late; it names no file."""
+    if write is write_beside:
+        (tmp_path / "a").write_text("old")
+
+    def attempt() -> None:
+        with write(tmp_path / "a") as beside:
+            (beside / "b" if beside.is_dir() else beside).write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, refusing(errno.EDQUOT, *(["it"] if function != "fsync" else [])))
+        with pytest.raises(OSError, match="quota") as caught:
+            attempt()
+    assert caught.value.filename == str(tmp_path / "a")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")] * (write is write_beside)
+    attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_error_within_a_directory_names_its_place_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="full") as caught, directory_beside(tmp_path / "d") as beside:
+        raise OSError(errno.ENOSPC, "full", str(beside / "weights" / "a"))
+    assert caught.value.filename == str(tmp_path / "d" / "weights" / "a")
+    with pytest.raises(FileNotFoundError) as caught, write_beside(tmp_path / "a"):
+        (tmp_path / "missing").read_text()
+    assert caught.value.filename == str(tmp_path / "missing")  # somebody else's
+
+
+# What another user may have laid there --------------------------------------------------------------------------------
+
+
+def test_a_sweep_follows_no_link_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    theirs, place = tmp_path / "theirs", tmp_path / "place"
+    theirs.mkdir()
+    (theirs / "thesis").write_text("years of work")
+    place.mkdir()
+    for i, kind in enumerate(("partial", "whole")):
+        (place / f".a-1-0000000{i}.{kind}").symlink_to(theirs)
+    for i, lay in enumerate((lambda lock: lock.symlink_to(theirs / "made"), os.mkfifo)):
+        left = place / f".b-1-0000000{i}.partial"
+        left.mkdir()
+        lay(left / "lock")
+    os.mkfifo(place / ".c-1-00000000.whole")
+    with write_beside(place / "a") as beside:
+        beside.write_text("whole")
+    assert [path.name for path in theirs.iterdir()] == ["thesis"]
+    (tmp_path / ".a.lock").symlink_to(theirs / "made")
+    with pytest.raises(OSError, match="symbolic"), locked(tmp_path / "a"):
+        pytest.fail("a lock behind a link")
+    assert [path.name for path in theirs.iterdir()] == ["thesis"]
+
+
+def test_a_place_that_cannot_be_listed_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "listdir", refusing(errno.EACCES, "it"))
+    with write_beside(tmp_path / "a") as beside:
+        beside.write_text("whole")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+FORKS = """
+import os
+with write_beside(Path(sys.argv[1]) / "a") as beside, locked(Path(sys.argv[1]) / "b"):
+    beside.write_text("half")
+    if os.fork() == 0:  # as a DataLoader's worker
+        time.sleep(60)
+    print("there", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_writers_children_do_not_hold_its_locks(tmp_path: Path) -> None:
+    process = child("import os; os.setsid()" + FORKS, tmp_path)
+    try:
+        process.kill()
+        process.wait()
+        with locked(tmp_path / "b", wait=False):
+            pass
+        sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_child_that_ends_within_the_block_leaves_the_parents_work_alone(tmp_path: Path) -> None:
+    code = """
+import os
+with write_beside(Path(sys.argv[1]) / "a") as beside, locked(Path(sys.argv[1]) / "b"):
+    beside.write_text("whole")
+    if os.fork() == 0:
+        sys.exit()
+    os.wait()
+    assert (Path(sys.argv[1]) / ".b.lock").exists()
+print("there", flush=True)
+"""
+    assert child(code, tmp_path).wait() == 0
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "whole")]
+
+
+def test_a_file_that_only_waits_for_its_name_is_swept_with_its_writer_and_not_before(tmp_path: Path) -> None:
+    waits = """
+import os
+def replace(source, target):
+    print("there", flush=True)
+    time.sleep(60)
+os.replace = replace
+"""
+    for code in (WRITES, MAKES):
+        process = child(waits + code.replace('    print("there", flush=True)\n    time.sleep(60)', ""), tmp_path / "a")
+        assert [Path(name).suffix for name in hidden(tmp_path)] == [".whole"]
+        sweep(tmp_path)
+        assert [Path(name).suffix for name in hidden(tmp_path)] == [".whole"]
+        process.kill()
+        process.wait()
+        sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_locks_work_goes_on_with_one_warning_and_nothing_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    writing._warn_of_no_locks.cache_clear()
+    process = child(WRITES, tmp_path / "a")
+    process.kill()
+    process.wait()
+    (left,) = hidden(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refusing(number))
+    with locked(tmp_path / "a"), write_beside(tmp_path / "a") as beside:
+        beside.write_text("whole")
+    with directory_beside(tmp_path / "d") as beside:
+        (beside / "b").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([left, "a", "d"])
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "the file system of the outputs knows no locks"
+    ]
+    writing._warn_of_no_locks.cache_clear()
+
+
+def test_the_hidden_directory_goes_where_open_files_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS renames a file that is removed while it is open, so that its directory is not empty until it is closed."""
+    remove = shutil.rmtree
+
+    def silly(directory: Path, **options: Any) -> None:
+        remove(directory, **options)
+        Path(directory).mkdir()
+
+    monkeypatch.setattr(shutil, "rmtree", silly)
+    with write_beside(tmp_path / "a") as beside:
+        beside.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_machines_of_one_name_and_process_id_share_a_place(tmp_path: Path) -> None:
+    """Two containers: both are process 1 on the host "box". Each sweeps whenever the other writes."""
+    code = """
+import os, socket
+os.getpid, socket.gethostname = lambda: 1, lambda: "box"
+print("there", flush=True)
+for i in range(150):
+    for name in ("shared", f"{sys.argv[2]}-{i}"):
+        with write_beside(Path(sys.argv[1]) / name) as beside:
+            beside.write_text(name * 1000)
+"""
+    processes = [child(code, tmp_path, name) for name in ("one", "two")]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    names = {"shared", *(f"{name}-{i}" for name in ("one", "two") for i in range(150))}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert all((tmp_path / name).read_text() == name * 1000 for name in names)

@@ -223,7 +223,7 @@ def main() -> None:
         raise UserError("llmcompressor cannot calibrate within a block; with --true-sequential use --peers gptqmodel")
     with work_directory(options.work) as work:
         segments = calibration_segments(
-            AutoTokenizer.from_pretrained(options.model),
+            AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
             options.corpus,
             samples=options.samples,
             length=options.length,

@@ -12,11 +12,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
 
 from corpora.errors import UserError
 from corpora.files import name_part
 from corpora.targets import MARK, check_ours
-from corpora.writing import write_beside
+from corpora.writing import write_all
 
 __all__ = [
     "BEHIND",
@@ -66,30 +68,44 @@ class Output:
         return self.stem.with_name(f"{self.stem.name}{f'__{part}' if part else ''}.{suffix}")
 
     def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
-        """Write a figure in every format and its numbers as CSV under the same name, atomically; closes the figure."""
-        paths = [self.path(part, suffix) for suffix in (*self.formats, "csv")]
-        for path in paths:  # of a part, whose name is only known now
+        """Write a figure in every format and its numbers as CSV under the same name, all or none; closes the figure."""
+        paths = {suffix: self.path(part, suffix) for suffix in (*self.formats, "csv")}
+        for path in paths.values():  # of a part, whose name is only known now
             check_ours(path)
+        contents: dict[Path, bytes] = {}
+        _draw_words(figure)
         try:
-            for suffix, path in zip(self.formats, paths, strict=False):
-                with write_beside(path) as beside:
-                    words = FORMATS[suffix]
-                    figure.savefig(beside, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=words)
-                self.written.append(path)
+            for suffix in self.formats:
+                # In memory: what matplotlib's writers raise at a full disk depends on the format.
+                drawn = io.BytesIO()
+                figure.savefig(drawn, format=suffix, dpi=self.dpi, bbox_inches="tight", metadata=FORMATS[suffix])
+                contents[paths[suffix]] = drawn.getvalue()
         finally:
             plt.close(figure)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(head)
         writer.writerows(rows)
-        with write_beside(paths[-1]) as beside:
-            beside.write_text(text.getvalue(), encoding="utf-8")
-        self.written.append(paths[-1])
+        contents[paths["csv"]] = text.getvalue().encode(errors="replace")
+        write_all(contents)
+        self.written.extend(contents)
+
+
+def _draw_words(figure: Any) -> None:
+    """Let matplotlib draw words as they are: a dollar in a model's name starts no formula. The figures along an axis
+    may be formulas: powers of ten are."""
+    axes = [axis for one in figure.axes for axis in (one.xaxis, one.yaxis, getattr(one, "zaxis", one.xaxis))]
+    numbers = [axis for axis in axes if not isinstance(axis.get_major_locator(), FixedLocator)]
+    formulas = {id(label) for axis in numbers for label in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        text.set_parse_math(id(text) in formulas)
+        text.set_text(literal(text.get_text()))
 
 
 def literal(text: str) -> str:
-    """Words as matplotlib is to draw them: a dollar would start a formula."""
-    return text.replace("$", r"\$")
+    """Words as they can be drawn: lines of what can be printed. A label that starts with _ would be in no legend."""
+    plain = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def file_name(*parts: str) -> str:

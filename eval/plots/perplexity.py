@@ -3,7 +3,7 @@
 from matplotlib.ticker import FuncFormatter
 
 from corpora.errors import UserError
-from eval.plots.canvas import BEHIND, INTACT, VANILLA, Output, plt
+from eval.plots.canvas import BEHIND, INTACT, VANILLA, Output, literal, plt
 from eval.tables.perplexities import ARMS, BEHIND_COLUMNS, HEAD, Row, behind_of, figures_of
 
 __all__ = ["draw"]
@@ -57,4 +57,4 @@ def _label(row: Row) -> str:
     """The setting in two short lines: weights over KV cache, with the prefix where it is not [BOS]."""
     kv = "" if row.kv == "16" else f"\nKV {row.kv.split()[0]} bits"
     prefix = "" if row.prefix == "[B]" else f"\n{row.prefix}"
-    return f"{row.weights}{kv}{prefix}"
+    return literal(f"{row.weights}{kv}{prefix}")

@@ -72,15 +72,13 @@ def add(commands: Any) -> None:
         help="at the endpoint, or a checkpoint",
     )
     group.add_argument(
+        # Its reader never shows what may be a password; nor does that of the next.
         "--base-url",
-        type=values.name,
         default=OPENAI,
         metavar="URL",
         help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
-    group.add_argument(
-        "--key-variable", type=values.name, default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key"
-    )
+    group.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
     group.add_argument(
         "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
     )
@@ -193,8 +191,8 @@ def _check(options: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
-    if not options.judge_model.isprintable() or len(options.judge_model.encode()) > 200:
-        raise UserError(f"--judge-model {options.judge_model[:40]!r}: a name has one line of at most 200 bytes")
+    if not options.judge_model.startswith(LOCAL) and len(options.judge_model.encode()) > 200:
+        raise UserError(f"--judge-model {options.judge_model[:40]}…: a name has at most 200 bytes, files are called so")
     if not options.key_variable.isidentifier():  # it may be the key itself
         raise UserError(
             "--key-variable takes the name of a variable: letters, digits and _; a key is never an argument"

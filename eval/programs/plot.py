@@ -35,7 +35,8 @@ OUTPUT_HELP = (
     "MODEL__KIND[__PREFIX][__TEXT][__OPTION], which leaves out what is as by default: __wikitext2-64x1024 for 64 "
     "pieces of 1024 tokens of another text, __eta32, __log, __seed5; text files and prefixes other than bos and prompt "
     "have digits of a hash behind their names. With --out FILE.png the name is that file's. A kind that draws several "
-    "figures adds __PART (a layer, a tensor). With --prefix a figure shows the text without the prefix and behind it; "
+    "figures adds __PART (a layer, a tensor). A file that is there is replaced if this program "
+    "wrote it. With --prefix a figure shows the text without the prefix and behind it; "
     "positions count the prefix, whose own tokens are not drawn."
 )
 

@@ -31,7 +31,10 @@ def add(commands: Any) -> None:
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
     table.add_argument(
-        "--out", type=values.path, metavar="FILE", help="write the table to a file instead of printing it"
+        "--out",
+        type=values.path,
+        metavar="FILE",
+        help="write the table to a file instead of printing it; replaces only a table or figure of this program",
     )
     table.add_argument(
         "--costs", action="store_true", help="also what quantizing took: bits per weight, seconds, peak memory"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import evaluate as fetched_metrics
 import lm_eval.tasks
 from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask, Task
@@ -23,7 +24,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from corpora.errors import UserError
+from corpora.errors import UserError, said_by
+from corpora.fetch import check_endpoint
 from corpora.files import sha256_of_data
 from corpora.mmlu import LETTERS, SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
 from corpora.storage import identity
@@ -33,6 +35,13 @@ from eval.tasks.lm import IntactLM
 __all__ = ["GROUPS", "TaskRun", "check_answers", "load_tasks", "run_tasks", "task_runs"]
 
 datasets.disable_progress_bars()  # one bar a program: ours
+
+
+def _refuse_code(name: str, *_: Any, **__: Any) -> None:
+    raise UserError(f"the metric {name!r} is a program on the hub, which is not run here; choose another task")
+
+
+fetched_metrics.load = _refuse_code  # it fetches a program and runs it, and several of lm-eval's tasks call it
 
 YAMLS = Path(lm_eval.tasks.__file__).parent
 BOOTSTRAP = 1000  # draws for the standard errors that have no closed form (perplexity, BLEU)
@@ -124,6 +133,8 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             f"--data hub: the data of {run.name} would come from the hub, but HF_HUB_OFFLINE is set; unset it, or give "
             "local files (--data local)"
         )
+    if source == "hub":
+        check_endpoint()
     tasks, files, fetched = {}, [], []
     subjects = {f"mmlu_{subject}" for subject in SUBCATEGORIES}
     mmlu = _hendrycks(source) if any(name in subjects for name, _ in run.leaves) else {}
@@ -135,6 +146,10 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             raise UserError(
                 f"{name}: {mmlu_directory(sample=source == 'sample')} has no questions of this subject; it has "
                 f"{', '.join(mmlu)}"
+            )
+        if load_yaml(path, resolve_func=False).get("unsafe_code"):  # before its functions are imported
+            raise UserError(
+                f"the task {name} runs programs that the model writes, which is not done here; choose another"
             )
         with _needs(name):
             config = load_yaml(path)
@@ -151,6 +166,9 @@ def load_tasks(run: TaskRun, source: str, fewshot: int | None) -> tuple[dict[str
             _with_rows(config, splits)
         with _needs(name), _usable(f"the data of {name}"):
             task = ConfigurableTask(config=config)
+        lacking = [metric for metric, of in getattr(task, "_metric_fn_list", {}).items() if of is None]
+        if lacking and task.config.process_results is None:  # else the task computes its figures itself
+            raise UserError(f"the task {name} is scored by {lacking[0]!r}, which lm-eval itself lacks; choose another")
         if shots and shots > (there := _examples(task)):
             raise UserError(f"{name}: --fewshot {shots} is more than the {there} examples that its data have to show")
         task.set_config(key="num_fewshot", value=shots)
@@ -174,7 +192,16 @@ def _needs(name: str) -> Iterator[None]:
             f".venv/bin/pip install 'lm_eval[{name.partition('_')[0]}]', or choose another task"
         ) from None
     except FileNotFoundError as error:
-        raise UserError(f"the task {name} needs something that is not here ({error}); choose another task") from None
+        raise UserError(
+            f"the task {name} needs something that is not here ({said_by(error)}); choose another"
+        ) from None
+    except RuntimeError as error:  # of a task's own functions
+        raise UserError(f"the task {name} cannot be made ready ({said_by(error)}); choose another") from None
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(
+            f"the data of the task {name} cannot be read ({said_by(error)}); clear what the hub's client keeps of "
+            "them, or give local files (--data local)"
+        ) from None
 
 
 # What a task file raises, in Python or in a template, at a row that is not as it expects.

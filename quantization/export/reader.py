@@ -35,7 +35,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     directory, tokens, out = files
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map="cpu").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, device_map="cpu", trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         logits = model(input_ids=load_file(tokens)["ids"], use_cache=False).logits.float().contiguous()
     kinds = sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})

@@ -38,10 +38,9 @@ from quantization.runs.dense import (
     DenseCheckpoint,
     check_values,
     empty_model,
-    read_generation_config,
     tied_names,
 )
-from quantization.runs.sums import CHECKSUMS, checked, read_cost, sums_of
+from quantization.runs.sums import CHECKSUMS, checked, known_sums, read_cost
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 
@@ -134,9 +133,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for part in (*recipe["transforms"], recipe.get("attention"), recipe.get("kv_cache")):
         if part is not None and (part["kind"] in PARTS or part not in recipe["transforms"]):
             restored(part, PARTS, str(file))
-    if (directory / CHECKSUMS).is_file():
-        for name in sums_of(directory).keys() & {MANIFEST, CONFIG}:
-            checked(directory / name)
+    for name in known_sums(directory).keys() & {MANIFEST, CONFIG}:
+        checked(directory / name)
     return manifest
 
 
@@ -198,7 +196,8 @@ def dense_directory(checkpoint: Checkpoint, why: str, way_out: str = BUILT_THERE
     else:
         dense = directory.parent / manifest["source"]["directory"]
         known = all(transform["kind"] in PARTS for transform in manifest["recipe"]["transforms"])
-        if known and (dense / "config.json").is_file() and checkpoint_fingerprint(dense) == checkpoint.fingerprint:
+        stored = checkpoint.fingerprint
+        if known and (dense / CONFIG).is_file() and checkpoint_fingerprint(dense, stored) == stored:
             return dense
     raise UserError(f"the dense full-precision model of {directory} is not at hand, but {why}; {way_out}")
 
@@ -350,7 +349,6 @@ def load_quantized(
     if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
-    model.generation_config = read_generation_config(directory)
     if recipe.get("attention") is not None:
         restored(recipe["attention"], PARTS).install(model)
     model.__dict__["intactkv_needs_prefix"] = manifest["needs_prefix"]

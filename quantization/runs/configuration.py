@@ -20,6 +20,7 @@ __all__ = ["CONFIG", "GENERATION", "MEND", "built", "config_of", "generation_con
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MEND = "mend it, or fetch the checkpoint again"
+IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -103,6 +104,9 @@ class _Known(_Config, total=False):
     architectures: list[str] | None
     is_encoder_decoder: Literal[False]
     chunk_size_feed_forward: Literal[0]
+    output_hidden_states: Literal[False] | None
+    output_attentions: Literal[False] | None
+    return_dict: Literal[True] | None
 
 
 class _Generation(TypedDict, total=False):
@@ -118,6 +122,10 @@ class _Token(TypedDict):
     rstrip: NotRequired[bool]
     single_word: NotRequired[bool]
     special: NotRequired[bool]
+
+
+_Special = str | _Token | list[str | _Token] | dict[str, str | _Token]
+_Added = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Tokenizer(TypedDict, total=False):
@@ -152,17 +160,28 @@ def config_of(directory: Path) -> dict[str, Any]:
                 f"{file} nests another configuration in {name!r}, where {config['model_type']} has none; {MEND}"
             )
     for name in ("rope_parameters", "rope_scaling"):
-        rope = config.get(name) or {}
-        if rope.keys() - {"rope_theta", "partial_rotary_factor"} and not rope.keys() & {"rope_type", "type"}:
-            raise UserError(
-                f"{file}: {name} {rope} does not say its rope_type, without which it has no meaning; {MEND}"
-            )
+        _check_rope(config.get(name) or {}, config, f"{file}: {name}")
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise UserError(
             f"{file}: num_attention_heads {heads} are no multiple of num_key_value_heads {kv_heads}; {MEND}"
         )
     return config
+
+
+def _check_rope(rope: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
+    """Raise UserError for what transformers takes with no more than a warning, or makes another model of."""
+    kinds = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind is None and rope.keys() - {"rope_theta", "partial_rotary_factor"}:
+        raise UserError(f"{what} {dict(rope)} does not say its rope_type, so it has no meaning; {MEND}")
+    if kind is not None and kind not in kinds:
+        raise UserError(f"{what} has the rope_type {kind!r}; known are {', '.join(kinds)}; {MEND}")
+    width = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
+    pairs = int(width * rope.get("partial_rotary_factor", 1)) // 2
+    for name in ("short_factor", "long_factor"):
+        if name in rope and len(rope[name]) != pairs:
+            raise UserError(f"{what} has {len(rope[name])} numbers in {name}, not one for each of {pairs} pairs")
 
 
 def generation_config_of(directory: Path) -> None:
@@ -176,18 +195,27 @@ def tokenizer_config_of(directory: Path) -> None:
     file = directory / "tokenizer_config.json"
     if file.is_file():
         refuse_code(read_json(file, "the tokenizer configuration", _Tokenizer, mend=MEND), file)
-    for name in ("special_tokens_map.json", "added_tokens.json"):
+    forms = {"special_tokens_map.json": dict[str, _Special], "added_tokens.json": dict[str, _Added]}
+    for name, form in forms.items():
         if (directory / name).is_file():
-            read_json(directory / name, "the tokenizer's file", dict, mend=MEND)
+            read_json(directory / name, "the tokenizer's file", form, mend=MEND)
 
 
 def refuse_code(content: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError for a file that names Python code of its directory, which is never run."""
+    """Raise UserError for a file that names Python code of its directory or of a repository, which is never run."""
     if code := content.get("auto_map"):
         raise UserError(
             f"{file} asks for code of its directory (auto_map: {str(code)[:80]}), which is never run here; use a "
-            "checkpoint that transformers knows without it, or take auto_map out if its own class of the type is the same"
+            "checkpoint that transformers knows without it, or take auto_map out if it is the same"
         )
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for entry, value in part.items():
+            # transformers would fetch and run it, whatever it was told about code of the directory.
+            if entry.endswith(IMPLEMENTATIONS) and "/" in str(value):
+                raise UserError(
+                    f"{file} asks for code of a repository ({entry}: {str(value)[:80]}), which is never run here; take "
+                    f"{entry} out"
+                )
 
 
 @contextmanager

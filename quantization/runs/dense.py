@@ -123,6 +123,7 @@ class DenseCheckpoint:
         for name in expected:
             if name not in names:
                 raise self.lacks(name, left)
+        self.refuse_blocks(model, left)
         headers = self.headers(names.values())
         for name, parameter in expected.items():
             shape, dtype = headers[names[name]]
@@ -143,6 +144,20 @@ class DenseCheckpoint:
                     f"{self.directory} is quantized already, by another program: it holds {name!r}, without which its "
                     "weights are wrong and which nothing here reads; give the dense checkpoint"
                 )
+
+    def refuse_blocks(self, model: PreTrainedModel, left: Iterable[str]) -> None:
+        """Raise UserError for a left over tensor of a block that the model does not have."""
+        start = f"{architecture_of(model.config).blocks}."
+        for name in left:
+            full = name if name.startswith("model.") else f"model.{name}"
+            if full.startswith(start) and full.removeprefix(start).partition(".")[0].isdecimal():
+                block = int(full.removeprefix(start).partition(".")[0])
+                if block >= model.config.num_hidden_layers:
+                    raise UserError(
+                        f"{self.directory} holds {name!r}, but its config.json says num_hidden_layers "
+                        f"{model.config.num_hidden_layers}; the checkpoint and its configuration belong to different "
+                        "models"
+                    )
 
     def lacks(self, name: str, left: Iterable[str] = ()) -> UserError:
         """The error for a parameter that is not there. left: tensors that are no parameter's."""
@@ -216,6 +231,16 @@ class Weights:
         check_values(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
         return tensor.to(self.dtype)
 
+    def check(self) -> None:
+        """Raise UserError if a value of any parameter is not finite: before the work, and not at the block that has it.
+
+        Reads every file once.
+        """
+        for file, names in self.checkpoint.by_file(self.names.values()).items():
+            with open_tensors(file) as tensors:
+                for name in names:
+                    check_values(tensors.get_tensor(name), f"{self.checkpoint.directory}: the tensor {name!r}")
+
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the model."""
         state = {name: self.tensor(f"{prefix}.{name}").to(device) for name in module.state_dict()}
@@ -274,10 +299,12 @@ def read_generation_config(directory: Path) -> GenerationConfig:
 
 
 def empty_model(directory: Path) -> PreTrainedModel:
-    """The model of a directory's configuration without weights (meta device); its buffers are real."""
+    """The model of a directory's configurations without weights (meta device); its buffers are real."""
     config = read_config(directory)
     architecture_of(config)  # refuses what is no supported causal language model
-    return empty_model_of(config)
+    model = empty_model_of(config)
+    model.generation_config = read_generation_config(directory)
+    return model
 
 
 def empty_model_of(config: PreTrainedConfig) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from corpora.errors import UserError
 from corpora.json_files import read_json, write_json
 from corpora.machine import peak_memory_mb
 from corpora.storage import checkpoint_fingerprint
-from corpora.writing import locked, sweep
+from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -44,7 +44,7 @@ from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 from quantization.runs.one_block import process_block
-from quantization.runs.sums import CHECKSUMS, drop_changed, sum_of
+from quantization.runs.sums import drop_changed, write_sums
 
 __all__ = ["check_makes_something", "check_recipe", "identity_at", "partial_of", "quantize_checkpoint"]
 
@@ -116,10 +116,12 @@ def quantize_checkpoint(
         "needs_kv": needed.get("prefix_kv"),
     }
     if out.exists():  # finished ones need no right to write
+        drop_dead_lock(out)
         _refuse_other(out, manifest)
         return out
     model = _empty_model_for(source, recipe)
     weights = dense.weights(model)
+    weights.check()
     with locked(out):
         if out.exists():
             _refuse_other(out, manifest)
@@ -139,8 +141,7 @@ def quantize_checkpoint(
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
         files = sorted([*partial.glob("*.safetensors"), partial / MANIFEST, partial / CONFIG])
-        sums = {file.name: sum_of(file) for file in files}
-        write_json(partial / CHECKSUMS, cost | _sizes(partial, model) | {"sha256": sums})
+        write_sums(partial, files, cost | _sizes(partial, model))
         partial.rename(out)
     return out
 
@@ -272,9 +273,9 @@ def identity_at(directory: Path) -> str | None:
 
 
 def _refuse_other(out: Path, manifest: dict[str, Any]) -> None:
-    found = identity_at(out)
-    if found != manifest["identity"]:
-        what = f"the quantized checkpoint {found}" if found else "something else"
+    there = identity_at(out)
+    if there != manifest["identity"]:
+        what = f"the quantized checkpoint {there}" if there else "something else"
         raise UserError(
             f"{out} already holds {what}, not {manifest['identity']} ({manifest['label']}); choose another "
             "--out or remove the directory"

@@ -21,6 +21,7 @@ from corpora.files import sha256_of_file
 from corpora.paths import modelzoo_dir
 from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
+from corpora.writing import drop_dead_lock
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix
@@ -264,6 +265,7 @@ class Plan:
             return self.checkpoint.directory
         target, artefact = out or self.directory_of(recipe), self.artefact_of(recipe)
         if identity_at(target) == artefact.identity:
+            drop_dead_lock(target)
             self._check_discovered(target)
             return target
         segments = self.segments if recipe.calibrates else None
@@ -330,7 +332,10 @@ class Plan:
             dense = dense_directory(self.checkpoint, "it is what writes a prefix, and what errors are measured against")
             kept = tuple(t for t in (restored(t, PARTS) for t in manifest["recipe"]["transforms"]) if not t.rescales)
             there = replace(self, checkpoint=find_checkpoint(dense)).written(Recipe(transforms=kept))
-            return rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
+            twin = rescaled(self._open(there), directory) if is_rescaled(directory) else self._open(there)
+            # By the names in the manifest, whose fingerprint may be one of before.
+            twin.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
+            return twin
         calibrating = [step.name for step in recipe.transforms if step.calibrates and not step.rescales]
         if calibrating and recipe.weights is not None:
             # In the twin's own run the transform would see text that unquantized blocks passed on, and come out

@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NotRequired
@@ -14,8 +14,19 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 from corpora.errors import UserError
 from corpora.files import plain_file, sha256_of_file
 from corpora.json_files import Count, FileName, Hash, read_json, write_json
+from corpora.storage import identity
 
-__all__ = ["CHECKSUMS", "EARLIER_CHECKSUMS", "add_sum", "checked", "drop_changed", "read_cost", "sum_of", "sums_of"]
+__all__ = [
+    "CHECKSUMS",
+    "EARLIER_CHECKSUMS",
+    "add_sum",
+    "checked",
+    "drop_changed",
+    "known_sums",
+    "read_cost",
+    "sum_of",
+    "sums_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +37,7 @@ AGAIN = "copy it again, or delete the directory and quantize again"
 
 class _Sums(TypedDict):
     sha256: dict[FileName, Hash]
+    sum: NotRequired[Hash]  # of all the rest
 
 
 class _Cost(_Sums):
@@ -33,8 +45,8 @@ class _Cost(_Sums):
     peak_memory_mb: float
     bits_per_weight: float | None
     figures: dict[str, float]
-    blocks_found: NotRequired[Count]
-    device: NotRequired[str]
+    blocks_found: Count
+    device: str
 
 
 def read_cost(directory: Path) -> dict[str, Any]:
@@ -56,7 +68,25 @@ def _read(directory: Path, form: Any) -> dict[str, Any]:
     if not there.is_file():
         raise UserError(f"{directory} has no {CHECKSUMS}, so nothing tells whether its files are whole; {AGAIN}")
     found: dict[str, Any] = read_json(there, "the list of the checkpoint's sums", form, mend=AGAIN)
+    told = found.pop("sum", None)
+    if told is not None and told != identity(found, 64):
+        raise UserError(f"{there} has changed since it was written; {AGAIN}")
     return found
+
+
+def write_sums(directory: Path, files: Iterable[Path], cost: Mapping[str, Any]) -> None:
+    """Keep the sums of files, and what it took to make them."""
+    _write(directory, {**cost, "sha256": {file.name: sum_of(file) for file in files}})
+
+
+def _write(directory: Path, content: Mapping[str, Any]) -> None:
+    write_json(directory / CHECKSUMS, {**content, "sum": identity(content, 64)})
+
+
+def check_files(directory: Path) -> None:
+    """Raise UserError unless every file of a finished checkpoint is what was written: before other work begins."""
+    for name in sums_of(directory):
+        checked(directory / name)
 
 
 def checked(file: Path) -> Path:
@@ -86,12 +116,12 @@ def _sum_of(file: Path, version: tuple[int, ...]) -> str:
 
 def add_sum(file: Path) -> None:
     """Keep the sum of a file that was just written into a half-finished checkpoint."""
-    write_json(file.parent / CHECKSUMS, {"sha256": _known(file.parent) | {file.name: sum_of(file)}})
+    _write(file.parent, {"sha256": known_sums(file.parent) | {file.name: sum_of(file)}})
 
 
 def drop_changed(directory: Path, files: Iterable[Path]) -> None:
     """Remove those of a half-finished checkpoint's files that have no sum or another one: they are made again."""
-    sums = _known(directory)
+    sums = known_sums(directory)
     for file in files:
         if file.is_file() and sums.get(file.name) != sum_of(file):
             why = "has changed since it was written" if file.name in sums else "has no sum"
@@ -99,8 +129,8 @@ def drop_changed(directory: Path, files: Iterable[Path]) -> None:
             file.unlink()
 
 
-def _known(directory: Path) -> dict[str, str]:
-    """The sums of a half-finished checkpoint; none if the file is missing or damaged, for it can be made again."""
+def known_sums(directory: Path) -> dict[str, str]:
+    """The sums that are there; none if their file is missing or damaged, which is for the reader of a block to say."""
     try:
         return sums_of(directory)
     except UserError:

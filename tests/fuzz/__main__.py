@@ -15,7 +15,9 @@ def main() -> None:
     """Run, print a table on stdout and, with --out, every failing case in a file."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of damages (default: 0)")
-    parser.add_argument("--calls", type=int, default=50, help="of every kind of file, ten times as many of options (default: 50)")
+    parser.add_argument(
+        "--calls", type=int, default=50, help="of every kind of file, ten times as many of options (default: 50)"
+    )
     parser.add_argument("--kind", action="append", help="only this one; may be given several times")
     parser.add_argument("--case", help="one case, by the name that a run printed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="with --case: leave the damaged world there")
@@ -24,11 +26,12 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from tqdm import tqdm
+
     from fuzz.campaign import run_case, run_kind, table
     from fuzz.engine import Call, Case, scratch
     from fuzz.kinds import KINDS
     from fuzz.options import run_option, run_options
-    from tqdm import tqdm
 
     torch.set_num_threads(1)
     if options.list:
@@ -48,20 +51,25 @@ def main() -> None:
             return
         names = options.kind or known
         calls: dict[str, list[Call]] = {}
+        broken: list[str] = []
         started = time.monotonic()
         with tqdm(total=options.calls * (len(names) + 9 * ("options" in names)), unit="call", mininterval=1) as bar:
             for name in names:
                 calls[name] = []
                 many = run_kind(place, KINDS[name], options.seed, options.calls) if name in KINDS else None
-                for one in many or run_options(place, options.seed, 10 * options.calls):
-                    calls[name].append(one)
-                    bar.update()
-                    bar.set_postfix_str(name)
+                try:
+                    for one in many or run_options(place, options.seed, 10 * options.calls):
+                        calls[name].append(one)
+                        bar.update()
+                        bar.set_postfix_str(name)
+                except RuntimeError as error:  # a world that cannot be built, an intact control that fails
+                    broken.append(f"{name}: {error}")
                 if options.out:
                     options.out.write_text(failures(calls))
         print(table(calls))
         if not options.out:
             print(failures(calls))
+        print("".join(f"NO CONTROL {line}\n" for line in broken), end="")
         print(f"{sum(map(len, calls.values()))} calls in {time.monotonic() - started:.0f} s, seed {options.seed}")
 
 

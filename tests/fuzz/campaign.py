@@ -43,7 +43,9 @@ def run_case(scratch: Scratch, case: Case, keep: Path | None = None) -> Call:
     (program,) = (program for program in kind.programs if program.name == case.program)
     template = scratch.template(kind.world, kind.build)
     rewritten = re.compile(kind.rewritten) if kind.rewritten else None
-    return damaged(scratch, case, template, program, expected, own=kind.own, rewritten=rewritten, without=kind.without, keep=keep)
+    return damaged(
+        scratch, case, template, program, expected, own=kind.own, rewritten=rewritten, without=kind.without, keep=keep
+    )
 
 
 def run_kind(scratch: Scratch, kind: Kind, seed: int, calls: int) -> Iterator[Call]:
@@ -59,7 +61,9 @@ def run_kind(scratch: Scratch, kind: Kind, seed: int, calls: int) -> Iterator[Ca
     names += [name for name in ("delete", "truncate", "flip", "nest") for _ in range(1)]
     while made < calls and tried < 50 * calls:
         tried += 1
-        case = Case(kind.name, rng.choice(kind.programs).name, rng.choice(files), rng.choice(names), rng.randrange(10**6))
+        case = Case(
+            kind.name, rng.choice(kind.programs).name, rng.choice(files), rng.choice(names), rng.randrange(10**6)
+        )
         try:
             yield run_case(scratch, case)
         except Inapplicable:

@@ -66,9 +66,12 @@ def _truncate(path: Path, rng: random.Random, others: list[Path]) -> tuple[str, 
     keep = rng.choice([1, len(content) // 2, len(content) - 1, rng.randrange(len(content))])
     _replace(path, content[:keep])
     # The last line of JSON lines and texts may go without a trace, and so may its line end.
-    return f"cut to {keep} of {len(content)} bytes", path.suffix not in (".txt", ".jsonl", ".csv", ".jinja") and keep < len(
-        content.rstrip()
-    )
+    return f"cut to {keep} of {len(content)} bytes", path.suffix not in (
+        ".txt",
+        ".jsonl",
+        ".csv",
+        ".jinja",
+    ) and keep < len(content.rstrip())
 
 
 def _flip_bit(path: Path, rng: random.Random, others: list[Path]) -> tuple[str, bool]:
@@ -349,7 +352,10 @@ def _tensor_metadata(path: Path, rng: random.Random, others: list[Path]) -> tupl
     about = header.get("__metadata__") or {}
     if not about:
         raise Inapplicable
-    key, act = rng.choice(sorted(about)), rng.choice(["retype", "retype", "retype", "delete", "delete key", "cut", "all"])
+    key, act = (
+        rng.choice(sorted(about)),
+        rng.choice(["retype", "retype", "retype", "delete", "delete key", "cut", "all"]),
+    )
     try:
         values = [json.loads(about[key])]
     except json.JSONDecodeError:
@@ -399,7 +405,9 @@ def _tensor_change(path: Path, rng: random.Random, others: list[Path]) -> tuple[
     elif act == "scalar":
         tensors[name] = tensor.flatten()[0].clone() if tensor.numel() else tensor[None]
     elif act == "retyped":
-        others_of = [x for x in (torch.float16, torch.float64, torch.int32, torch.uint8, torch.bool) if x != tensor.dtype]
+        others_of = [
+            x for x in (torch.float16, torch.float64, torch.int32, torch.uint8, torch.bool) if x != tensor.dtype
+        ]
         tensors[name] = tensor.to(rng.choice(others_of))
         broken = False  # float64 of the same numbers is the same model
     elif act == "more":

@@ -23,9 +23,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fuzz.damage import DAMAGES
-
 from corpora.errors import run_program
+from fuzz.damage import DAMAGES
 
 __all__ = ["FAULTS", "Call", "Case", "Outcome", "Program", "Scratch", "call", "judge"]
 
@@ -223,7 +222,7 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, earlier)
 
 
-def call(world: Path, words: Sequence[str], seconds: float = SECONDS) -> Outcome:
+def call(world: Path, words: Sequence[str], seconds: float | None = None) -> Outcome:
     """Run a program in this process, in a world. words: its package, then its arguments."""
     out, err, log, argv = io.StringIO(), io.StringIO(), io.StringIO(), sys.argv
     code: int | None = 0
@@ -231,7 +230,7 @@ def call(world: Path, words: Sequence[str], seconds: float = SECONDS) -> Outcome
     with _within(world), _logged(err, log):
         sys.argv = ["program", *words[1:]]
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limited(seconds):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limited(seconds or SECONDS):
                 run_program(import_module(f"{words[0]}.__main__").main)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
@@ -367,5 +366,3 @@ def damaged(
         if waited:
             fault, told = "hang", f"opened the pipe and waited for its other end; then {fault}: {told}"
         return Call(case.name, done, fault, told, outcome)
-
-

@@ -12,6 +12,7 @@ from typing import Any
 from chats import TEMPLATE
 from common import FOXES
 from conftest import _tiny_checkpoint, _tiny_tokenizer
+
 from fuzz.engine import Outcome, Program, Scratch, call, said
 
 __all__ = ["KINDS", "Kind"]
@@ -20,7 +21,7 @@ MODEL = "modelzoo/tiny-llama"
 # Of a run record, what differs from run to run or names the place.
 VOLATILE = {
     "settings", "identity", "started", "environment", "seconds", "tokens_per_second", "peak_memory_mb", "path",
-    "answers", "cost", "judgement_file",
+    "answers", "cost", "judgement_file", "sum", "sha256",
 }  # fmt: skip
 
 
@@ -104,7 +105,9 @@ def ran(world: Path, *words: str) -> Outcome:
 
 
 def _dense(world: Path, scratch: Scratch, **options: Any) -> None:
-    directory = _tiny_checkpoint(world / "modelzoo", "llama", num_hidden_layers=2, max_position_embeddings=1024, **options)
+    directory = _tiny_checkpoint(
+        world / "modelzoo", "llama", num_hidden_layers=2, max_position_embeddings=1024, **options
+    )
     _tiny_tokenizer(chat_template=TEMPLATE).save_pretrained(directory)
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=2))
@@ -145,10 +148,10 @@ def rotated(world: Path, scratch: Scratch) -> None:
 
 def partial_(world: Path, scratch: Scratch) -> None:
     """A run that was killed behind its first block."""
-    from quantization.runs import pipeline
+    from quantization.runs import one_block
 
     _from(world, scratch, dense)
-    write, done = pipeline.write_block, []
+    write, done = one_block.write_block, []
 
     def killed(*arguments: Any, **options: Any) -> None:
         if done:
@@ -156,13 +159,13 @@ def partial_(world: Path, scratch: Scratch) -> None:
         write(*arguments, **options)
         done.append(1)
 
-    pipeline.write_block = killed
+    one_block.write_block = killed
     try:
         call(world, (*QUANTIZE, "q"))
     except KeyboardInterrupt:
         pass
     finally:
-        pipeline.write_block = write
+        one_block.write_block = write
     assert list((world / "q.partial").glob("block-*")), list(world.iterdir())
 
 
@@ -275,7 +278,18 @@ CALIBRATE = (
     "2", "--held-out", "1", "--max-length", "300", "--min-assistant", "5", "--steps", "2", "--batch-size", "1",
     "--evaluate-every", "1", "--out",
 )  # fmt: skip
-ANSWER = ("eval", "mtbench", "--model", MODEL, "--questions", "questions.jsonl", "--max-new-tokens", "2", "--json", "--out")
+ANSWER = (
+    "eval",
+    "mtbench",
+    "--model",
+    MODEL,
+    "--questions",
+    "questions.jsonl",
+    "--max-new-tokens",
+    "2",
+    "--json",
+    "--out",
+)
 JUDGE = (
     "eval", "judge", "--questions", "questions.jsonl", "--prompts", "prompts.jsonl", "--references", "references.jsonl",
     "--judge-model", f"local:{MODEL}", "--max-tokens", "2", "--json", "--answers",

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from corpora.errors import Parser
 from fuzz.engine import Call, Scratch, call, judge, tree
 from fuzz.kinds import MODEL, RTN, _from, mtbench, quantized, ran, records
-
-from corpora.errors import Parser
 
 __all__ = ["NONSENSE", "PROGRAMS", "option_cases", "run_option", "run_options"]
 
