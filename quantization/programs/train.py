@@ -40,10 +40,15 @@ RUN_OF_TOKENS = 32  # that two pieces share if they overlap in the text
 
 
 @contextmanager
-def _training(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
+def _training(what: str, steps: int, out: Path) -> Iterator[Callable[[dict[str, float]], None]]:
     """A progress bar that shows every row of a history: the newest training and held-out loss. It begins with the first
-    row, so that a state that is refused is all that is said."""
+    row, so that a state that is refused is all that is said.
+
+    Raises UserError if another process trains the prefix of the same file: it writes the same state.
+    """
     from tqdm import tqdm
+
+    from corpora.writing import locked
 
     shown: dict[str, Any] = {}
     bars: list[tqdm[Any]] = []
@@ -56,7 +61,10 @@ def _training(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], No
         bars[0].set_postfix(shown)
 
     try:
-        yield report
+        with locked(_state(out), wait=False):
+            yield report
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another process is training it; wait for that one, or name another") from None
     finally:
         for bar in bars:
             bar.close()
@@ -199,7 +207,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     if model.prefix is None:
         raise AssertionError("a plan with a prefix that is not vanilla attaches it")
     twin, untrained = plan.twin(), model.prefix
-    with _training("calibrating", training.steps) as report:
+    with _training("calibrating", training.steps, options.out) as report:
         outcome = calibrate(
             model.model, twin, untrained, train, unseen, training, kv=model.kv, state=_state(options.out),
             models=plan.describe(), report=report,
@@ -335,7 +343,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
     model = plan.twin()
     architecture = architecture_of(model.config)
     steps = -(-training.epochs * len(texts) // training.batch)
-    with _training("training the prefix", steps) as report:
+    with _training("training the prefix", steps, options.out) as report:
         outcome = train_prefix(
             model,
             plan.choice.ids,
