@@ -3,6 +3,10 @@
 `python -m tests.fuzz --seed 7 --calls 200` is the long one; `--case NAME` runs one case again.
 """
 
+import os
+import random
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fuzz.campaign import run_kind
+from common import ROOT
+from fuzz.campaign import run_case, run_kind
 from fuzz.damage import DAMAGES
-from fuzz.engine import Call, Case, Program, Scratch, damaged, scratch
+from fuzz.engine import Call, Case, Outcome, Program, Scratch, damaged, judge, scratch
 from fuzz.kinds import KINDS, printed
 from fuzz.options import PROGRAMS, option_cases, run_options
+from fuzz.worlds import MODEL
 
 from corpora.errors import UserError
 
@@ -52,6 +58,24 @@ def test_every_option_with_a_value_is_known_to_the_fuzzer(place: Scratch) -> Non
         assert len(list(option_cases(name))) > 50, name
 
 
+@pytest.mark.parametrize("name", [
+    f"config:ppl:{MODEL}/config.json:nest:2", "prefix:ppl:p.safetensors:truncate:1",
+])  # fmt: skip
+def test_a_process_of_its_own_ends_as_the_call_in_this_one(place: Scratch, name: str) -> None:
+    case = Case.named(name)
+    here = run_case(place, case).outcome
+    kind = KINDS[case.kind]
+    (words,) = (program.words for program in kind.programs if program.name == case.program)
+    with place.copy(place.template(kind.world, kind.build)) as world:
+        DAMAGES[case.damage].work(world / case.file, random.Random(case.name), [])
+        environment = os.environ | {"INTACTKV_ROOT": str(world), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, here.code) == (2, 2)
+    there, ours = (re.sub(r"/calls/\d+/", "/", text) for text in (done.stderr, here.err))
+    assert there == ours
+
+
 # that it sees faults --------------------------------------------------------------------------------------------------
 
 
@@ -83,10 +107,6 @@ def says_more() -> None:
     raise UserError("no")
 
 
-def raw() -> None:
-    print("name: \x1b[31m")
-
-
 def other_figures() -> None:
     print(Path("input.json").read_text())
 
@@ -100,7 +120,7 @@ def opens_the_pipe() -> None:
 FAULTY: dict[Callable[[], None], tuple[str, str]] = {
     boom: ("truncate", "traceback"), sleeps: ("truncate", "hang"), leaves: ("truncate", "leftover"),
     leaves_outside: ("truncate", "leftover"), overwrites: ("truncate", "changed"), says_more: ("truncate", "lines"),
-    raw: ("truncate", "control"), other_figures: ("retype", "silent"), opens_the_pipe: ("pipe", "hang"),
+    other_figures: ("retype", "silent"), opens_the_pipe: ("pipe", "hang"),
     lambda: sys.exit(1): ("truncate", "exit code"),
 }  # fmt: skip
 
@@ -109,8 +129,14 @@ FAULTY: dict[Callable[[], None], tuple[str, str]] = {
 def test_a_fault_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], damage: str, fault: str
 ) -> None:
-    monkeypatch.setattr("fuzz.engine.SECONDS", 0.5)
+    monkeypatch.setattr("fuzz.engine.SECONDS", 0.2)
     assert fault_of(tmp_path, monkeypatch, main, damage) == fault
+
+
+def test_control_characters_are_seen() -> None:
+    for stream in range(3):
+        texts = ["a\x1b[31m" if i == stream else "" for i in range(3)]
+        assert judge(Outcome(0, *texts), {}, {}, lambda: True)[0] == "control"
 
 
 @pytest.mark.parametrize(

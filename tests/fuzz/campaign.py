@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz.damage import DAMAGES, Inapplicable
+from fuzz.damage import DAMAGES
+from fuzz.damage_files import Inapplicable
 from fuzz.engine import FAULTS, Call, Case, Scratch, call, damaged
 from fuzz.kinds import KINDS, Kind
 

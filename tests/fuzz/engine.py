@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ SECONDS = 10  # a call that takes a twentieth of a second when all is well
 FAULTS = ("traceback", "hang", "silent", "exit code", "lines", "control", "leftover", "changed")
 BAR = re.compile(r"^[^\n]*\d+%\|.*\|.*\[.*\]?|^[^\n]*\d+(/\d+)? ?\w* \[\d\d:\d\d.*\]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# What any call may leave: tokens that were cached, locks of shared directories.
-ALLOWED = re.compile(r"(^|/)outputs(/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
+# What any call may leave: the folders of outputs/, and tokens that were cached.
+ALLOWED = re.compile(r"^outputs(/runs|/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
 
 
 class Hang(BaseException):
@@ -178,14 +179,14 @@ def _logged(stream: io.StringIO, log: io.StringIO) -> Iterator[None]:
 
 # Who opens a pipe waits for ever, in a library's code even where no signal is heard: another process is its other end.
 OTHER_END = """
-import os, sys, time
-while True:
+import os, select, sys
+while not select.select([0], [], [], 0.02)[0]:
     try:
-        os.close(os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK))
+        end = os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK)
         print("opened", flush=True)
+        os.close(end)
     except OSError:
         pass
-    time.sleep(0.02)
 """
 
 
@@ -196,11 +197,10 @@ def _watched(path: Path) -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     command = [sys.executable, "-S", "-E", "-c", OTHER_END, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as watcher:
 
         def opened() -> bool:
-            watcher.kill()
-            return bool(watcher.communicate()[0])
+            return bool(watcher.communicate()[0])  # it ends when its input does
 
         try:
             yield opened
@@ -210,11 +210,15 @@ def _watched(path: Path) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
+    """Raise `Hang` behind so many seconds of computing, or six times as many of waiting: the machine may be busy."""
+    computed, started = time.process_time(), time.monotonic()
+
     def stop(*_: Any) -> None:
-        raise Hang
+        if time.process_time() - computed > seconds or time.monotonic() - started > 6 * seconds:
+            raise Hang
 
     earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds / 4, seconds / 4)
     try:
         yield
     finally:
@@ -288,19 +292,21 @@ def judge(
     """What is wrong with how a call ended, and the details.
 
     before, after: the tree around the world. same: whether the figures of a finished call are right. rewritten: files
-    that the program may write anew.
+    that the program may write, whatever becomes of the call.
     """
     if outcome.fault is not None:
         return outcome.fault, outcome.frame
     if outcome.code not in (0, 2):
         return "exit code", f"exit code {outcome.code}: {outcome.err[-300:]!a}"
-    inside = {name.removeprefix("a/b/world/"): name for name in before.keys() | after.keys()}
-    news = [short for short, name in inside.items() if name not in before and not ALLOWED.search(short)]
-    changed = [
+    inside = {name.removeprefix("a/b/world/"): name for name in sorted(before.keys() | after.keys())}
+    names = {short for short, name in inside.items() if name in before}
+    touched = [
         short
         for short, name in inside.items()
-        if name in before and before[name] != after.get(name) and not (rewritten and rewritten.search(short))
+        if before.get(name) != after.get(name) and not (rewritten and rewritten.search(short))
     ]
+    news = [short for short in touched if short not in names and not ALLOWED.search(short)]
+    changed = [short for short in touched if short in names]
     if found := CONTROL.search("\n".join([*said(outcome.err), outcome.log, outcome.out])):
         return "control", f"raw {found.group()!a} in {(outcome.log + outcome.err + outcome.out)[-600:]!a}"
     if outcome.code == 0:

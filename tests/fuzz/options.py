@@ -15,7 +15,7 @@ from unittest import mock
 
 from corpora.errors import Parser
 from fuzz.engine import Call, Scratch, call, judge, tree
-from fuzz.kinds import MODEL, RTN, _from, mtbench, quantized, ran, records
+from fuzz.worlds import MODEL, RTN, copied, mtbench, quantized, ran, records
 
 __all__ = ["NONSENSE", "PROGRAMS", "option_cases", "run_option", "run_options"]
 
@@ -31,29 +31,29 @@ PPL = ("eval", "ppl", "--model", MODEL, *RTN, *TEXT, "--window", "32", "--limit"
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "ppl": PPL,
     "tasks": ("eval", "tasks", "--model", MODEL, "--data", "local", "--tasks", "piqa", "--limit", "1"),
-    "mtbench": ("eval", "mtbench", "--model", MODEL, "--questions", "questions.jsonl", "--max-new-tokens", "2", "--limit",
-                "1", "--out", "a.jsonl"),
+    "mtbench": ("eval", "mtbench", "--model", MODEL, "--questions", "questions.jsonl", "--max-new-tokens", "2",
+                "--limit", "1", "--out", "a.jsonl"),
     "judge": ("eval", "judge", "--questions", "questions.jsonl", "--prompts", "prompts.jsonl", "--references",
               "references.jsonl", "--judge-model", f"local:{MODEL}", "--max-tokens", "2", "--answers", "given.jsonl"),
     "table": ("eval", "table"),
     "table-tasks": ("eval", "table", "tasks"),
-    **{f"stats-{kind}": ("eval", "stats", kind, "--model", MODEL, *RTN, *TEXT, "--window", "32", "--limit", "1", "--out",
-                         "s.csv") for kind in ("linears", "distance", "kv", "pivots")},
+    **{f"stats-{kind}": ("eval", "stats", kind, "--model", MODEL, *RTN, *TEXT, "--window", "32", "--limit", "1",
+                         "--out", "s.csv") for kind in ("linears", "distance", "kv", "pivots")},
     "plot-perplexity": ("eval", "plot", "perplexity", "--model", "tiny-llama", *FIGURE),
     "plot-calibration": ("eval", "plot", "calibration", "--curves", "curve.jsonl", *FIGURE),
     **{f"plot-{kind}": ("eval", "plot", kind, "--model", MODEL, *TEXT, "--tokens", "24", *FIGURE)
        for kind in ("act", "attn", "pivots")},
     **{f"plot-{kind}": ("eval", "plot", kind, "--model", MODEL, *TEXT, *PIECES, *FIGURE)
        for kind in ("linear-input", "linear-output", "outlier-count")},
-    "quantization": ("quantization", "--model", MODEL, "--recipe", "gptq", "--group-size", "32", "--calibration", "text.txt",
-                     "--calibration-samples", "1", "--calibration-length", "16", "--out", "z"),
+    "quantization": ("quantization", "--model", MODEL, "--recipe", "gptq", "--group-size", "32", "--calibration",
+                     "text.txt", "--calibration-samples", "1", "--calibration-length", "16", "--out", "z"),
     "export": ("quantization", "export", "--model", "q", "--out", "x"),
     "build": ("intactkv", "build", "--model", MODEL, "--prefix", "hello", "--out", "p.safetensors"),
     "peft": ("intactkv", "export", "--model", MODEL, "--prefix", "hello", "--out", "a"),
     "discover": ("intactkv", "discover", "--model", MODEL, *TEXT, "--samples", "1", "--length", "16"),
-    "train-prefix": ("intactkv", "train-prefix", "--model", MODEL, *TEXT, "--prefix", "bos", "--samples", "2", "--held-out",
-                     "1", "--length", "16", "--prefix-len", "2", "--prefix-epochs", "1", "--batch-size", "1", "--out",
-                     "t.safetensors"),
+    "train-prefix": ("intactkv", "train-prefix", "--model", MODEL, *TEXT, "--prefix", "bos", "--samples", "2",
+                     "--held-out", "1", "--length", "16", "--prefix-len", "2", "--prefix-epochs", "1",
+                     "--batch-size", "1", "--out", "t.safetensors"),
     "calibrate": ("intactkv", "calibrate", "--model", MODEL, *RTN, "--prefix", "A chat", "--conversations", "sharegpt",
                   "--samples", "1", "--held-out", "1", "--max-length", "200", "--min-assistant", "5", "--steps", "1",
                   "--batch-size", "1", "--evaluate-every", "1", "--out", "c.safetensors"),
@@ -76,9 +76,9 @@ FINE: dict[str, set[str]] = {
 
 def world_of_options(world: Path, scratch: Scratch) -> None:
     """All that the programs' calls read."""
-    _from(world, scratch, mtbench)
+    copied(world, scratch, mtbench)
     for build in (quantized, records):
-        _from(world, scratch, build)
+        copied(world, scratch, build)
     (world / "binary.bin").write_bytes(bytes(range(256)) * 4)
     turns = [{"from": role, "value": text} for role, text in (("human", "hi"), ("gpt", "abc " * 20))]
     folder = world / "datasets" / "ShareGPT_Vicuna_unfiltered"
