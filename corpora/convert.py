@@ -5,10 +5,11 @@ values stay as they are, one file at a time, so memory holds one shard.
 """
 
 import logging
-import pickle
 from pathlib import Path
+from typing import Any
 
-from corpora.errors import UserError, said_by
+from corpora.errors import UserError, built
+from corpora.files import plain_file
 from corpora.json_files import write_json
 from corpora.storage import indexed_files, write_tensors
 
@@ -42,16 +43,13 @@ def bin_to_safetensors(directory: Path) -> None:
     for number, file in enumerate(files, start=1):
         single = len(files) == 1
         name = "model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        try:
+        plain_file(file, "the checkpoint's file")
+        with built(f"{file} is damaged or holds more than tensors", "fetch it again"):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing, though the index of the checkpoint names it; fetch it again") from None
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{file} is damaged or holds more than tensors ({said_by(error)}); fetch it again"
-            ) from None
-        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise UserError(f"{file} is no table of tensors; give the checkpoint's own pytorch_model.bin")
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and _is_plain(t) for name, t in tensors.items()
+        ):
+            raise UserError(f"{file} is no table of plain tensors; give the checkpoint's own pytorch_model.bin")
         # Tied weights share memory, which safetensors refuses: each gets its own copy.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         write_tensors(directory / name, tensors, {"format": "pt"}, as_is=True)
@@ -62,3 +60,12 @@ def bin_to_safetensors(directory: Path) -> None:
         write_json(
             directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
         )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that safetensors can hold: no sparse, quantized or complex one, and none on meta."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta or value.is_complex())

@@ -7,12 +7,13 @@ their traceback.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from corpora.terminal import Unheard, as_other_tools_end, printable, tell, terminal
 
-__all__ = ["Parser", "UserError", "one_line", "run_program", "said_by"]
+__all__ = ["Parser", "UserError", "built", "one_line", "run_program", "said_by"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +50,24 @@ def said_by(error: BaseException) -> str:
     """What a library's exception says, in one line: its first, with the next where that only announces it."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {more[0]}" if first.endswith(":") and more else first
+
+
+@contextmanager
+def built(what: str, way_out: str) -> Iterator[None]:
+    """Around a library's own constructor, and nothing of ours: whatever it raises is said in one line.
+
+    Also a panic of a library in Rust, which is no Exception.
+    """
+    try:
+        yield
+    except PermissionError:  # a file that may not be read is no damaged one
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -41,7 +41,7 @@ def check_target(path: Path, *, directory: bool = False, reads: Iterable[Path] =
             raise UserError(f"{option} {path} is there and no directory; name another")
         there = os.path.lexists(path)
         for read in reads:
-            if read.exists() and (path.resolve() == read.resolve() or (there and path.samefile(read))):
+            if os.path.exists(read) and (path.resolve() == read.resolve() or (there and path.samefile(read))):
                 raise UserError(f"{option} {path} is what the program reads; name {what} of its own")
         _check_parent(path, option)
     except OSError as error:

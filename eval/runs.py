@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from corpora.errors import UserError
+from corpora.errors import UserError, one_line
 from corpora.files import name_part
 from corpora.json_files import fitted, read_json, write_json
 from corpora.machine import environment
@@ -77,19 +77,21 @@ def record_of(
     return record | {"path": str(path)}
 
 
-def all_records(task: str, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
-    """Every finished run of a task, oldest first, but for records that cannot be read: a line of the log names each.
+def all_records(task: str, left_out: list[str] | None = None) -> list[dict[str, Any]]:
+    """Every finished run of a task, oldest first, but for records that cannot be read.
 
-    left_out: gets their files.
+    left_out: gets a line for each of those; without it the log does.
     """
     records = []
     for path in sorted((outputs_dir() / "runs").glob(f"{task}-*.json")):
         try:
             records.append(_read(path, task))
         except (UserError, OSError) as error:
-            log.warning("left out: %s", " ".join(str(error).split()))
-            if left_out is not None:
-                left_out.append(path)
+            line = f"left out: {one_line(str(error))}"
+            if left_out is None:
+                log.warning(line)
+            else:
+                left_out.append(line)
     return sorted(records, key=lambda record: record["started"])
 
 

@@ -27,7 +27,7 @@ from common import ROOT
 __all__ = ["Call", "Outcome", "Warm", "error_line", "kind_of", "tree"]
 
 # What another run of the same call may say otherwise: times, memory, and how often it was killed.
-VOLATILE = {"started", "seconds", "tstamp", "answer_id", "answers_sha256", "blocks_found", "answered_now", "resumed"}
+VOLATILE = {"started", "environment", "tstamp", "answer_id", "answers_sha256", "blocks_found", "answered_now"}
 TIMED = re.compile(r"(seconds|memory|per_second|latency)")
 
 
@@ -143,9 +143,9 @@ def _timeless(path: Path, content: bytes) -> bytes:
 
 def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        summed = isinstance(value.get("sha256"), str)  # a record's sum, of its times, too
+        sums = {name for name in ("sha256", "sum") if isinstance(value.get(name), str)}  # of the times, too
         return {key: _without_times(inner) for key, inner in value.items()
-                if key not in VOLATILE and not TIMED.search(key) and not (summed and key == "sha256")}  # fmt: skip
+                if key not in VOLATILE | sums and not TIMED.search(key)}  # fmt: skip
     return [_without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -270,16 +270,19 @@ def _serve() -> None:
 
 
 def _import_everything() -> None:
-    """What programs import when they are called, so that children find it done."""
+    """What programs import when they are called, so that children find it done, also those of a user who may not read
+    this one's Python: codecs are found late."""
+    import encodings
     import pkgutil
     from importlib import import_module
 
-    for package in ("corpora", "intactkv", "quantization", "eval"):
-        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+    paths = {package: [str(ROOT / package)] for package in ("corpora", "intactkv", "quantization", "eval")}
+    for package, path in {**paths, "encodings": list(encodings.__path__)}.items():
+        for module in pkgutil.walk_packages(path, f"{package}."):
             if "_triton" not in module.name and not module.name.endswith("__main__"):
                 try:
                     import_module(module.name)
-                except ImportError:  # an optional library
+                except ImportError:  # an optional library, or another system's
                     continue
     for name in ("transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
                  "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_agg", "openai", "tqdm",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,23 @@ def test_half_a_character_that_was_once_stored_is_read_as_a_sign(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(line(81, "\U0001f600 \ud83d \\ud83d")) + "\n")
     assert LineFile(path, ANSWERS).rows[81]["choices"][0]["turns"][0] == "\U0001f600 � \\ud83d"
+
+
+def test_a_line_that_finds_no_room_leaves_nothing_and_the_next_one_is_whole(tmp_path):
+    path = tmp_path / "a.jsonl"
+    file = LineFile(path, ANSWERS)
+    file.append(line(81))
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*a\.jsonl"):
+            file.append(line(82))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    file.append(line(83))
+    assert LineFile(path, ANSWERS).rows.keys() == {81, 83}
 
 
 def test_no_two_processes_share_a_part_and_no_lock_stays(tmp_path):

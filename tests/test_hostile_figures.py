@@ -2,7 +2,7 @@
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -46,31 +46,29 @@ def test_a_name_of_any_length_makes_a_file(tmp_path):
 
 
 @pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 3,000 bytes, as on a full disk."""
+def small_files() -> Iterator[Callable[[], None]]:
+    """From its call on, no file of this process may grow beyond 3,000 bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("rows", [1, 2000], ids=["figure too large", "numbers too large"])
 def test_a_full_disk_keeps_the_old_figure_and_its_numbers(suffix, rows, tmp_path, small_files):
-    (tmp_path / f"a.{suffix}").write_text("old figure")
-    (tmp_path / "a.csv").write_text("old numbers")
+    Output(tmp_path / "a", (suffix,), 10).save(plt.figure(), ("n",), [("old",)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {f"a.{suffix}", "a.csv"}
     figure, axes = plt.subplots(figsize=(1, 1) if rows > 1 else (6, 6))
     if rows > 1:
         axes.axis("off")
     else:
         axes.plot(list(range(1000)), [i * i % 977 for i in range(1000)])
+    small_files()
     with pytest.raises(OSError, match=r"large") as error:
         Output(tmp_path / "a", (suffix,), 100 if rows == 1 else 10).save(figure, ("n",), [(i,) for i in range(rows)])
     assert error.value.errno == 27
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        f"a.{suffix}": "old figure",
-        "a.csv": "old numbers",
-    }
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_several_files_are_written_or_none(tmp_path):

@@ -155,6 +155,17 @@ def test_a_file_that_is_no_record_kills_no_table(content, two, program):
     assert two[0].read_text() == content
 
 
+@pytest.mark.parametrize("which", [(), ("tasks",)])
+def test_where_no_record_can_be_read_there_is_one_line(which, program, intactkv_root):
+    paths = [keep("ppl", perplexity(9.0)), keep("tasks", task("boolq", 0.5))]
+    for path in paths:
+        path.write_text("{")
+    code, out, err = program(*which)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "holds no finished run that can be read (1 left out: run record" in err
+    assert paths[len(which)].name in err
+
+
 def test_what_is_no_file_or_not_to_be_read_is_left_out_too(two, program):
     two[0].unlink()
     two[0].mkdir()
@@ -274,7 +285,8 @@ def write_many(first: int) -> None:
 
 
 def read_many(done: Any, found: Any) -> None:
-    counts, left_out = [], []
+    counts: list[int] = []
+    left_out: list[str] = []
     while not done.is_set():
         counts.append(len(all_records("ppl", left_out)))
     found.put((counts, left_out))

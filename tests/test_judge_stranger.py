@@ -461,6 +461,8 @@ def test_a_prompt_asks_for_texts_and_for_nothing_else(program, endpoint, tmp_pat
         code, _, err = program("--base-url", endpoint.url, "--prompts", prompts)
         assert code == 2
         assert "'prompt_template'" in error_line(err)
+    prompts.write_text((json.dumps({"name": "n", "system_prompt": "", "prompt_template": "{answer}"}) + "\n") * 2)
+    assert "has 'n' twice" in error_line(program("--base-url", endpoint.url, "--prompts", prompts)[2])
     assert endpoint.requests == []
 
 

@@ -87,7 +87,8 @@ def test_other_bits_groups_methods_prefixes_caches_and_files_have_no_place(recor
 
 @pytest.mark.parametrize(("changed", "judged", "named"), [
     ({"questions": "sample"}, {}, "questions"), ({"max_new_tokens": 128}, {}, "tokens of a turn"),
-    ({}, {"judge": "other"}, "judge"), ({"model": "vicuna-v1.5-33b"}, {}, "model"),
+    ({}, {"judge": "other"}, "judge"),
+    ({}, {"endpoint": "http://localhost:8000/v1"}, "judge"), ({"model": "vicuna-v1.5-33b"}, {}, "model"),
 ])  # fmt: skip
 def test_no_difference_is_taken_to_scores_that_were_made_otherwise(changed, judged, named):
     record = answers("x", "rtn-w3", **changed)

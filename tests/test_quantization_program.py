@@ -334,7 +334,7 @@ def test_out_that_holds_something_else_ends_with_two_and_stays(
         assert err.count("\n") == 1
         assert {
             "other": "already holds",
-            "file": "is a file; give a directory",
+            "file": "is there and no directory; name another",
             "tiny-llama": "is what the program reads",
         }[out] in err
     assert {file.name: file.read_bytes() for file in other.iterdir()} == before

@@ -128,6 +128,8 @@ class Endpoint:
             self._client = openai.AsyncOpenAI(
                 base_url=address, api_key="in the header", timeout=None, max_retries=0, http_client=http
             )
+            # It imports much, for which no call's time is meant.
+            self._completions = self._client.chat.completions.with_raw_response
         except (openai.OpenAIError, ValueError, TypeError, ImportError) as error:  # of variables such as https_proxy
             raise UserError(f"the connection to the judge cannot be set up ({key.shown(said_by(error))})") from None
         self._loop = asyncio.new_event_loop()
@@ -142,7 +144,7 @@ class Endpoint:
 
         try:
             async with asyncio.timeout(self.timeout):
-                raw = await self._client.chat.completions.with_raw_response.create(**request)
+                raw = await self._completions.create(**request)
             response = raw.http_response
         except TimeoutError:
             raise NoAnswer(f"no answer within {self.timeout:g} s") from None

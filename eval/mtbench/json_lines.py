@@ -67,12 +67,18 @@ class LineFile:
             self._write(kept)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a result; it is on the disk when this returns."""
+        """Add a result; it is on the disk when this returns. Nothing stays of one without room: the next line
+        would join it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
+        with self.path.open("ab", buffering=0) as file:
+            end, left = file.tell(), _line(row).encode()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.rows[self.lines.key(row)] = row
 
     def join(self) -> None:

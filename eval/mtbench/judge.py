@@ -101,10 +101,14 @@ class Materials:
 
 def read_materials(questions: Sequence[Any], prompts: Path, references: Path | None) -> Materials:
     """Read the judge's prompts and the reference answers. Raises UserError for damaged files."""
-    rows = {row["name"]: row for row in read_lines(prompts, "the file of judge prompts", PromptLine)}
+    named: dict[str, dict[str, Any]] = {}
+    for row in read_lines(prompts, "the file of judge prompts", PromptLine):
+        if row["name"] in named:
+            raise UserError(f"the file of judge prompts {prompts} has {row['name']!r} twice; mend the file")
+        named[row["name"]] = row
     return Materials(
         {question.id: question for question in questions},
-        rows,
+        named,
         {} if references is None else read_answers(references),
     )
 

@@ -74,11 +74,14 @@ def add(commands: Any) -> None:
     group.add_argument(
         # Its reader never shows what may be a password; nor does that of the next.
         "--base-url",
+        type=values.name,
         default=OPENAI,
         metavar="URL",
         help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
-    group.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
+    group.add_argument(
+        "--key-variable", type=values.name, default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key"
+    )
     group.add_argument(
         "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
     )

@@ -1,7 +1,7 @@
 """python -m eval table: finished runs as a table, the paper's tables with ours beside them."""
 
 import argparse
-from pathlib import Path
+import logging
 from typing import Any
 
 from corpora import values
@@ -11,6 +11,8 @@ from corpora.targets import MARK, check_written
 __all__ = ["add", "add_filters", "chosen_rows", "run"]
 
 SIGNED = {"markdown": f"\n<!-- {MARK} -->\n", "csv": "", "latex": f"% {MARK}\n"}  # in a file that is written
+log = logging.getLogger(__name__)
+
 WHICH = ("1", "2", "3", "4", "5", "tasks")
 
 
@@ -98,8 +100,8 @@ def _words(filters: dict[str, Any]) -> str:
     return " ".join(f"--{key} {value}" for key, value in filters.items())
 
 
-def _chosen(kind: str, options: argparse.Namespace, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
-    """Records of a kind (ppl, tasks) that the filters leave. left_out: gets the files that could not be read.
+def _chosen(kind: str, options: argparse.Namespace, left_out: list[str]) -> list[dict[str, Any]]:
+    """Records of a kind (ppl, tasks) that the filters leave. left_out: gets a line for every one that cannot be read.
 
     Raises UserError for a filter of another kind of run.
     """
@@ -120,7 +122,7 @@ def _chosen(kind: str, options: argparse.Namespace, left_out: list[Path] | None 
     ]
 
 
-def _some(kind: str, options: argparse.Namespace, left_out: list[Path] | None = None) -> list[dict[str, Any]]:
+def _some(kind: str, options: argparse.Namespace, left_out: list[str]) -> list[dict[str, Any]]:
     """The same. Raises UserError if there are none."""
     from corpora.paths import outputs_dir
 
@@ -128,6 +130,8 @@ def _some(kind: str, options: argparse.Namespace, left_out: list[Path] | None = 
     if not records:
         asked = " ".join([*(f"--model {model}" for model in _models(options)), _words(_filters(options))]).strip()
         fits = f" that fits {asked}" if asked else ""
+        if left_out:
+            fits += f" that can be read ({len(left_out)} {left_out[0]})"
         raise UserError(
             f"{outputs_dir() / 'runs'} holds no finished run{fits}; run `python -m eval {kind}` first"
             + (", or leave a filter out" if asked else "")
@@ -135,11 +139,24 @@ def _some(kind: str, options: argparse.Namespace, left_out: list[Path] | None = 
     return records
 
 
-def chosen_rows(options: argparse.Namespace, over_seeds: bool = False, left_out: list[Path] | None = None) -> list[Any]:
+def chosen_rows(options: argparse.Namespace) -> list[Any]:
     """The finished perplexities that the filters leave. Raises UserError if there are none."""
+    left_out: list[str] = []
+    rows = _rows(options, left_out)
+    _tell(left_out)
+    return rows
+
+
+def _rows(options: argparse.Namespace, left_out: list[str], over_seeds: bool = False) -> list[Any]:
     from eval.tables.perplexities import perplexity_rows
 
     return perplexity_rows(_some("ppl", options, left_out), over_seeds)
+
+
+def _tell(left_out: list[str]) -> None:
+    """Name on stderr what could not be read."""
+    for line in left_out:
+        log.warning(line)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -165,19 +182,20 @@ def run(options: argparse.Namespace) -> None:
 
 def _table(options: argparse.Namespace) -> str:
     """The table as text, with the number of records that it could not read."""
-    left_out: list[Path] = []
+    left_out: list[str] = []
     text = _without_count(options, left_out)
+    _tell(left_out)
     if not left_out or options.format == "csv":  # stderr names them in any case
         return text
     count = f"{len(left_out)} run record{'s' if len(left_out) > 1 else ''}"
     return f"{text}\n{'%' if options.format == 'latex' else '-'} left out: {count} that could not be read\n"
 
 
-def _without_count(options: argparse.Namespace, left_out: list[Path]) -> str:
+def _without_count(options: argparse.Namespace, left_out: list[str]) -> str:
     from eval.tables import perplexities, render, tasks
 
     if options.which is None:
-        rows = chosen_rows(options, options.over_seeds, left_out)
+        rows = _rows(options, left_out, options.over_seeds)
         return perplexities.render(rows, options.format, options.costs)
     if options.which == "tasks":
         found = tasks.task_tables(_some("tasks", options, left_out), options.over_seeds)

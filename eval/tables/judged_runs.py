@@ -45,11 +45,13 @@ def judged_columns(table: PublishedTable, records: Iterable[dict[str, Any]]) -> 
                 "questions": s["questions_sha256"], "template": s["template"], "count": run["samples"],
                 **{part: how[part] for part in ("prompts_sha256", "references_sha256", "max_tokens")},
             })  # fmt: skip
+            # A name at another address than OpenAI's is another judge.
+            judge = f"{how['judge']} at {how['endpoint']}" if "endpoint" in how else how["judge"]
             setting = (
-                f"graded by {how['judge']}, {run['samples']} questions of {s['questions']}, at most "
+                f"graded by {judge}, {run['samples']} questions of {s['questions']}, at most "
                 f"{s['max_new_tokens']} tokens a turn, {s['dtype']} on {s['device']}"
             )
-            shared = (setting, paper_name(s["model"]), s["made_of"]["source"], text, how["judge"])
+            shared = (setting, paper_name(s["model"]), s["made_of"]["source"], text, judge)
             variants = found.setdefault(shared, {}).setdefault((method, group), {})
             variant = variants.setdefault(identity(s["made_of"]), Variant(s, {s["questions"]: run["samples"]}))
             unscored = sum(grades["unscored"].values())

@@ -5,15 +5,12 @@ held-out loss, its curve (FILE's stem + .curve.jsonl), and, until they end, the 
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError
-from quantization.programs.options import add_plan_options, check_out, plan_of
+from quantization.programs.options import add_plan_options, plan_of
+from quantization.programs.training_files import check_training_out, keep, state_file, training_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,80 +34,6 @@ from the discrete prefix and is returned only if it is better on held-out text. 
 program takes it as --prefix FILE. A killed run goes on where it stopped.
 """
 RUN_OF_TOKENS = 32  # that two pieces share if they overlap in the text
-
-
-@contextmanager
-def _training(what: str, steps: int, out: Path) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A progress bar that shows every row of a history: the newest training and held-out loss. It begins with the first
-    row, so that a state that is refused is all that is said.
-
-    Raises UserError if another process trains the prefix of the same file: it writes the same state.
-    """
-    from tqdm import tqdm
-
-    from corpora.writing import locked
-
-    shown: dict[str, Any] = {}
-    bars: list[tqdm[Any]] = []
-
-    def report(row: dict[str, float]) -> None:
-        if not bars:
-            bars.append(tqdm(total=steps, desc=what, unit="step"))
-        bars[0].update(int(row["step"]) - bars[0].n)
-        shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
-        bars[0].set_postfix(shown)
-
-    try:
-        with locked(_state(out), wait=False):
-            yield report
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another process is training it; wait for that one, or name another") from None
-    finally:
-        for bar in bars:
-            bar.close()
-
-
-def _state(out: Path) -> Path:
-    return out.with_suffix(".state.safetensors")
-
-
-def _check_state(out: Path) -> None:
-    """Refuse a damaged state of the training behind a prefix file before the work. Raises UserError."""
-    from intactkv.training import read_state
-
-    read_state(_state(out))
-
-
-def _curve(out: Path) -> Path:
-    return out.with_suffix(".curve.jsonl")
-
-
-def _embeddings(out: Path) -> Path:
-    return out.with_suffix(".embeddings.safetensors")
-
-
-def _keep(
-    out: Path,
-    prefix: "Prefix",
-    history: list[dict[str, float]],
-    made_of: dict[str, Any],
-    embeddings: "Tensor | None" = None,
-) -> Path:
-    """Write what a training leaves, the prefix first: what lies beside belongs to it. Then drop the training's state.
-    Returns the curve's file."""
-    from dataclasses import replace
-
-    from corpora.storage import write_artefact
-    from corpora.writing import write_beside
-
-    replace(prefix, calibrated=made_of).save(out)
-    if embeddings is not None:
-        write_artefact(_embeddings(out), "embeddings", made_of, {"embeddings": embeddings})
-    curve = _curve(out)
-    with write_beside(curve) as beside:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-    _state(out).unlink(missing_ok=True)
-    return curve
 
 
 # Keys and values ------------------------------------------------------------------------------------------------------
@@ -164,8 +87,7 @@ def add_calibrate_options(command: argparse.ArgumentParser) -> None:
 def calibrate_prefix(options: argparse.Namespace) -> None:
     """Train; write FILE (the best state) and FILE's stem + .curve.jsonl; drop the state of the run; print what the
     training changed on held-out conversations, and what it took."""
-    check_out(options, "prefix", _curve(options.out))
-    _check_state(options.out)
+    check_training_out(options)
     plan = plan_of(options, needs_prefix="calibrate trains an intact prefix")
 
     from dataclasses import asdict
@@ -207,9 +129,9 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     if model.prefix is None:
         raise AssertionError("a plan with a prefix that is not vanilla attaches it")
     twin, untrained = plan.twin(), model.prefix
-    with _training("calibrating", training.steps, options.out) as report:
+    with training_bar("calibrating", training.steps, options.out) as report:
         outcome = calibrate(
-            model.model, twin, untrained, train, unseen, training, kv=model.kv, state=_state(options.out),
+            model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state_file(options.out),
             models=plan.describe(), report=report,
         )  # fmt: skip
     memory = round(peak_memory_mb(plan.device.type), 1)
@@ -229,7 +151,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
         "held_out": losses,
     }  # fmt: skip
     outcome.history[-1]["peak_memory_mb"] = memory
-    curve = _keep(options.out, outcome.best, outcome.history, made_of)
+    curve = keep(options.out, outcome.best, outcome.history, made_of)
     label = plan.choice.label
     names = {
         "vanilla": "vanilla",
@@ -311,8 +233,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
 
 def train_prefix_file(options: argparse.Namespace) -> None:
     """Train, then write FILE, FILE's stem + .curve.jsonl and .embeddings.safetensors, and drop the state of the run."""
-    check_out(options, "prefix", _curve(options.out), _embeddings(options.out))
-    _check_state(options.out)
+    check_training_out(options, embeddings=True)
 
     from dataclasses import asdict, replace
 
@@ -343,7 +264,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
     model = plan.twin()
     architecture = architecture_of(model.config)
     steps = -(-training.epochs * len(texts) // training.batch)
-    with _training("training the prefix", steps, options.out) as report:
+    with training_bar("training the prefix", steps, options.out) as report:
         outcome = train_prefix(
             model,
             plan.choice.ids,
@@ -352,7 +273,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
             held_out,
             training,
             attention=architecture.attention,
-            state=_state(options.out),
+            state=state_file(options.out),
             report=report,
         )
     ratios = [
@@ -368,7 +289,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
         "held_out": {"discrete": asdict(outcome.discrete), "kept": asdict(outcome.kept)},
         "largest_ratio": dict(zip(("none", "discrete", "kept"), ratios, strict=True)),
     }
-    curve = _keep(options.out, outcome.prefix, outcome.history, made_of, outcome.embeddings)
+    curve = keep(options.out, outcome.prefix, outcome.history, made_of, outcome.embeddings)
     print(_table(plan, outcome, ratios))
     print(f"peak memory {peak_memory_mb(plan.device.type):.0f} MB\n{options.out}  {curve}")
 

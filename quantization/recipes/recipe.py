@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from corpora import values
 from corpora.errors import UserError
-from corpora.files import sha256_of_file
+from corpora.files import plain_file, sha256_of_file
 from intactkv.cache import KVPolicy
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
@@ -140,7 +140,7 @@ class Recipe:
         if self.kv_calibrates or ((self.tuning is not None or self.trains_rounded) and self.kv_cache is not None):
             made_of["kv_cache"] = describe(self.kv_cache)
         if self.weights is not None and self.weights.files:
-            made_of["files"] = [sha256_of_file(file) for file in self.weights.files]
+            made_of["files"] = [sha256_of_file(plain_file(file)) for file in self.weights.files]
         if self.calibrates:
             made_of["calibration"] = describe(self.calibration)
             made_of["calibrate_behind_prefix"] = self.calibrate_behind_prefix

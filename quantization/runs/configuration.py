@@ -1,22 +1,21 @@
 """What a model directory says of itself, at one boundary: its config, generation config, tokenizer files.
 
 transformers checks some types and takes any value of them. What the project or a model of the architecture table relies
-on has a form here; what is left, transformers refuses while it builds (`built`).
+on has a form here; what is left, transformers refuses while it builds (`corpora.errors.built`).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from corpora.errors import UserError, said_by
+from corpora.errors import UserError
 from corpora.json_files import Hash, fitted, read_json
 from intactkv.architecture import ARCHITECTURES
 
-__all__ = ["CONFIG", "GENERATION", "MEND", "built", "config_of", "generation_config_of", "tokenizer_config_of"]
+__all__ = ["CONFIG", "GENERATION", "MEND", "config_of", "generation_config_of", "tokenizer_config_of"]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MEND = "mend it, or fetch the checkpoint again"
@@ -216,19 +215,3 @@ def refuse_code(content: Mapping[str, Any], file: Path) -> None:
                     f"{file} asks for code of a repository ({entry}: {str(value)[:80]}), which is never run here; take "
                     f"{entry} out"
                 )
-
-
-@contextmanager
-def built(what: str, way_out: str) -> Iterator[None]:
-    """Around a library's own constructor, and nothing of ours: whatever it raises is said in one line.
-
-    Also a panic of a library in Rust, which is no Exception.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None

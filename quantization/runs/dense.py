@@ -16,12 +16,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from corpora.errors import UserError
+from corpora.errors import UserError, built
 from corpora.storage import is_finite, open_tensors, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
-from quantization.runs.configuration import CONFIG, GENERATION, MEND, built, config_of, generation_config_of
+from quantization.runs.configuration import CONFIG, GENERATION, MEND, config_of, generation_config_of
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "read_config",

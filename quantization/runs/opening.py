@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from corpora.errors import UserError
+from corpora.errors import UserError, built
 from corpora.storage import open_tensors
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.model.blocks import DecoderBlock
 from quantization.model.placement import memory_of_each, spread
 from quantization.model.rescale import rescale_all
 from quantization.runs.checkpoint import block_file, is_quantized, load_quantized, read_block, read_manifest
-from quantization.runs.configuration import built, config_of, tokenizer_config_of
+from quantization.runs.configuration import config_of, tokenizer_config_of
 from quantization.runs.dense import (
     DenseCheckpoint,
     check_dtype,

@@ -137,7 +137,12 @@ def quantize_checkpoint(
         drop_changed(partial, blocks)
         done = sum(block.is_file() for block in blocks)
         started = time.perf_counter()
-        _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
+        try:
+            _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
+        except UserError:
+            if not any(block.is_file() for block in blocks):  # there is nothing to go on with
+                shutil.rmtree(partial)
+            raise
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
         files = sorted([*partial.glob("*.safetensors"), partial / MANIFEST, partial / CONFIG])

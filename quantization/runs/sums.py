@@ -122,6 +122,8 @@ def add_sum(file: Path) -> None:
 def drop_changed(directory: Path, files: Iterable[Path]) -> None:
     """Remove those of a half-finished checkpoint's files that have no sum or another one: they are made again."""
     sums = known_sums(directory)
+    if not sums:
+        (directory / CHECKSUMS).unlink(missing_ok=True)  # whatever stands there
     for file in files:
         if file.is_file() and sums.get(file.name) != sum_of(file):
             why = "has changed since it was written" if file.name in sums else "has no sum"

@@ -6,7 +6,6 @@ order in which they are applied. Read with the safe loader only, and compared wi
 shape before any work.
 """
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corpora.errors import UserError
+from corpora.errors import UserError, built
+from corpora.files import plain_file
 from corpora.writing import write_beside
 from quantization.grids.uniform import UniformGrid
 from quantization.model.blocks import DecoderBlock
@@ -53,7 +53,7 @@ def read_zoo(
             f"recipe has {grid.bits} bits in groups of {grid.group_size}; --set weights.grid.bits={stated['bits']} "
             f"--set weights.grid.group_size={stated['group_size']}, or give the file of that grid"
         )
-    scales, clips = _load(path, path.stat().st_mtime_ns)
+    scales, clips = _load(plain_file(path), path.stat().st_mtime_ns)
     own = f"{block.name}."
     blocks = tuple(f"{block.architecture.block_name(i)}." for i in range(block.config.num_hidden_layers))
     names = [name for producer, consumers, _ in scales for name in (producer, *consumers)]
@@ -103,13 +103,9 @@ def _load(path: Path, modified: int) -> tuple[list[ScaleEntry], list[ClipEntry]]
 
     Raises UserError if it is no zoo file.
     """
-    try:
+    what = f"{path} is no whole file of tensors that torch.save wrote, or holds code, which is not read"
+    with built(what, "give a .pt of the AWQ model zoo, or fetch it again"):
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
-        raise UserError(
-            f"{path} is no whole file of tensors that torch.save wrote, or holds code, which is not read; give a .pt "
-            "of the AWQ model zoo, or fetch it again"
-        ) from None
     try:
         scales = [
             (str(producer), tuple(map(str, consumers)), _floats(s)) for producer, consumers, s in content["scale"]

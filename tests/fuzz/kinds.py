@@ -107,6 +107,8 @@ MODEL_PROGRAMS = (
 )  # fmt: skip
 # Values are read block by block; what is finished then stays, and the next run goes on from it.
 RESUMED = r"\.partial(/|$)"
+# One line for every judgement; that of another text is another one.
+JUDGED = r"^outputs/mt_bench/model_judgment/"
 QUANTIZED_PROGRAMS = (
     ppl("--model", "q"),
     ppl("--model", "q", "--prefix", "bos", "--packed", name="ppl-bos-packed"),
@@ -118,7 +120,8 @@ PREFIX = (*RTN, "--prefix")
 
 
 def _turns(path: Path) -> Any:
-    return [json.loads(line)["choices"] for line in path.read_text().splitlines()]
+    """The answers of a file; --json prints how they were made."""
+    return [json.loads(line)["choices"][0]["turns"] for line in path.read_text().splitlines()]
 
 
 def _named(path_parts: int = 1) -> Callable[[Outcome, Path], bool]:
@@ -210,21 +213,21 @@ KINDS = {
         Kind("questions", worlds.mtbench, ("questions.jsonl",), (
             Program("mtbench", (*ANSWER, "a.jsonl"), lambda outcome, world: _turns(world / "a.jsonl")),
             Program("judge", (*JUDGE, "given.jsonl"), record),
-        )),
+        ), rewritten=JUDGED),
         Kind("answers", worlds.mtbench, ("given.jsonl", "given.run.json"), (
             Program("judge", (*JUDGE, "given.jsonl"), record),
             Program("mtbench", (*ANSWER, "given.jsonl"), lambda outcome, world: _turns(world / "given.jsonl")),
-        ), rewritten=r"^given"),
+        ), rewritten=rf"^given|{JUDGED}"),
         Kind("prompts", worlds.mtbench, ("prompts.jsonl", "references.jsonl"), (
             Program("judge", (*JUDGE, "given.jsonl"), record),
-        ), rewritten=r"^outputs/mt_bench/model_judgment/"),
+        ), rewritten=JUDGED),
         Kind("judgements", worlds.mtbench, ("outputs/mt_bench/model_judgment/*",), (
             Program("judge", (*JUDGE, "given.jsonl"), record),
-        ), rewritten=r"^outputs/mt_bench/model_judgment/"),
+        ), rewritten=JUDGED),
         Kind("awq_zoo", worlds.zoo, ("zoo.pt",), (
             Program("quantize", ("quantization", "--model", MODEL, "--recipe", "awq-w3", "--group-size", "32", "--set",
                                  "weights.file=zoo.pt", "--out", "q"), tensors_of("q/*.safetensors")),
-        )),
+        ), rewritten=RESUMED),
         Kind("export", worlds.exported, ("x/*.json", "x/*.safetensors"), (
             ppl("--model", "x"),
         )),
