@@ -121,6 +121,9 @@ def write_adapter(prefix: Prefix, directory: str | Path, base_model: str | Path 
         name=directory.name,
         file=PREFIX_FILE,
     )
+    trained = (prefix.calibrated or {}).get("for")
+    if trained is not None:
+        text += f"\nKeys and values were trained for the weights {trained['weights']}; others read them less well.\n"
     with directory_beside(directory) as partial:
         write_tensors(partial / WEIGHTS, {MATRIX: _rows(prefix)}, {"format": "pt"})
         prefix.save(partial / PREFIX_FILE)

@@ -16,6 +16,8 @@ from common import ROOT
 from matplotlib import pyplot as plt
 
 from corpora.sharegpt import VICUNA_PROMPT
+from corpora.storage import write_artefact
+from corpora.writing import locked
 from intactkv.prefix import Prefix
 
 PARAGRAPH = "A paragraph about {} says one thing, then the other one, and so on. " * 4
@@ -144,6 +146,37 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(program, model, intact
         for name in ("whole", "killed")
     ]  # fmt: skip
     assert curves[0] == curves[1]
+    assert whole.read_bytes() == killed.read_bytes()
+    kinds = ("safetensors", "curve.jsonl")  # and no state, no lock and nothing hidden
+    left = {path.name for path in intactkv_root.iterdir() if path.is_file()}
+    assert left == {f"{name}.{kind}" for name in ("whole", "killed") for kind in kinds}
+
+
+def test_two_that_train_the_same_file_are_told_of_each_other(program, model, intactkv_root):
+    out = intactkv_root / "cal.safetensors"
+    call = ("calibrate", *recipe(model), *SMALL, "--out", out)
+    with locked(out.with_suffix(".state.safetensors")):
+        code, _, errors = program("intactkv", *call)
+    assert code == 2
+    assert f"--out {out}: another process is training it; wait for that one, or name another" in errors
+    assert not out.exists()
+    assert program("intactkv", *call)[0] == 0
+    assert {path.name for path in intactkv_root.iterdir() if path.is_file()} == {"cal.safetensors", "cal.curve.jsonl"}
+
+
+def test_a_state_that_changed_is_refused_before_anything_is_made(program, model, intactkv_root):
+    out = intactkv_root / "cal.safetensors"
+    write_artefact(state := intactkv_root / "cal.state.safetensors", "run", {"step": 1}, {"a": torch.ones(3)})
+    content = state.read_bytes()
+    before = sorted(intactkv_root.rglob("*"))
+    for damage in (content, content[:-1] + b"\x00", content[:40]):  # no state's header, another value, truncated
+        state.write_bytes(damage)
+        code, _, errors = program("intactkv", "calibrate", *recipe(model), *SMALL, "--out", out)
+        assert (code, errors.count("\n")) == (2, 1), errors
+        assert errors.startswith("error: ")
+        assert f"{state}" in errors
+        assert errors.endswith("delete it to train from the start\n")
+        assert sorted(intactkv_root.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("changes", "named"), [

@@ -252,7 +252,7 @@ def test_a_file_that_is_no_prefix_is_refused(llama, tmp_path):
         weights: "another kind",
         bare: "another kind",
         garbled: "not readable JSON",
-        listed: "not a",
+        listed: "damaged",
     }
     for path, words in said.items():
         with pytest.raises(UserError, match=rf"prefix file {path} is {words}.*python -m intactkv build"):

@@ -229,6 +229,10 @@ def test_a_kept_prefix_that_is_not_what_its_name_says_is_built_again(
         if what == "a dtype":
             made = replace(made, keys=tuple(map(half, made.keys)), values=tuple(map(half, made.values)))
         replace(made, calibrated={"steps": 1} if what == "trained" else None).save(file)
+    if what == "a folder":
+        with pytest.raises(UserError, match=r"the kept prefix .* is a directory, not a plain file"):
+            prefix()
+        return
     again = prefix()
     assert "the prefix [B] is built again" in caplog.text
     assert again.ids.tolist() == [BOS]

@@ -298,3 +298,5 @@ def test_a_prefix_that_was_trained_behind_another_kv_policy_is_told(
         if prefix == file:
             code, _, err = call("export", "--model", model, "--prefix", file)
             assert code == 0, err
+            told = (intactkv_root / "adapter" / "README.md").read_text()
+            assert "trained for the weights fp16" in told

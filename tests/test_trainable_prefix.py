@@ -239,7 +239,7 @@ def test_a_trained_prefix_belongs_to_every_quantized_form_of_the_model(tiny_mode
 
 def test_what_cannot_be_trained_is_refused(tiny_model, tmp_path):
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="--prefix-len: 0 is not allowed"):
+    with pytest.raises(UserError, match="prefix training length is 0; give 1"):
         PrefixTraining(length=0)
     with pytest.raises(UserError, match="learning_rate is 0"):
         PrefixTraining(learning_rate=0)

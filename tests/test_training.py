@@ -12,7 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from corpora.conversations import conversations
 from corpora.errors import UserError
+from intactkv.calibrate import Training
+from intactkv.trainable import PrefixTraining
 from intactkv.training import (
     Descent,
     Group,
@@ -25,6 +28,7 @@ from intactkv.training import (
     spread,
     train,
 )
+from quantization.programs.train import held_out_pieces
 
 TARGETS = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
@@ -212,3 +216,36 @@ def test_a_state_that_no_run_wrote_is_refused(what: str, tmp_path: Path) -> None
     damaged(state := tmp_path / "state.safetensors", change, summed=False)
     with pytest.raises(UserError, match=f"{words}.*delete it to train from the start"):
         descended(state)
+
+
+# What no training is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Training, PrefixTraining])
+def test_numbers_that_no_training_has_are_refused_where_they_are_given(kind: type) -> None:
+    kind(seed=-1, batch=1)
+    bad: list[tuple[str, Any]] = [
+        ("batch", 0), ("batch", -3), ("batch", 10**22), ("seed", 10**22), ("seed", -(10**22)), ("learning_rate", 0.0),
+        ("learning_rate", -1.0), ("learning_rate", math.nan), ("learning_rate", math.inf),
+    ]  # fmt: skip
+    bad += [("steps", 0), ("steps", 10**22), ("evaluate_every", -1)] if kind is Training else [
+        ("length", 0), ("epochs", -1), ("epochs", 10**22), ("kd_weight", math.inf), ("kd_weight", -1.0)
+    ]  # fmt: skip
+    for name, value in bad:
+        with pytest.raises(UserError, match=rf"training {name} is .*; give"):
+            kind(**{name: value})
+
+
+def test_negative_counts_of_samples_are_refused_by_the_library() -> None:
+    for count, held_out in ((-4, 1), (4, -1), (-4, -5)):
+        with pytest.raises(UserError, match="nothing to learn from"):
+            split_samples(count, held_out, "x")
+    counts = {"max_length": 9, "min_assistant": 1, "seed": 1}
+    with pytest.raises(UserError, match="conversations: samples is -3; give 0 or more"):
+        conversations(None, "sample", samples=-3, held_out=1, **counts)
+    with pytest.raises(UserError, match="conversations: held_out is -1"):
+        conversations(None, "sharegpt", samples=3, held_out=-1, **counts)
+    pieces = torch.arange(20).view(2, 10)
+    for count in (0, -1):
+        with pytest.raises(UserError, match=f"{count} pieces to hold out; give 1 or more"):
+            held_out_pieces(pieces, pieces + 100, count)

@@ -129,7 +129,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
     if model.prefix is None:
         raise AssertionError("a plan with a prefix that is not vanilla attaches it")
     twin, untrained = plan.twin(), model.prefix
-    with training_bar("calibrating", training.steps) as report:
+    with training_bar("calibrating", training.steps, options.out) as report:
         outcome = calibrate(
             model.model, twin, untrained, train, unseen, training, kv=model.kv, state=state_file(options.out),
             models=plan.describe(), report=report,
@@ -264,7 +264,7 @@ def train_prefix_file(options: argparse.Namespace) -> None:
     model = plan.twin()
     architecture = architecture_of(model.config)
     steps = -(-training.epochs * len(texts) // training.batch)
-    with training_bar("training the prefix", steps) as report:
+    with training_bar("training the prefix", steps, options.out) as report:
         outcome = train_prefix(
             model,
             plan.choice.ids,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpora.errors import UserError
 from corpora.targets import check_target
 from quantization.programs.options import check_out
 
@@ -22,10 +23,15 @@ __all__ = ["check_training_out", "keep", "state_file", "training_bar"]
 
 
 @contextmanager
-def training_bar(what: str, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
+def training_bar(what: str, steps: int, out: Path) -> Iterator[Callable[[dict[str, float]], None]]:
     """A progress bar that shows every row of a history: the newest training and held-out loss. It begins with the first
-    row, so that a state that is refused is all that is said."""
+    row, so that a state that is refused is all that is said.
+
+    Raises UserError if another process trains the prefix of the same file: it writes the same state.
+    """
     from tqdm import tqdm
+
+    from corpora.writing import locked
 
     shown: dict[str, Any] = {}
     bars: list[tqdm[Any]] = []
@@ -38,7 +44,10 @@ def training_bar(what: str, steps: int) -> Iterator[Callable[[dict[str, float]],
         bars[0].set_postfix(shown)
 
     try:
-        yield report
+        with locked(state_file(out), wait=False):
+            yield report
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another process is training it; wait for that one, or name another") from None
     finally:
         for bar in bars:
             bar.close()

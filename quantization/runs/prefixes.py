@@ -28,6 +28,8 @@ from corpora.paths import modelzoo_dir
 from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import identity
 from corpora.text import encode, start_token_id
+from corpora.values import LONGEST_NAME
+from corpora.writing import refuse_special
 from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
 from intactkv.prefix import Prefix, build_prefix
 from quantization.runs.dense import empty_model
@@ -112,6 +114,8 @@ def choose_prefix(word: str, tokenizer: PreTrainedTokenizerBase, model_name: str
 
 def _looks_like_a_path(word: str) -> bool:
     """Whether nobody means it as a text: the name of something that is there, or written as one."""
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in word.split(os.sep)):
+        return False
     there = os.path.lexists(word) or (os.sep in word and os.path.isdir(os.path.dirname(word) or os.sep))
     return there or LIKE_A_PATH.fullmatch(word) is not None
 
@@ -190,7 +194,9 @@ def stored_prefix(
                 return prefix, False
             raise UserError(f"prefix file {path} holds another prefix than its name says")
         except UserError as error:
+            refuse_special(path, "the kept prefix")
             log.warning("the prefix %s is built again: %s", choice.label, error)
+    refuse_special(path, "the kept prefix")  # now, and not where it is kept
     return build_prefix(twin(), choice.ids), True
 
 
