@@ -24,7 +24,7 @@ from fuzz.worlds import MODEL
 
 from corpora.errors import UserError
 
-CALLS, OPTIONS, SEED = 4, 60, 14
+CALLS, OPTIONS, SEED = 3, 40, 14
 WORLDS = sorted({kind.world for kind in KINDS.values()})
 
 

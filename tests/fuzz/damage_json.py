@@ -96,7 +96,7 @@ def retyped(values: list[Any], rng: random.Random) -> tuple[str, str, bool]:
     short = raw if len(raw) < 40 else f"{raw[:3]}… ({len(raw)} characters)"
     whole = isinstance(old, int) and isinstance(new, float) and not float(new).is_integer()
     # null often stands for "none", a token or a template for example.
-    return raw, f"{shown(place)} = {short}", wild or whole or (new is not None and kind_of(new) != kind_of(old))
+    return raw, f"{shown(place)} = {short}", wild or whole or (None not in (old, new) and kind_of(new) != kind_of(old))
 
 
 def json_retype(path: Path, rng: random.Random, others: list[Path]) -> tuple[str, bool]:
