@@ -17,13 +17,14 @@ from typing import NoReturn, TypeVar
 from corpora.errors import UserError
 
 __all__ = ["LARGEST_SEED", "MANY", "count", "device", "finite", "from_environment", "group_size", "limit", "name",
-           "number", "path", "real", "seed", "shown", "size", "text", "whole"]  # fmt: skip
+           "number", "path", "real", "seed", "shown", "size", "text", "unshown", "whole"]  # fmt: skip
 
 Value = TypeVar("Value")
 
 MANY = 1_000_000  # the largest count: of tokens, pieces, steps, calls
-LARGEST_SEED = 2**63 - 1  # torch's generators take no more; Python's and NumPy's take any
+LARGEST_SEED = 2**63 - 1  # kept to 63 bits: torch takes 64, also after the epochs are added
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
+NAME = f"a name: not empty, without line ends and other control characters, up to {LONGEST_PATH} bytes"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -82,7 +83,7 @@ def limit(word: str) -> str:
 
 def real(word: str, allowed: str = "a number") -> float:
     """A number as it is written, infinity (`inf`) too; never NaN."""
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf", word[:400]):
+    if len(word) > 400 or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf", word):
         _refuse(word, allowed)
     value = float(word)
     # What is too large for a float is not what was meant.
@@ -129,9 +130,18 @@ def text(word: str) -> str:
 
 def name(word: str) -> str:
     """The name of a thing, or the path to it: not empty, in one line, as short as a path."""
-    if not word.strip() or CONTROL.search(word) or len(os.fsencode(word)) > LONGEST_PATH:
-        _refuse(word, f"a name: not empty, without line ends and other control characters, up to {LONGEST_PATH} bytes")
+    return word if _is_name(word) else _refuse(word, NAME)
+
+
+def unshown(word: str) -> str:
+    """A name that may hold a password or a key: the message does not show it."""
+    if not _is_name(word):
+        raise argparse.ArgumentTypeError(f"the value, which is not shown, is not allowed; give {NAME}")
     return word
+
+
+def _is_name(word: str) -> bool:
+    return bool(word.strip()) and not CONTROL.search(word) and len(os.fsencode(word)) <= LONGEST_PATH
 
 
 def path(word: str) -> Path:

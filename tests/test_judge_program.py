@@ -17,11 +17,11 @@ from common import ROOT
 from endpoint import Answer, Endpoint, error, grade, serving
 from families import plain_logits
 
+from corpora.json_lines import read_lines
 from eval.__main__ import main
 from eval.mtbench.answers import question_file, read_questions
-from eval.mtbench.json_lines import read_lines
-from eval.mtbench.judge import rating
 from eval.mtbench.judge_client import local_judge
+from eval.mtbench.verdicts import rating
 from quantization.runs.opening import load_tokenizer
 
 

@@ -35,8 +35,8 @@ SECONDS = 10  # a call that takes a twentieth of a second when all is well
 FAULTS = ("traceback", "hang", "silent", "exit code", "lines", "control", "leftover", "changed")
 BAR = re.compile(r"(?!error:).*(\d%\||\[\d\d:\d\d[<,])")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# What any call may leave: the folders of outputs/, and tokens that were cached.
-ALLOWED = re.compile(r"^outputs(/runs|/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
+# What any call may leave: tokens that were cached.
+ALLOWED = re.compile(r"^outputs(/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
 
 
 class Hang(BaseException):
