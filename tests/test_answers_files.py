@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, write_questions
+from common import error_line
 
 from corpora.errors import UserError
 from corpora.json_lines import read_lines
@@ -41,12 +42,6 @@ def program(run_main, model, questions):
 def line(number: int, text: str = "a", **more: Any) -> dict[str, Any]:
     return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}], "tokens": [1, 1],
             "stopped": ["end", "end"], **more}  # fmt: skip
-
-
-def error_line(err: str) -> str:
-    (found,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in err
-    return found
 
 
 # what is anothers -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from common import error_line
 from endpoint import Endpoint, error, grade, serving
 
 from corpora.errors import UserError
@@ -330,12 +331,6 @@ def program(monkeypatch, run_main, answers):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     common = ("--answers", answers, "--judge-model", "org/judge-1", "--retries", 0, "--timeout", 5)
     return partial(run_main, main, "judge", *common)
-
-
-def error_line(err: str) -> str:
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in err
-    return line
 
 
 def judgements(root: Path) -> Path:
