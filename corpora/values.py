@@ -24,7 +24,6 @@ Value = TypeVar("Value")
 MANY = 1_000_000  # the largest count: of tokens, pieces, steps, calls
 LARGEST_SEED = 2**63 - 1  # kept to 63 bits: torch takes 64, also after the epochs are added
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
-NAME = f"a name: not empty, without line ends and other control characters, up to {LONGEST_PATH} bytes"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -130,18 +129,19 @@ def text(word: str) -> str:
 
 def name(word: str) -> str:
     """The name of a thing, or the path to it: not empty, in one line, as short as a path."""
-    return word if _is_name(word) else _refuse(word, NAME)
-
-
-def unshown(word: str) -> str:
-    """A name that may hold a password or a key: the message does not show it."""
-    if not _is_name(word):
-        raise argparse.ArgumentTypeError(f"the value, which is not shown, is not allowed; give {NAME}")
+    if not word.strip() or CONTROL.search(word) or len(os.fsencode(word)) > LONGEST_PATH:
+        _refuse(word, f"a name: not empty, without line ends and other control characters, up to {LONGEST_PATH} bytes")
     return word
 
 
-def _is_name(word: str) -> bool:
-    return bool(word.strip()) and not CONTROL.search(word) and len(os.fsencode(word)) <= LONGEST_PATH
+def unshown(word: str) -> str:
+    """A name or an address that may hold a secret by mistake: no refusal shows it."""
+    try:
+        return name(word)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            "what was given is not allowed, and not shown: it may hold a secret; give one line that is not empty"
+        ) from None
 
 
 def path(word: str) -> Path:

@@ -79,11 +79,7 @@ def add(commands: Any) -> None:
         help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
     group.add_argument(
-        "--key-variable",
-        type=values.unshown,
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="variable that holds the key",
+        "--key-variable", type=values.unshown, default="OPENAI_API_KEY", metavar="NAME", help="of the key"
     )
     group.add_argument(
         "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
