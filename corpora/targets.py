@@ -3,13 +3,14 @@
 - A regular file or a directory, as the program says; never a device, a pipe, a socket or a link (`os.replace` would put
   a file in its place), and never what the program reads.
 - Missing parents are made; what is there of them must be a directory that can be written to.
-- A file that is there is replaced only if this project wrote it: figures and tables carry `MARK`, a CSV lies beside the
-  figure of its name or has a table's head, and everything in outputs/ is the project's. Other kinds are recognised by
-  their readers.
+- A file that is there is replaced only if this project wrote it, and as a file of the same kind: figures and tables
+  carry `MARK`, a CSV lies beside the figure of its name or has a table's head, and those in outputs/figures and
+  outputs/stats are the project's in any case. Other kinds are recognised by their readers.
 
 Only the standard library is imported here.
 """
 
+import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ __all__ = ["MARK", "check_ours", "check_target", "check_written", "inputs_of"]
 MARK = "made by IntactKV"
 TABLES = (b"protocol,model,weights,", b"table,")  # how a table of ours begins as CSV
 FIGURES = (".png", ".pdf", ".svg")
-LONGEST_NAME = 180  # bytes; the file is first written beside, under a longer name
+LONGEST_NAME = 180  # bytes; what lies beside a file (its lock, parts, figures) has a longer name than the file
 
 
 def check_target(path: Path, *, directory: bool = False, reads: Iterable[Path] = (), option: str = "--out") -> bool:
@@ -62,11 +63,11 @@ def _check_parent(path: Path, option: str) -> None:
 
 def check_ours(path: Path, option: str = "--out") -> None:
     """Refuse to replace a figure, its numbers or a table that this project did not write. Raises UserError."""
-    if not os.path.lexists(path) or path.resolve().is_relative_to(outputs_dir().resolve()):
+    if not os.path.lexists(path) or (path.suffix in (*FIGURES, ".csv") and _is_drawn(path.resolve())):
         return
     marked = [path]
     if path.suffix == ".csv":  # which has no place for a mark
-        marked = [beside for ending in FIGURES for beside in path.parent.glob(f"{_literal(path.stem)}*{ending}")]
+        marked = [beside for ending in FIGURES for beside in path.parent.glob(f"{glob.escape(path.stem)}*{ending}")]
     if not path.read_bytes().startswith(TABLES) and not any(_is_marked(file) for file in marked):
         raise UserError(
             f"{option} {path} is there and was not written by this program; remove it, or name another file"
@@ -85,9 +86,9 @@ def _is_marked(file: Path) -> bool:
     return file.is_file() and MARK.encode() in file.read_bytes()
 
 
-def _literal(name: str) -> str:
-    """A name within a pattern of `glob`."""
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
+def _is_drawn(path: Path) -> bool:
+    """Whether it lies where figures and their numbers go without --out; those of before carry no mark."""
+    return any(path.is_relative_to((outputs_dir() / name).resolve()) for name in ("figures", "stats"))
 
 
 def inputs_of(options: Iterable[object]) -> list[Path]:

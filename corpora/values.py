@@ -22,7 +22,7 @@ __all__ = ["LARGEST_SEED", "MANY", "count", "device", "finite", "from_environmen
 Value = TypeVar("Value")
 
 MANY = 1_000_000  # the largest count: of tokens, pieces, steps, calls
-LARGEST_SEED = 2**63 - 1  # torch's generators take no more; Python's and NumPy's take any
+LARGEST_SEED = 2**63 - 1  # kept to 63 bits: torch takes 64, also after the epochs are added
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on Linux
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -82,7 +82,7 @@ def limit(word: str) -> str:
 
 def real(word: str, allowed: str = "a number") -> float:
     """A number as it is written, infinity (`inf`) too; never NaN."""
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf", word[:400]):
+    if len(word) > 400 or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?|[+-]?inf", word):
         _refuse(word, allowed)
     value = float(word)
     # What is too large for a float is not what was meant.

@@ -31,6 +31,7 @@ __all__ = [
     "directory_beside",
     "drop_dead_lock",
     "locked",
+    "only_one",
     "refuse_special",
     "refuse_unwritable",
     "sweep",
@@ -73,10 +74,11 @@ def refuse_special(path: Path, what: str = "") -> None:
 
 
 def refuse_unwritable(directory: Path) -> None:
-    """Raise OSError, with the directory's name, if no small file can be written into it: before hours of work, not
-    behind them. Makes the directory."""
+    """Raise OSError, with the directory's name, if no small file can be written into it, or where it would be made:
+    before hours of work, not behind them. Nothing is made: the work may be refused."""
+    while not os.path.lexists(directory):
+        directory = directory.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(1 << 16))
     except OSError as error:
@@ -136,6 +138,18 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         if not file.closed:  # as in a child that ends within the block of its parent
             lock.unlink(missing_ok=True)  # before it is let go: who waits for this one looks again
             file.close()
+
+
+@contextmanager
+def only_one(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the right to write `path`, or raise UserError(refusal) if another process has it. What the work within meets
+    itself, a pipe or lock that would block, too, is none of that."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, wait=False))
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
 
 
 def drop_dead_lock(path: Path) -> None:

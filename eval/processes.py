@@ -74,10 +74,10 @@ class Processes:
         """This process' share of some batches."""
         return batches[self.index :: self.count]
 
-    def summed(self, values: Tensor) -> Tensor:
+    def summed(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on the CPU; each must have called it."""
         if self._state is None:
-            return values
+            return tensor
         from accelerate.utils import reduce
 
-        return reduce(values.to(self._state.device), "sum").cpu()
+        return reduce(tensor.to(self._state.device), "sum").cpu()

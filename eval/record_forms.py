@@ -13,10 +13,10 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from corpora.json_files import Count
 
-__all__ = ["HEAD", "disagreement", "form_of"]
+__all__ = ["Head", "disagreement", "form_of"]
 
 
-class HEAD(TypedDict):
+class Head(TypedDict):
     """What every record holds. sha256: of all the rest; records of before have none."""
 
     format: int

@@ -18,7 +18,7 @@ from corpora.machine import environment
 from corpora.paths import outputs_dir
 from corpora.storage import identity
 from corpora.writing import refuse_special, refuse_unwritable
-from eval.record_forms import HEAD, disagreement, form_of
+from eval.record_forms import Head, disagreement, form_of
 
 __all__ = ["all_records", "record_of"]
 
@@ -98,7 +98,7 @@ def all_records(task: str, left_out: list[str] | None = None) -> list[dict[str, 
 def _read(path: Path, task: str) -> dict[str, Any]:
     """A record, with its own path. Raises UserError for one that is damaged, changed, or of another form."""
     what = f"run record {path}"
-    record = read_json(path, "run record", HEAD, mend=MEND)
+    record = read_json(path, "run record", Head, mend=MEND)
     if record["format"] != FORMAT:
         raise UserError(f"{what} has the format {record['format']!r}, which is not read ({FORMAT} is); {MEND}")
     if record["task"] != task or not path.name.endswith(f"-{record['identity']}.json"):

@@ -179,7 +179,7 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     local device=$1 port=$2
     shift 2
     check_device "$device"
-    [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PORT '$port' is no port; give a number such as 29500"
+    [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65535 ]] || fail "PORT '$port' is no port; give 1 to 65535, such as 29500"
     [ -z "${MAX_MEMORY:-}" ] || [ "$device" = all ] || fail "MAX_MEMORY is of DEVICE all, but DEVICE is '$device'"
     case "$device" in
         cpu) python -m eval "$@" --device cpu ;;

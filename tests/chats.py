@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from corpora.json_lines import read_lines
 from eval.mtbench.answers import CATEGORIES, Question, temperature_of
-from eval.mtbench.json_lines import read_lines
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
 CONTEXT = 512

@@ -1,6 +1,8 @@
 """What many tests share beside the fixtures: places, texts, and many cases in one test."""
 
+import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -46,6 +48,30 @@ def every(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Call
         return run
 
     return decorate
+
+
+def error_line(err: str) -> str:
+    """The one line in which a program ends that could not do its work, of its stderr; fails for anything else."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err[-3000:]
+    assert "Traceback" not in err, err[-3000:]
+    return lines[0]
+
+
+def tree(top: Path, content: Callable[[Path], bytes] = Path.read_bytes) -> dict[str, str]:
+    """What lies below a directory, hidden too, by name: its kind and the hash of a file's content."""
+    found: dict[str, str] = {}
+    for path in sorted(top.rglob("*")):
+        name = str(path.relative_to(top))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        elif path.is_dir():
+            found[name] = "directory"
+        elif path.is_file() and os.access(path, os.R_OK):
+            found[name] = hashlib.sha256(content(path)).hexdigest()
+        else:
+            found[name] = f"special {path.stat().st_mode:o}"
+    return found
 
 
 def refusals(stderr: str) -> list[str]:

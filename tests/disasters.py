@@ -6,7 +6,6 @@ chosen one: SIGKILL, SIGKILL with the file half written, or an error of the disk
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -22,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does, for `python -m tests.reliability`
 
-from common import ROOT
+from common import ROOT, error_line, tree
 
-__all__ = ["Call", "Outcome", "Warm", "error_line", "kind_of", "tree"]
+__all__ = ["Call", "Outcome", "Warm", "kind_of", "lasting", "refusal"]
 
 # What another run of the same call may say otherwise: times, memory, and how often it was killed.
 VOLATILE = {"started", "environment", "tstamp", "answer_id", "answers_sha256", "blocks_found", "answered_now"}
@@ -89,13 +88,10 @@ class Warm:
         return [Outcome(**one | {"changes": [tuple(change) for change in one["changes"]]}) for one in found]
 
 
-def error_line(outcome: Outcome) -> str:
+def refusal(outcome: Outcome) -> str:
     """The one line in which a program ends that could not do its work; fails for anything else."""
-    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert outcome.status == 2, f"status {outcome.status}: {outcome.err[-3000:]}"
-    assert len(lines) == 1, outcome.err[-3000:]
-    assert "Traceback" not in outcome.err, outcome.err[-3000:]
-    return lines[0]
+    return error_line(outcome.err)
 
 
 def kind_of(change: tuple[str, str]) -> str:
@@ -123,20 +119,17 @@ def kind_of(change: tuple[str, str]) -> str:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def tree(root: Path) -> dict[str, str]:
-    """Every file and directory below a root, hidden ones too, with the hash of its content but for times."""
-    found = {}
-    for path in sorted(root.rglob("*")):
-        content = b"a directory" if path.is_dir() else path.read_bytes()
-        if path.suffix in (".json", ".jsonl") and content:
-            content = _timeless(path, content)
-        elif path.suffix == ".safetensors":
-            content = re.sub(rb'\\"[a-z_]*(seconds|memory)[a-z_]*\\": *[0-9.e-]+', b"", content)
-        found[str(path.relative_to(root))] = hashlib.sha256(content).hexdigest()[:16]
-    return found
+def lasting(root: Path) -> dict[str, str]:
+    """Every file and directory below a root, but for the times in them."""
+    return tree(root, _timeless)
 
 
-def _timeless(path: Path, content: bytes) -> bytes:
+def _timeless(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        return re.sub(rb'\\"[a-z_]*(seconds|memory)[a-z_]*\\": *[0-9.e-]+', b"", content)
+    if path.suffix not in (".json", ".jsonl") or not content:
+        return content
     lines = content.splitlines() if path.suffix == ".jsonl" else [content]
     return json.dumps([_without_times(json.loads(line)) for line in lines if line.strip()]).encode()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
-from disasters import Call, Outcome, Warm, error_line, kind_of, tree
+from disasters import Call, Outcome, Warm, kind_of, lasting, refusal
 
 __all__ = ["PROGRAMS", "Scene"]
 
@@ -85,7 +85,7 @@ class Scene:
         self.fresh()
         outcome = self.warm.run(self.call(name))
         assert outcome.status == 0, outcome.err[-3000:]
-        self.seen[name] = tree(self.root), outcome.changes
+        self.seen[name] = lasting(self.root), outcome.changes
 
     def undisturbed(self, name: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
         """What an undisturbed run leaves, and the changes that it makes on the way; `root` is empty then."""
@@ -100,7 +100,7 @@ class Scene:
         call = self.call(name)
         struck = self.warm.run(replace(call, strike=(how, at)))
         again = self.warm.run(call)
-        return struck, again, tree(self.root)
+        return struck, again, lasting(self.root)
 
 
 def make_scene(warm: Warm, folder: Path, url: str) -> Scene:
@@ -207,7 +207,7 @@ def fail_everywhere(scene: Scene, name: str, count: int, seed: int) -> tuple[Cou
         if struck.status == 0:
             continue
         try:
-            error_line(struck)
+            refusal(struck)
         except AssertionError as error:
             wrong.append(f"{place}: {error}")
         if again.status:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, write_questions
+from common import error_line
 
 from corpora.errors import UserError
+from corpora.json_lines import read_lines
 from eval.__main__ import main
 from eval.mtbench.answers import ANSWERS
-from eval.mtbench.json_lines import LineFile, only_writer, part_of, parts_of, read_lines, refuse_other_lines
+from eval.mtbench.json_lines import LineFile, only_writer, part_of, parts_of, refuse_other_lines
 from eval.mtbench.judge import read_answers
 
 
@@ -40,12 +42,6 @@ def program(run_main, model, questions):
 def line(number: int, text: str = "a", **more: Any) -> dict[str, Any]:
     return {"question_id": number, "choices": [{"index": 0, "turns": [text, text]}], "tokens": [1, 1],
             "stopped": ["end", "end"], **more}  # fmt: skip
-
-
-def error_line(err: str) -> str:
-    (found,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in err
-    return found
 
 
 # what is anothers -----------------------------------------------------------------------------------------------------
@@ -98,6 +94,15 @@ def test_answers_of_ours_are_replaced_with_force(program, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_answers_of_a_model_with_a_long_name_are_called_by_its_beginning(program, model, intactkv_root):
+    long = model.rename(model.with_name("m" * 190))
+    code, _, err = program("--model", long)
+    assert code == 0, err
+    (path,) = (intactkv_root / "outputs" / "mt_bench" / "model_answer").glob("*.jsonl")
+    assert path.stem.startswith("m" * 100)
+    assert {row["model_id"] for row in read_lines(path, "it")} == {path.stem}
+
+
 def test_the_questions_are_never_the_answers(program, questions):
     before = questions.read_bytes()
     code, _, err = program("--out", questions, "--force")
@@ -141,6 +146,7 @@ def test_half_a_character_that_was_once_stored_is_read_as_a_sign(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(line(81, "\U0001f600 \ud83d \\ud83d")) + "\n")
     assert LineFile(path, ANSWERS).rows[81]["choices"][0]["turns"][0] == "\U0001f600 � \\ud83d"
+    assert read_answers(path)[81][0] == "\U0001f600 � \\ud83d"  # the judge reads what `mtbench` goes on from
 
 
 def test_a_line_that_finds_no_room_leaves_nothing_and_the_next_one_is_whole(tmp_path):
@@ -171,6 +177,8 @@ def test_no_two_processes_share_a_part_and_no_lock_stays(tmp_path):
         with pytest.raises(UserError, match=r"another process is writing .*a\.jsonl"), only_writer(path):
             pass
         assert tmp_path.joinpath(".a.jsonl.lock").exists()  # of the one that writes
+    with pytest.raises(BlockingIOError, match="a pipe of the work"), only_writer(path):  # no other process is at fault
+        raise BlockingIOError("a pipe of the work")
     assert set(tmp_path.iterdir()) == parts
 
 

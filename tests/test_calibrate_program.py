@@ -19,6 +19,7 @@ from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import write_artefact
 from corpora.writing import locked
 from intactkv.prefix import Prefix
+from quantization.programs.training_files import training_bar
 
 PARAGRAPH = "A paragraph about {} says one thing, then the other one, and so on. " * 4
 TEMPLATE = (
@@ -162,6 +163,12 @@ def test_two_that_train_the_same_file_are_told_of_each_other(program, model, int
     assert not out.exists()
     assert program("intactkv", *call)[0] == 0
     assert {path.name for path in intactkv_root.iterdir() if path.is_file()} == {"cal.safetensors", "cal.curve.jsonl"}
+
+
+def test_a_pipe_that_blocks_within_a_training_is_no_other_process(tmp_path):
+    with pytest.raises(BlockingIOError, match="a pipe of the work"), training_bar("x", 1, tmp_path / "p.safetensors"):
+        raise BlockingIOError("a pipe of the work")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_that_changed_is_refused_before_anything_is_made(program, model, intactkv_root):

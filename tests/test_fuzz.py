@@ -18,7 +18,7 @@ from common import ROOT
 from fuzz.campaign import run_case, run_kind
 from fuzz.damage import DAMAGES
 from fuzz.engine import Call, Case, Outcome, Program, Scratch, damaged, judge, scratch
-from fuzz.kinds import KINDS, printed
+from fuzz.kinds import KINDS, named, printed
 from fuzz.options import PROGRAMS, option_cases, run_options
 from fuzz.worlds import MODEL
 
@@ -92,6 +92,11 @@ def leaves() -> None:
     raise UserError("no")
 
 
+def leaves_a_folder() -> None:
+    Path("outputs/runs").mkdir(parents=True)
+    raise UserError("no")
+
+
 def leaves_outside() -> None:
     Path("../../x").write_text("x")
     raise UserError("no")
@@ -119,7 +124,8 @@ def opens_the_pipe() -> None:
 
 FAULTY: dict[Callable[[], None], tuple[str, str]] = {
     boom: ("truncate", "traceback"), sleeps: ("truncate", "hang"), leaves: ("truncate", "leftover"),
-    leaves_outside: ("truncate", "leftover"), overwrites: ("truncate", "changed"), says_more: ("truncate", "lines"),
+    leaves_outside: ("truncate", "leftover"), leaves_a_folder: ("truncate", "leftover"),
+    overwrites: ("truncate", "changed"), says_more: ("truncate", "lines"),
     other_figures: ("retype", "silent"), opens_the_pipe: ("pipe", "hang"),
     lambda: sys.exit(1): ("truncate", "exit code"),
 }  # fmt: skip
@@ -131,6 +137,17 @@ def test_a_fault_is_seen(
 ) -> None:
     monkeypatch.setattr("fuzz.engine.SECONDS", 0.2)
     assert fault_of(tmp_path, monkeypatch, main, damage) == fault
+
+
+@pytest.mark.parametrize(("told", "fault"), [("by the way", "silent"), ("1 row of ./input.json is left out", None)])
+def test_a_file_is_left_out_only_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, fault: str | None
+) -> None:
+    def other() -> None:
+        print(told, file=sys.stderr)
+        print("0")
+
+    assert fault_of(tmp_path, monkeypatch, other, "retype", named) == fault
 
 
 def test_control_characters_are_seen() -> None:
@@ -150,7 +167,13 @@ def test_a_program_that_behaves_has_no_fault(tmp_path: Path, monkeypatch: pytest
     assert fault_of(tmp_path, monkeypatch, lambda: print("1"), damage) is None
 
 
-def fault_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], damage: str) -> str | None:
+def fault_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    main: Callable[[], None],
+    damage: str,
+    without: Callable[[Outcome, str], bool] | None = None,
+) -> str | None:
     """What the fuzzer says of a program with such a `main` whose input is damaged."""
     module = ModuleType("planted.__main__")
     module.main = main  # type: ignore[attr-defined]
@@ -161,4 +184,4 @@ def fault_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[[],
     (template / "input.json").write_text('{"a": 1}')
     program = Program("planted", ("planted",), printed)
     case = Case("planted", "planted", "input.json", damage, 1)
-    return damaged(Scratch(tmp_path), case, template, program, "1\n", own=True, rewritten=None, without=None).fault
+    return damaged(Scratch(tmp_path), case, template, program, "1\n", own=True, rewritten=None, without=without).fault

@@ -85,7 +85,7 @@ BAD_LINES = {
     "no JSON": "{", "a list": "[1]", "no step": '{"loss": 1}', "a negative step": '{"step": -1, "loss": 1}',
     "a loss as a word": '{"step": 1, "loss": "1"}', "null": '{"step": 1, "loss": null}',
     "NaN": '{"step": 1, "loss": NaN}', "a negative loss": '{"step": 1, "held_out": -1}',
-    "digits": '{"step": ' + "9" * 5000 + ', "loss": 1}', "nesting": "[" * 5000, "no loss": '{"step": 1}', "empty": "",
+    "digits": '{"step": ' + "9" * 5000 + ', "loss": 1}', "nesting": "[" * 5000, "no loss": '{"step": 1}',
     "half a character": '{"step": 1, "loss": 1, "x": "\\ud800"}',
 }  # fmt: skip
 
@@ -95,6 +95,8 @@ def test_a_line_that_is_no_step_is_named(case, tmp_path):
     path = tmp_path / "a.curve.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
     assert read_curve(path) == [ROW]
+    path.write_text(f"\n{json.dumps(ROW)}\n\n")
+    assert read_curve(path) == [ROW]  # a blank line is none, as in every file of JSON lines
     path.write_text(f"{json.dumps(ROW)}\n{BAD_LINES[case]}\n")
     with pytest.raises(UserError, match=r"curve") as error:
         read_curve(path)
@@ -103,7 +105,7 @@ def test_a_line_that_is_no_step_is_named(case, tmp_path):
 
 
 def test_what_is_no_curve_is_refused(tmp_path):
-    for name, reason in (("a.safetensors", "no curve"), ("gone.jsonl", "is missing"), ("empty.jsonl", "no losses")):
+    for name, reason in (("a.safetensors", "no curve"), ("gone.jsonl", "is missing"), ("empty.jsonl", "is empty")):
         if name.startswith("empty"):
             (tmp_path / name).write_text("")
         with pytest.raises(UserError, match=reason):

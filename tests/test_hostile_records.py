@@ -262,6 +262,7 @@ def test_a_place_that_takes_no_file_is_found_out_before_the_run(intactkv_root, c
 
 def test_a_disk_that_is_full_in_the_end_costs_no_figure(intactkv_root, capsys, monkeypatch):
     def full(path: Path, record: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True)  # the folder is made with the record
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as disk:

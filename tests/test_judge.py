@@ -1,31 +1,31 @@
 """The judge without a network: ratings, prompts, references, comparisons in both orders, scores, what is made again."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from corpora.errors import UserError
+from corpora.json_lines import read_lines
 from eval.mtbench.answers import CATEGORIES, data_folder, question_file, read_questions
-from eval.mtbench.json_lines import LineFile, read_lines
+from eval.mtbench.json_lines import LineFile
 from eval.mtbench.judge import (
     COMPARISONS,
     GRADES,
     IN_A_ROW,
     Materials,
     judge_all,
+    kept_line,
     pair_jobs,
-    rating,
     read_answers,
     read_materials,
-    scores,
     single_jobs,
-    verdict,
-    winner,
 )
 from eval.mtbench.judge_client import Reply
 from eval.mtbench.reasoning import left_open, opened_at_the_end, spoken
+from eval.mtbench.verdicts import rating, scores, verdict, winner
 
 SAMPLE = data_folder("sample")
 PROMPTS = SAMPLE / "judge_prompts.jsonl"
@@ -283,6 +283,22 @@ def test_lines_that_were_read_with_their_reasoning_are_read_anew_and_not_paid_ag
         before = path.read_bytes()
         judge_all(jobs[path], say("no"), again, {}, concurrency=2)
         assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("address", ["http://h:1/v1", "http://h/a&b/it's#1", 'http://h/\\1"$x'])
+def test_the_command_that_says_where_judgements_were_made_does_so_whatever_stands_in_address_and_path(
+    address, materials, tmp_path
+):
+    path = tmp_path / "it's & $HOME" / "j_single.jsonl"
+    jobs = single_jobs(materials, "j", "m", answers_of(materials, "a"))
+    judge_all(jobs, say("[[7]]"), LineFile(path, GRADES), {}, concurrency=1)
+    before = read_lines(path, "it")
+    with pytest.raises(UserError, match="name no address") as refusal:
+        kept_line(jobs[0], LineFile(path, GRADES), {"endpoint": address})
+    command = str(refusal.value).partition("such as ")[2].partition(", or move")[0]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert read_lines(path, "it") == [row | {"endpoint": address} for row in before]
+    assert kept_line(jobs[0], LineFile(path, GRADES), {"endpoint": address})
 
 
 def test_a_judge_that_is_down_is_not_asked_for_ever(materials, tmp_path):

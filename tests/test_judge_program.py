@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, error_line
 from endpoint import Answer, Endpoint, error, grade, serving
 from families import plain_logits
 
 from corpora.errors import UserError
+from corpora.json_lines import read_lines
 from eval.__main__ import main
 from eval.mtbench.answers import question_file, read_questions
-from eval.mtbench.json_lines import read_lines
-from eval.mtbench.judge import rating
 from eval.mtbench.judge_client import local_judge
+from eval.mtbench.verdicts import rating
 from quantization.runs.opening import load_tokenizer
 
 
@@ -55,12 +55,6 @@ def program(monkeypatch, run_main, endpoint):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     common = ("--judge-model", "org/judge-1", "--base-url", endpoint.url, "--retries", 1, "--timeout", 5)
     return partial(run_main, main, "judge", *common)
-
-
-def error_line(err: str) -> str:
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in err
-    return line
 
 
 def test_all_judgements_are_made_once_and_the_table_has_them(program, endpoint, answers, intactkv_root):

@@ -15,14 +15,15 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from common import error_line
 from endpoint import Endpoint, error, grade, serving
 
 from corpora.errors import UserError
+from corpora.json_lines import read_lines
 from eval.__main__ import main
 from eval.mtbench import endpoint as boundary
 from eval.mtbench.answers import question_file, read_questions
 from eval.mtbench.endpoint import OPENAI, Key, endpoint_address
-from eval.mtbench.json_lines import read_lines
 from eval.mtbench.judge_client import ChatClient
 
 KEY = "sk-proj-Ab3dEf6hIj9kLm2nOp5qRs8tUv1wXy4z"
@@ -332,12 +333,6 @@ def program(monkeypatch, run_main, answers):
     return partial(run_main, main, "judge", *common)
 
 
-def error_line(err: str) -> str:
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in err
-    return line
-
-
 def judgements(root: Path) -> Path:
     return root / "outputs/mt_bench/model_judgment/org-judge-1_single.jsonl"
 
@@ -385,6 +380,17 @@ def test_grades_without_an_address_are_openais_or_their_owner_says_whose(program
     assert len(endpoint.requests) == 4
 
 
+def test_judges_of_long_names_have_files_of_their_own(program, endpoint, intactkv_root):
+    for name, mean in (("a" * 300, "3.00"), ("a" * 299 + "b", "9.00")):
+        endpoint.answer = lambda n, body, mean=mean: grade(f"[[{mean}]]")
+        code, out, err = program("--base-url", endpoint.url, "--judge-model", name)
+        assert code == 0, err
+        assert f" {mean} " in out
+    files = list(judgements(intactkv_root).parent.iterdir())
+    assert len(files) == 2
+    assert all(file.name.startswith("a" * 100) and len(file.name) < 180 for file in files)
+
+
 def test_old_grades_of_other_answers_count_nowhere_while_the_judge_is_down(program, endpoint, answers):
     assert program("--base-url", endpoint.url)[0] == 0
     answers.write_text(answers.read_text().replace("says", "now says"))
@@ -408,9 +414,9 @@ BAD: dict[str, tuple[list[object], str]] = {
     "too many tokens": (["--max-tokens", 10**22], "--max-tokens: 10000000000000000000000 is not"),
     "a key as a variable": (["--key-variable", KEY], "--key-variable takes the name of a variable"),
     "a name of several lines": (["--judge-model", "a\nb"], "--judge-model: 'a\\nb' is not allowed"),
-    "a name too long": (["--judge-model", "a" * 300], "at most 200 bytes"),
     "a password": (["--base-url", "http://u:hunter2@h"], "holds a user or a password"),
     "a password and a line end": (["--base-url", "http://u:hunter2@h\n"], "--base-url: what was given is not allowed"),
+    "a key and a line end": (["--key-variable", f"{KEY}\n"], "--key-variable: what was given is not allowed"),
     "a long key as a variable": (["--key-variable", KEY * 9], "--key-variable takes the name of a variable"),
     "a port": (["--base-url", "http://h:99999"], "--base-url 'http://h:99999' is no address"),
     "a folder of answers": (["--answers", "."], "is a folder"),

@@ -10,6 +10,7 @@ from families import plain_logits
 from corpora.errors import UserError
 from corpora.files import sha256_of_data
 from corpora.json_files import fitted
+from corpora.json_lines import read_lines
 from eval.generation import Generation
 from eval.mtbench.answers import (
     ANSWERS,
@@ -22,7 +23,7 @@ from eval.mtbench.answers import (
     temperature_of,
 )
 from eval.mtbench.chat_templates import chat_template
-from eval.mtbench.json_lines import LineFile, part_of, parts_of, read_lines
+from eval.mtbench.json_lines import LineFile, part_of, parts_of
 from intactkv.attach import IntactModel, attach
 from intactkv.prefix import build_prefix
 

@@ -14,9 +14,10 @@ import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, turns_of, write_questions
 from common import ROOT, refusals
 
+from corpora.json_lines import read_lines
 from eval.__main__ import main
 from eval.mtbench.answers import question_file
-from eval.mtbench.json_lines import part_of, parts_of, read_lines
+from eval.mtbench.json_lines import part_of, parts_of
 
 
 @pytest.fixture

@@ -270,19 +270,18 @@ def test_bars_are_named_after_the_runs_that_they_are_narrowed_down_to(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("out", "formats", "dpi", "named"),
+    ("out", "formats", "named"),
     [
-        ("figures", "png,jpg", 200, "'jpg'"),
-        ("figures", "", 200, "--format"),
-        ("figures/x.jpg", "png", 200, "x.jpg"),
-        ("figures", "png", 0, "--dpi 0"),
-        ("taken", "png", 200, "taken"),
+        ("figures", "png,jpg", "'jpg'"),
+        ("figures", "", "--format"),
+        ("figures/x.jpg", "png", "x.jpg"),
+        ("taken", "png", "taken"),
     ],
 )
-def test_what_cannot_be_written_is_refused(out, formats, dpi, named, tmp_path):
+def test_what_cannot_be_written_is_refused(out, formats, named, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=named):
-        output_for(tmp_path / out, "name", formats, dpi)
+        output_for(tmp_path / out, "name", formats, 200)
 
 
 def test_a_figure_is_closed_and_leaves_nothing_half_written_when_the_disk_fails(tmp_path, monkeypatch):

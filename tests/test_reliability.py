@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disasters import Call, Warm, error_line, kind_of, tree
+from disasters import Call, Warm, kind_of, lasting, refusal
 from endpoint import Endpoint
 from reliability import Scene, difference, make_scene, points
 
@@ -119,7 +119,7 @@ def test_eight_processes_quantize_once(scene: Scene) -> None:
     assert [outcome.status for outcome in outcomes] == [0] * 8, [outcome.err for outcome in outcomes]
     named = [path for outcome in outcomes for event, path in outcome.changes if event == "os.rename"]
     assert sum(path.endswith("/quantized.partial") for path in named) == 1
-    assert difference(expected, tree(scene.root)) == ""
+    assert difference(expected, lasting(scene.root)) == ""
 
 
 @pytest.mark.parametrize("name", ["build", "ppl"])
@@ -128,7 +128,7 @@ def test_several_processes_make_the_same_prefix_and_the_same_tokens(scene: Scene
     scene.fresh()
     outcomes = scene.warm.together([scene.call(name)] * 4)
     assert [outcome.status for outcome in outcomes] == [0] * 4, [outcome.err for outcome in outcomes]
-    assert difference(expected, tree(scene.root)) == ""
+    assert difference(expected, lasting(scene.root)) == ""
 
 
 PREPARES = """
@@ -159,7 +159,7 @@ def test_who_waits_for_a_killed_process_goes_on_with_its_work(scene: Scene) -> N
     at = next(at for at, (event, path) in enumerate(changes) if path.endswith("block-001.safetensors"))
     outcomes = scene.warm.together([replace(call, strike=("half", at)), call])
     assert outcomes[1].status == 0, outcomes[1].err
-    assert difference(expected, tree(scene.root)) == ""
+    assert difference(expected, lasting(scene.root)) == ""
 
 
 NO_LOCKS = """
@@ -177,7 +177,7 @@ def test_programs_work_on_a_disk_without_locks_and_warn_once(scene: Scene, numbe
     outcome = scene.warm.run(replace(scene.call("quantize"), hooks=NO_LOCKS.replace("{}", number)))
     assert outcome.status == 0, outcome.err
     assert outcome.err.count("knows no locks") == 1
-    assert difference(expected, tree(scene.root)) == ""
+    assert difference(expected, lasting(scene.root)) == ""
 
 
 # Full and failing disks -----------------------------------------------------------------------------------------------
@@ -216,9 +216,9 @@ FULL_SAYS = r"No space left|os error 28|File too large|os error 27|Disk quota ex
 
 def refused(scene: Scene, name: str, **how: Any) -> str:
     """A program in want of a disk: one line, all that was there as it was, and nothing half-written."""
-    before = tree(scene.root)
-    line = error_line(scene.warm.run(replace(scene.call(name), **how)))
-    after = tree(scene.root)
+    before = lasting(scene.root)
+    line = refusal(scene.warm.run(replace(scene.call(name), **how)))
+    after = lasting(scene.root)
     assert re.search(FULL_SAYS, line), line
     assert {file: after.get(file) for file in before} == before
     assert not [file for file in after if re.search(r"/\.[^/]*\.(partial|whole|lock)", f"/{file}")]
@@ -229,7 +229,7 @@ def ends(scene: Scene, name: str) -> None:
     """The same command, when there is space."""
     outcome = scene.warm.run(scene.call(name))
     assert outcome.status == 0, outcome.err
-    assert difference(scene.seen[name][0], tree(scene.root)) == ""
+    assert difference(scene.seen[name][0], lasting(scene.root)) == ""
 
 
 @as_root
@@ -274,7 +274,7 @@ def test_an_error_of_the_disk_is_one_line_and_the_same_command_ends(scene: Scene
     expected, changes = scene.undisturbed(name)
     at = max(at for at, change in enumerate(changes) if kind_of(change) == "hidden directory gone, not renamed")
     struck, again, left = scene.disturbed(name, how, at)
-    assert os.strerror(getattr(errno, how)) in error_line(struck)
+    assert os.strerror(getattr(errno, how)) in refusal(struck)
     assert again.status == 0, again.err
     assert difference(expected, left) == ""
 
@@ -312,7 +312,7 @@ def test_another_user_reads_what_the_first_one_finished(scene: Scene, tmp_path: 
     scene.finish("ppl")
     build = scene.call("build")
     assert scene.warm.run(build).status == 0
-    before = tree(scene.root)
+    before = lasting(scene.root)
     ppl = scene.call("ppl")
     outcome = scene.warm.run(replace(ppl, user=NOBODY, arguments=(*ppl.arguments, "--json")))
     assert outcome.status == 0, outcome.err
@@ -337,18 +337,18 @@ def test_another_user_reads_what_the_first_one_finished(scene: Scene, tmp_path: 
         assert scene.warm.run(replace(build, arguments=own, user=NOBODY)).status == 0
     finally:
         shutil.rmtree(place)
-    assert difference(before, tree(scene.root)) == ""
+    assert difference(before, lasting(scene.root)) == ""
 
 
 @as_root
 @pytest.mark.parametrize("name", ["quantize", "build", "ppl", "plot", "mtbench", "table", "adapter", "export"])
 def test_another_user_is_told_in_one_line_where_nothing_can_be_written(scene: Scene, name: str) -> None:
     scene.fresh()
-    before = tree(scene.root)
-    line = error_line(scene.warm.run(replace(scene.call(name), user=NOBODY)))
+    before = lasting(scene.root)
+    line = refusal(scene.warm.run(replace(scene.call(name), user=NOBODY)))
     assert re.search("Permission denied|nothing can be written", line)
     assert str(scene.root) in line
-    assert difference(before, tree(scene.root)) == ""
+    assert difference(before, lasting(scene.root)) == ""
 
 
 @as_root
@@ -371,7 +371,7 @@ def test_what_may_not_be_read_is_not_called_damaged(scene: Scene) -> None:
         file.chmod(0o600)
         try:
             outcome = scene.warm.run(Call(program, tuple(map(str, arguments)), str(scene.root), user=NOBODY))
-            line = error_line(outcome)
+            line = refusal(outcome)
             assert "Permission denied" in line, (file, line)
             assert str(file) in line, (file, line)
         finally:

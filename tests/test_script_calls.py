@@ -560,7 +560,8 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "memory, perhaps": ("train/train llama-2 7b awq 3 cpu", {"CHECKPOINTING": "x"}, "CHECKPOINTING='x' is not allowed"),
     "tasks without names": (f"run_gptq cpu {MODEL}", {"TASKS": ","}, "TASKS=',' are no names"),
     "tasks with spaces": (f"run_gptq cpu {MODEL}", {"TASKS": "piqa mmlu"}, "give them joined by commas"),
-    "a port": ("eval/eval llama-2 7b rtn 3 16 ppl x cpu", {}, "PORT 'x' is no port; give a number such as 29500"),
+    "a port": ("eval/eval llama-2 7b rtn 3 16 ppl x cpu", {}, "PORT 'x' is no port; give 1 to 65535, such as 29500"),
+    "a large port": ("eval/eval llama-2 7b rtn 3 16 ppl 65536 cpu", {}, "PORT '65536' is no port; give 1 to 65535"),
     "a root that is not there": (
         f"run_gptq cpu {MODEL}",
         {"INTACTKV_ROOT": "/no/where"},

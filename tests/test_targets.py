@@ -112,6 +112,13 @@ def test_only_figures_and_tables_of_ours_are_replaced(place: Path, intactkv_root
     mine.parent.mkdir(parents=True)
     mine.write_text("of an earlier version, without a mark")
     check_ours(mine)
+    for name in ("runs/ppl-x.json", "mt_bench/model_answer/a.jsonl", "mt_bench/model_judgment/j.jsonl", "figures/mine",
+                 "figures/notes.md", "mine.png"):  # fmt: skip
+        other = intactkv_root / "outputs" / name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("{}")
+        with pytest.raises(UserError, match=rf"{name} is there and was not written by this program"):
+            check_ours(other)
 
 
 @pytest.mark.usefixtures("intactkv_root")
@@ -226,10 +233,13 @@ def test_a_table_is_written_again_and_no_notes_are_replaced(
             assert (code, out.strip()) == (0, str(tmp_path / "new" / name)), err
         printed = program("eval", "table", "--format", style)[1]
         assert (tmp_path / "new" / name).read_text().startswith(printed)
-    code, _, err = program("eval", "table", "--out", notes)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "notes.md is there and was not written by this program; remove it, or name another file" in err
-    assert notes.read_text() == "| mine |\n"
+    (record,) = (intactkv_root / "outputs" / "runs").iterdir()
+    for kept in (notes, record):
+        before = kept.read_bytes()
+        code, _, err = program("eval", "table", "--out", kept)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{kept.name} is there and was not written by this program; remove it, or name another file" in err
+        assert kept.read_bytes() == before
 
 
 def test_a_corpus_that_is_not_there_shows_before_the_first_is_run(

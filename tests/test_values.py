@@ -41,6 +41,7 @@ NO_NUMBERS = [
     "NaN",
     "1e400",
     "9" * 5000,
+    "1" * 400 + "x",
     "1e99999",
 ]
 
@@ -177,7 +178,8 @@ def test_nonsense_ends_with_two_and_one_line_that_names_option_value_and_what_is
 @pytest.mark.parametrize("words", [["judge", "--timeout", word] for word in ("nan", "inf", "-1", "0", "1e400")]
                          + [["judge", option, HUGE] for option in ("--retries", "--concurrency", "--max-tokens")]
                          + [["ppl", option, HUGE] for option in ("--limit", "--window", "--batch-size", "--seed")]
-                         + [["table", "--limit", "many"], ["plot", "act", "--dpi", "9"]])  # fmt: skip
+                         + [["plot", "act", "--dpi", word] for word in ("9", "1201")]
+                         + [["table", "--limit", "many"]])  # fmt: skip
 def test_the_evaluations_refuse_it_too(run_main, words):
     code, _, err = run_main(eval_main, *words)
     assert (code, err.count("\n")) == (2, 1)

@@ -29,11 +29,12 @@ from transformers import (
 )
 
 from corpora.errors import UserError
+from corpora.json_lines import read_lines
 from corpora.paths import CHECKOUT
 from eval.generation import Generation
 from eval.mtbench.chat_templates import ChatTemplate
 from eval.mtbench.forms import TURNS, MadeLine, QuestionLine
-from eval.mtbench.json_lines import Lines, read_lines
+from eval.mtbench.json_lines import Lines
 from intactkv.attach import IntactModel
 
 __all__ = [

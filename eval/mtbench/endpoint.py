@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from corpora.errors import UserError, one_line, said_by
 
-__all__ = ["OPENAI", "Answered", "Endpoint", "Key", "NoAnswer", "endpoint_address"]
+__all__ = ["OPENAI", "Endpoint", "Key", "NoAnswer", "endpoint_address"]
 
 OPENAI = "https://api.openai.com/v1"
 SENT = ("host", "content-length", "content-type", "accept", "user-agent", "connection")

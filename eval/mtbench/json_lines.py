@@ -9,22 +9,20 @@ import glob
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corpora.errors import UserError
-from corpora.files import open_text
 from corpora.json_files import parse_json
-from corpora.writing import locked, refuse_special, write_beside
+from corpora.json_lines import LONGEST, whole_characters
+from corpora.writing import only_one, refuse_special, write_beside
 
-__all__ = ["LineFile", "Lines", "only_writer", "part_of", "parts_of", "read_lines", "refuse_other_lines"]
+__all__ = ["LineFile", "Lines", "only_writer", "part_of", "parts_of", "refuse_other_lines"]
 
 BEGINNING = b'{"question_id": '  # of every line that is written here, and of FastChat's
-LONGEST = 1 << 28  # characters of a file; MT-bench's have less than a million
-MEND = "mend the line, or fetch the file again"
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,6 @@ class Lines:
     what: str
     form: Any
     key: Callable[[dict[str, Any]], Any]
-
-
-def read_lines(path: Path, what: str, form: Any = dict) -> list[dict[str, Any]]:
-    """The objects of a file that is expected to be whole. Raises UserError for one that is not, naming `what` it is."""
-    with open_text(path, what) as file:
-        text = file.read(LONGEST + 1)
-    if len(text) > LONGEST:
-        raise UserError(f"{what} {path} is longer than {LONGEST >> 20} million characters, so it is none; name another")
-    rows = [
-        parse_json(line, f"{what} {path}, line {number},", form, mend=MEND)
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-    if not rows:
-        raise UserError(f"{what} {path} is empty")
-    return rows
 
 
 class LineFile:
@@ -129,7 +111,7 @@ def _read(path: Path, lines: Lines) -> tuple[list[dict[str, Any]], int, bool]:
             text = line.decode()
         except UnicodeDecodeError:
             raise UserError(f"{what} is no text in UTF-8; {mend}") from None
-        rows.append(parse_json(_with_whole_characters(text), what, lines.form, mend=mend))
+        rows.append(parse_json(whole_characters(text), what, lines.form, mend=mend))
     return rows, int(broken), not (broken or last)
 
 
@@ -144,18 +126,6 @@ def _is_cut(line: bytes) -> bool:
     except ValueError:
         return True
     return False
-
-
-def _with_whole_characters(line: str) -> str:
-    """A line without halves of characters, which were once stored as a server's cut emoji."""
-    if "\\ud" not in line.lower():
-        return line
-    try:
-        value = json.loads(line, parse_constant=str)
-    except (ValueError, RecursionError):
-        return line
-    text = json.dumps(value, ensure_ascii=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def part_of(path: Path, index: int) -> Path:
@@ -173,11 +143,6 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=True) + "\n"
 
 
-@contextmanager
-def only_writer(path: Path) -> Iterator[None]:
+def only_writer(path: Path) -> AbstractContextManager[None]:
     """Hold a file against other processes. Raises UserError if one of them writes it now."""
-    try:
-        with locked(path, wait=False):
-            yield
-    except BlockingIOError:
-        raise UserError(f"another process is writing {path}; wait until it has finished") from None
+    return only_one(path, f"another process is writing {path}; wait until it has finished")

@@ -5,86 +5,43 @@ orders. Math, reasoning and coding are judged beside a reference answer. Prompts
 are files in FastChat's forms. What the judge does not grade counts nowhere: its score is −1.
 """
 
+import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from corpora.errors import UserError
+from corpora.json_lines import read_lines
 from eval.mtbench.endpoint import OPENAI
 from eval.mtbench.forms import AnswerLine, ComparisonLine, GradeLine, PromptLine
-from eval.mtbench.json_lines import LineFile, Lines, read_lines
+from eval.mtbench.json_lines import LineFile, Lines
 from eval.mtbench.judge_client import Judge, Reply
 from eval.mtbench.reasoning import spoken
+from eval.mtbench.verdicts import NO_SCORE, TURNS, rating, verdict
 
 __all__ = [
     "COMPARISONS",
-    "ENDINGS",
     "GRADES",
     "Job",
     "Materials",
-    "is_decided",
     "judge_all",
     "kept_line",
     "pair_jobs",
-    "rating",
     "read_answers",
     "read_materials",
-    "scores",
     "single_jobs",
-    "verdict",
-    "winner",
 ]
 
 WITH_REFERENCE = ("math", "reasoning", "coding")  # FastChat's need_ref_cats
-NO_SCORE = -1
-HIGHEST = 10  # grade
 IN_A_ROW = 8  # so many failed calls without a good one between them: the judge is down
 SINGLE = {False: "single-v1", True: "single-math-v1"}  # by whether there is a reference
 PAIR = {False: "pair-v2", True: "pair-math-v1"}
-TURNS = (1, 2)
-# The lines that decide, of single-answer grading and of comparisons.
-ENDINGS = {
-    "single": [f"Rating: [[{grade}]]" for grade in range(1, HIGHEST + 1)],
-    "pair": [f"Verdict: [[{name}]]" for name in "ABC"],
-}
-
-
-# what the judge said --------------------------------------------------------------------------------------------------
-
-
-def rating(judgment: str) -> float:
-    """The first number in double square brackets, else in single ones, else −1; −1 for one above 10, which FastChat
-    takes as it is. Reasoning does not count, which FastChat reads, too."""
-    judgment = spoken(judgment)
-    for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
-        if found := re.search(pattern, judgment):
-            return grade if (grade := float(found[1])) <= HIGHEST else NO_SCORE
-    return NO_SCORE
-
-
-def verdict(judgment: str) -> str:
-    """A, B or tie, in FastChat's order of looking; "error" if the judge names none. Reasoning does not count."""
-    judgment = spoken(judgment)
-    return next((name for sign, name in (("A", "A"), ("B", "B"), ("C", "tie")) if f"[[{sign}]]" in judgment), "error")
-
-
-def is_decided(kind: str, judgment: str) -> bool:
-    """Whether a judgement of a kind of `ENDINGS` holds a rating, or a verdict."""
-    return rating(judgment) != NO_SCORE if kind == "single" else verdict(judgment) != "error"
-
-
-def winner(line: dict[str, Any]) -> str:
-    """The winner of a comparison: model_1 or model_2 if both orders agree, else tie; "error" if one is unscored."""
-    both = {line["g1_winner"], line["g2_winner"]}
-    if "error" in both:
-        return "error"
-    return both.pop() if len(both) == 1 else "tie"
 
 
 # what the judge reads -------------------------------------------------------------------------------------------------
@@ -115,7 +72,7 @@ def read_materials(questions: Sequence[Any], prompts: Path, references: Path | N
 
 def read_answers(path: Path) -> dict[int, list[str]]:
     """The turns of every question of an answer file, by its last line. Raises UserError for a damaged file."""
-    rows = read_lines(path, "the file of answers", AnswerLine)
+    rows = read_lines(path, "the file of answers", AnswerLine, heal=True)
     return {row["question_id"]: row["choices"][0]["turns"] for row in rows}
 
 
@@ -375,10 +332,12 @@ def kept_line(job: Job, file: LineFile, protocol: Mapping[str, Any]) -> dict[str
     nameless = file.rows.get(job.key)
     if nameless is None or "endpoint" in nameless or nameless.get("outcome") == "failed" or not same(nameless):
         return None
+    named = re.sub(r"[\\&#]", r"\\\g<0>", json.dumps(endpoint))  # signs that mean something to sed
+    script = f"""/"endpoint": /!s#}}$#, "endpoint": {named}}}#"""
     raise UserError(
         f"{file.path} holds judgements of these answers by {job.key[-2][0]} that name no address, so they may have "
         f"been made at {endpoint} or elsewhere; write into them where, such as "
-        f"""sed -i '/"endpoint": /!s#}}$#, "endpoint": "{endpoint}"}}#' '{file.path}', or move the file away"""
+        f"sed -i {shlex.quote(script)} {shlex.quote(str(file.path))}, or move the file away"
     )
 
 
@@ -389,27 +348,3 @@ def _read_anew(job: Job, line: dict[str, Any]) -> dict[str, Any]:
     again = job.line([Reply(line[name], "answered") for name in job.replies])
     told = ("score", "g1_winner", "g2_winner", "outcome")
     return {name: again[name] for name in told if name in line and name in again and line[name] != again[name]}
-
-
-# scores ---------------------------------------------------------------------------------------------------------------
-
-
-def scores(lines: Sequence[dict[str, Any]], category_of: Callable[[int], str]) -> dict[str, Any]:
-    """Means of single-answer grades over the valid lines: all, by turn, by category; None where there is none."""
-    valid = [line for line in lines if line["score"] != NO_SCORE]
-
-    def mean(chosen: Iterable[dict[str, Any]]) -> float | None:
-        values = [line["score"] for line in chosen]
-        return fmean(values) if values else None
-
-    categories = list(dict.fromkeys(category_of(line["question_id"]) for line in lines))
-    outcomes = [line.get("outcome", "scored" if line["score"] != NO_SCORE else "no rating") for line in lines]
-    return {
-        "score": mean(valid),
-        "turns": {str(turn): mean(line for line in valid if line["turn"] == turn) for turn in TURNS},
-        "categories": {
-            name: mean(line for line in valid if category_of(line["question_id"]) == name) for name in categories
-        },
-        "judgements": len(lines),
-        "unscored": {name: outcomes.count(name) for name in ("no rating", "empty", "refused", "failed")},
-    }

@@ -5,7 +5,8 @@ from statistics import fmean
 from typing import Any
 
 from eval.mtbench.answers import CATEGORIES
-from eval.mtbench.judge import TURNS, Materials, scores, winner
+from eval.mtbench.judge import Materials
+from eval.mtbench.verdicts import TURNS, scores, winner
 from eval.tables.render import Figure, Table, mean_of, percent
 
 __all__ = ["judge_table", "mean_grades", "pair_report", "single_report"]

@@ -10,8 +10,8 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.files import open_text
-from corpora.json_files import Count, parse_json
+from corpora.json_files import Count
+from corpora.json_lines import read_lines
 from eval.plots.canvas import SERIES, Output, literal, plt
 
 __all__ = ["draw_calibration", "read_curve"]
@@ -33,12 +33,8 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     whose = "name a .curve.jsonl that `python -m intactkv calibrate` or train-prefix wrote beside its prefix"
     if path.suffix != ".jsonl":
         raise UserError(f"{path} is no curve of a calibration; {whose}")
-    with open_text(path, "the curve") as file:
-        rows = [
-            parse_json(line, f"line {number} of the curve {path}", _Row, mend=whose)
-            for number, line in enumerate(file, start=1)
-        ]
-    if not rows or not all("loss" in row or "held_out" in row for row in rows):
+    rows: list[dict[str, float]] = read_lines(path, "the curve", _Row, mend=whose)
+    if not all("loss" in row or "held_out" in row for row in rows):
         raise UserError(f"{path} is no curve of a calibration: it has no losses; {whose}")
     return rows
 

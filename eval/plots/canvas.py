@@ -25,7 +25,6 @@ __all__ = [
     "FORMATS",
     "GREY",
     "INTACT",
-    "LARGEST_DPI",
     "ORANGE",
     "SERIES",
     "VANILLA",
@@ -50,7 +49,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "pdf": {"Creator": MARK, "CreationDate": None},
     "svg": {"Creator": MARK, "Date": None},
 }
-LARGEST_DPI = 1200
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,6 @@ def output_for(out: Path, name: str, formats: str, dpi: int) -> Output:
     chosen = [word.strip() for word in formats.split(",")]
     if unknown := [word for word in chosen if word not in FORMATS]:
         raise UserError(f"--format {formats}: {unknown[0]!r} is not known; give a comma list of {', '.join(FORMATS)}")
-    if not 10 <= dpi <= LARGEST_DPI:
-        raise UserError(f"--dpi {dpi} is out of range; give 10 to {LARGEST_DPI} dots per inch")
     stem = out / name
     if out.suffix and not out.is_dir():
         if out.suffix[1:] not in FORMATS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError
-from corpora.files import data_files, sha256_of_data
+from corpora.files import data_files, name_part, sha256_of_data
 from corpora.targets import check_written, inputs_of
 from eval.mtbench.endpoint import OPENAI
 
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
         check_categories({materials.questions[number].category for given in answers.values() for number in given})
 
     kind, kind_of_lines = ("single", GRADES) if baseline is None else ("pair", COMPARISONS)
-    path = outputs_dir() / "mt_bench" / "model_judgment" / f"{name.replace('/', '-')}_{kind}.jsonl"
+    path = outputs_dir() / "mt_bench" / "model_judgment" / f"{name_part(name)}_{kind}.jsonl"
     refuse_other_lines(path, kind_of_lines)  # before a local judge is loaded
     judge, protocol = _judge(options, kind)
     with only_writer(path):
@@ -193,8 +193,6 @@ def _check(options: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
-    if not options.judge_model.startswith(LOCAL) and len(options.judge_model.encode()) > 200:
-        raise UserError(f"--judge-model {options.judge_model[:40]}…: a name has at most 200 bytes, files are called so")
     if not options.key_variable.isidentifier():  # it may be the key itself
         raise UserError(
             "--key-variable takes the name of a variable: letters, digits and _; a key is never an argument"
@@ -238,7 +236,7 @@ def _judge_name(word: str) -> str:
 def _references(folder: Path, judge: str) -> Path | None:
     """The judge's own reference answers, else the only ones there are; None without any."""
     files = data_files(folder, "*.jsonl")
-    own = folder / f"{judge.replace('/', '-')}.jsonl"
+    own = folder / f"{name_part(judge)}.jsonl"
     if own in files:
         return own
     if len(files) > 1:
@@ -285,8 +283,8 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
     from eval.generation import own_generation
     from eval.mtbench.chat_templates import chat_template
     from eval.mtbench.endpoint import endpoint_address
-    from eval.mtbench.judge import ENDINGS, is_decided
     from eval.mtbench.judge_client import ChatClient, local_judge
+    from eval.mtbench.verdicts import ENDINGS, is_decided
     from quantization.programs.options import chosen_device
     from quantization.runs.checkpoint import find_checkpoint
     from quantization.runs.opening import load_tokenizer

@@ -121,7 +121,8 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.answer_seed,
     }
     path = options.out or _answers_directory() / f"{_model_id(plan, settings)}.jsonl"
-    _refuse_other_files(path)
+    if options.out is None:
+        _refuse_other_files(path)
     if not options.force:
         _refuse_other_settings(path, settings)
 
@@ -177,7 +178,7 @@ def _answers_directory() -> Path:
 def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
     """model-method-w{b}g{g}[-kvN][-intactkv…][-questions]-seed_{s}: [P] is plain intactkv, as published; what is other
     than in the named recipe stands behind the method."""
-    from corpora.json_files import plain_name
+    from corpora.files import name_part
     from quantization.kv_cache import kv_bits
     from quantization.labels import told
 
@@ -189,13 +190,7 @@ def _model_id(plan: "Plan", settings: dict[str, Any]) -> str:
         parts += ["intactkv" if prefix["intact"] else "vanilla", *_kind(prefix["label"])]
     if settings["questions"] != "mt_bench":
         parts.append(Path(settings["questions"]).stem)
-    name = "-".join([*parts, f"seed_{settings['seed']}"]).replace("/", "-")
-    try:
-        return plain_name(name)
-    except ValueError as error:
-        raise UserError(
-            f"the answers cannot be called {name!r}, which {error}; name them with --out FILE.jsonl"
-        ) from None
+    return name_part("-".join([*parts, f"seed_{settings['seed']}"]))
 
 
 def _kind(label: str) -> list[str]:

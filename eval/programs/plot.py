@@ -110,11 +110,11 @@ def _output(options: argparse.Namespace, name: str) -> "Output":
 
 def _changed(options: argparse.Namespace, parts: dict[str, str]) -> list[str]:
     """What the options that are not as by default add to the name of a file."""
-    values = {name: getattr(options, name, None) for name in parts}
+    given = {name: getattr(options, name, None) for name in parts}
     return [
-        part.format(values[name])
+        part.format(given[name])
         for name, part in parts.items()
-        if values[name] is not None and values[name] != options.default(name)
+        if given[name] is not None and given[name] != options.default(name)
     ]
 
 

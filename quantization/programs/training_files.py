@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corpora.errors import UserError
 from corpora.targets import check_target
 from quantization.programs.options import check_out
 
@@ -31,7 +30,7 @@ def training_bar(what: str, steps: int, out: Path) -> Iterator[Callable[[dict[st
     """
     from tqdm import tqdm
 
-    from corpora.writing import locked
+    from corpora.writing import only_one
 
     shown: dict[str, Any] = {}
     bars: list[tqdm[Any]] = []
@@ -43,11 +42,10 @@ def training_bar(what: str, steps: int, out: Path) -> Iterator[Callable[[dict[st
         shown.update({key: f"{row[key]:.4g}" for key in ("loss", "held_out") if key in row})
         bars[0].set_postfix(shown)
 
+    refusal = f"--out {out}: another process is training it; wait for that one, or name another"
     try:
-        with locked(state_file(out), wait=False):
+        with only_one(state_file(out), refusal):
             yield report
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another process is training it; wait for that one, or name another") from None
     finally:
         for bar in bars:
             bar.close()

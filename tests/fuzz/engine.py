@@ -5,7 +5,6 @@ several directories deep, so that a path like ../../x, written to, lands where i
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -24,6 +23,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from common import tree
+
 from corpora.errors import run_program
 from fuzz.damage import DAMAGES
 
@@ -35,8 +36,8 @@ SECONDS = 10  # a call that takes a twentieth of a second when all is well
 FAULTS = ("traceback", "hang", "silent", "exit code", "lines", "control", "leftover", "changed")
 BAR = re.compile(r"(?!error:).*(\d%\||\[\d\d:\d\d[<,])")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# What any call may leave: the folders of outputs/, and tokens that were cached.
-ALLOWED = re.compile(r"^outputs(/runs|/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
+# What any call may leave: tokens that were cached.
+ALLOWED = re.compile(r"^outputs(/cache(/tokens(/[0-9a-f]+\.safetensors)?)?)?$")
 
 
 class Hang(BaseException):
@@ -260,22 +261,6 @@ def _deepest(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].name}"
 
 
-def tree(top: Path) -> dict[str, str]:
-    """What lies in a directory: kind, size and hash by name."""
-    found: dict[str, str] = {}
-    for path in sorted(top.rglob("*")):
-        name = str(path.relative_to(top))
-        if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
-        elif path.is_dir():
-            found[name] = "directory"
-        elif path.is_file() and os.access(path, os.R_OK):
-            found[name] = f"{path.stat().st_size} bytes {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        else:
-            found[name] = f"special {path.stat().st_mode:o}"
-    return found
-
-
 def said(err: str) -> list[str]:
     """The lines of stderr that are no progress bar."""
     lines = re.split(r"[\n\r]", err)
@@ -339,7 +324,7 @@ def damaged(
     *,
     own: bool,
     rewritten: re.Pattern[str] | None,
-    without: Callable[[Outcome, Path], bool] | None,
+    without: Callable[[Outcome, str], bool] | None,
     keep: Path | None = None,
 ) -> Call:
     """Damage a file of a copied world, call the program and judge. Raises Inapplicable.
@@ -364,7 +349,7 @@ def damaged(
         def same() -> bool:
             if program.figures(outcome, world) == expected:
                 return True
-            if without is not None and without(outcome, world):
+            if without is not None and without(outcome, case.file):
                 return True
             return not (own or broken)
 

@@ -11,7 +11,7 @@ from fuzz import worlds
 from fuzz.engine import Outcome, Program, Scratch, said
 from fuzz.worlds import ANSWER, CALIBRATE, JUDGE, MODEL, QUANTIZE, RTN, WINDOW
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["KINDS", "Kind", "named"]
 
 # Of a run record, what differs from run to run, names the place, or is a key that the fuzzer added.
 VOLATILE = {
@@ -25,7 +25,7 @@ VOLATILE = {
 class Kind:
     """One kind of file. build: makes the world. files: in it, as patterns. own: ours, and carries a sum, so no damage
     may change a figure. rewritten: what the programs may write, whatever becomes of the call. without: whether a
-    finished call rightly went without the damaged file: it is named on stderr, or made again."""
+    finished call rightly went without the damaged file: it is named on stderr."""
 
     name: str
     build: Callable[[Path, Scratch], None]
@@ -33,12 +33,12 @@ class Kind:
     programs: tuple[Program, ...]
     own: bool = False
     rewritten: str | None = None
-    without: Callable[[Outcome, Path], bool] | None = None
+    without: Callable[[Outcome, str], bool] | None = None
 
     @property
     def world(self) -> str:
         """The name of the world; kinds with one builder share it."""
-        return getattr(self.build, "__name__", None) or self.build.func.__name__  # type: ignore[attr-defined]
+        return self.build.__name__
 
 
 # figures --------------------------------------------------------------------------------------------------------------
@@ -124,13 +124,9 @@ def _turns(path: Path) -> Any:
     return [json.loads(line)["choices"][0]["turns"] for line in path.read_text().splitlines()]
 
 
-def _named(path_parts: int = 1) -> Callable[[Outcome, Path], bool]:
-    """A finished call that says on stderr what it left out or made again."""
-    return lambda outcome, world: bool(said(outcome.err) or "left out" in outcome.log)
-
-
-def _record_left_out(outcome: Outcome, world: Path) -> bool:
-    return any(".json" in line for line in said(outcome.err))
+def named(outcome: Outcome, file: str) -> bool:
+    """Whether a finished call says on stderr that it left a file, or a part of it, out."""
+    return any(Path(file).name in line for line in said(outcome.err))
 
 
 KINDS = {
@@ -166,7 +162,7 @@ KINDS = {
         Kind("adapter", worlds.prefixed, ("adapter/*.json", "adapter/*.safetensors"),
              (ppl("--model", MODEL, *PREFIX, "adapter"),), own=True),
         Kind("token_cache", worlds.cached, ("outputs/cache/tokens/*",), (ppl("--model", MODEL),), own=True,
-             rewritten=r"^outputs/cache/tokens/", without=None),
+             rewritten=r"^outputs/cache/tokens/"),
         Kind("kept_prefix", worlds.kept_prefix, ("modelzoo/prefixes/*/text-*", "modelzoo/prefixes/*/hello*"),
              (ppl("--model", MODEL, *PREFIX, "hello"),), own=True, rewritten=r"^modelzoo/prefixes/"),
         Kind("discovery", worlds.kept_prefix, ("modelzoo/prefixes/*/auto-*.json",),
@@ -178,7 +174,7 @@ KINDS = {
             Program("ppl-again", ("eval", "ppl", "--model", MODEL, *RTN, *WINDOW[:-1]), record),
             Program("plot", ("eval", "plot", "perplexity", "--model", "tiny-llama", "--out", "f.png"),
                     files_of("f.csv")),
-        ), without=_record_left_out),
+        ), without=named),
         Kind("state", worlds.chats, ("out.state.safetensors",), (
             Program("resume", (*CALIBRATE, "out.safetensors"), tensors_of("out.safetensors")),
         ), own=True, rewritten=r"^out\.state|^modelzoo/"),
@@ -188,7 +184,7 @@ KINDS = {
         )),
         Kind("conversations", worlds.chats, ("datasets/ShareGPT_Vicuna_unfiltered/*.json",), (
             Program("calibrate", (*CALIBRATE, "new.safetensors"), tensors_of("new.safetensors")),
-        ), without=_named(), rewritten="^modelzoo/"),
+        ), without=named, rewritten="^modelzoo/"),
         Kind("task", worlds.tasks, (
             "datasets/lambada_openai/data/*", "datasets/piqa/*/*", "datasets/hellaswag/data/*",
         ), (

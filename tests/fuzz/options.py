@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from common import tree
+
 from corpora.errors import Parser
-from fuzz.engine import Call, Scratch, call, judge, tree
+from fuzz.engine import Call, Scratch, call, judge
 from fuzz.worlds import MODEL, RTN, copied, mtbench, quantized, ran, records
 
 __all__ = ["NONSENSE", "PROGRAMS", "option_cases", "run_option", "run_options"]
