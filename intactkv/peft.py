@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.json_files import fitted, read_json, write_json
+from corpora.json_files import Size, fitted, read_json, write_json
 from corpora.storage import is_finite, open_tensors, write_tensors
 from corpora.writing import directory_beside
-from intactkv.prefix import Prefix, Size, build_prefix
+from intactkv.prefix import Prefix, build_prefix
 
 __all__ = ["CONFIG", "PREFIX_FILE", "is_adapter", "read_adapter", "write_adapter"]
 

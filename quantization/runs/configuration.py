@@ -12,16 +12,15 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.json_files import Hash, fitted, read_json
+from corpora.json_files import Hash, Size, fitted, read_json
+from corpora.storage import MEND
 from intactkv.architecture import ARCHITECTURES
 
-__all__ = ["CONFIG", "GENERATION", "MEND", "config_of", "generation_config_of", "tokenizer_config_of"]
+__all__ = ["CONFIG", "GENERATION", "config_of", "generation_config_of", "tokenizer_config_of"]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-MEND = "mend it, or fetch the checkpoint again"
 IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
 
-Size = Annotated[int, Field(ge=1, le=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # −1 says none in old files
