@@ -20,6 +20,7 @@ from corpora.files import open_text, plain_name, refuse_half_characters
 from corpora.writing import write_beside
 
 __all__ = [
+    "SUM",
     "Count",
     "FileName",
     "Hash",
@@ -27,9 +28,9 @@ __all__ = [
     "check_values",
     "fitted",
     "identity",
-    "not_finite",
     "parse_json",
     "read_json",
+    "refuse_code",
     "with_sum",
     "without_sum",
     "write_json",
@@ -37,8 +38,9 @@ __all__ = [
 
 DEEPEST = 100  # lists and objects within each other; ours and those of Hugging Face have fewer than ten
 LONGEST_INTEGER = 38  # digits; the longest in use is a tokenizer's 10^30 for "no limit"
+CODE = ("auto_map", "auto_mapping")  # what lets transformers and PEFT import code by name
+IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
 REMAKE = "delete the file and make it again"
-
 
 FileName = Annotated[str, AfterValidator(plain_name)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -117,6 +119,25 @@ def check_values(value: Any, what: str, mend: str) -> None:
             raise UserError(f"{what} holds an integer of more than {LONGEST_INTEGER} digits: {at}; {mend}")
 
 
+def refuse_code(content: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for a library's configuration that names Python code of its directory or of a repository, which
+    is never run."""
+    for entry in CODE:
+        if code := content.get(entry):
+            raise UserError(
+                f"{file} asks for code of its directory ({entry}: {str(code)[:80]}), which is never run here; use one "
+                f"that needs none, or take {entry} out if it is the same"
+            )
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for entry, value in part.items():
+            # transformers would fetch and run it, whatever it was told about code of the directory.
+            if entry.endswith(IMPLEMENTATIONS) and "/" in str(value):
+                raise UserError(
+                    f"{file} asks for code of a repository ({entry}: {str(value)[:80]}), which is never run here; take "
+                    f"{entry} out"
+                )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises UserError for a number that JSON has no word for."""
     if found := not_finite(value):
@@ -131,7 +152,7 @@ def identity(made_of: Mapping[str, Any], digits: int = 8) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:digits]
 
 
-SUM = "sha256"
+SUM = "sha256"  # the key of a file's own sum
 
 
 def with_sum(value: Mapping[str, Any], key: str = SUM) -> dict[str, Any]:
