@@ -6,14 +6,20 @@ their traceback.
 """
 
 import argparse
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from corpora.terminal import Unheard, as_other_tools_end, printable, tell, terminal
 
 __all__ = ["Parser", "UserError", "built", "one_line", "run_program", "said_by"]
+
+INTERRUPTED = "\ninterrupted; run the same command to go on"
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +81,9 @@ def run_program(main: Callable[[], None]) -> None:
     written beside and renamed, so nothing is damaged by stopping here. A reader of the output that has gone (`| head`)
     is no mistake: the program ends without a word.
     """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a job in the background ignores it
+    if usual and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         with terminal():
             _check_arguments()
@@ -88,11 +97,32 @@ def run_program(main: Callable[[], None]) -> None:
         said = f"{error.strerror or error}{where}; nothing finished was changed: mend it and run the command again"
         code, message = 2, f"error: {one_line(said)}"
     except KeyboardInterrupt:
-        code, message = 130, "\ninterrupted; run the same command to go on"
+        code, message = 130, INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        # torch's are RuntimeErrors; that of a GPU has a class of its own.
+        used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not used_up and "can't allocate memory" not in str(error):
+            raise
+        said = "the memory is used up; give less at once (samples, batch size, window), a smaller file or more memory"
+        code, message = 2, f"error: {said} ({one_line(said_by(error))[:200]})"
     except Unheard:
         as_other_tools_end()
     tell(message)
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: raise KeyboardInterrupt, but end at once within an import.
+
+    transformers' lazy imports would take it for a module that is missing, or lose it. What an import may cut short is
+    what a kill may cut short, too.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{INTERRUPTED}\n".encode())
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _check_arguments() -> None:

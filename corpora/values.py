@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 from corpora.errors import UserError
 
 __all__ = ["LARGEST_SEED", "MANY", "count", "device", "finite", "from_environment", "group_size", "limit", "name",
-           "number", "path", "real", "seed", "shown", "size", "text", "whole"]  # fmt: skip
+           "number", "path", "real", "seed", "shown", "size", "text", "unshown", "whole"]  # fmt: skip
 
 Value = TypeVar("Value")
 
@@ -132,6 +132,16 @@ def name(word: str) -> str:
     if not word.strip() or CONTROL.search(word) or len(os.fsencode(word)) > LONGEST_PATH:
         _refuse(word, f"a name: not empty, without line ends and other control characters, up to {LONGEST_PATH} bytes")
     return word
+
+
+def unshown(word: str) -> str:
+    """A name or an address that may hold a secret by mistake: no refusal shows it."""
+    try:
+        return name(word)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            "what was given is not allowed, and not shown: it may hold a secret; give one line that is not empty"
+        ) from None
 
 
 def path(word: str) -> Path:

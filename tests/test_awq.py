@@ -727,7 +727,7 @@ def test_a_program_writes_the_search_and_another_makes_the_same_checkpoint_of_it
         ("rtn", "was not made by AWQ alone"),
         ("no dense", "the dense full-precision model of .* is not at hand"),
         ("other dense", "the dense full-precision model of .* is not at hand"),
-        ("directory", "a search is a file that ends in .pt"),
+        ("directory", "give a file that ends in .pt"),
         ("prefix", "leave out --prefix, --dtype, --verify and --plan"),
     ],
 )

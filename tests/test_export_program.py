@@ -151,8 +151,11 @@ def test_a_dense_model_and_an_existing_directory_are_refused(
     assert code == 2
     assert "is no quantized checkpoint of this project" in errors
     code, _, errors = program("--model", quantized, "--out", quantized)
+    assert (code, "is what the program reads" in errors) == (2, True)
+    (tmp_path / "there").mkdir()
+    code, _, errors = program("--model", quantized, "--out", tmp_path / "there")
     assert code == 2
-    assert "exists already; choose another --out" in errors
+    assert "exists already; choose another" in errors
 
 
 @pytest.mark.skipif(GPTQMODEL_PYTHON is None, reason="INTACTKV_GPTQMODEL_PYTHON names no interpreter")

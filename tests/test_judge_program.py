@@ -17,6 +17,7 @@ from common import ROOT
 from endpoint import Answer, Endpoint, error, grade, serving
 from families import plain_logits
 
+from corpora.errors import UserError
 from eval.__main__ import main
 from eval.mtbench.answers import question_file, read_questions
 from eval.mtbench.json_lines import read_lines
@@ -349,3 +350,13 @@ def test_a_local_judge_without_a_rating_of_its_own_gives_the_most_likely_one(loc
         "be fair", user
     ).text == reply.text.removesuffix(f"\n\n{expected}")
     assert judge("be fair", "long " * 700).outcome == "failed"  # no room in the context
+
+
+def test_a_local_judge_that_cannot_tell_grades_apart_is_refused(local):
+    content = json.loads((local / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {word: i for word, i in vocabulary.items() if not word.isdigit()}
+    (local / "tokenizer.json").write_text(json.dumps(content))
+    endings = [f"Rating: [[{grade}]]" for grade in range(1, 10)]
+    with pytest.raises(UserError, match=r"the same tokens for several of Rating: \[\[1\]\], .*take another judge"):
+        local_judge(local, torch.device("cpu"), 6, endings, lambda text: False)

@@ -410,7 +410,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     "a name of several lines": (["--judge-model", "a\nb"], "--judge-model: 'a\\nb' is not allowed"),
     "a name too long": (["--judge-model", "a" * 300], "at most 200 bytes"),
     "a password": (["--base-url", "http://u:hunter2@h"], "holds a user or a password"),
-    "a password and a line end": (["--base-url", "http://u:hunter2@h\n"], "holds a user or a password"),
+    "a password and a line end": (["--base-url", "http://u:hunter2@h\n"], "--base-url: what was given is not allowed"),
     "a long key as a variable": (["--key-variable", KEY * 9], "--key-variable takes the name of a variable"),
     "a port": (["--base-url", "http://h:99999"], "--base-url 'http://h:99999' is no address"),
     "a folder of answers": (["--answers", "."], "is a folder"),

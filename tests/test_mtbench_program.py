@@ -142,7 +142,7 @@ BAD_INPUT = {
     "no questions of the publishers": (["--questions", "mt_bench"], "scripts/prepare/mtbench.sh"),
     "no such file": (["--questions", "none.jsonl"], "there is no such file"),
     "no question": (["--limit", "0"], "--limit: 0 is not allowed; give a whole number from 1"),
-    "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+    "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens: 0 is not allowed"),
     "not a file of lines": (["--out", "a.json"], "ends in .jsonl"),
     "a prefix that no dialogue starts with": (["--prefix", "A fox."], "does not start with the prefix's tokens"),
     "nothing to put in front": (["--prepend"], "--prepend puts a prefix in front, but none was named"),

@@ -176,7 +176,7 @@ def test_a_method_that_calibrates_only_when_told_to_takes_its_text(
     (["--recipe", "rtn", "--calibration", "c4"], "rtn calibrates on no text"),
     (["--recipe", "rtn", "--calibrate-behind-prefix", "--prefix", "bos"], "rtn needs no calibration"),
     ([*GPTQ, "--calibration", "nowhere.txt"], "nowhere.txt"),
-    ([*GPTQ, "--calibration-length", "5000"], "2701 tokens for calibration, but a segment takes 5000"),
+    ([*GPTQ, "--calibration-length", "5000"], "5000 tokens with what stands in front do not fit the 256 positions"),
     ([*GPTQ, "--set", "calibration.draw=lots"], "calibration.draw=lots"),
     ([*GPTQ, "--set", "weights.damp=-1"], "weights.damp=-1"),
 ])  # fmt: skip

@@ -255,7 +255,7 @@ def test_the_prefix_is_what_the_smoothed_full_precision_model_writes(
 ) -> None:  # fmt: skip
     """With v → o the values are in another basis, and the dense model's own prefix is refused."""
     monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path))
-    dense = tiny_checkpoint(tmp_path, model_type)
+    dense = tiny_checkpoint(tmp_path, model_type, max_position_embeddings=1024)  # the recipe's pieces have 512 tokens
     recipe = replace(W8A8, transforms=(Smooth(values=values),), prefix="bos", calibrate_behind_prefix=behind)
     plan = plan_of(dense, recipe, monkeypatch)
     prefix = plan.intact_prefix()

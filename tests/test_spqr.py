@@ -674,7 +674,7 @@ def test_every_linear_of_a_block_comes_out_as_it_would_alone(
         ("weights.zero_bits=9", r"weights\.zero_bits=9 is not supported; use 2 to 8"),
         ("weights.scale_group=0", r"weights\.scale_group=0 is not allowed"),
         ("weights.threshold=-1", r"weights\.threshold=-1 is not allowed; .* inf for no outliers"),
-        ("weights.threshold=nan", r"weights\.threshold=nan is not allowed"),
+        ("weights.threshold=nan", r"weights\.threshold=nan: nan is not allowed"),
         ("weights.damp=0", r"weights\.damp=0 is not allowed"),
     ],
 )

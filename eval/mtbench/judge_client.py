@@ -241,6 +241,11 @@ def local_judge(
     generation = own_generation(directory, plan.tokenizer)
     answerer = Answerer(plan.load(), template, generation, seed=0, max_new_tokens=max_tokens, context=plan.context)
     tokens = [encode(plan.tokenizer, f"\n\n{ending}") for ending in endings]
+    if len(set(map(tuple, tokens))) < len(tokens):
+        raise UserError(
+            f"the tokenizer of {directory} has the same tokens for several of {', '.join(endings[:3])}, …: this model "
+            "cannot say which it means; take another judge"
+        )
     spare = max(len(encode(plan.tokenizer, closing)) for closing in CLOSINGS)
     alike = next(i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1)
     lead, tails = tokens[0][:alike], [ending[alike:] for ending in tokens]

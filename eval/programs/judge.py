@@ -72,15 +72,14 @@ def add(commands: Any) -> None:
         help="at the endpoint, or a checkpoint",
     )
     group.add_argument(
-        # Its reader never shows what may be a password; nor does that of the next.
         "--base-url",
-        type=values.name,
+        type=values.unshown,
         default=OPENAI,
         metavar="URL",
         help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
     group.add_argument(
-        "--key-variable", type=values.name, default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key"
+        "--key-variable", type=values.unshown, default="OPENAI_API_KEY", metavar="NAME", help="of the key"
     )
     group.add_argument(
         "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
