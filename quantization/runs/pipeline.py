@@ -119,6 +119,8 @@ def quantize_checkpoint(
         return out
     model = _empty_model_for(source, recipe)
     weights = dense.weights(model)
+    if identity_at(partial_of(out)) != artefact.identity:  # a run that goes on has looked, and reads what is left
+        weights.check()
     with locked(out):
         if out.exists():
             _refuse_other(out, manifest)
@@ -134,8 +136,6 @@ def quantize_checkpoint(
         done = sum(block.is_file() for block in blocks)
         started = time.perf_counter()
         try:
-            if recipe.calibrates and not done:
-                weights.check()
             _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
         except UserError:
             if not any(block.is_file() for block in blocks):  # there is nothing to go on with
