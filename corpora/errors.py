@@ -66,12 +66,10 @@ def built(what: str, way_out: str) -> Iterator[None]:
     """
     try:
         yield
-    except PermissionError:  # a file that may not be read is no damaged one
+    except (PermissionError, MemoryError):  # what may not be read, or does not fit, is no damaged file
         raise
-    except Exception as error:
-        raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what} ({said_by(error)[:300]}); {way_out}") from None
 

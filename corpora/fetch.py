@@ -17,8 +17,8 @@ from pydantic import AfterValidator
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError, said_by
-from corpora.files import sha256_of_file
-from corpora.json_files import Hash, plain_name, read_json, write_json
+from corpora.files import plain_name, sha256_of_file
+from corpora.json_files import Hash, read_json, write_json
 from corpora.writing import directory_beside, locked
 
 __all__ = ["PREPARED", "check_endpoint", "file_hashes", "hub_download", "prepare_directory", "wheel_member"]

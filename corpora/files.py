@@ -12,6 +12,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +24,12 @@ __all__ = [
     "name_part",
     "open_text",
     "plain_file",
+    "plain_name",
     "refuse_half_characters",
     "sha256_of_data",
     "sha256_of_file",
     "suffix_of",
+    "version_of",
 ]
 
 PACKED = (".gz", ".zst")
@@ -55,6 +58,18 @@ def suffix_of(path: Path) -> str:
     while suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def plain_name(name: str) -> str:
+    """A name that makes no path: what files say is never joined to a directory without it.
+
+    Raises ValueError for separators, `.`, `..`, a leading dot, control characters, or more than 200 bytes.
+    """
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError("is no plain name of a file (no / or \\, no leading dot, nothing unprintable)")
+    if len(name.encode(errors="replace")) > 200:
+        raise ValueError("is longer than 200 bytes")
+    return name
 
 
 def name_part(text: str, longest: int = 160) -> str:
@@ -89,6 +104,12 @@ def plain_file(path: Path, what: str = "") -> Path:
     return path
 
 
+def version_of(path: Path) -> tuple[int, ...]:
+    """What is another one once a file was written again or replaced. Raises as `plain_file`."""
+    status = plain_file(path).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 @contextmanager
 def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
     """A text file, open for reading; .gz and .zst are unpacked. what: it should be, for messages.
@@ -121,8 +142,14 @@ def open_text(path: Path, what: str = "") -> Iterator[IO[str]]:
 def sha256_of_data(path: Path) -> str:
     """SHA-256 of a data file, in hexadecimal: of a text file as `open_text` reads it, of any other its bytes.
 
-    A text file with plain \\n and no byte order mark has the hash of its bytes.
+    A text file with plain \\n and no byte order mark has the hash of its bytes. A file that a process asks for again is
+    read again only if it changed, here and in `sha256_of_file`. Raises as `plain_file`.
     """
+    return _sha256_of_data(path, version_of(path))
+
+
+@lru_cache(maxsize=10_000)  # a run names a text several times, and C4's file takes a second
+def _sha256_of_data(path: Path, version: tuple[int, ...]) -> str:
     if path.suffix.lower() in (*PACKED, *TABLES, *NOT_UNPACKED):
         return sha256_of_file(path)
     digest = hashlib.sha256()
@@ -136,7 +163,12 @@ def sha256_of_data(path: Path) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal. Raises as `plain_file`."""
+    return _sha256_of_file(path, version_of(path))
+
+
+@lru_cache(maxsize=10_000)
+def _sha256_of_file(path: Path, version: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

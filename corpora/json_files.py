@@ -2,8 +2,10 @@
 
 A form is a type: `dict`, `list[int]`, a TypedDict with the keys that must be there (`NotRequired` for those that may).
 pydantic compares value and form strictly, so that "4", 4.0 and true are no 4. Keys that a form does not name stay.
+A file of ours may hold the sum of all that it says (`with_sum`), which its reader compares (`without_sum`).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -14,41 +16,35 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from corpora.errors import UserError
-from corpora.files import open_text, refuse_half_characters
+from corpora.files import open_text, plain_name, refuse_half_characters
 from corpora.writing import write_beside
 
 __all__ = [
+    "SUM",
     "Count",
     "FileName",
     "Hash",
+    "Size",
     "check_values",
     "fitted",
-    "not_finite",
+    "identity",
     "parse_json",
-    "plain_name",
     "read_json",
+    "refuse_code",
+    "with_sum",
+    "without_sum",
     "write_json",
 ]
 
 DEEPEST = 100  # lists and objects within each other; ours and those of Hugging Face have fewer than ten
 LONGEST_INTEGER = 38  # digits; the longest in use is a tokenizer's 10^30 for "no limit"
+CODE = ("auto_map", "auto_mapping")  # what lets transformers and PEFT import code by name
+IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
 REMAKE = "delete the file and make it again"
-
-
-def plain_name(name: str) -> str:
-    """A name that makes no path: what files say is never joined to a directory without it.
-
-    Raises ValueError for separators, `.`, `..`, a leading dot, control characters, or more than 200 bytes.
-    """
-    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
-        raise ValueError("is no plain name of a file (no / or \\, no leading dot, nothing unprintable)")
-    if len(name.encode(errors="replace")) > 200:
-        raise ValueError("is longer than 200 bytes")
-    return name
-
 
 FileName = Annotated[str, AfterValidator(plain_name)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]+$", min_length=8, max_length=64)]
 
 
@@ -123,12 +119,56 @@ def check_values(value: Any, what: str, mend: str) -> None:
             raise UserError(f"{what} holds an integer of more than {LONGEST_INTEGER} digits: {at}; {mend}")
 
 
+def refuse_code(content: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for a library's configuration that names Python code of its directory or of a repository, which
+    is never run."""
+    for entry in CODE:
+        if code := content.get(entry):
+            raise UserError(
+                f"{file} asks for code of its directory ({entry}: {str(code)[:80]}), which is never run here; use one "
+                f"that needs none, or take {entry} out if it is the same"
+            )
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for entry, value in part.items():
+            # transformers would fetch and run it, whatever it was told about code of the directory.
+            if entry.endswith(IMPLEMENTATIONS) and "/" in str(value):
+                raise UserError(
+                    f"{file} asks for code of a repository ({entry}: {str(value)[:80]}), which is never run here; take "
+                    f"{entry} out"
+                )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises UserError for a number that JSON has no word for."""
     if found := not_finite(value):
         raise UserError(f"{path} is not written, because it would hold {found}; what made it has no result")
     with write_beside(path) as beside:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def identity(made_of: Mapping[str, Any], digits: int = 8) -> str:
+    """Hash of all that made an artefact: the first hexadecimal digits of the SHA-256 of its canonical JSON."""
+    canonical = json.dumps(made_of, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:digits]
+
+
+SUM = "sha256"  # the key of a file's own sum
+
+
+def with_sum(value: Mapping[str, Any], key: str = SUM) -> dict[str, Any]:
+    """A value as a file keeps it that has a sum of its own, under a key that comes last."""
+    return {**value, key: identity(value, 64)}
+
+
+def without_sum(value: Mapping[str, Any], what: str, *, key: str = SUM, mend: str = REMAKE) -> dict[str, Any]:
+    """What `with_sum` was given. Files of before may have no sum and are compared with none.
+
+    what, mend: as in `parse_json`. Raises UserError if the sum is another one.
+    """
+    rest = {name: member for name, member in value.items() if name != key}
+    if key in value and value[key] != identity(rest, 64):
+        raise UserError(f"{what} has changed since it was written (its sum is another); {mend}")
+    return rest
 
 
 def not_finite(value: Any) -> str | None:

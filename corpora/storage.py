@@ -7,8 +7,9 @@ are found again by `identity`: a hash of everything that made them.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from safetensors.torch import save_file
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError, said_by
-from corpora.files import plain_file
-from corpora.json_files import FileName, fitted, parse_json, read_json
+from corpora.files import plain_file, version_of
+from corpora.json_files import SUM, FileName, fitted, identity, parse_json, read_json
 from corpora.writing import write_beside
 
 __all__ = [
-    "SUM",
+    "MEND",
     "checkpoint_fingerprint",
     "disk_errors",
     "identity",
@@ -76,9 +77,6 @@ def write_tensors(
         save_file(plain, beside, metadata=dict(metadata) if metadata else None)
 
 
-SUM = "sha256"  # of an artefact's header and tensors, in the header itself
-
-
 def write_artefact(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one of our own safetensors files, atomically: tensors, and a header that ends with the sum of both.
 
@@ -123,13 +121,7 @@ def _sum_of(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> s
     return digest.hexdigest()
 
 
-def identity(made_of: Mapping[str, Any], digits: int = 8) -> str:
-    """Hash of all that made an artefact: the first hexadecimal digits of the SHA-256 of its canonical JSON."""
-    canonical = json.dumps(made_of, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:digits]
-
-
-FETCH = "mend it, or fetch the checkpoint again"
+MEND = "mend it, or fetch the checkpoint again"
 
 
 class _Index(TypedDict):
@@ -138,7 +130,7 @@ class _Index(TypedDict):
 
 def indexed_files(index: Path) -> dict[str, Path]:
     """The file of every tensor, as a checkpoint's index names it. Raises UserError if the index is damaged."""
-    names = read_json(index, "the index of the checkpoint", _Index, mend=FETCH)["weight_map"]
+    names = read_json(index, "the index of the checkpoint", _Index, mend=MEND)["weight_map"]
     return {tensor: index.parent / name for tensor, name in names.items()}
 
 
@@ -214,28 +206,36 @@ def checkpoint_fingerprint(directory: Path, stored: str | None = None) -> str:
     an edited token is seen; but an edit of a few single values of a large matrix can escape.
     stored: what an artefact names. It is the answer where it is what earlier versions, which took a smaller sample,
     called this content.
+    A process that asks again reads the files again only if they changed.
     Raises UserError if a file is missing, truncated or not safetensors.
     """
-    config = read_json(directory / "config.json", "the model configuration", dict, mend=FETCH)
-    vocabularies = set(_vocabularies(config))
-    found = _fingerprint(directory, config, lambda tensor: _sample(tensor, vocabularies))
-    if stored is not None and stored != found and stored == _fingerprint(directory, config, _earlier_sample):
+    plain_file(directory / "config.json", "the model configuration")
+    files = (directory / "config.json", *weight_files(directory))
+    versions = tuple((file, version_of(file)) for file in files)
+    found = _fingerprint(versions)
+    if stored is not None and stored != found and stored == _fingerprint(versions, earlier=True):
         return stored
     return found
 
 
-def _fingerprint(directory: Path, config: dict[str, Any], sample: Callable[[torch.Tensor], torch.Tensor]) -> str:
+@lru_cache(maxsize=64)
+def _fingerprint(versions: tuple[tuple[Path, tuple[int, ...]], ...], earlier: bool = False) -> str:
+    """The fingerprint of a configuration and weight files, or the one that earlier versions took."""
+    (file, _), *weights = versions
+    config: dict[str, Any] = read_json(file, "the model configuration", dict, mend=MEND)
+    vocabularies = set(_vocabularies(config))
     digest = hashlib.sha256()
     # Which library version wrote the file, and under which path it was loaded, does not change the function.
     digest.update(
         identity({k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}, 64).encode()
     )
-    for file in weight_files(directory):
+    for file, _ in weights:
         with open_tensors(file) as tensors:
             for name in sorted(tensors.keys()):
                 view = tensors.get_slice(name)
                 digest.update(f"{name}{view.get_shape()}{view.get_dtype()}".encode())
-                values = sample(tensors.get_tensor(name)).contiguous()  # of the mapped file: only what is looked at
+                tensor = tensors.get_tensor(name)  # of the mapped file: only what is looked at
+                values = (_earlier_sample(tensor) if earlier else _sample(tensor, vocabularies)).contiguous()
                 digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 

@@ -14,7 +14,6 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def text_identity(tokenizer: Any, corpus: str, *, samples: int, length: int) -> 
     Raises UserError if the corpus is unknown or not there, or a number is out of range.
     """
     _check_pieces(corpus, samples, length)
-    hashes = {file: _hash(file) for path in _files(corpus, "calibration") for file in _within(path)}
+    hashes = {file: sha256_of_data(file) for path in _files(corpus, "calibration") for file in _within(path)}
     _seen.update(hashes)
     return {
         "corpus": corpus if corpus in CORPUS_NAMES else Path(corpus).suffix,
@@ -167,21 +166,11 @@ def _within(path: Path) -> list[Path]:
 _seen: dict[Path, str] = {}  # hashes that this process has named its artefacts after
 
 
-def _hash(file: Path) -> str:
-    status = plain_file(file).stat()
-    return _hash_of(file, status.st_size, status.st_mtime_ns)
-
-
 def _refuse_changed(files: Iterable[Path]) -> None:
     """Raise UserError for a file of another content than when its hash was taken: the hash would name another text."""
     for file in files:
-        if file in _seen and _seen[file] != _hash(file):
+        if file in _seen and _seen[file] != sha256_of_data(file):
             raise UserError(f"{file} has changed since this run began; run the command again")
-
-
-@lru_cache(maxsize=64)  # a plan names a text several times, and C4's file takes a second
-def _hash_of(file: Path, _size: int, _changed: int) -> str:
-    return sha256_of_data(file)
 
 
 def corpus_label(corpus: str) -> str:

@@ -188,6 +188,7 @@ def _growing(path: Path) -> Iterator[Path]:
     sweep(path.parent)
     with _named(path, path.parent):
         hidden, lock = _hidden(path)
+    writer = os.getpid()
     beside, whole = hidden / path.name, hidden.with_suffix(WHOLE)
     try:
         with _named(path, hidden):
@@ -197,8 +198,9 @@ def _growing(path: Path) -> Iterator[Path]:
                 _remove(hidden, lock)
                 os.replace(whole, path)
     except BaseException:
-        _remove(hidden, lock)
-        _delete(whole)
+        if os.getpid() == writer:  # and no child that ends within the block of its parent
+            _remove(hidden, lock)
+            _delete(whole)
         raise
 
 
@@ -225,7 +227,8 @@ def _hidden(path: Path) -> tuple[Path, IO[str]]:
     """A new hidden directory for `path`, and the file of its lock."""
     short = os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
     while True:
-        tag = f"{socket.gethostname()[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
+        host = re.sub(r"[^\w.-]", "-", socket.gethostname())[:20]  # a container may have any name
+        tag = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
         hidden = path.with_name(f".{short}.{tag}.partial")
         hidden.mkdir()
         try:
@@ -248,8 +251,6 @@ def _hidden(path: Path) -> tuple[Path, IO[str]]:
 def _remove(hidden: Path, lock: IO[str]) -> None:
     """Remove a hidden directory and let its lock go. NFS keeps a file that is removed while it is open, and so the
     directory: it goes afterwards."""
-    if lock.closed:  # as in a child that ends within the block of its parent
-        return
     shutil.rmtree(hidden, ignore_errors=True)
     lock.close()
     with suppress(OSError):

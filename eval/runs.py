@@ -13,10 +13,9 @@ from typing import Any
 
 from corpora.errors import UserError, one_line
 from corpora.files import name_part
-from corpora.json_files import fitted, read_json, write_json
+from corpora.json_files import fitted, identity, read_json, with_sum, without_sum, write_json
 from corpora.machine import environment
 from corpora.paths import outputs_dir
-from corpora.storage import identity
 from corpora.writing import refuse_special, refuse_unwritable
 from eval.record_forms import Head, disagreement, form_of
 
@@ -25,7 +24,6 @@ __all__ = ["all_records", "record_of"]
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-SUM = "sha256"  # of all the rest of a record
 MEND = "delete the file (or use --force) and run again"
 
 
@@ -63,8 +61,7 @@ def record_of(
         "started": started.isoformat(timespec="seconds"),
         "environment": environment(),
     }
-    record = json.loads(json.dumps(record))  # as it will be read back
-    record[SUM] = _sum_of(record)
+    record = with_sum(json.loads(json.dumps(record)))  # as it will be read back
     if write:
         try:
             write_json(path, record)
@@ -107,8 +104,7 @@ def _read(path: Path, task: str) -> dict[str, Any]:
         )
     if (found := _identity(task, record["settings"])) != record["identity"]:
         raise UserError(f"{what} was changed: its settings have the identity {found}; {MEND}")
-    if SUM in record and record[SUM] != _sum_of(record):
-        raise UserError(f"{what} was changed since it was written (its sum is another); {MEND}")
+    without_sum(record, what, mend=MEND)
     fitted(record, form_of(task), what, mend=MEND)
     if reason := disagreement(task, record):
         raise UserError(f"{what} is damaged: {reason}; {MEND}")
@@ -117,7 +113,3 @@ def _read(path: Path, task: str) -> dict[str, Any]:
 
 def _identity(task: str, settings: dict[str, Any]) -> str:
     return identity({"format": FORMAT, "task": task, **settings})
-
-
-def _sum_of(record: dict[str, Any]) -> str:
-    return identity({name: value for name, value in record.items() if name != SUM}, digits=64)

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.json_files import fitted, read_json, write_json
+from corpora.json_files import Size, fitted, read_json, refuse_code, write_json
 from corpora.storage import is_finite, open_tensors, write_tensors
 from corpora.writing import directory_beside
-from intactkv.prefix import Prefix, Size, build_prefix
+from intactkv.prefix import Prefix, build_prefix
 
 __all__ = ["CONFIG", "PREFIX_FILE", "is_adapter", "read_adapter", "write_adapter"]
 
@@ -33,7 +33,6 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MATRIX = "prompt_embeddings"
 PREFIX_FILE = "intactkv-prefix.safetensors"
-CODE = ("auto_mapping", "auto_map")  # what lets PEFT and transformers import code by name
 EXPORT_AGAIN = "export the prefix again"
 
 
@@ -217,12 +216,7 @@ def _read(directory: Path) -> _Adapter:
             f"{directory} is an adapter with a projection (prefix_projection), trained rather than written by a "
             "full-precision model; a prefix has none"
         )
-    for word in CODE:
-        if config.get(word) is not None:
-            raise UserError(
-                f"{what} {file} names code to import ({word}), which is not run; take that entry out if you trust the "
-                "rest"
-            )
+    refuse_code(config, file)
     fitted(config, _Config, f"{what} {file}", mend=EXPORT_AGAIN)
     tokens, layers = config["num_virtual_tokens"], config["num_layers"]
     heads, width = config["num_attention_heads"], config["token_dim"]

@@ -12,15 +12,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
+from corpora.json_files import Size
 from corpora.storage import checkpoint_fingerprint, is_finite, read_artefact, sha256_of_tensor, write_artefact
 from intactkv.architecture import ARCHITECTURES
 from intactkv.cache import IntactCache, KVPolicy
@@ -37,8 +38,6 @@ PLAIN_BASIS = "plain"  # no weight transform: K and V as the original checkpoint
 # A quantized or half-precision embedding differs by a few per cent from the full-precision one; another model's
 # embedding of the same token by about 100 %.
 SAME_EMBEDDING = 0.2
-
-Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class _Owner(TypedDict):
@@ -103,12 +102,12 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def identity_of(model: PreTrainedModel) -> ModelIdentity:
+def identity_of(model: PreTrainedModel, stored: str | None = None) -> ModelIdentity:
     """Identity of a loaded model.
 
     The project's loaders leave `intactkv_source` (fingerprint, basis) on the model, its exports the same in the
     configuration; any other model is taken to be in the plain basis, with the fingerprint of the local directory that
-    it was loaded from, if there is one.
+    it was loaded from, if there is one. stored: the fingerprint that a file names (`checkpoint_fingerprint`).
     """
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     source = getattr(model, "intactkv_source", None)
@@ -118,7 +117,7 @@ def identity_of(model: PreTrainedModel) -> ModelIdentity:
         directory = Path(model.name_or_path or "")
         quantized = getattr(model.config, "quantization_config", None) is not None
         local = bool(model.name_or_path) and (directory / "config.json").is_file() and not quantized
-        source = (checkpoint_fingerprint(directory) if local else None, PLAIN_BASIS)
+        source = (checkpoint_fingerprint(directory, stored) if local else None, PLAIN_BASIS)
     heads = config.num_attention_heads
     return ModelIdentity(
         model_type=config.model_type,
@@ -182,7 +181,7 @@ class Prefix:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""
-        reader = identity_of(model).stored()
+        reader = identity_of(model, self.model.fingerprint).stored()
         for field, ours in self.model.stored().items():
             theirs = reader[field]
             if ours != theirs and None not in (ours, theirs):
@@ -216,7 +215,6 @@ class Prefix:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a sum, atomically; the model's identity is in its header. Raises UserError if
         the prefix is not finite."""
-        self.check_finite(f"the prefix for {path}")
         tensors = {"ids": self.ids, "logits": self.logits, "embeddings": self.embeddings}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"layers.{layer}.key"], tensors[f"layers.{layer}.value"] = key, value

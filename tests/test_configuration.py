@@ -149,7 +149,7 @@ def test_a_panic_of_a_library_is_one_line_and_an_interruption_is_none() -> None:
     panic = type("PanicException", (BaseException,), {})  # as pyo3 has it
     with pytest.raises(UserError, match=r"it broke \(called unwrap\); mend it"), built("it broke", "mend it"):
         raise panic("called unwrap\nnote: run with RUST_BACKTRACE=1")
-    for passed in (KeyboardInterrupt, PermissionError):
+    for passed in (KeyboardInterrupt, PermissionError, MemoryError):
         with pytest.raises(passed), built("it broke", "mend it"):
             raise passed
 

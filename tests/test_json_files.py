@@ -1,7 +1,9 @@
 """What the boundary of JSON lets through, and what it says of the rest."""
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -9,7 +11,8 @@ import pytest
 from typing_extensions import TypedDict
 
 from corpora.errors import UserError
-from corpora.json_files import Count, FileName, parse_json, read_json
+from corpora.files import sha256_of_data, sha256_of_file
+from corpora.json_files import Count, FileName, parse_json, read_json, with_sum, without_sum
 
 
 class Form(TypedDict):
@@ -79,6 +82,35 @@ def test_values_that_no_reader_could_use_are_refused(text: str, said: str) -> No
 
 def test_depths_that_are_read() -> None:
     assert parse_json("[" * 100 + "]" * 100, "it")
+
+
+def test_a_value_with_a_sum_reads_back_or_is_refused() -> None:
+    value = {"a": [1, 2.5, "ä"], "b": None}
+    for key in ("sha256", "sum"):
+        kept = json.loads(json.dumps(with_sum(value, key)))
+        canonical = '{"a":[1,2.5,"\\u00e4"],"b":null}'
+        assert kept[key] == hashlib.sha256(canonical.encode()).hexdigest()
+        assert without_sum(kept, "the thing", key=key) == value
+        for change in ({"a": [1, 2.5, "a"]}, {"c": 1}, {key: "0" * 64}):
+            with pytest.raises(UserError, match=r"the thing has changed since it was written .*; mend it"):
+                without_sum(kept | change, "the thing", key=key, mend="mend it")
+    assert without_sum(value, "a file of before") == value
+
+
+@pytest.mark.parametrize("hash_of", [sha256_of_file, sha256_of_data])
+def test_a_file_is_hashed_once_and_again_when_it_changed(
+    hash_of: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    file.write_text("one")
+    assert hash_of(file) == hashlib.sha256(b"one").hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda *_: pytest.fail("read again"))
+        assert hash_of(file) == hashlib.sha256(b"one").hexdigest()
+    other.write_text("two")
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))  # as `cp --preserve` and rsync leave it
+    other.replace(file)
+    assert hash_of(file) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_no_reader_waits_for_a_pipe(tmp_path: Path) -> None:

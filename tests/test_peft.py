@@ -258,9 +258,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no kind": (lambda a: changed(a, peft_type=None), "holds no known adapter"),
     "code of PEFT's": (
         lambda a: changed(a, auto_mapping={"base_model_class": "C", "parent_library": "evil"}),
-        r"names code to import \(auto_mapping\)",
+        r"asks for code of its directory \(auto_mapping: ",
     ),
-    "code of transformers'": (lambda a: changed(a, auto_map={"AutoModel": "evil.C"}), r"code to import \(auto_map\)"),
+    "code of transformers'": (
+        lambda a: changed(a, auto_map={"AutoModel": "evil.C"}),
+        r"asks for code of its directory \(auto_map: ",
+    ),
     "integers": (lambda a: with_matrix(a, Tensor.int), "prompt_embeddings is torch.int32"),
     "a sign of the file of ours": (lambda a: negated(a / PREFIX_FILE), "has changed since it was written"),
     "other heads": (lambda a: changed(a, num_attention_heads=4), r"\(3, 4, 5, 8\), there \(3, 2, 5, 16\)"),

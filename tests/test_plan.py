@@ -196,6 +196,17 @@ def test_a_prefix_goes_with_the_checkpoint_that_is_there(dense, text):
         plan_run(dense, replace(recipe, prefix=str(file)), device=CPU)
 
 
+def test_a_damaged_checkpoint_beside_that_of_a_run_does_not_stop_it(dense, text):
+    recipe = Recipe(weights=AWQ(GRID), calibration=gptq(text).calibration, prefix="bos")
+    file = dense.parent / "bos.safetensors"
+    plan_run(dense, Recipe(prefix="bos"), device=CPU).intact_prefix().save(file)
+    place = plan_run(dense, recipe, device=CPU).directory_of(recipe)
+    neighbour = place.with_name(f"{recipe.label()}-deadbeef")
+    neighbour.mkdir(parents=True)
+    (neighbour / "quantization.json").write_text("{")
+    assert plan_run(dense, replace(recipe, prefix=str(file)), device=CPU).directory_of(recipe) == place
+
+
 def test_the_twin_of_a_checkpoint_needs_no_text(dense, text):
     """Its calibration text is not there any more; ranges of keys and values are in the checkpoint."""
     recipe = Recipe(

@@ -1,6 +1,7 @@
 """The words of --prefix, the file behind each, and what the prefix is for: less error where the sink is."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from intactkv.attach import attach
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
+from quantization.runs.checkpoint import model_name
 from quantization.runs.prefixes import auto_search, choose_prefix, keep_prefix, prefix_file, searched_in, stored_prefix
 
 BOS, EOS = 1, 2
@@ -232,6 +234,7 @@ def test_a_kept_prefix_that_is_not_what_its_name_says_is_built_again(
     if what == "a folder":
         with pytest.raises(UserError, match=r"the kept prefix .* is a directory, not a plain file"):
             prefix()
+        assert "is built again" not in caplog.text
         return
     again = prefix()
     assert "the prefix [B] is built again" in caplog.text
@@ -240,11 +243,14 @@ def test_a_kept_prefix_that_is_not_what_its_name_says_is_built_again(
 
 
 def test_the_name_of_a_model_makes_no_path(tokenizer, intactkv_root):
+    """Where it is read: of a directory here, of a manifest by its form."""
     choice = choose_prefix("bos", tokenizer, "tiny")
-    for name in ("../../../../X", "a/b", "..", ".hidden", "", "a\\b", "a\nb", "x" * 300):
-        with pytest.raises(UserError, match=r"the model's name .*rename its directory"):
-            prefix_file(choice, name, {}, torch.float32)
-    assert prefix_file(choice, "tiny-1.5B_x", {}, torch.float32).parent.name == "tiny-1.5B_x"
+    for name in (".hidden", "a\\b", "a\nb", "x" * 300):
+        with pytest.raises(UserError, match=r"(?s)the name of the model directory .*rename it"):
+            model_name(Path(name))
+    for name in ("../../../../X", "a/..", "tiny-1.5B_x"):
+        place = prefix_file(choice, model_name(Path(name)), {}, torch.float32)
+        assert place.resolve().parent.parent == (intactkv_root / "modelzoo" / "prefixes").resolve()
 
 
 def test_a_given_file_is_read_and_nothing_is_built(tokenizer, tiny_model, tmp_path):

@@ -1,24 +1,25 @@
 """A quantized checkpoint is what was written: its bytes have their sums, or it is refused by whoever reads it."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from common import every
 from safetensors.torch import load_file, save_file
 
-import corpora.storage
+import quantization.runs.checkpoint
 import quantization.runs.pipeline
-import quantization.runs.sums
 from corpora.errors import UserError
-from corpora.storage import checkpoint_fingerprint, identity, write_tensors
+from corpora.storage import identity, write_tensors
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
 from quantization.recipes.recipe import Calibration, Recipe
@@ -31,9 +32,11 @@ from quantization.runs.checkpoint import (
     read_cost,
     read_manifest,
 )  # fmt: skip
+from quantization.runs.dense import Weights
 from quantization.runs.opening import is_rescaled
-from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.pipeline import partial_of, quantize_checkpoint
 from quantization.runs.plan import plan_run
+from quantization.runs.sums import checked
 from quantization.transforms.smooth import Smooth
 from quantization.weights.rtn import RTN
 
@@ -129,15 +132,30 @@ def test_a_changed_cost_is_not_shown(whole: Path, tmp_path: Path) -> None:
 
 def test_one_load_reads_every_sum_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    hash_of = quantization.runs.sums.sha256_of_file
+    hash_of = hashlib.file_digest
 
-    def counted(file: Path) -> str:
-        hashed.append(file.name)
-        return hash_of(file)
+    def counted(file: BinaryIO, name: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return hash_of(file, name)
 
-    monkeypatch.setattr(quantization.runs.sums, "sha256_of_file", counted)
+    monkeypatch.setattr(hashlib, "file_digest", counted)
     load_quantized(quantized)
     assert sorted(hashed) == [*(f"block-00{i}.safetensors" for i in range(3)), "config.json", "ends.safetensors"]
+
+
+def test_sums_are_taken_several_at_once(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread hashes 1 GB a second, a disk gives several."""
+    both, waiting = threading.Barrier(2), {"block-000.safetensors", "block-001.safetensors"}
+
+    def meeting(file: Path) -> Path:
+        if file.name in waiting:
+            waiting.remove(file.name)
+            both.wait(60)
+        return checked(file)
+
+    monkeypatch.setattr(quantization.runs.checkpoint, "checked", meeting)
+    load_quantized(quantized)
+    assert not waiting
 
 
 @pytest.mark.parametrize("name", ["config.json", MANIFEST])
@@ -317,26 +335,22 @@ def test_a_value_that_is_not_finite_is_refused_before_any_block(
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight' holds values that are not finite"):
+    said = r"layers\.2\.mlp\.up_proj\.weight' holds values that are not finite"
+    with pytest.raises(UserError, match=said):
         quantize_checkpoint(dense, RECIPE, tmp_path / "q")
     assert os.listdir(tmp_path) == ["dense"]
 
 
-# fingerprints ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_of_before_still_finds_its_dense_model(
-    checkpoint: Callable[..., Path], tmp_path: Path, intactkv_root: Path
+def test_weights_are_read_through_at_the_start_and_not_where_a_killed_run_goes_on(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Earlier versions took a smaller sample. What they called the model is taken up where that sample agrees."""
-    dense = shutil.copytree(checkpoint(), tmp_path / "dense")
-    config = json.loads((dense / "config.json").read_text())
-    earlier = corpora.storage._fingerprint(dense, config, corpora.storage._earlier_sample)
-    assert earlier != checkpoint_fingerprint(dense)
-    out = quantize_checkpoint(dense, RECIPE, tmp_path / "q", fingerprint=earlier)
-    plan_run(out, Recipe(prefix="bos"), device=CPU).load()  # whose prefix the dense model writes
-    tensors = load_file(dense / "model.safetensors")
-    tensors["model.embed_tokens.weight"][2] += 1
-    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"the dense full-precision model of .* is not at hand"):
-        plan_run(out, Recipe(prefix="bos"), device=CPU).twin()
+    passes: list[Weights] = []
+    check = Weights.check
+    monkeypatch.setattr(Weights, "check", lambda weights: (passes.append(weights), check(weights)))
+    out = tmp_path / "smooth"
+    quantize_checkpoint(checkpoint(), CALIBRATED, out, segments=SEGMENTS)
+    assert len(passes) == 1
+    out.rename(partial_of(out))  # as a killed run leaves it, but for the last block
+    block_file(partial_of(out), 2).unlink()
+    quantize_checkpoint(checkpoint(), CALIBRATED, out, segments=SEGMENTS)
+    assert len(passes) == 1

@@ -291,6 +291,33 @@ print("there", flush=True)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "whole")]
 
 
+def test_a_child_that_ends_in_the_last_step_leaves_the_finished_file_alone(tmp_path: Path) -> None:
+    code = """
+import os
+last_step = os.replace
+def replace(source, target):
+    if os.fork() == 0:
+        sys.exit()
+    os.wait()
+    last_step(source, target)
+os.replace = replace
+with write_beside(Path(sys.argv[1]) / "a") as beside:
+    beside.write_text("whole")
+print("there", flush=True)
+"""
+    assert child(code, tmp_path).wait() == 0
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "whole")]
+
+
+def test_a_host_of_any_name_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "rack 1/node\0 7")
+    with write_beside(tmp_path / "a") as beside:
+        beside.write_text("whole")
+        assert beside.parent.parent == tmp_path
+        assert writing.TAGGED.fullmatch(beside.parent.name)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_file_that_only_waits_for_its_name_is_swept_with_its_writer_and_not_before(tmp_path: Path) -> None:
     waits = """
 import os

@@ -34,7 +34,7 @@ from quantization.runs.checkpoint import (
     read_block,
     read_manifest,
 )
-from quantization.runs.dense import check_values, empty_model
+from quantization.runs.dense import check_finite, empty_model
 from quantization.runs.plan import plan_run
 from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS
 
@@ -228,7 +228,7 @@ def _packed_blocks(
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in the export's dtype. Raises UserError if a value becomes infinite there, or all of them 0."""
-    check_values(tensor, name, dtype)
+    check_finite(tensor, name, dtype)
     narrow = tensor.to(dtype)
     if bool(tensor.any()) and not bool(narrow.any()):
         raise UserError(

@@ -19,10 +19,10 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from corpora.catalog import CalibrationText, model_defaults
 from corpora.errors import UserError
-from corpora.json_files import Count, Hash, read_json, write_json
-from corpora.storage import SUM, identity, sha256_of_tensor
+from corpora.json_files import Count, Hash, identity, read_json, with_sum, without_sum, write_json
+from corpora.storage import sha256_of_tensor
 from corpora.text import calibration_segments, corpus_label, start_token_id, text_identity
-from intactkv.discover import check_threshold, discover
+from intactkv.discover import discover
 from intactkv.pivots import OUTLIER_RATIO
 from quantization.runs.checkpoint import Checkpoint, dense_directory
 from quantization.runs.prefixes import prefixes_of
@@ -86,7 +86,7 @@ class Found:
             "counts": [list(pair) for pair in self.counts], "ratios": list(self.ratios),
             "behind": None if self.behind is None else list(self.behind), "made_of": self.made_of,
         }  # fmt: skip
-        write_json(self.file, content | {SUM: identity(content, 64)})
+        write_json(self.file, with_sum(content))
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,6 @@ class Search:
     text: CalibrationText
     seed: int = SEED
     threshold: float = OUTLIER_RATIO
-
-    def __post_init__(self) -> None:
-        check_threshold(self.threshold)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -191,9 +188,7 @@ def find(
 def _read(file: Path, search: Search) -> Found:
     """A discovery from its file. Raises UserError if it is damaged, was edited, or is of another search."""
     content = read_json(file, "the discovery", _Kept, mend=DISCOVER_AGAIN)
-    found = content.pop(SUM, None)
-    if found is not None and found != identity(content, 64):
-        raise UserError(f"the discovery {file} has changed since it was written (its sum is another); {DISCOVER_AGAIN}")
+    content = without_sum(content, f"the discovery {file}", mend=DISCOVER_AGAIN)
     made_of, behind = content["made_of"], content["behind"]
     ours = (search.checkpoint.fingerprint, search.threshold, content["prefix"][-1], len(content["ratios"]))
     theirs = (made_of["source"], made_of["threshold"], made_of["start"], len(behind or content["ratios"]))

@@ -10,7 +10,8 @@ rounded, ranges of inputs and KV cache; no pickle.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.json_files import Count, FileName, Hash, fitted, plain_name, read_json
-from corpora.storage import checkpoint_fingerprint, identity, open_tensors, write_tensors
+from corpora.files import plain_name
+from corpora.json_files import Count, FileName, Hash, fitted, identity, read_json
+from corpora.storage import checkpoint_fingerprint, open_tensors, write_tensors
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import StoredWeight, restore
 from quantization.grids.uniform import UniformGrid
@@ -34,22 +36,20 @@ from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
 from quantization.runs.configuration import CONFIG
-from quantization.runs.dense import (
-    DenseCheckpoint,
-    check_values,
-    empty_model,
-    tied_names,
-)
+from quantization.runs.dense import DenseCheckpoint, check_finite, empty_model, tied_names
 from quantization.runs.sums import CHECKSUMS, checked, known_sums, read_cost
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 
 __all__ = [
     "CHECKSUMS",
+    "ENDS",
+    "FORMAT",
     "MANIFEST",
     "PARTS",
     "Checkpoint",
     "StoredBlock",
+    "block_file",
     "copy_companions",
     "dense_directory",
     "find_checkpoint",
@@ -283,10 +283,6 @@ def read_block(file: Path) -> StoredBlock:
 
     Raises UserError if it is missing, or is not what was written there (`checked`).
     """
-    if not file.is_file():
-        raise UserError(
-            f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize again"
-        )
     with open_tensors(checked(file)) as tensors:
         header = json.loads((tensors.metadata() or {}).get("block", "{}"))
         kinds: dict[str, dict[str, Any]] = header.get("linears", {})
@@ -331,8 +327,11 @@ def load_quantized(
     state: dict[str, Tensor] = {}
     kv: list[dict[str, Tensor]] = []
     architecture = architecture_of(model.config)
-    for index, module in enumerate(architecture.blocks_of(model)):
-        block = read_block(block_file(directory, index))
+    blocks = architecture.blocks_of(model)
+    files = [*(block_file(directory, index) for index in range(len(blocks))), directory / ENDS]
+    stored = _read_ahead(files)
+    for index, module in enumerate(blocks):
+        block = next(stored)
         for name, (kind, parts, header) in block.linears.items():
             parts = {part: tensor.to(device) for part, tensor in parts.items()}
             if packed:
@@ -345,7 +344,7 @@ def load_quantized(
         restore_paths(module, block.paths, block.within(architecture.block_name(index)))
         state |= _cast(block.parameters, dtype, device)
         kv.append({part: tensor.to(device) for part, tensor in block.kv.items()})
-    state |= _cast(read_block(directory / ENDS).parameters, dtype, device)
+    state |= _cast(next(stored).parameters, dtype, device)
     if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
@@ -356,6 +355,16 @@ def load_quantized(
     model.__dict__["intactkv_kv"] = kv
     model.__dict__["intactkv_source"] = (manifest["source"]["fingerprint"], manifest["basis"])
     return model
+
+
+def _read_ahead(files: Sequence[Path]) -> Iterator[StoredBlock]:
+    """What is in blocks' files, one after the other; their sums are taken ahead of the loading, several at once."""
+    with ThreadPoolExecutor(8) as hashing:
+        try:
+            for file in hashing.map(checked, files):
+                yield read_block(file)
+        finally:
+            hashing.shutdown(cancel_futures=True)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
@@ -369,7 +378,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.devic
 def _fill(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> list[str]:
     """Assign a state to an empty model; only a tied head may be missing. Returns what is missing."""
     for name, tensor in state.items():
-        check_values(tensor, f"{directory}: the tensor {name!r}, in {str(tensor.dtype).removeprefix('torch.')},")
+        check_finite(tensor, f"{directory}: the tensor {name!r}, in {str(tensor.dtype).removeprefix('torch.')},")
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:

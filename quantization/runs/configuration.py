@@ -12,16 +12,14 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
-from corpora.json_files import Hash, fitted, read_json
+from corpora.json_files import Hash, Size, fitted, read_json, refuse_code
+from corpora.storage import MEND
 from intactkv.architecture import ARCHITECTURES
 
-__all__ = ["CONFIG", "GENERATION", "MEND", "config_of", "generation_config_of", "tokenizer_config_of"]
+__all__ = ["CONFIG", "GENERATION", "config_of", "generation_config_of", "tokenizer_config_of"]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-MEND = "mend it, or fetch the checkpoint again"
-IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
 
-Size = Annotated[int, Field(ge=1, le=2**31)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # −1 says none in old files
@@ -198,20 +196,3 @@ def tokenizer_config_of(directory: Path) -> None:
     for name, form in forms.items():
         if (directory / name).is_file():
             read_json(directory / name, "the tokenizer's file", form, mend=MEND)
-
-
-def refuse_code(content: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError for a file that names Python code of its directory or of a repository, which is never run."""
-    if code := content.get("auto_map"):
-        raise UserError(
-            f"{file} asks for code of its directory (auto_map: {str(code)[:80]}), which is never run here; use a "
-            "checkpoint that transformers knows without it, or take auto_map out if it is the same"
-        )
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        for entry, value in part.items():
-            # transformers would fetch and run it, whatever it was told about code of the directory.
-            if entry.endswith(IMPLEMENTATIONS) and "/" in str(value):
-                raise UserError(
-                    f"{file} asks for code of a repository ({entry}: {str(value)[:80]}), which is never run here; take "
-                    f"{entry} out"
-                )

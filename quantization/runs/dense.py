@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError, built
-from corpora.storage import is_finite, open_tensors, weight_files
+from corpora.storage import MEND, is_finite, open_tensors, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
-from quantization.runs.configuration import CONFIG, GENERATION, MEND, config_of, generation_config_of
+from quantization.runs.configuration import CONFIG, GENERATION, config_of, generation_config_of
 
 __all__ = [
-    "DenseCheckpoint", "Weights", "check_dtype", "check_values", "empty_model", "empty_model_of", "read_config",
+    "DenseCheckpoint", "Weights", "check_dtype", "check_finite", "empty_model", "empty_model_of", "read_config",
     "read_generation_config", "tied_names",
 ]  # fmt: skip
 
@@ -228,7 +228,7 @@ class Weights:
         (file,) = self.checkpoint.by_file([stored])
         with open_tensors(file) as tensors:
             tensor: Tensor = tensors.get_tensor(stored)
-        check_values(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
+        check_finite(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
         return tensor.to(self.dtype)
 
     def check(self) -> None:
@@ -239,7 +239,7 @@ class Weights:
         for file, names in self.checkpoint.by_file(self.names.values()).items():
             with open_tensors(file) as tensors:
                 for name in names:
-                    check_values(tensors.get_tensor(name), f"{self.checkpoint.directory}: the tensor {name!r}")
+                    check_finite(tensors.get_tensor(name), f"{self.checkpoint.directory}: the tensor {name!r}")
 
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the model."""
@@ -256,7 +256,7 @@ def check_dtype(dtype: str, what: str) -> None:
         )
 
 
-def check_values(tensor: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+def check_finite(tensor: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
     """Raise UserError for NaN and infinity. dtype: what it will be cast to, where large values may become infinite."""
     if is_finite(tensor, dtype):
         return

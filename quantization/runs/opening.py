@@ -21,7 +21,7 @@ from quantization.runs.configuration import config_of, tokenizer_config_of
 from quantization.runs.dense import (
     DenseCheckpoint,
     check_dtype,
-    check_values,
+    check_finite,
     empty_model_of,
     read_config,
     read_generation_config,
@@ -74,11 +74,13 @@ def _load_dense(
     architecture table the reader does not know the names; there it is transformers that tells what is missing.
     """
     checkpoint, config = DenseCheckpoint(directory), read_config(directory)
-    checkpoint.refuse_layout()
     empty = empty_model_of(config)
     loader: Any = type(empty)
-    known = config.model_type in ARCHITECTURES
-    names = checkpoint.weights(empty).names if known else {name: name for name in checkpoint.names()}
+    if config.model_type in ARCHITECTURES:
+        names = checkpoint.weights(empty).names
+    else:
+        checkpoint.refuse_layout()
+        names = {name: name for name in checkpoint.names()}
     damaged: list[str] = []
     # With a device map the weights go from the file to their GPU, and the whole model is never in main memory.
     scratch = tempfile.TemporaryDirectory() if spread_over_gpus else None  # for what no memory holds
@@ -116,7 +118,7 @@ class _Stored:
         tensor: torch.Tensor = self.view[index]
         try:  # an error here would come out as one of transformers', in other words
             check_dtype(self.view.get_dtype(), self.what)
-            check_values(tensor, self.what, self.dtype)
+            check_finite(tensor, self.what, self.dtype)
         except UserError as error:
             self.damaged.append(str(error))
         return tensor

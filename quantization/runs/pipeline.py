@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.json_files import read_json, write_json
+from corpora.json_files import write_json
 from corpora.machine import peak_memory_mb
 from corpora.storage import checkpoint_fingerprint
 from corpora.writing import drop_dead_lock, locked, sweep
@@ -40,7 +40,7 @@ from quantization.runs.checkpoint import (
     read_manifest,
     write_ends,
 )
-from quantization.runs.configuration import CONFIG
+from quantization.runs.configuration import CONFIG, config_of
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 from quantization.runs.one_block import process_block
@@ -55,9 +55,7 @@ def check_makes_something(source: Path, recipe: Recipe) -> None:
     """Raise UserError for a source that is quantized already, or a recipe that leaves it as it is."""
     if is_quantized(source):
         raise UserError(f"{source} is quantized already ({read_manifest(source)['label']}); give a dense checkpoint")
-    dense = DenseCheckpoint(source)
-    dense.refuse_layout()
-    if dense.exported is not None:
+    if DenseCheckpoint(source).exported is not None:
         raise UserError(
             f"{source} is an export of ours: its numbers are those of quantized weights already; give the dense "
             "checkpoint that these were made from"
@@ -121,7 +119,8 @@ def quantize_checkpoint(
         return out
     model = _empty_model_for(source, recipe)
     weights = dense.weights(model)
-    weights.check()
+    if identity_at(partial_of(out)) != artefact.identity:  # a run that goes on has looked, and reads what is left
+        weights.check()
     with locked(out):
         if out.exists():
             _refuse_other(out, manifest)
@@ -131,8 +130,7 @@ def quantize_checkpoint(
         write_json(partial / MANIFEST, manifest)  # first: it marks the directory as ours
         copy_companions(source, partial)
         if any(transform.unties for transform in recipe.transforms):
-            config = read_json(partial / CONFIG, "configuration")
-            write_json(partial / CONFIG, config | {"tie_word_embeddings": False})
+            write_json(partial / CONFIG, config_of(partial) | {"tie_word_embeddings": False})
         blocks = [block_file(partial, index) for index in range(model.config.num_hidden_layers)]
         drop_changed(partial, blocks)
         done = sum(block.is_file() for block in blocks)

@@ -23,22 +23,21 @@ from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
 from corpora.writing import drop_dead_lock
 from intactkv.attach import IntactModel, attach
-from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix
 from quantization.labels import full_label
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.auto_prefix import Search, default_search, find
-from quantization.runs.checkpoint import (
-    PARTS,
-    Checkpoint,
-    dense_directory,
-    find_checkpoint,
-    is_quantized,
-    read_cost,
-    read_manifest,
-)
+from quantization.runs.checkpoint import PARTS, Checkpoint, dense_directory, find_checkpoint, read_cost, read_manifest
 from quantization.runs.dense import DenseCheckpoint, read_config
+from quantization.runs.fitting import (
+    check_discovered,
+    check_fits,
+    check_needed,
+    check_prefix,
+    fitting,
+    name_other_weights,
+)
 from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix, identity_of_text
 from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
@@ -47,9 +46,7 @@ from quantization.runs.prefixes import (
     PrefixChoice,
     auto_search,
     choose_prefix,
-    fitting,
     keep_prefix,
-    name_other_weights,
     prefix_file,
     stored_prefix,
 )
@@ -101,6 +98,18 @@ class Plan:
         # That of a rescaled model follows from the quantizing and its text, any other from the twin, which needs none.
         return self.artefact.basis if self.recipe.rescales else self.artefact_of(self.recipe.twin).basis
 
+    def bases_of(self, fingerprint: str) -> list[str]:
+        """Those that the keys and values of a prefix from a file may be in, if the model went by that fingerprint; the
+        one of what this plan would make first."""
+        plan = replace(self, checkpoint=replace(self.checkpoint, fingerprint=fingerprint))
+        bases, recipe = [plan.basis], plan.recipe
+        if (
+            recipe.rescales and plan.text is not None
+        ):  # a checkpoint that was named by its tokens has a basis of its own
+            made = plan.directory_of(recipe).parent.glob(f"{recipe.label()}-*")
+            bases += [read_manifest(directory)["basis"] for directory in made if identity_at(directory) is not None]
+        return bases
+
     def directory_of(self, recipe: Recipe) -> Path:
         """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}, where one of any label
         is found by its identity; its own directory if it makes none."""
@@ -141,33 +150,9 @@ class Plan:
 
         option: which one to change, with its value.
         """
-        if self.context is not None and tokens > self.context:
-            raise UserError(
-                f"{option}: {tokens} tokens with what stands in front do not fit the {self.context} positions of "
-                f"{self.checkpoint.name}; use fewer"
-            )
+        check_fits(self.checkpoint, self.context, option, tokens)
 
-    def _check_prefix(self, choice: PrefixChoice) -> None:
-        """Raise UserError for a prefix that the model cannot hold."""
-        count = len(choice.ids)
-        if not count:
-            return
-        config, name = read_config(self.checkpoint.directory), self.checkpoint.name
-        vocabulary, window = config.get_text_config(decoder=True).vocab_size, IntactCache(config).smallest_window
-        option = f"--prefix {choice.word[:40]}" + "…" * (len(choice.word) > 40)
-        if unknown := [token for token in choice.ids if token >= vocabulary]:
-            raise UserError(
-                f"{option}: the token ids {unknown[:5]} lie outside the vocabulary of {vocabulary} of {name}; its "
-                "tokenizer has tokens that the model never got"
-            )
-        if window is not None and count >= window:
-            raise UserError(
-                f"{option}: {count} tokens do not fit the sliding window of {window} of {name}; use {window - 1} or "
-                "fewer"
-            )
-        self.check_fits(option, count + 1)  # and one behind them
-
-    def _check_calibration(self, front: int) -> None:
+    def check_calibration(self, front: int) -> None:
         """Raise UserError for calibration text that does not fit the model. front: tokens of the prefix."""
         length, behind = self.recipe.calibration.length, self.recipe.calibrate_behind_prefix
         self.check_fits(f"--calibration-length {length}", length + (front if behind else 0))
@@ -219,8 +204,8 @@ class Plan:
             return self.named
         assert self.search is not None
         choice = PrefixChoice(self.recipe.prefix, "[A]", find(self.search, self._open_dense).prefix)
-        self._check_needed(choice)
-        self._check_prefix(choice)
+        check_needed(choice, self.checkpoint, self.recipe, self.vanilla)
+        check_prefix(choice, self.checkpoint, self.context)
         return choice
 
     @cached_property
@@ -228,7 +213,7 @@ class Plan:
         """The calibration segments that the recipe asks for, (N, T); None if nothing calibrates."""
         if not self.recipe.calibrates or self.checkpoint.manifest is not None:
             return None
-        self._check_calibration(len(self.choice.ids) if self.recipe.calibrate_behind_prefix else 0)
+        self.check_calibration(len(self.choice.ids) if self.recipe.calibrate_behind_prefix else 0)
         c = self.recipe.calibration
         draw = packed_documents if c.draw == "documents" else calibration_segments
         return draw(self.tokenizer, c.corpus, samples=c.samples, length=c.length, seed=c.seed)
@@ -266,7 +251,8 @@ class Plan:
         target, artefact = out or self.directory_of(recipe), self.artefact_of(recipe)
         if identity_at(target) == artefact.identity:
             drop_dead_lock(target)
-            self._check_discovered(target)
+            if self.search is not None:
+                check_discovered(self.choice.ids, self.search.file, target)
             return target
         segments = self.segments if recipe.calibrates else None
         behind = self.behind if recipe.calibrate_behind_prefix else None
@@ -347,34 +333,6 @@ class Plan:
         twin = self._open(self.written(recipe.twin))
         return rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
-    def _check_discovered(self, finished: Path) -> None:
-        """Raise UserError if a checkpoint was calibrated behind other tokens than `auto` stands for now."""
-        needed = read_manifest(finished)["needs_prefix"]
-        if self.search is not None and needed is not None and list(self.choice.ids) != needed:
-            raise UserError(
-                f"{finished} is calibrated behind the discovered prefix {needed}, but {self.search.file} now says "
-                f"{list(self.choice.ids)}; delete that file to discover again, or the checkpoint to quantize again"
-            )
-
-    def _check_needed(self, choice: PrefixChoice) -> None:
-        """Raise UserError if the weights were calibrated behind another prefix, or behind one that will not be
-        there."""
-        manifest = self.checkpoint.manifest
-        if manifest is not None:
-            needed, word = manifest["needs_prefix"], manifest["recipe"]["prefix"]
-        else:
-            needed, word = list(choice.ids) if self.recipe.calibrate_behind_prefix else None, self.recipe.prefix
-        if needed is not None and (self.vanilla or list(choice.ids) != [int(i) for i in needed]):
-            tokens = f"a prefix of {len(needed)} tokens" if needed else "a prefix"
-            calibrated = f"{self.checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it"
-            if choice.word == word and not self.vanilla:
-                raise UserError(
-                    f"{calibrated}; --prefix {word} stands for other tokens now ({len(choice.ids)} of them), because "
-                    "the chat template or the tokenizer has changed or printed another date; put back the old one, "
-                    "give a prefix file of the old tokens, or quantize again"
-                )
-            raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
-
 
 def plan_run(
     source: Path | Checkpoint,
@@ -426,23 +384,14 @@ def plan_run(
         checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
     )
     if named is not None:
-        plan._check_prefix(named)
+        check_prefix(named, checkpoint, context)
     if makes in ("run", "checkpoint") and plan.text is not None:  # which must be there
-        plan._check_calibration(1 if named is None else len(named.ids))
+        plan.check_calibration(1 if named is None else len(named.ids))
     if named is not None or vanilla:
-        plan._check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()))
+        check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()), checkpoint, recipe, vanilla)
     if named is not None and named.file is not None:  # now, and not after hours of quantizing
         prefix = Prefix.load(named.file)
-        plan = replace(plan, named=fitting(named, prefix, directory, checkpoint.fingerprint, _bases(plan)))
+        plan = replace(plan, named=fitting(named, prefix, checkpoint, plan.bases_of))
         if makes == "run" or (makes == "checkpoint" and recipe.calibrate_behind_prefix):
             name_other_weights(prefix, named.file, plan.describe())
     return plan
-
-
-def _bases(plan: Plan) -> list[str]:
-    """Those that the keys and values of a prefix from a file may be in, the one of what the plan would make first."""
-    bases, recipe = [plan.basis], plan.recipe
-    if recipe.rescales and plan.text is not None:  # a checkpoint that was named by its tokens has a basis of its own
-        made = plan.directory_of(recipe).parent.glob(f"{recipe.label()}-*")
-        bases += [read_manifest(directory)["basis"] for directory in made if is_quantized(directory)]
-    return bases

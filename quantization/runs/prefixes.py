@@ -7,12 +7,11 @@ The same words in every program; `auto` is what PrefixQuant discovers on the ful
 modelzoo/prefixes/ by the identity of all that made it, and read back from there by every later run.
 """
 
-import json
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corpora.chat import rendered, template_source
 from corpora.errors import UserError
-from corpora.json_files import plain_name
 from corpora.paths import modelzoo_dir
 from corpora.sharegpt import VICUNA_PROMPT
 from corpora.storage import identity
@@ -31,11 +29,10 @@ from corpora.text import encode, start_token_id
 from corpora.values import LONGEST_NAME
 from corpora.writing import refuse_special
 from intactkv.peft import CONFIG, PREFIX_FILE, is_adapter, read_adapter
-from intactkv.prefix import Prefix, build_prefix
-from quantization.runs.dense import empty_model
+from intactkv.prefix import ModelIdentity, Prefix, build_prefix
 
-__all__ = ["AUTO", "PrefixChoice", "auto_search", "choose_prefix", "fitting", "keep_prefix", "name_other_weights",
-           "prefix_file", "prefixes_of", "searched_in", "stored_prefix"]  # fmt: skip
+__all__ = ["AUTO", "PrefixChoice", "auto_search", "choose_prefix", "keep_prefix", "prefix_file",
+           "prefixes_of", "searched_in", "stored_prefix"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +50,14 @@ WORDS = (
 
 @dataclass(frozen=True)
 class PrefixChoice:
-    """A prefix word made concrete. label: for tables, [B], [P], [A], …; ids: empty for none; file: if it was given."""
+    """A prefix word made concrete. label: for tables, [B], [P], [A], …; ids: empty for none; file: if it was given;
+    owner: whose keys and values these are, as the run calls it (`quantization.runs.fitting`)."""
 
     word: str
     label: str
     ids: tuple[int, ...]
     file: Path | None = None
+    owner: ModelIdentity | None = None
 
 
 def auto_search(word: str) -> tuple[str | None, float | None] | None:
@@ -158,13 +157,8 @@ def prefix_file(choice: PrefixChoice, model_name: str, made_of: Mapping[str, Any
 
 
 def prefixes_of(model_name: str) -> Path:
-    """Where a model's prefixes and discoveries lie. Raises UserError for a name that is a path: a manifest says it."""
-    try:
-        return modelzoo_dir() / "prefixes" / plain_name(model_name)
-    except ValueError as error:
-        raise UserError(
-            f"the model's name {model_name!r} {error}; rename its directory, or quantize it again"
-        ) from None
+    """Where a model's prefixes and discoveries lie."""
+    return modelzoo_dir() / "prefixes" / model_name
 
 
 def stored_prefix(
@@ -181,7 +175,9 @@ def stored_prefix(
     damaged, changed or of something else is built again, and that is told.
     """
     if choice.file is not None:
-        return Prefix.load(choice.file), False
+        prefix = Prefix.load(choice.file)
+        return replace(prefix, model=choice.owner or prefix.model), False
+    damage = None
     if path.exists():
         try:
             prefix = Prefix.load(path)
@@ -194,9 +190,10 @@ def stored_prefix(
                 return prefix, False
             raise UserError(f"prefix file {path} holds another prefix than its name says")
         except UserError as error:
-            refuse_special(path, "the kept prefix")
-            log.warning("the prefix %s is built again: %s", choice.label, error)
+            damage = error
     refuse_special(path, "the kept prefix")  # now, and not where it is kept
+    if damage is not None:
+        log.warning("the prefix %s is built again: %s", choice.label, damage)
     return build_prefix(twin(), choice.ids), True
 
 
@@ -204,52 +201,3 @@ def keep_prefix(prefix: Prefix, choice: PrefixChoice, path: Path) -> None:
     """Write a prefix that was built where `stored_prefix` finds it."""
     prefix.save(path)
     log.info("built the prefix %s of %d tokens: %s", choice.label, len(prefix), path)
-
-
-def fitting(
-    choice: PrefixChoice, prefix: Prefix, directory: Path, fingerprint: str, bases: Sequence[str]
-) -> PrefixChoice:
-    """A prefix from a file as a model takes it: with its keys and values, which must be in one of the bases, or, if
-    nobody trained them, with its tokens alone. Raises UserError unless it belongs to the model."""
-    basis = prefix.model.basis if prefix.model.basis in bases else bases[0]
-    if prefix.calibrated is None and prefix.model.basis != basis:
-        log.info(
-            "the keys and values of %s are in another basis than the model's; its %d tokens are taken, and theirs are "
-            "built anew",
-            choice.file,
-            len(prefix),
-        )
-        prefix, choice = replace(prefix, model=replace(prefix.model, basis=basis)), replace(choice, file=None)
-    _check_belongs(prefix, directory, (fingerprint, basis))
-    return choice
-
-
-def _check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
-    """Raise UserError unless a prefix belongs to the checkpoint in a directory; no weights are read.
-
-    source: the checkpoint's fingerprint and basis. One that is quantized in another program's format has none; an
-    export of ours names them in its configuration.
-    """
-    model = empty_model(directory)
-    if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
-        model.__dict__["intactkv_source"] = source
-    prefix.check(model)
-
-
-def name_other_weights(prefix: Prefix, file: Path, run: Mapping[str, Any]) -> None:
-    """Log for which weights and KV policy keys and values were trained on conversations, if those of a described run
-    are others."""
-    trained = (prefix.calibrated or {}).get("for")
-    if trained is None or "conversations" not in (prefix.calibrated or {}):
-        return
-    if trained["made_of"] != run["made_of"]:
-        log.warning(
-            "%s was trained for the weights %s (%s); those that run now are %s (%s)",
-            file,
-            *(word for those in (trained, run) for word in (those["weights"], identity(those["made_of"]))),
-        )
-    if "kv" in trained and trained["kv"] != run["kv"]:
-        policies = (those["kv"] and json.dumps(those["kv"], sort_keys=True) for those in (trained, run))
-        log.warning(
-            "%s was trained behind the KV policy %s; that of this run is %s", file, *(p or "none" for p in policies)
-        )

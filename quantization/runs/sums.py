@@ -5,7 +5,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -13,8 +12,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from corpora.errors import UserError
 from corpora.files import plain_file, sha256_of_file
-from corpora.json_files import Count, FileName, Hash, read_json, write_json
-from corpora.storage import identity
+from corpora.json_files import Count, FileName, Hash, read_json, with_sum, without_sum, write_json
 
 __all__ = [
     "CHECKSUMS",
@@ -24,14 +22,14 @@ __all__ = [
     "drop_changed",
     "known_sums",
     "read_cost",
-    "sum_of",
-    "sums_of",
+    "write_sums",
 ]
 
 log = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"  # of the files, and what the run took that finished them
 EARLIER_CHECKSUMS = "cost.json"  # the same, of checkpoints that were written before it had this name
+SUM = "sum"  # its key: the sums of the files are "sha256"
 AGAIN = "copy it again, or delete the directory and quantize again"
 
 
@@ -55,7 +53,7 @@ def read_cost(directory: Path) -> dict[str, Any]:
     return _read(directory, _Cost)
 
 
-def sums_of(directory: Path) -> dict[str, str]:
+def _sums_of(directory: Path) -> dict[str, str]:
     """The sums of a finished or half-finished checkpoint's files. Raises UserError if they are missing or damaged."""
     sums: dict[str, str] = _read(directory, _Sums)["sha256"]
     return sums
@@ -67,56 +65,40 @@ def _read(directory: Path, form: Any) -> dict[str, Any]:
     there = file if file.is_file() or not earlier.is_file() else earlier
     if not there.is_file():
         raise UserError(f"{directory} has no {CHECKSUMS}, so nothing tells whether its files are whole; {AGAIN}")
-    found: dict[str, Any] = read_json(there, "the list of the checkpoint's sums", form, mend=AGAIN)
-    told = found.pop("sum", None)
-    if told is not None and told != identity(found, 64):
-        raise UserError(f"{there} has changed since it was written; {AGAIN}")
-    return found
+    what = "the list of the checkpoint's sums"
+    return without_sum(read_json(there, what, form, mend=AGAIN), f"{what} {there}", key=SUM, mend=AGAIN)
 
 
 def write_sums(directory: Path, files: Iterable[Path], cost: Mapping[str, Any]) -> None:
     """Keep the sums of files, and what it took to make them."""
-    _write(directory, {**cost, "sha256": {file.name: sum_of(file) for file in files}})
+    _write(directory, {**cost, "sha256": {file.name: sha256_of_file(file) for file in files}})
 
 
 def _write(directory: Path, content: Mapping[str, Any]) -> None:
-    write_json(directory / CHECKSUMS, {**content, "sum": identity(content, 64)})
-
-
-def check_files(directory: Path) -> None:
-    """Raise UserError unless every file of a finished checkpoint is what was written: before other work begins."""
-    for name in sums_of(directory):
-        checked(directory / name)
+    write_json(directory / CHECKSUMS, with_sum(content, SUM))
 
 
 def checked(file: Path) -> Path:
     """A file of a quantized checkpoint, whose bytes have the sum that was kept when they were written.
 
-    Raises UserError if they have another, or none was kept.
+    Raises UserError if they have another, none was kept, or the file is missing.
     """
+    if not file.exists():
+        raise UserError(
+            f"{file} is missing; the quantized checkpoint is incomplete, delete the directory and quantize again"
+        )
     plain_file(file)
-    expected = sums_of(file.parent).get(file.name)
+    expected = _sums_of(file.parent).get(file.name)
     if expected is None:
         raise UserError(f"{file} has no sum in {CHECKSUMS}, so nothing tells whether it is whole; {AGAIN}")
-    if sum_of(file) != expected:
+    if sha256_of_file(file) != expected:
         raise UserError(f"{file} has changed since it was written; {AGAIN}")
     return file
 
 
-def sum_of(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; a file that a process asks for again is read again if it changed."""
-    stat = file.stat()
-    return _sum_of(file, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-
-
-@lru_cache(maxsize=10_000)
-def _sum_of(file: Path, version: tuple[int, ...]) -> str:
-    return sha256_of_file(file)
-
-
 def add_sum(file: Path) -> None:
     """Keep the sum of a file that was just written into a half-finished checkpoint."""
-    _write(file.parent, {"sha256": known_sums(file.parent) | {file.name: sum_of(file)}})
+    _write(file.parent, {"sha256": known_sums(file.parent) | {file.name: sha256_of_file(file)}})
 
 
 def drop_changed(directory: Path, files: Iterable[Path]) -> None:
@@ -125,7 +107,7 @@ def drop_changed(directory: Path, files: Iterable[Path]) -> None:
     if not sums:
         (directory / CHECKSUMS).unlink(missing_ok=True)  # whatever stands there
     for file in files:
-        if file.is_file() and sums.get(file.name) != sum_of(file):
+        if file.is_file() and sums.get(file.name) != sha256_of_file(file):
             why = "has changed since it was written" if file.name in sums else "has no sum"
             log.warning("%s %s; it is made again", file, why)
             file.unlink()
@@ -134,6 +116,6 @@ def drop_changed(directory: Path, files: Iterable[Path]) -> None:
 def known_sums(directory: Path) -> dict[str, str]:
     """The sums that are there; none if their file is missing or damaged, which is for the reader of a block to say."""
     try:
-        return sums_of(directory)
+        return _sums_of(directory)
     except UserError:
         return {}

@@ -1,0 +1,155 @@
+"""What fits a model, settled before any work: a prefix, also one from a file, and the tokens that weights need."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from corpora.errors import UserError
+from corpora.storage import checkpoint_fingerprint, identity
+from intactkv.cache import IntactCache
+from intactkv.prefix import Prefix
+from quantization.recipes.recipe import Recipe
+from quantization.runs.checkpoint import Checkpoint, read_manifest
+from quantization.runs.configuration import CONFIG
+from quantization.runs.dense import empty_model, read_config
+from quantization.runs.prefixes import PrefixChoice
+
+__all__ = ["check_discovered", "check_fits", "check_needed", "check_prefix", "fitting", "name_other_weights"]
+
+log = logging.getLogger(__name__)
+
+
+def check_fits(checkpoint: Checkpoint, context: int | None, option: str, tokens: int) -> None:
+    """Raise UserError if so many tokens, with what stands in front of them, are more than a model's positions.
+
+    context: those, None if nothing says. option: which one to change, with its value.
+    """
+    if context is not None and tokens > context:
+        raise UserError(
+            f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
+            f"{checkpoint.name}; use fewer"
+        )
+
+
+def check_prefix(choice: PrefixChoice, checkpoint: Checkpoint, context: int | None) -> None:
+    """Raise UserError for a prefix that a model cannot hold. context: as in `check_fits`."""
+    count = len(choice.ids)
+    if not count:
+        return
+    config, name = read_config(checkpoint.directory), checkpoint.name
+    vocabulary, window = config.get_text_config(decoder=True).vocab_size, IntactCache(config).smallest_window
+    option = f"--prefix {choice.word[:40]}" + "…" * (len(choice.word) > 40)
+    if unknown := [token for token in choice.ids if token >= vocabulary]:
+        raise UserError(
+            f"{option}: the token ids {unknown[:5]} lie outside the vocabulary of {vocabulary} of {name}; its "
+            "tokenizer has tokens that the model never got"
+        )
+    if window is not None and count >= window:
+        raise UserError(
+            f"{option}: {count} tokens do not fit the sliding window of {window} of {name}; use {window - 1} or fewer"
+        )
+    check_fits(checkpoint, context, option, count + 1)  # and one behind them
+
+
+def check_needed(choice: PrefixChoice, checkpoint: Checkpoint, recipe: Recipe, vanilla: bool) -> None:
+    """Raise UserError if the weights were calibrated behind another prefix, or behind one that will not be there."""
+    manifest = checkpoint.manifest
+    if manifest is not None:
+        needed, word = manifest["needs_prefix"], manifest["recipe"]["prefix"]
+    else:
+        needed, word = list(choice.ids) if recipe.calibrate_behind_prefix else None, recipe.prefix
+    if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
+        tokens = f"a prefix of {len(needed)} tokens" if needed else "a prefix"
+        calibrated = f"{checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it"
+        if choice.word == word and not vanilla:
+            raise UserError(
+                f"{calibrated}; --prefix {word} stands for other tokens now ({len(choice.ids)} of them), because "
+                "the chat template or the tokenizer has changed or printed another date; put back the old one, "
+                "give a prefix file of the old tokens, or quantize again"
+            )
+        raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
+
+
+def check_discovered(ids: Sequence[int], discovery: Path, finished: Path) -> None:
+    """Raise UserError if a finished checkpoint was calibrated behind other tokens than those that a discovery's file
+    stands for now."""
+    needed = read_manifest(finished)["needs_prefix"]
+    if needed is not None and list(ids) != needed:
+        raise UserError(
+            f"{finished} is calibrated behind the discovered prefix {needed}, but {discovery} now says {list(ids)}; "
+            "delete that file to discover again, or the checkpoint to quantize again"
+        )
+
+
+def fitting(
+    choice: PrefixChoice, prefix: Prefix, checkpoint: Checkpoint, bases_of: Callable[[str], Sequence[str]]
+) -> PrefixChoice:
+    """A prefix from a file as a model takes it: with its keys and values, which must be in one of the bases, or, if
+    nobody trained them, with its tokens alone.
+
+    bases_of: what keys and values may be in, by the model's fingerprint, the basis of what the run would make first. A
+    file may name the model by the fingerprint of an earlier version; its basis was named after that one. Raises
+    UserError unless the prefix belongs to the model.
+    """
+    owner, bases = prefix.model, bases_of(checkpoint.fingerprint)
+    earlier = owner.fingerprint
+    if earlier not in (None, checkpoint.fingerprint) and _is_same_model(checkpoint, earlier):
+        owner = replace(owner, fingerprint=checkpoint.fingerprint)
+        if owner.basis == bases_of(earlier)[0]:
+            owner = replace(owner, basis=bases[0])
+        choice = replace(choice, owner=owner)
+    basis = owner.basis if owner.basis in bases else bases[0]
+    if prefix.calibrated is None and owner.basis != basis:
+        log.info(
+            "the keys and values of %s are in another basis than the model's; its %d tokens are taken, and theirs are "
+            "built anew",
+            choice.file,
+            len(prefix),
+        )
+        owner, choice = replace(owner, basis=basis), replace(choice, file=None, owner=None)
+    _check_belongs(replace(prefix, model=owner), checkpoint.directory, (checkpoint.fingerprint, basis))
+    return choice
+
+
+def _is_same_model(checkpoint: Checkpoint, fingerprint: str) -> bool:
+    """Whether two fingerprints name the dense model behind a checkpoint, its own and one of before, which covered
+    less. False if the model is not at hand."""
+    dense, manifest = checkpoint.directory, checkpoint.manifest
+    if manifest is not None:
+        dense = dense.parent / manifest["source"]["directory"]
+    names = (checkpoint.fingerprint, fingerprint)
+    return (dense / CONFIG).is_file() and all(checkpoint_fingerprint(dense, name) == name for name in names)
+
+
+def _check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
+    """Raise UserError unless a prefix belongs to the checkpoint in a directory; no weights are read.
+
+    source: the checkpoint's fingerprint and basis. One that is quantized in another program's format has none; an
+    export of ours names them in its configuration.
+    """
+    model = empty_model(directory)
+    if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
+        model.__dict__["intactkv_source"] = source
+    prefix.check(model)
+
+
+def name_other_weights(prefix: Prefix, file: Path, run: Mapping[str, Any]) -> None:
+    """Log for which weights and KV policy keys and values were trained on conversations, if those of a described run
+    are others."""
+    trained = (prefix.calibrated or {}).get("for")
+    if trained is None or "conversations" not in (prefix.calibrated or {}):
+        return
+    if trained["made_of"] != run["made_of"]:
+        log.warning(
+            "%s was trained for the weights %s (%s); those that run now are %s (%s)",
+            file,
+            *(word for those in (trained, run) for word in (those["weights"], identity(those["made_of"]))),
+        )
+    if "kv" in trained and trained["kv"] != run["kv"]:
+        policies = (those["kv"] and json.dumps(those["kv"], sort_keys=True) for those in (trained, run))
+        log.warning(
+            "%s was trained behind the KV policy %s; that of this run is %s", file, *(p or "none" for p in policies)
+        )
