@@ -152,6 +152,8 @@ def test_a_dense_model_and_an_existing_directory_are_refused(
     assert "is no quantized checkpoint of this project" in errors
     code, _, errors = program("--model", quantized, "--out", quantized)
     assert (code, "is what the program reads" in errors) == (2, True)
+    code, _, errors = program("--model", quantized, "--out", tmp_path / "out", "--verify-python", "python")
+    assert (code, "is for --verify; add that" in errors) == (2, True)
     (tmp_path / "there").mkdir()
     code, _, errors = program("--model", quantized, "--out", tmp_path / "there")
     assert code == 2

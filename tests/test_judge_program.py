@@ -268,7 +268,8 @@ def local(intactkv_root, tiny_checkpoint, tiny_tokenizer) -> Path:
     return directory
 
 
-def test_a_local_judge_shows_the_flow_and_decides(program, answers, intactkv_root, local):
+def test_a_local_judge_shows_the_flow_and_decides(run_main, answers, intactkv_root, local):
+    program = partial(run_main, main, "judge")
     call = ("--answers", answers(limit=6), "--judge-model", f"local:{local}", "--max-tokens")
     code, out, err = program(*call, 8)
     assert code == 0, err
@@ -301,7 +302,8 @@ def test_a_local_judges_unfinished_reasoning_is_closed_before_it_decides(local, 
     assert rating(reply.text) == float(end[10:-2])
 
 
-def test_another_prompt_of_a_local_judge_is_another_protocol(program, answers, local, tiny_tokenizer, intactkv_root):
+def test_another_prompt_of_a_local_judge_is_another_protocol(run_main, answers, local, tiny_tokenizer, intactkv_root):
+    program = partial(run_main, main, "judge")
     call = ("--answers", answers(limit=2), "--judge-model", f"local:{local}", "--max-tokens", 4)
     path = intactkv_root / "outputs/mt_bench/model_judgment/local-tiny-llama_single.jsonl"
     told = []
@@ -344,6 +346,12 @@ def test_a_local_judge_without_a_rating_of_its_own_gives_the_most_likely_one(loc
         "be fair", user
     ).text == reply.text.removesuffix(f"\n\n{expected}")
     assert judge("be fair", "long " * 700).outcome == "failed"  # no room in the context
+
+
+@pytest.mark.parametrize("option", ["--base-url", "--key-variable"])
+def test_a_local_judge_takes_nothing_of_an_endpoint(run_main, answers, option):
+    code, _, errors = run_main(main, "judge", "--answers", answers, "--judge-model", "local:modelzoo/m", option, "a")
+    assert (code, "are for an endpoint, but the judge local:modelzoo/m is local" in errors) == (2, True)
 
 
 def test_a_local_judge_that_cannot_tell_grades_apart_is_refused(local):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "run"]
 
 LOCAL = "local:"
+KEY = "OPENAI_API_KEY"
 EXAMPLES = """\
 examples:
   python -m eval judge --answers outputs/mt_bench/model_answer/*.jsonl --judge-model gpt-4-0125-preview
@@ -74,12 +75,11 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--base-url",
         type=values.unshown,
-        default=OPENAI,
         metavar="URL",
         help=f"OpenAI-compatible endpoint (default: {OPENAI})",
     )
     group.add_argument(
-        "--key-variable", type=values.unshown, default="OPENAI_API_KEY", metavar="NAME", help="of the key"
+        "--key-variable", type=values.unshown, metavar="NAME", help=f"that holds the key (default: {KEY})"
     )
     group.add_argument(
         "--concurrency", type=values.count(1, 1000), default=4, metavar="N", help="calls at once (default: 4)"
@@ -193,7 +193,12 @@ def _check(options: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be meant."""
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both, or none")
-    if not options.key_variable.isidentifier():  # it may be the key itself
+    if options.judge_model.startswith(LOCAL) and (options.base_url is not None or options.key_variable is not None):
+        raise UserError(
+            f"--base-url and --key-variable are for an endpoint, but the judge {options.judge_model} is local; leave "
+            "them out, or name a model of the endpoint"
+        )
+    if options.key_variable is not None and not options.key_variable.isidentifier():  # it may be the key itself
         raise UserError(
             "--key-variable takes the name of a variable: letters, digits and _; a key is never an argument"
         )
@@ -299,11 +304,11 @@ def _judge(options: argparse.Namespace, kind: str) -> "tuple[Judge, dict[str, An
         decided = partial(is_decided, kind)
         device = chosen_device(options.device)
         return local_judge(directory, device, options.max_tokens, ENDINGS[kind], decided), protocol
-    address = endpoint_address(options.base_url)
-    key = os.environ.get(options.key_variable, "").strip()
+    address, variable = endpoint_address(options.base_url or OPENAI), options.key_variable or KEY
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            f"the key of the judge is missing: set ${options.key_variable} (any word, if the server asks for none), "
+            f"the key of the judge is missing: set ${variable} (any word, if the server asks for none), "
             "name another variable with --key-variable, or use a local model: --judge-model local:DIR"
         )
     client = ChatClient(

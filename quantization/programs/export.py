@@ -84,7 +84,6 @@ examples:
     made.add_argument(
         "--verify-python",
         type=values.name,
-        default=sys.executable,
         metavar="PATH",
         help="the interpreter for --verify, for example one with gptqmodel and optimum (default: this one)",
     )
@@ -106,6 +105,9 @@ def export(arguments: list[str]) -> None:
     from quantization.runs.plan import plan_run
 
     show_log()
+    if options.verify_python is not None and not options.verify:
+        raise UserError(f"--verify-python {options.verify_python} is for --verify; add that, or leave it out")
+    reader = options.verify_python or sys.executable
     if options.plan:
         read_source(options.model, options.out)
         recipe = Recipe(prefix=options.prefix)
@@ -113,7 +115,7 @@ def export(arguments: list[str]) -> None:
     kind = FORMAT_TABLE[options.format]
     try:
         if options.verify:
-            check_reader(kind, options.verify_python)
+            check_reader(kind, reader)
         done = export_checkpoint(
             options.model,
             options.out,
@@ -126,7 +128,7 @@ def export(arguments: list[str]) -> None:
         if done.prefix is not None:
             print(f"prefix  {len(done.prefix)} tokens {done.prefix.ids.tolist()}  basis {done.prefix.model.basis}")
         if options.verify:
-            found = verify(options.model, done, options.verify_python)
+            found = verify(options.model, done, reader)
             print(
                 f"verified  largest logit difference {found.largest:.3g}  relative {found.relative:.1e} (allowed "
                 f"{found.tolerance:.0e})  read by {found.reader}"
