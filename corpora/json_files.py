@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from corpora.errors import UserError
-from corpora.files import open_text, plain_name, refuse_half_characters
+from corpora.files import open_text, plain_file, plain_name, refuse_half_characters
 from corpora.writing import write_beside
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 DEEPEST = 100  # lists and objects within each other; ours and those of Hugging Face have fewer than ten
+LARGEST = 10**9  # bytes of a JSON file
 LONGEST_INTEGER = 38  # digits; the longest in use is a tokenizer's 10^30 for "no limit"
 CODE = ("auto_map", "auto_mapping")  # what lets transformers and PEFT import code by name
 IMPLEMENTATIONS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # also behind a _
@@ -54,6 +55,8 @@ def read_json(path: Path, what: str, form: Any = Any, *, mend: str = REMAKE) -> 
     what: it should have been; mend: what can be done, both for the message. Raises UserError if it is missing, no plain
     file, no JSON, or of another form.
     """
+    if (size := plain_file(path, what).stat().st_size) > LARGEST:
+        raise UserError(f"{what} {path} has {size / 1e9:.1f} GB, which no such file has; {mend}")
     with open_text(path, what) as file:
         return parse_json(file.read(), f"{what} {path}", form, mend=mend)
 

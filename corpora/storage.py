@@ -8,7 +8,7 @@ are found again by `identity`: a hash of everything that made them.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -191,9 +191,13 @@ def open_tensors(file: Path, what: str = "", way_out: str = "fetch or prepare it
     with plain_file(file, what).open("rb"):  # a missing permission is no damage
         pass
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with ExitStack() as opened:
+            try:
+                tensors = opened.enter_context(safe_open(file, framework="pt"))
+            except OSError as error:  # those of the caller's own work are not this file's
+                raise SafetensorError(said_by(error)) from None
             yield tensors
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise UserError(f"{name} is truncated or not a safetensors file ({said_by(error)}); {way_out}") from None
 
 

@@ -121,3 +121,10 @@ def test_no_reader_waits_for_a_pipe(tmp_path: Path) -> None:
         read_json(tmp_path / "nothing", "the thing")
     with pytest.raises(UserError, match="is a folder"):
         read_json(tmp_path, "the thing")
+
+
+def test_a_file_that_no_memory_holds_is_not_read(tmp_path: Path) -> None:
+    with (path := tmp_path / "config.json").open("wb") as file:
+        file.truncate(20 * 10**9)  # takes no place on the disk
+    with pytest.raises(UserError, match=r"the thing .*config\.json has 20\.0 GB, which no such file has"):
+        read_json(path, "the thing")

@@ -385,11 +385,14 @@ def test_what_a_killed_run_left_half_written_is_not_in_the_result(
     assert made(checkpoint(), RECIPES["rtn"], tmp_path / "out") == whole
 
 
-def test_the_leftover_of_another_recipe_is_discarded(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_leftover_of_another_recipe_is_discarded(
+    checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = made(checkpoint(), RECIPES["rtn"], tmp_path / "whole")
     made(checkpoint(), Recipe(weights=RTN(W4)), tmp_path / "other")
     (tmp_path / "other").rename(tmp_path / "out.partial")
     assert made(checkpoint(), RECIPES["rtn"], tmp_path / "out") == whole
+    assert "is of another run, or of an earlier version, and is begun anew" in caplog.text
 
 
 def test_a_directory_of_the_users_in_the_way_of_the_work_is_left_alone(

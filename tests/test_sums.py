@@ -33,7 +33,7 @@ from quantization.runs.checkpoint import (
     read_manifest,
 )  # fmt: skip
 from quantization.runs.dense import Weights
-from quantization.runs.opening import is_rescaled
+from quantization.runs.opening import is_rescaled, load_tokenizer
 from quantization.runs.pipeline import partial_of, quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.runs.sums import checked
@@ -354,3 +354,30 @@ def test_weights_are_read_through_at_the_start_and_not_where_a_killed_run_goes_o
     block_file(partial_of(out), 2).unlink()
     quantize_checkpoint(checkpoint(), CALIBRATED, out, segments=SEGMENTS)
     assert len(passes) == 1
+
+
+def test_what_stands_beside_quantized_weights_is_compared_before_it_is_used(quantized: Path) -> None:
+    """Another tokenizer gives other figures: swapped ids of two letters read as another text."""
+    file = quantized / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    before = load_tokenizer(quantized)("ab")["input_ids"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json has changed since it was written"):
+        load_tokenizer(quantized)
+    sums = json.loads((quantized / CHECKSUMS).read_text())  # as checkpoints of before, which list no tokenizer
+    for name in [name for name in sums["sha256"] if not name.endswith(".safetensors")]:
+        del sums["sha256"][name]
+    (quantized / CHECKSUMS).write_text(json.dumps(sums))
+    assert load_tokenizer(quantized)("ba")["input_ids"] == before
+
+
+def test_sums_that_lie_beside_a_dense_model_are_not_the_checkpoints(
+    checkpoint: Callable[..., Path], whole: Path, tmp_path: Path
+) -> None:
+    dense = shutil.copytree(checkpoint(), tmp_path / "tiny")
+    (dense / CHECKSUMS).write_text("{}")
+    made = quantize_checkpoint(dense, RECIPE, tmp_path / "q")
+    assert {**contents(made), MANIFEST: b""} == {**contents(whole), MANIFEST: b""}
+    load_quantized(made)

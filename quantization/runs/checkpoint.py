@@ -37,7 +37,7 @@ from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
 from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import DenseCheckpoint, check_finite, empty_model, tied_names
-from quantization.runs.sums import CHECKSUMS, checked, known_sums, read_cost
+from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS, checked, known_sums, read_cost
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 
@@ -210,7 +210,7 @@ def copy_companions(source: Path, target: Path) -> None:
             and file.suffix in (".json", ".txt", ".model", ".jinja")
             and not file.name.startswith(".")
             and "index" not in file.name
-            and file.name != "prepared.json"
+            and file.name not in ("prepared.json", MANIFEST, CHECKSUMS, EARLIER_CHECKSUMS)
         ):
             shutil.copyfile(file, target / file.name)
 

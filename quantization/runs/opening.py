@@ -26,6 +26,7 @@ from quantization.runs.dense import (
     read_config,
     read_generation_config,
 )
+from quantization.runs.sums import check_beside
 
 __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
 
@@ -33,6 +34,8 @@ __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside the weights. Raises UserError if there is none, or if a special token of it is
     the empty text."""
+    if is_quantized(directory):
+        check_beside(directory)
     config_of(directory)  # transformers looks there, too
     tokenizer_config_of(directory)
     with built(

@@ -44,7 +44,7 @@ from quantization.runs.configuration import CONFIG, config_of
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 from quantization.runs.one_block import process_block
-from quantization.runs.sums import drop_changed, write_sums
+from quantization.runs.sums import CHECKSUMS, drop_changed, write_sums
 
 __all__ = ["check_makes_something", "check_recipe", "identity_at", "partial_of", "quantize_checkpoint"]
 
@@ -143,8 +143,8 @@ def quantize_checkpoint(
             raise
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
-        files = sorted([*partial.glob("*.safetensors"), partial / MANIFEST, partial / CONFIG])
-        write_sums(partial, files, cost | _sizes(partial, model))
+        files = [file for file in partial.iterdir() if not file.name.startswith(".") and file.name != CHECKSUMS]
+        write_sums(partial, sorted(files), cost | _sizes(partial, model))
         partial.rename(out)
     return out
 
@@ -166,6 +166,8 @@ def _clear(partial: Path, identity: str) -> None:
             f"{partial} exists and is not a half-finished checkpoint of ours; the work would go there, so move "
             "it away or choose another --out"
         )
+    if is_quantized(partial):
+        log.warning("%s is of another run, or of an earlier version, and is begun anew", partial)
     shutil.rmtree(partial)  # the leftover of another recipe: nothing in it can be used
     partial.mkdir()
 

@@ -96,6 +96,14 @@ def checked(file: Path) -> Path:
     return file
 
 
+def check_beside(directory: Path) -> None:
+    """Compare what stands beside the weights (tokenizer, templates, how to generate) with its sums, as far as there are
+    any: checkpoints of earlier versions have none of these. Raises UserError for what changed or is missing."""
+    for name in _sums_of(directory):
+        if not name.endswith(".safetensors"):
+            checked(directory / name)
+
+
 def add_sum(file: Path) -> None:
     """Keep the sum of a file that was just written into a half-finished checkpoint."""
     _write(file.parent, {"sha256": known_sums(file.parent) | {file.name: sha256_of_file(file)}})

@@ -180,11 +180,12 @@ def _logged(stream: io.StringIO, log: io.StringIO) -> Iterator[None]:
 
 # Who opens a pipe waits for ever, in a library's code even where no signal is heard: another process is its other end.
 OTHER_END = """
-import os, select, sys
+import os, select, stat, sys
 while not select.select([0], [], [], 0.02)[0]:
     try:
         end = os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK)
-        print("opened", flush=True)
+        if stat.S_ISFIFO(os.fstat(end).st_mode):  # and not the file that took its place
+            print("opened", flush=True)
         os.close(end)
     except OSError:
         pass
