@@ -13,7 +13,8 @@ from corpora.errors import run_program
 
 ROOT = Path(__file__).parents[1]
 HEAD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 from corpora.errors import run_program
 def main():
 """

@@ -68,11 +68,11 @@ class Output:
     def save(self, figure: Any, head: Sequence[str], rows: Iterable[Sequence[Any]], part: str = "") -> None:
         """Write a figure in every format and its numbers as CSV under the same name, all or none; closes the figure."""
         paths = {suffix: self.path(part, suffix) for suffix in (*self.formats, "csv")}
-        for path in paths.values():  # of a part, whose name is only known now
-            check_ours(path)
         contents: dict[Path, bytes] = {}
-        _draw_words(figure)
         try:
+            for path in paths.values():  # of a part, whose name is only known now
+                check_ours(path)
+            _draw_words(figure)
             for suffix in self.formats:
                 # In memory: what matplotlib's writers raise at a full disk depends on the format.
                 drawn = io.BytesIO()

@@ -40,7 +40,7 @@ from quantization.runs.checkpoint import (
     read_manifest,
     write_ends,
 )
-from quantization.runs.configuration import CONFIG, config_of
+from quantization.runs.configuration import CONFIG, GENERATION, config_of
 from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 from quantization.runs.one_block import process_block
@@ -143,7 +143,9 @@ def quantize_checkpoint(
             raise
         cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
         cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
-        files = [file for file in partial.iterdir() if not file.name.startswith(".") and file.name != CHECKSUMS]
+        # How a model chats and samples may be edited, and is part of what is made with it.
+        left_out = (CHECKSUMS, GENERATION, "chat_template.jinja")
+        files = [file for file in partial.iterdir() if not file.name.startswith(".") and file.name not in left_out]
         write_sums(partial, sorted(files), cost | _sizes(partial, model))
         partial.rename(out)
     return out
