@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import Architecture, Feed
-from intactkv.cache import IntactCache, KVPolicy
+from intactkv.cache import IntactCache
 from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.store import KVPolicy
 from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
@@ -253,12 +254,14 @@ class CalibrationStream:
         self, block: DecoderBlock, kv: KVPolicy | None = None, seeded: tuple[Tensor, Tensor] | None = None
     ) -> IntactCache:
         """The cache that one sample meets in a block: the prefix's keys and values, then what a policy leaves of the
-        new ones. seeded: other keys and values of the prefix than the block was seeded with."""
+        new ones, by the tensors in `block.kv` if it has any. seeded: other keys and values of the prefix than the
+        block was seeded with."""
         keys, values = self._keys, self._values
         if seeded is not None:
             keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
             values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
-        return IntactCache(self._config, keys, values, kv)
+        tensors = {block.index: block.kv} if block.kv else None
+        return IntactCache(self._config, keys, values, kv, tensors=tensors)
 
     def forward(
         self,

@@ -59,7 +59,7 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.kv_cache import KV_POLICIES, Grids
+    from quantization.kv_cache import KV_POLICIES, Policy
     from quantization.named import kv_policy
     from quantization.runs.kept import stored_kv
 
@@ -74,14 +74,17 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
         policy = stored_kv(checkpoint)
         if policy is None and {"k_bits", "v_bits"} <= given.keys():
             policy = kv_policy("per_head", given["k_bits"])
-    if given and not isinstance(policy, Grids):
+    if given and not isinstance(policy, Policy):
         told = ", ".join(f"--{field.replace('_', '-')}" for field in given)
         raise UserError(f"{told}: the KV cache has full precision; add --kv-bits N, or give both --k-bits and --v-bits")
-    if isinstance(policy, Grids) and given:
+    if isinstance(policy, Policy) and given:
         policy = replace(
             policy,
             bits=given.get("k_bits", policy.bits),
-            v_bits=given.get("v_bits", (policy.v_bits or policy.bits) if "k_bits" in given else policy.v_bits),
-            group_size=given.get("kv_group_size", policy.group_size),
+            v_bits=given.get("v_bits", policy.values_bits if "k_bits" in given else policy.v_bits),
         )
+        if (size := given.get("kv_group_size")) is not None:
+            if not hasattr(policy, "group_size"):
+                raise UserError(f"--kv-group-size: {type(policy).__name__} has no groups of channels; leave it out")
+            policy = replace(policy, group_size=size)  # type: ignore[call-arg]
     return replace(recipe, kv_cache=policy)
