@@ -61,6 +61,7 @@ class Policy(ABC):
     """What every policy can be told. bits: of keys, and of values unless `v_bits` says otherwise; 2 to 8.
 
     space: where keys are rounded. calibrates: whether layers have tensors of their own, which `fit_block` finds.
+    needs_gradients: whether it needs `DecoderBlock.squared_gradients` for that.
     """
 
     bits: int
@@ -78,6 +79,11 @@ class Policy(ABC):
                     f"KV bits={bits} is not supported by {type(self).__name__}; use "
                     f"{', '.join(str(b) for b in self.allowed_bits)}"
                 )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration needs the loss's gradients."""
+        return False
 
     @property
     def values_bits(self) -> int:

@@ -6,7 +6,7 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +50,8 @@ class DecoderBlock:
     own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
     this block (outliers, repaired Hessians); numbers of the same name are summed over blocks. rounding: what rounds
     beside the weights when the model runs, for quantizers that train with it at work (`WeightQuantizer.sees_rounding`).
+    squared_gradients: of the mean loss of the calibration text, `keys` (as RoPE received them) and `values`, each
+    (samples, KV heads, tokens, D) float32, for KV policies that ask (`Policy.needs_gradients`).
     """
 
     index: int
@@ -61,6 +63,7 @@ class DecoderBlock:
     kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     rounding: Rounding | None = None
+    squared_gradients: Mapping[str, Tensor] | None = None
 
     @property
     def name(self) -> str:
