@@ -87,18 +87,64 @@ class _Rows:
     dropped: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Usage:
+    """How much of what attention read behind the prefix was rounded, in pairs of a query and a token that it saw."""
+
+    rounded: int = 0
+    pairs: int = 0
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]; 0 while nothing was read."""
+        return self.rounded / self.pairs if self.pairs else 0.0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.rounded = self.pairs = 0
+
+
 @dataclass(frozen=True, eq=False)
 class IntactModel:
-    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own."""
+    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own.
+
+    usage: of the passes that were told to `count`.
+    """
 
     model: PreTrainedModel
     prefix: Prefix | None
     kv: KVPolicy | None = None
     kv_tensors: Mapping[int, Mapping[str, Tensor]] | None = None
     packed_kv: bool = False
+    usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        take_over(self.model, needed=any(store.waits for store in self._stores()))
+        take_over(self.model, needed=self.waits)
+
+    @cached_property
+    def waits(self) -> bool:
+        """Whether the KV policy keeps the newest tokens exact for a while."""
+        return any(store.waits for store in self._stores())
+
+    def count(self, cache: IntactCache) -> None:
+        """Add what attention read of a cache, which is counted once. Raises RuntimeError if a policy that rounds every
+        token at once has rounded none: then the model does not use the cache."""
+        rounded, pairs = cache.reads()
+        if self.kv is not None and not rounded and not self.waits:
+            raise RuntimeError(f"{self.kv} was asked for, but no token of the cache went through it")
+        self.usage.rounded += rounded
+        self.usage.pairs += pairs
+
+    def kv_figures(self, tokens: int) -> dict[str, Any] | None:
+        """What a record says of the KV cache: the share rounded of what attention read (`usage`), and the bits of an
+        element of keys and of values in packed storage once so many tokens are held. None for full precision."""
+        if self.kv is None:
+            return None
+        config = self.model.config.get_text_config(decoder=True)
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        bits = self.kv.bits_per_element(tokens, size, getattr(config, "num_key_value_heads", None) or heads)
+        return {"rounded": self.usage.share, "bits_per_element": list(bits), "tokens": tokens}
 
     def _stores(self) -> list[Store]:
         return [layer.store for layer in self.new_cache().intact_layers]
@@ -255,6 +301,7 @@ class IntactModel:
         )  # fmt: skip
 
         sequences = output if isinstance(output, Tensor) else output.sequences
+        self.count(cache)
         if batch * repeats == 1:  # beams leave their last state, not the sequence that won
             cache.tokens = sequences[:, : cache.get_seq_length()]
         given = input_ids.to(sequences).repeat_interleave(sequences.shape[0] // batch, dim=0)

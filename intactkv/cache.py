@@ -289,6 +289,7 @@ class IntactCache(Cache):
         super().__init__(layers=list(layers))
         self.intact_layers = layers
         self.prefix_length = layers[0].prefix_length
+        self._told = 0, 0
         # The token ids that a finished `generate` left here, (1, length): lets a dialogue go on safely.
         self.tokens: Tensor | None = None
 
@@ -325,6 +326,17 @@ class IntactCache(Cache):
         super().batch_select_indices(indices)
         self.rows.edit(lambda x: x[indices.to(x.device)])
 
+    def _reads(self) -> tuple[int, int]:
+        for layer in self.intact_layers:
+            layer.check_read()
+        sides = [side for layer in self.intact_layers for side in layer.store.sides]
+        return sum(side.read for side in sides), sum(side.pairs for side in sides)
+
+    def reads(self) -> tuple[int, int]:
+        """Pairs of a query and a token that it saw rounded, and of all that it saw, since this was asked last."""
+        before, self._told = self._told, self._reads()
+        return max(0, self._told[0] - before[0]), max(0, self._told[1] - before[1])
+
     @property
     def quantized_fraction(self) -> float:
         """Share of what attention read behind the prefix that was rounded, in [0, 1]; 0 before it has read anything.
@@ -332,11 +344,8 @@ class IntactCache(Cache):
         Over all pairs of a query and a token that it may see, mean of keys and values. Raises RuntimeError if
         attention did not read what it was handed.
         """
-        for layer in self.intact_layers:
-            layer.check_read()
-        sides = [side for layer in self.intact_layers for side in layer.store.sides]
-        pairs = sum(side.pairs for side in sides)
-        return sum(side.read for side in sides) / pairs if pairs else 0.0
+        rounded, pairs = self._reads()
+        return rounded / pairs if pairs else 0.0
 
     def memory(self) -> dict[str, Memory | int]:
         """Bytes held: `keys` and `values` behind the prefix, and of the `prefix`, which has batch 1; a sliding window's

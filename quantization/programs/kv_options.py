@@ -25,8 +25,8 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         type=values.name,
         default=None,
         metavar="NAME",
-        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
-        "(default: the recipe's, or the checkpoint's)",
+        help="KV-cache policy: none, per_head, rotated, kivi, or static and clipped, which calibrate "
+        "(default: the recipe's, or the checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
     )
     group.add_argument(
         "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
@@ -37,7 +37,8 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         "--kv-group-size",
         type=values.group_size,
         metavar="G",
-        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head)",
+        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head; kivi: 32, "
+        "tokens of a channel for keys)",
     )
 
 
