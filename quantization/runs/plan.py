@@ -355,8 +355,8 @@ def plan_run(
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV cache's
-    codes. dtype: None takes float32 on
+    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV
+    cache's codes. dtype: None takes float32 on
     a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
     run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
     Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
