@@ -1,18 +1,20 @@
 """What a quantized checkpoint brings to a run that does not say otherwise: its prefix and its calibrated KV policy."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from intactkv.store import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import PARTS, Checkpoint
 
-__all__ = ["fitting_kv", "held_kv", "kv_tensors", "needed_prefix", "stored_kv"]
+__all__ = ["bound_kv", "fitting_kv", "held_kv", "needed_prefix", "stored_kv"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,17 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
     return replace(recipe, kv_cache=wanted)
 
 
-def kv_tensors(model: PreTrainedModel) -> dict[int, dict[str, Tensor]]:
-    """What the model's checkpoint holds for the KV policy that its weights were trained with, by layer."""
-    return dict(enumerate(model.__dict__["intactkv_kv"]))
+def bound_kv(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    packed: bool = False,
+    tensors: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> KVPolicy | None:
+    """The recipe's KV policy, if it calibrates with what it was calibrated to. tensors: that, by layer; by default what
+    the model's checkpoint holds. packed: keep codes."""
+    kv = recipe.kv_cache
+    if kv is None or not (kv.calibrates or packed):
+        return kv
+    if kv.calibrates and tensors is None:
+        tensors = dict(enumerate(model.__dict__["intactkv_kv"]))
+    return Bound(kv, tensors or {}, packed)

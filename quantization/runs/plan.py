@@ -25,6 +25,7 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix, check_owner, identity_of
+from intactkv.store import Bound
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
@@ -40,7 +41,7 @@ from quantization.runs.fitting import (
     name_other_weights,
 )
 from quantization.runs.identities import by_tokens
-from quantization.runs.kept import fitting_kv, kv_tensors
+from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.known import Known
 from quantization.runs.kv_artefact import AGAIN as MAKE_KV
 from quantization.runs.kv_artefact import KVArtefact, calibrate_kv
@@ -100,9 +101,8 @@ class Plan(Known):
         if calibrated is not None:
             calibrated.check_front(self.choice.ids if intact else (), prefix)
         model = self._open(source, self.packed)
-        kv = self.recipe.kv_cache
-        tensors = calibrated.tensors if calibrated is not None else kv_tensors(model) if kv and kv.calibrates else None
-        attached = attach(model, prefix, kv, tensors, self.packed_kv)
+        tensors = None if calibrated is None else calibrated.tensors
+        attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv, tensors))
         if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
             self._keep(prefix)
         return attached
@@ -284,7 +284,7 @@ def check_kv(plan: Plan, config: PreTrainedConfig, makes: str) -> None:
         )
     if kv is None:
         return
-    IntactCache(config, policy=kv, tensors=None if given is None else given.tensors, packed=plan.packed_kv)
+    IntactCache(config, policy=Bound(kv, {} if given is None else given.tensors, plan.packed_kv))
     if plan.makes_kv:
         architecture_of(config)
         if plan.vanilla and recipe.calibrate_behind_prefix:
