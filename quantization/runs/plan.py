@@ -150,7 +150,7 @@ class Plan(Known):
             return self.given_kv
         path, made_of = out or self.kv_file, self.kv_made_of
         assert made_of is not None
-        if (found := self._kept_kv(path, again=out is None)) is not None and found.made_of == made_of:
+        if (found := self._kept_kv(path, again=out is None)) is not None and found.identity == identity(dict(made_of)):
             drop_dead_lock(path)
             return found
         source = self.written(self.recipe)
@@ -305,10 +305,11 @@ def check_kv(plan: Plan, config: PreTrainedConfig, makes: str) -> None:
     )
     if plan.named is not None or plan.vanilla:
         given.check_front(() if plan.vanilla or plan.named is None else plan.named.ids)
-    if given.made_of["weights"] != plan.weights_made_of:
+    calibrated, running = identity(given.made_of["weights"]), identity(plan.weights_made_of)
+    if calibrated != running:
         log.warning(
-            "the KV artefact %s was calibrated on the weights %s (%s); those that run now are %s (%s)", given,
-            given.weights, identity(given.made_of["weights"]), plan.weights_label, identity(plan.weights_made_of),
+            "the KV artefact %s was calibrated on the weights %s (%s); those that run now are %s (%s)",
+            given, given.weights, calibrated, plan.weights_label, running,
         )  # fmt: skip
 
 
