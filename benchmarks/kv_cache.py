@@ -10,7 +10,6 @@ dense cache. Bytes are those that are held, with exact numbers counted as 16 bit
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
