@@ -10,6 +10,7 @@ ends with the same bytes: finished layers wait in a directory NAME.partial.
 """
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 from corpora.errors import UserError
 from corpora.json_files import Count, Hash, identity
 from corpora.storage import open_tensors, read_artefact, write_artefact
-from corpora.writing import drop_dead_lock, locked
+from corpora.writing import drop_dead_lock, locked, refuse_special
 from intactkv.prefix import ModelIdentity, Owner, Prefix
 from quantization.kv_cache import KV_POLICIES, Policy, kv_bits
 from quantization.recipes.protocols import restored
@@ -229,8 +230,9 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _read_layer(file: Path, wanted: KVArtefact) -> dict[str, Tensor] | None:
     """The tensors of a finished layer; None if it is to be made, which is told of one that is damaged."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
+    refuse_special(file, "the layer of a KV artefact")
     try:
         header, tensors = read_artefact(file, LAYER_KIND, _Layer, "layer of a KV artefact", "", summed=True)
         return tensors if header["identity"] == wanted.identity else None
