@@ -15,6 +15,7 @@ from eval.programs.plot_options import (
     linear_output_options,
     log_option,
     motivation_options,
+    needle_options,
     only_down_option,
     opening_options,
     outlier_options,
@@ -312,6 +313,32 @@ def _motivation(options: argparse.Namespace) -> "Output":
     return output
 
 
+def _needle(options: argparse.Namespace) -> "Output":
+    from corpora.errors import UserError
+    from corpora.paths import outputs_dir
+    from eval.plots.canvas import file_name
+    from eval.plots.needle import draw_needles
+    from eval.runs import all_records
+
+    wanted = {"model": options.model, "dtype": options.dtype, "device": options.device,
+              "lengths": options.lengths and list(options.lengths)}  # fmt: skip
+    records = [
+        record
+        for record in all_records("needle")
+        if all(value is None or record["settings"][name] == value for name, value in wanted.items())
+    ]
+    if not records:
+        given = " ".join(f"--{name} {getattr(options, name)}" for name, value in wanted.items() if value is not None)
+        raise UserError(
+            f"{outputs_dir() / 'runs'} holds no finished grid of needles that fits {given}; run `python -m eval "
+            "needle` first, or leave a filter out"
+        )
+    lengths = "-".join(map(str, options.lengths or ()))
+    output = _output(options, file_name(options.model, "needle", lengths, *_changed(options, FILTER_PARTS)))
+    draw_needles(records, output)
+    return output
+
+
 def _calibration(options: argparse.Namespace) -> "Output":
     from eval.plots.calibration import draw_calibration
     from eval.plots.canvas import file_name
@@ -325,6 +352,8 @@ def _calibration(options: argparse.Namespace) -> "Output":
 KINDS = {
     "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
                        lambda parser: add_filters(parser, required=True), _perplexity),
+    "needle": Kind("share of keys found in long texts, by length and depth, from the records in outputs/runs/",
+                   needle_options, _needle),
     "pivots": Kind("largest activation of every token in every layer: the pivots stand out",
                    opening_options(48, conversation=False, prefix=False), _pivots),
     "hessian": Kind("the first token's share of every Hessian's trace, block by block", hessian_options, _hessian),
