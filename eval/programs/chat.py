@@ -242,7 +242,7 @@ def _talk(
                 continue
             if again and not told and said["fed"] + talk.model.prefix_length == said["prompt"]:
                 told = True
-                log.info("the chat template writes the past in other tokens than the model saw, so the dialogue is "
+                log.warning("the chat template writes the past in other tokens than the model saw, so the dialogue is "
                          "fed again where that happens")  # fmt: skip
             keep.add(said)
     return talk.model.prefix

@@ -21,7 +21,7 @@ from eval.programs.plot_options import (
     outlier_options,
     scattered_options,
 )
-from eval.programs.table import add_filters, chosen_rows
+from eval.programs.table import add_filters, chosen_grids, chosen_rows
 
 if TYPE_CHECKING:
     from corpora.catalog import CalibrationText
@@ -315,26 +315,15 @@ def _motivation(options: argparse.Namespace) -> "Output":
 
 def _needle(options: argparse.Namespace) -> "Output":
     from corpora.errors import UserError
-    from corpora.paths import outputs_dir
     from eval.plots.canvas import file_name
     from eval.plots.needle import draw_needles
-    from eval.runs import all_records
 
-    wanted = {"model": options.model, "dtype": options.dtype, "device": options.device,
-              "lengths": options.lengths and list(options.lengths)}  # fmt: skip
-    records = [
-        record
-        for record in all_records("needle")
-        if all(value is None or record["settings"][name] == value for name, value in wanted.items())
-    ]
+    lengths = options.lengths and list(options.lengths)
+    records = [record for record in chosen_grids(options) if lengths in (None, record["settings"]["lengths"])]
     if not records:
-        given = " ".join(f"--{name} {getattr(options, name)}" for name, value in wanted.items() if value is not None)
-        raise UserError(
-            f"{outputs_dir() / 'runs'} holds no finished grid of needles that fits {given}; run `python -m eval "
-            "needle` first, or leave a filter out"
-        )
-    lengths = "-".join(map(str, options.lengths or ()))
-    output = _output(options, file_name(options.model, "needle", lengths, *_changed(options, FILTER_PARTS)))
+        raise UserError(f"--lengths {','.join(map(str, lengths))}: no finished run has these lengths; leave it out")
+    parts = ("-".join(map(str, lengths or ())), *_changed(options, FILTER_PARTS))
+    output = _output(options, file_name(options.model, "needle", *parts))
     draw_needles(records, output)
     return output
 
