@@ -104,9 +104,9 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_out(options, ".json")
         _refuse_other(options.out)
-    lines = _given(options)
     show_log()
     plan = plan_of(options, several=True)
+    lines = _given(options)
     if options.prepend and not plan.has_prefix:
         raise UserError("--prepend puts a prefix in front, but none was named; add --prefix, or leave it out")
     if options.compare:
