@@ -1,10 +1,10 @@
 """Grids of needles as tables: found share and log-probability by length and depth, and one row a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from eval.tables.render import Figure, Table, percent, signed
+from eval.tables.render import Cell, Figure, Table, percent, signed
 from quantization.kv_cache import kv_label
 from quantization.labels import told
 
@@ -47,13 +47,15 @@ def grid_tables(record: Mapping[str, Any]) -> list[Table]:
     if settings["kv"] is not None:
         share = record["quantized"]
         notes.append(f"quantized share of the cache behind the prefix: {percent(share)}" if share else NOTHING)
-    shares, likelihoods = (
-        tuple((str(length), *(Figure(grid[length, depth][i], form) for depth in depths)) for length in lengths)
-        for i, form in ((0, percent), (1, signed))
-    )
+
+    def cells(which: int, form: Callable[[float], str]) -> tuple[tuple[Cell, ...], ...]:
+        return tuple(
+            (str(length), *(Figure(grid[length, depth][which], form) for depth in depths)) for length in lengths
+        )
+
     tables = [
-        Table(f"Needles found by {name}, {len(keys)} keys a cell", head, shares, notes=tuple(notes)),
-        Table("Mean log-probability of a key, in nats", head, likelihoods),
+        Table(f"Needles found by {name}, {len(keys)} keys a cell", head, cells(0, percent), notes=tuple(notes)),
+        Table("Mean log-probability of a key, in nats", head, cells(1, signed)),
     ]
     if settings["lines"] is not None:
         rows = tuple(

@@ -38,7 +38,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "judge": ("eval", "judge", "--questions", "questions.jsonl", "--prompts", "prompts.jsonl", "--references",
               "references.jsonl", "--judge-model", f"local:{MODEL}", "--max-tokens", "2", "--answers", "given.jsonl"),
     "needle": NEEDLE,
-    "chat": CHAT,
+    "chat": (*CHAT[:-1], "u.json"),
     "table-needle": ("eval", "table", "needle"),
     "plot-needle": ("eval", "plot", "needle", "--model", "tiny-llama", *FIGURE),
     "table": ("eval", "table"),
@@ -76,7 +76,7 @@ FINE: dict[str, set[str]] = {
     "--learning-rate": {"1.5"}, "--prefix-lr": {"1.5"}, "--prefix-kd-weight": {"0", "-0", "1.5"},
     "--threshold": {"1.5"}, "--outlier-threshold": {"1.5"},
     "--corpus": {"text.txt"}, "--calibration": {"text.txt"}, "--layers": {"0", "-0"},
-    "--temperature": {"0", "-0", "1.5"}, "--depths": {"0", "-0"}, "--max-memory": set(),
+    "--temperature": {"0", "-0", "1.5"}, "--depths": {"0", "-0", "1,2"}, "--max-memory": set(),
     "--key-variable": {"abc", "None", "true"},
 }  # fmt: skip
 
