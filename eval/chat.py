@@ -24,8 +24,9 @@ from eval.mtbench.answers import GREEDY, RowSampler, row_generator, warpers_of
 from eval.mtbench.chat_templates import ChatTemplate
 from intactkv.attach import IntactModel
 from intactkv.cache import IntactCache
+from intactkv.store import Memory
 
-__all__ = ["PROMPTS", "Conversation", "Said", "Transcript", "cache_bytes", "divergences", "first_divergence",
+__all__ = ["PROMPTS", "Conversation", "Said", "Transcript", "cache_state", "divergences", "first_divergence",
            "weight_bytes"]  # fmt: skip
 
 # Of the published chat examples, in words of this project: what is asked is the same.
@@ -50,7 +51,7 @@ class Reference(TypedDict):
 class Said(TypedDict):
     """One answer. dialogue: how many times the conversation began anew, from 1; prompt, fed: tokens of the rendered
     dialogue, and those of them that the model had to read; seconds_to_first: until the first token of the answer;
-    quantized: share of the cache behind the prefix; cache_bytes: of all it holds."""
+    quantized: share of the cache behind the prefix, once all is said; cache_bytes: of all it holds."""
 
     dialogue: Count
     user: str
@@ -83,9 +84,14 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def cache_bytes(cache: IntactCache) -> int:
-    """Bytes of the keys and values that a cache holds, the prefix's included."""
-    return sum(tensor.nbytes for layer in cache.intact_layers for tensor in layer.held)
+def cache_state(cache: IntactCache) -> tuple[int, float]:
+    """Bytes that a cache holds, the prefix's included, and the share of the elements behind it that is rounded."""
+    told = cache.memory()
+    sides = [part for part in told.values() if isinstance(part, Memory)]
+    prefix = sum(part for part in told.values() if isinstance(part, int))
+    elements = sum(side.elements for side in sides)
+    rounded = sum(side.rounded_elements for side in sides)
+    return prefix + sum(side.bytes for side in sides), rounded / elements if elements else 0.0
 
 
 class _Told(TextStreamer):
@@ -163,7 +169,7 @@ class Conversation:
         seconds = time.perf_counter() - started
         self.cache = output.past_key_values
         new = output.sequences[0, len(ids) :].tolist()
-        text = self._text(new)
+        text, (held_bytes, share) = self._text(new), cache_state(self.cache)
         self.turns += [line, text]
         return Said(
             dialogue=self.dialogue,
@@ -175,8 +181,8 @@ class Conversation:
             fed=len(ids) - max(held, self.model.prefix_length),
             seconds=round(seconds, 4),
             seconds_to_first=round((told.first or started) - started, 4),
-            quantized=self.cache.quantized_fraction,
-            cache_bytes=cache_bytes(self.cache),
+            quantized=share,
+            cache_bytes=held_bytes,
         )
 
     def _held(self, ids: Sequence[int]) -> int:

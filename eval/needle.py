@@ -197,4 +197,5 @@ def look_for(
             "log_likelihood": scores[0].log_likelihood,
             "answer": answer,
             "quantized": output.past_key_values.quantized_fraction,
+            "bits_per_element": None if (kv := model.kv_figures(cell.length)) is None else kv["bits_per_element"],
         }

@@ -105,9 +105,12 @@ Perplexity = Annotated[float, Field(gt=0, lt=1e300)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+_Bits = Annotated[list[Annotated[float, Field(gt=0, le=64)]], Field(min_length=2, max_length=2)]
+
+
 class _KVCache(TypedDict):
     rounded: Fraction
-    bits_per_element: Annotated[list[Annotated[float, Field(gt=0, le=64)]], Field(min_length=2, max_length=2)]
+    bits_per_element: _Bits
     tokens: Count
 
 
@@ -171,8 +174,8 @@ class _Answers(TypedDict):
 
 
 class NeedleResult(TypedDict):
-    """One question of a grid of needles. log_likelihood: of the key behind the prompt, in nats; quantized: share of the
-    cache that went through the KV policy."""
+    """One question of a grid of needles. log_likelihood: of the key behind the prompt, in nats; quantized: share
+    rounded of what attention read; bits_per_element: of keys and of values in packed storage at that length."""
 
     length: Count
     depth: Annotated[int, Field(ge=0, le=100)]
@@ -182,6 +185,7 @@ class NeedleResult(TypedDict):
     log_likelihood: Number
     answer: str
     quantized: Fraction
+    bits_per_element: _Bits | None
 
 
 class _NeedleSettings(_Settings):

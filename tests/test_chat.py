@@ -16,13 +16,13 @@ from corpora.errors import UserError
 from corpora.json_files import with_sum
 from eval import chat
 from eval.__main__ import main
-from eval.chat import PROMPTS, Conversation, cache_bytes, first_divergence, weight_bytes
+from eval.chat import PROMPTS, Conversation, cache_state, first_divergence, weight_bytes
 from eval.generation import Generation
 from eval.mtbench.chat_templates import chat_template
 from eval.programs import chat as program_file
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from quantization.kv_cache import PerHead
+from quantization.kv_cache import KIVI, PerHead
 
 BOS, EOS, UNK, PAD = 1, 2, 3, 0
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -82,7 +82,7 @@ def test_a_prompt_of_any_turn_has_one_start_token(template, tiny_model, tiny_tok
 
 
 @every("prefix", [False, True])
-@every("kv", [None, PerHead(bits=4), PerHead(bits=2)])
+@every("kv", [None, PerHead(bits=4), PerHead(bits=2), KIVI(bits=2, group_size=16, residual=32)])
 def test_keeping_the_past_says_what_feeding_it_again_says(prefix, kv, tiny_model, tiny_tokenizer):
     kept, anew = (talk_of(tiny_model, tiny_tokenizer, prefix=prefix, kv=kv) for _ in range(2))
     for turn, line in enumerate(LINES):
@@ -94,7 +94,12 @@ def test_keeping_the_past_says_what_feeding_it_again_says(prefix, kv, tiny_model
         # Beside the new line there is the last token of the answer, which nothing was predicted from.
         if turn:
             assert said["fed"] < len(line) + 35
-        assert said["quantized"] == (0.0 if kv is None else 1.0)
+        if isinstance(kv, KIVI):
+            behind = said["prompt"] + len(said["ids"]) - 1 - prefix
+            rounded = behind - behind % 32, max(0, behind - 32)  # keys in whole residuals, values behind one
+            assert said["quantized"] == pytest.approx(sum(rounded) / 2 / behind)
+        else:
+            assert said["quantized"] == (0.0 if kv is None else 1.0)
 
 
 def test_the_cache_holds_the_dialogue_as_the_template_writes_it(tiny_model, tiny_tokenizer):
@@ -165,7 +170,7 @@ def test_bytes_are_those_of_the_tensors(tiny_model, tiny_tokenizer):
     said = talk.answer(LINES[0])
     held = said["prompt"] + len(said["ids"]) - 1
     assert (
-        said["cache_bytes"] == cache_bytes(talk.cache) == 2 * 3 * 2 * 16 * 4 * held
+        said["cache_bytes"] == cache_state(talk.cache)[0] == 2 * 3 * 2 * 16 * 4 * held
     )  # K, V; layers, heads, D, float32
     stored = sum(p.numel() * p.element_size() for p in talk.model.model.state_dict().values())
     assert 0 <= weight_bytes(talk.model.model) - stored <= 8 * 16  # and the inverse frequencies of RoPE

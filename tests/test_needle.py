@@ -154,7 +154,7 @@ def test_a_run_prints_a_grid_and_leaves_a_record_of_every_question(program, mode
     code, out, err = program("--model", model, *SMALL, "--kv-bits", 2, "--prefix", "bos")
     assert code == 0, err
     assert "| tokens | depth 0 % | depth 100 % |" in out
-    assert "quantized share of the cache behind the prefix: 100.0%" in out
+    assert "rounded of what attention read behind the prefix: 100.0%" in out
     (record,) = all_records("needle")
     results, settings = record["results"], record["settings"]
     assert {(row["length"], row["depth"]) for row in results} == {(400, 0), (400, 100), (600, 0), (600, 100)}
@@ -164,6 +164,31 @@ def test_a_run_prints_a_grid_and_leaves_a_record_of_every_question(program, mode
     assert list((intactkv_root / "outputs" / "needle").iterdir()) == []
     again = record_of(program, "--model", model, *SMALL, "--kv-bits", 2, "--prefix", "bos")
     assert again["started"] == record["started"]
+
+
+def test_a_run_that_quantizes_nothing_says_so(program, model):
+    words = (
+        "--model",
+        model,
+        *SMALL[:2],
+        "--depths",
+        50,
+        "--keys",
+        1,
+        "--kv",
+        "kivi",
+        "--kv-bits",
+        2,
+        "--kv-group-size",
+        16,
+    )
+    code, out, err = program(*words, "--set", "kv_cache.residual=1024")
+    assert code == 0, err
+    assert "none of what attention read was rounded" in out
+    plain = record_of(program, *words[:-6])["results"]
+    for row, exact in zip(all_records("needle")[0]["results"], plain, strict=True):
+        assert (row["quantized"], row["answer"]) == (0.0, exact["answer"])
+        assert row["log_likelihood"] == pytest.approx(exact["log_likelihood"], abs=1e-4)
 
 
 def test_all_arms_see_the_same_tokens_and_full_precision_scores_them_alike(program, model):

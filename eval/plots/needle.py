@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from eval.plots.canvas import Output, plt
-from eval.tables.needles import arm_of, grid_of
+from eval.tables.needles import arm_of, bits_of, grid_of, in_order
 
 __all__ = ["draw_needles"]
 
@@ -16,8 +16,9 @@ WIDTH = 38  # characters of a title's line
 
 
 def draw_needles(records: Sequence[Mapping[str, Any]], output: Output) -> None:
-    """Draw finished runs of one model, in the order of the records. A cell says the share found in per cent, and below
+    """Draw finished runs of one model. A cell says the share found in per cent, and below
     it the mean log-probability of a key."""
+    records = in_order(records)
     columns = min(A_ROW, len(records))
     rows = -(-len(records) // columns)
     tallest = max(len(record["settings"]["depths"]) for record in records)
@@ -53,7 +54,8 @@ def _draw_grid(axes: Any, record: Mapping[str, Any]) -> Any:
     keys = len(settings["keys"])
     told = f"{100 * record['found']:.0f} % of {len(record['results'])} found, {keys} key{'s' * (keys > 1)} a cell"
     if settings["kv"] is not None:
-        told += f", {100 * record['quantized']:.0f} % quantized"
+        bits = bits_of(record)
+        told += f"; {100 * record['quantized']:.0f} % rounded, {bits[max(bits)]:.2f} bits"
     axes.set_title(f"{fill(arm_of(settings), WIDTH)}\n{fill(told, WIDTH + 6)}", fontsize=8)
     return image
 

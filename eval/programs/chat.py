@@ -286,7 +286,7 @@ def _help() -> str:
 
 def _stats(talk: "Conversation", keep: "_Keeper") -> str:
     """What `/stats` prints."""
-    from eval.chat import cache_bytes
+    from eval.chat import cache_state
 
     cache = talk.cache
     told = [f"weights  {keep.weight_bytes / 1e6:,.1f} MB"]
@@ -294,8 +294,9 @@ def _stats(talk: "Conversation", keep: "_Keeper") -> str:
         told.append("cache    empty")
     else:
         front = talk.model.prefix_length
-        share = f"{cache.quantized_fraction:.1%} quantized" if talk.model.kv is not None else "full precision"
-        size = f"{cache_bytes(cache) / 1e6:,.3f} MB"
+        held, rounded = cache_state(cache)
+        share = f"{rounded:.1%} quantized" if talk.model.kv is not None else "full precision"
+        size = f"{held / 1e6:,.3f} MB"
         told.append(f"cache    {size}: {cache.get_seq_length() - front} tokens, {share}, behind {front} of the prefix")
     for name, answers in (("last", keep.answers[-1:]), ("all", keep.answers)):
         if answers:

@@ -1,16 +1,18 @@
 """Grids of needles as tables: found share and log-probability by length and depth, and one row a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.tables.render import Cell, Figure, Table, percent, signed
 from quantization.kv_cache import kv_label
 from quantization.labels import told
 
-__all__ = ["arm_of", "grid_of", "grid_tables", "run_table"]
+__all__ = ["arm_of", "bits_of", "grid_of", "grid_tables", "in_order", "run_table"]
 
-NOTHING = "none of the cache was quantized"
+_Record = TypeVar("_Record", bound=Mapping[str, Any])
+
+NOTHING = "none of what attention read was rounded: these are figures of full precision"
 
 
 def grid_of(record: Mapping[str, Any]) -> dict[tuple[int, int], tuple[float, float]]:
@@ -37,6 +39,16 @@ def arm_of(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def bits_of(record: Mapping[str, Any]) -> dict[int, float]:
+    """Bits of an element of the cache by length, mean of keys and values; nothing for full precision."""
+    return {row["length"]: fmean(bits) for row in record["results"] if (bits := row["bits_per_element"]) is not None}
+
+
+def in_order(records: Iterable[_Record]) -> list[_Record]:
+    """By model, arm and grid, whatever ran first."""
+    return sorted(records, key=lambda r: (r["settings"]["model"], arm_of(r["settings"]), r["settings"]["lengths"]))
+
+
 def grid_tables(record: Mapping[str, Any]) -> list[Table]:
     """Rows are lengths, columns depths: one table of shares, one of log-probabilities; of the published keys each."""
     settings, grid = record["settings"], grid_of(record)
@@ -45,8 +57,10 @@ def grid_tables(record: Mapping[str, Any]) -> list[Table]:
     head = ("tokens", *(f"depth {depth} %" for depth in depths))
     notes = [f"found in all: {percent(record['found'])} of {len(record['results'])}"]
     if settings["kv"] is not None:
-        share = record["quantized"]
-        notes.append(f"quantized share of the cache behind the prefix: {percent(share)}" if share else NOTHING)
+        share, bits = record["quantized"], bits_of(record)
+        notes.append(f"rounded of what attention read behind the prefix: {percent(share)}" if share else NOTHING)
+        told = ", ".join(f"{bits[length]:.2f} at {length} tokens" for length in sorted({lengths[0], lengths[-1]}))
+        notes.append(f"bits per element of the cache: {told}")
 
     def cells(which: int, form: Callable[[float], str]) -> tuple[tuple[Cell, ...], ...]:
         return tuple(
@@ -67,16 +81,18 @@ def grid_tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 def run_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run."""
-    head = ("model", "arm", "tokens", "depths", "keys", "found", "log-probability", "quantized share")
+    """One row a run; bits are those at its longest prompt."""
+    head = ("model", "arm", "tokens", "depths", "keys", "found", "log-probability", "KV bits an element", "KV rounded")
     rows = []
-    for record in records:
+    for record in in_order(records):
         settings = record["settings"]
         keys = f"{len(settings['keys'])}" + " published" * (settings["lines"] is not None)
         shown = (_ends(settings["lengths"]), _ends(settings["depths"]), keys)
         figures = Figure(record["found"], percent), Figure(record["log_likelihood"], signed)
-        share = None if settings["kv"] is None else Figure(record["quantized"], percent)
-        rows.append((settings["model"], arm_of(settings), *shown, *figures, share))
+        cache: tuple[Cell, Cell] = None, None
+        if bits := bits_of(record):
+            cache = Figure(bits[max(bits)]), Figure(record["quantized"], percent)
+        rows.append((settings["model"], arm_of(settings), *shown, *figures, *cache))
     return Table("Needles: keys found, and mean log-probability of a key in nats", head, tuple(rows), words=5)
 
 
