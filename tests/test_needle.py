@@ -2,13 +2,16 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from common import error_line, every
+from common import ROOT, error_line, every
 
 from corpora.json_files import with_sum
 from eval import needle
@@ -227,6 +230,21 @@ def test_a_killed_grid_goes_on_where_it_was_and_ends_alike(program, model, intac
     again = record_of(program, *words)
     assert (again["answered_now"], again["results"]) == (5, whole["results"])
     assert not file.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions_and_end_alike(program, model, intactkv_root):
+    words = ["needle", "--model", str(model), *SMALL, "--device", "cpu", "--json"]
+    alone = record_of(program, *words[1:-1])
+    (stored,) = (intactkv_root / "outputs" / "runs").glob("needle-*.json")
+    stored.unlink()
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval"]
+    done = subprocess.run([*launched, *words], cwd=ROOT, env=os.environ | {"INTACTKV_ROOT": str(intactkv_root)},
+                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = json.loads(done.stdout)
+    assert (shared["identity"], shared["results"]) == (alone["identity"], alone["results"])
+    assert list((intactkv_root / "outputs" / "needle").iterdir()) == []
 
 
 def test_a_result_that_was_changed_or_is_another_runs_is_refused(program, model, intactkv_root):
