@@ -21,7 +21,9 @@ def points(kind: str, count: int = 20_000) -> tuple[Tensor, Tensor]:
     random = np.random.default_rng(0)
     x = {
         "normal": random.normal(0, 0.3, count),
-        "far outliers": np.where(random.random(count) < 0.001, random.choice([-1, 1], count), random.normal(0, 0.01, count)),
+        "far outliers": np.where(
+            random.random(count) < 0.001, random.choice([-1, 1], count), random.normal(0, 0.01, count)
+        ),
         "two humps": random.choice([-0.6, 0.5], count) + random.normal(0, 0.1, count),
         "uniform": random.uniform(-1, 1, count),
     }[kind]
