@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.testing import assert_close
 
-from quantization.grids.nonuniform import Histogram, cluster, even_levels, nearest, normal_float
+from quantization.grids.nonuniform import cluster, even_levels, nearest, normal_float
 
 BITS = [2, 3, 4]
 
@@ -90,9 +90,7 @@ def test_the_order_of_points_and_how_they_come_in_pieces_change_nothing():
 @every("held", [0, 1, 2, 3, 4, 5, 8])
 def test_fewer_places_than_levels_are_levels_themselves(held):
     x = torch.tensor([-0.9, -0.5, 0.1, 0.7, 0.2, 0.6, 0.95, -0.1])[:held]
-    histogram = Histogram()
-    histogram.add(x.repeat(5))
-    levels = cluster(histogram, 3)
+    levels = cluster([(x, None)] * 5, 3)
     assert levels.shape == (8,)
     assert (levels.diff() >= 0).all()
     for point in x:

@@ -9,54 +9,34 @@ end in a worse optimum.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-__all__ = ["Histogram", "cluster", "even_levels", "nearest", "normal_float"]
+__all__ = ["cluster", "even_levels", "nearest", "normal_float"]
 
 BINS = 2**16  # over [−1, 1]; a point is at most 1.6e-5 from the middle of its bin
 CELLS = 512  # of the exact solution: it costs 2^b · CELLS² steps
+SMALLEST = 1e-12  # of all weight: what a bin must hold; sums in float64 would lose less
 STEPS = 200  # of Lloyd, at most; it mostly stands still after ten
 
 
-@dataclass(eq=False)
-class Histogram:
-    """Weights of points in [−1, 1]. counts: (bins,) float64, on the device of the points."""
-
-    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-
-    def add(self, points: Tensor, weights: Tensor | None = None) -> None:
-        """Add points of any shape (those outside the range to the outer bins), with weights ≥ 0 of the same shape, or
-        with weight 1."""
-        bins = len(self.counts)
-        places = ((points.flatten() + 1) * (bins / 2)).long().clamp_(0, bins - 1)
-        more = torch.bincount(places, None if weights is None else weights.flatten().double(), bins)
-        self.counts = self.counts.to(more.device) + more
-
-    @property
-    def middles(self) -> Tensor:
-        """The middle of every bin, (bins,) float64."""
-        bins = len(self.counts)
-        return (torch.arange(bins, dtype=torch.float64, device=self.counts.device) + 0.5) * (2 / bins) - 1
-
-
-def cluster(points: Iterable[tuple[Tensor, Tensor | None]] | Histogram, bits: int) -> Tensor:
+def cluster(points: Iterable[tuple[Tensor, Tensor | None]], bits: int) -> Tensor:
     """The 2^bits levels of least weighted squared distance, float32, sorted, within [−1, 1], on the CPU.
 
-    points: with their weights, as `Histogram.add` takes them. Where fewer than 2^bits bins hold anything, levels repeat.
+    points: in [−1, 1], of any shape, each with weights ≥ 0 of its shape, or with None for weight 1. Levels repeat where
+    fewer than 2^bits bins hold anything.
     """
-    if not isinstance(points, Histogram):
-        histogram = Histogram()
-        for some, weights in points:
-            histogram.add(some, weights)
-        points = histogram
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    for some, weights in points:
+        places = ((some.flatten() + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+        more = torch.bincount(places, None if weights is None else weights.flatten().double(), BINS)
+        counts = counts.to(more.device) + more
+    place = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 / BINS) - 1  # the middles of bins
     # In float32 the sums no longer tell in which order float64 added them up.
-    counts, place = points.counts.cpu(), points.middles.cpu()
-    weight = (counts / counts.sum().clamp_min(torch.finfo(torch.float64).tiny)).float().double()
-    held = weight > 0
+    weight = (counts / counts.sum().clamp_min(torch.finfo(torch.float64).tiny)).float().double().cpu()
+    held = weight > SMALLEST
     if not held.any():
         return even_levels(bits)
     weight, place = weight[held] / weight.sum(), place[held]
@@ -88,7 +68,7 @@ def _ends(weight: Tensor, place: Tensor, count: int, moments: list[Tensor]) -> T
     edges = torch.cat([starts, torch.tensor([len(place)])])  # (cells + 1,)
     zeroth, first, second = (sums[edges] for sums in moments)
     mass, mean = zeroth[None] - zeroth[:, None], first[None] - first[:, None]  # (start, end)
-    cost = second[None] - second[:, None] - mean**2 / mass
+    cost = (second[None] - second[:, None] - mean**2 / mass).clamp_min(0)
     cost[~(torch.arange(len(edges))[:, None] < torch.arange(len(edges)))] = torch.inf  # no empty cluster
     best, froms = cost[0], []
     for _ in range(count - 1):

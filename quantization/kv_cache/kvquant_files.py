@@ -2,11 +2,11 @@
 
     {"model.layers.I.self_attn.k_proj": (upper, lower, [levels (2^b, 1)], scale, offset), …}
 
-upper, lower: thresholds of a key's channels, (1, C); for values leftovers of the calibration, which nobody reads. scale,
-offset: of Q-Norm, if it was on. Levels are not sorted there.
+upper, lower: thresholds of a key's channels, (1, C); for values leftovers of the calibration, which nobody reads.
+scale, offset: of Q-Norm, if it was on. Levels are not sorted there.
 
 A pickle is a program. This one may build dictionaries, lists, numbers, arrays of NumPy and tensors of torch. Everything
-else is refused by its name. NumPy's arrays are built here from their bytes, tensors by `torch.load` with `weights_only`.
+else is refused by its name. NumPy's arrays are built here from their bytes, tensors by `torch.load(weights_only=True)`.
 """
 
 import io
