@@ -24,7 +24,8 @@ from corpora.errors import UserError
 from corpora.json_files import Size
 from corpora.storage import checkpoint_fingerprint, is_finite, read_artefact, sha256_of_tensor, write_artefact
 from intactkv.architecture import ARCHITECTURES
-from intactkv.cache import IntactCache, KVPolicy
+from intactkv.cache import IntactCache
+from intactkv.store import KVPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -174,10 +175,11 @@ class Prefix:
         )
 
     def cache(
-        self, config: "PreTrainedConfig", policy: KVPolicy | None = None, single_pass: bool = False
+        self, config: "PreTrainedConfig", policy: KVPolicy | None = None, single_pass: bool = False, **more: Any
     ) -> IntactCache:
-        """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call."""
-        return IntactCache(config, self.keys, self.values, policy, single_pass)
+        """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call. more: as
+        `IntactCache` takes it."""
+        return IntactCache(config, self.keys, self.values, policy, single_pass, **more)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""
