@@ -18,16 +18,16 @@ has as many slots for outliers as a value, or `key_slots` (published: any number
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from intactkv.rope import Places, rope_of
-from intactkv.store import Codes, Rounding
 from torch import Tensor
 
 from corpora.errors import UserError
+from intactkv.rope import Places, rope_of
+from intactkv.store import Codes, Rounding
 from quantization.grids.nonuniform import nearest
 from quantization.grids.packing import pack_codes, unpack_codes
 from quantization.kv_cache.base import Policy, merge_heads, split_heads
@@ -181,7 +181,7 @@ class KVQuant(Policy):
     bits: int
     outliers: float = 0.01
     levels: str = "nuq"
-    weighting: str = "none"
+    weighting: str = "fisher"
     sinks: int = 1
     qnorm: bool = False
     key_slots: int | None = None
@@ -196,22 +196,18 @@ class KVQuant(Policy):
         for name, known in (("levels", LEVELS), ("weighting", WEIGHTINGS)):
             if (word := getattr(self, name)) not in known:
                 raise UserError(f"kv_cache.{name}={word} is not known; choose {', '.join(known)}")
-        if self.levels != "nuq" and self.weighting != "none":
-            raise UserError(
-                f"kv_cache.weighting={self.weighting} has nothing to act on: kv_cache.levels={self.levels} do not depend "
-                "on the text; set kv_cache.weighting=none"
-            )
-        for name, least in (("sinks", 0), ("key_slots", 0)):
-            if (number := getattr(self, name)) is not None and number < least:
-                raise UserError(f"kv_cache.{name}={number} is not allowed; give {least} or more")
+        for name in ("sinks", "key_slots"):
+            if (number := getattr(self, name)) is not None and number < 0:
+                raise UserError(f"kv_cache.{name}={number} is not allowed; give 0 or more")
 
     def in_heads(self, head_size: int) -> Self:
-        """Raises UserError for heads whose codes do not fill bytes."""
+        """Levels that do not depend on the text are not weighed by it. Raises UserError for heads whose codes do not
+        fill bytes."""
         if head_size % 8:
             raise UserError(
-                f"kvquant packs eight channels of a head together, and this model has {head_size}; use per_head"
+                f"kvquant packs eight channels of a head together, and this model's have {head_size}; use --kv per_head"
             )
-        return super().in_heads(head_size)
+        return replace(super().in_heads(head_size), weighting=self.weighting if self.needs_gradients else "none")
 
     def _key_slots(self, channels: int) -> int:
         slots = 2 * outliers_per_side(channels, self.outliers) if self.key_slots is None else self.key_slots
@@ -226,7 +222,7 @@ class KVQuant(Policy):
         return keys, Values(self.values_bits, *levels[1], self.outliers)
 
     def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
-        """b; value and number of every outlier; of values a middle and a half width. Sinks are kept beside their codes."""
+        """b; value and number of every outlier; of values middle and half width. Sinks are kept beside their codes."""
         channels = head_size * heads
         outlier = 16 + index_bits(channels)
         sinks = 32 * min(self.sinks, tokens) / max(tokens, 1)
@@ -239,36 +235,32 @@ class KVQuant(Policy):
     @property
     def needs_gradients(self) -> bool:
         """Whether `fit_block` asks for those of the calibration text."""
-        return self.weighting != "none"
+        return self.levels == "nuq" and self.weighting != "none"
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         """`keys_low`, `keys_high` (C,), `keys_levels`, `values_levels` (2^b,), and with Q-Norm `keys_qnorm` and
-        `values_qnorm` (2,). Holds all tokens of the text: 8 bytes of a channel and token, 16 with gradients."""
-        rope = rope_of(block.config)
-        # A gradient turns with the transposed rotation, which is that by the opposite angle.
-        back = (lambda x, _: x) if rope is None else rope.unturned
-        transposed = (lambda x, _: x) if rope is None else lambda x, positions: rope.turned(x, -positions)
-        keys, values = self._vectors(block, block.keys_and_values(), back)
-        weights: list[Tensor | None] = [None, None]
-        if self.needs_gradients:
-            weights = [g.square_() for g in self._vectors(block, block.gradients(), transposed)]
-        settings = {"share": self.outliers, "levels": self.levels, "qnorm": self.qnorm}
-        settings["ranged"] = self.weighting == "fisher_range"
-        found = fit_keys(keys, weights[0], bits=self.bits, **settings)
-        return found | fit_values(values, weights[1], bits=self.values_bits, **settings)
+        `values_qnorm` (2,). Holds all tokens of the text: 8 bytes of a channel and token, 16 with gradients.
 
-    def _vectors(
-        self, block: DecoderBlock, pairs: Iterator[tuple[Tensor, Tensor]], back: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """What belongs to the keys and to the values of all tokens that are no sinks, each (N, C), float32. back: takes
-        what belongs to keys, and their positions, to before RoPE."""
-        keys, values = [], []
-        for k, v in pairs:
-            positions = torch.arange(k.shape[2], device=k.device)[None] + block.prefix_length
-            kept = positions[0] >= self.sinks
-            keys.append(split_heads(back(k.float(), positions), -1)[0, kept, 0])
-            values.append(split_heads(v.float(), -1)[0, kept, 0])
-        return torch.cat(keys), torch.cat(values)
+        Raises UserError for a rotation that cannot be undone."""
+        assert block.stream is not None, "KVQuant calibrates, but no calibration text was given"
+        rope, first = rope_of(block.config), block.stream.prefix_length
+        skipped = max(self.sinks - first, 0)
+        vectors: dict[str, list[Tensor]] = {"keys": [], "values": []}
+        for keys, values in block.keys_and_values():
+            before = Places(first, keys.shape[2], None, rope, first).unturned(keys.float())
+            for name, states in (("keys", before), ("values", values.float())):
+                vectors[name].append(split_heads(states[:, :, skipped:], -1)[0, :, 0])
+        weights: dict[str, Tensor] = {}
+        if self.needs_gradients:
+            assert block.squared_gradients is not None, "this KV policy weighs with gradients, but none were given"
+            for name, states in block.squared_gradients.items():
+                like = vectors[name][0]
+                weights[name] = split_heads(states[:, :, skipped:].to(like), -1)[:, :, 0].flatten(0, 1)
+        settings: Any = {"share": self.outliers, "levels": self.levels, "qnorm": self.qnorm}
+        settings["ranged"] = self.weighting == "fisher_range"
+        found = fit_keys(torch.cat(vectors.pop("keys")), weights.get("keys"), bits=self.bits, **settings)
+        all_values = torch.cat(vectors.pop("values"))
+        return found | fit_values(all_values, weights.get("values"), bits=self.values_bits, **settings)
 
 
 def _images(tensors: Mapping[str, Tensor], name: str) -> Tensor:
