@@ -4,7 +4,7 @@ that fit the layer, with the outliers and the first tokens kept.
     keys:   ŷ = (y − z_c)/r_c,  z, r of a channel, fixed       values: ŷ = (y − z_t)/r_t,  z, r of a token's inliers
     code = nearest level of ŷ,   y ≈ level·r + z               outliers and the first `sinks` tokens: y
 
-A vector is all C = H·D channels of a token, as k_proj and v_proj give it. What a key was before RoPE is computed from
+A vector is all C = H·D channels of a token, as their linears give it. What a key was before RoPE is computed from
 the one that the cache is handed, so that norms and biases in front of RoPE are in it. Calibration: `kvquant_fit`;
 outliers: `dense_sparse`.
 

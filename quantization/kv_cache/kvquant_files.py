@@ -1,6 +1,6 @@
 """Quantizer files of KVQuant's own code: pickles, read without running what they hold.
 
-    {"model.layers.I.self_attn.k_proj": (upper, lower, [levels (2^b, 1)], scale, offset), …}
+    {path of the linear of keys, or of values: (upper, lower, [levels (2^b, 1)], scale, offset), …}
 
 upper, lower: thresholds of a key's channels, (1, C); for values leftovers of the calibration, which nobody reads.
 scale, offset: of Q-Norm, if it was on. Levels are not sorted there.
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from corpora.errors import UserError, built
 from corpora.files import plain_file
+from intactkv.architecture import LLAMA
 
 __all__ = ["read_quantizers"]
 
 WAY_OUT = "give a file that KVQuant's quantization step wrote, or calibrate here"
-PLACE = re.compile(r"(?:^|\.)(\d+)\.(?:\w+\.)?([kv])_proj$")
 
 
 def read_quantizers(file: Path) -> list[dict[str, Tensor]]:
@@ -41,24 +41,15 @@ def read_quantizers(file: Path) -> list[dict[str, Tensor]]:
         content = _Arrays(stream).load()
     if not isinstance(content, dict) or not content:
         raise UserError(f"the quantizer file {file} holds no table of modules; {WAY_OUT}")
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, entry in content.items():
-        place = PLACE.search(name) if isinstance(name, str) else None
-        if place is None:
-            raise UserError(
-                f"the quantizer file {file} names {str(name)[:60]!r}, which is no k_proj or v_proj; {WAY_OUT}"
-            )
-        side = {"k": "keys", "v": "values"}[place[2]]
-        found = layers.setdefault(int(place[1]), {})
-        if f"{side}_levels" in found:
-            raise UserError(f"the quantizer file {file} has layer {place[1]}'s {side} twice; {WAY_OUT}")
-        found.update(_tensors(entry, side, f"the quantizer file {file}, {name}:"))
-    for layer in range(len(layers)):
-        missing = {"keys_levels", "values_levels"} - layers.get(layer, {}).keys()
-        if missing:
-            lacking = " and ".join(sorted(part.removesuffix("_levels") for part in missing))
-            raise UserError(f"the quantizer file {file} lacks the {lacking} of layer {layer}; {WAY_OUT}")
-    return [layers[layer] for layer in range(len(layers))]
+    layers: list[dict[str, Tensor]] = []
+    for layer in range((len(content) + 1) // 2):
+        layers.append({})
+        for side, linear in (("keys", LLAMA.rope_key), ("values", LLAMA.value)):
+            name = f"{LLAMA.block_name(layer)}.{linear}"
+            if name not in content:
+                raise UserError(f"the quantizer file {file} lacks {name}; {WAY_OUT}")
+            layers[-1] |= _tensors(content[name], side, f"the quantizer file {file}, {name}:")
+    return layers
 
 
 def _tensors(entry: Any, side: str, where: str) -> dict[str, Tensor]:
