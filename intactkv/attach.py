@@ -7,7 +7,6 @@ Physical layout of a padded batch: [prefix | pads | text], attention mask [1…1
 mask. With `prefix=None` rows are run as they are, through the same code.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,20 +33,14 @@ TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
 ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 
 
-def attach(
-    model: PreTrainedModel,
-    prefix: Prefix | None,
-    kv: KVPolicy | None = None,
-    kv_tensors: Mapping[int, Mapping[str, Tensor]] | None = None,
-    packed_kv: bool = False,
-) -> "IntactModel":
+def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = None) -> "IntactModel":
     """Put an intact prefix in front of a model, and a KV policy on its cache; both are optional.
 
-    kv_tensors: what the layers of a policy that calibrates were calibrated to, by their index. packed_kv: keep the
-    policy's codes, not numbers; the results are the same. The model's attention runs through `intactkv.attention` from
-    now on; else it is not changed. Raises UserError if the prefix belongs to another model or another basis.
+    kv: one that calibrates comes with its tensors (`intactkv.store.Bound`), which also says whether codes are kept. The
+    model's attention runs through `intactkv.attention` from now on; else it is not changed. Raises UserError if the
+    prefix belongs to another model or another basis.
     """
-    if kv is not None and kv.calibrates and not kv_tensors:
+    if kv is not None and kv.calibrates:
         raise UserError(f"{kv} needs the tensors that it was calibrated to; see python -m quantization kv")
     exported = getattr(model.config, "intactkv", None) or {}
     needed = getattr(model, "intactkv_needs_prefix", exported.get("needs_prefix"))
@@ -64,7 +57,7 @@ def attach(
         )
     if prefix is not None:
         prefix.check(model)
-    return IntactModel(model, prefix, kv, kv_tensors, packed_kv)
+    return IntactModel(model, prefix, kv)
 
 
 def default_batch_size(window: int, device_type: str) -> int:
@@ -114,8 +107,6 @@ class IntactModel:
     model: PreTrainedModel
     prefix: Prefix | None
     kv: KVPolicy | None = None
-    kv_tensors: Mapping[int, Mapping[str, Tensor]] | None = None
-    packed_kv: bool = False
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -170,10 +161,9 @@ class IntactModel:
 
     def new_cache(self, single_pass: bool = False) -> IntactCache:
         """A fresh cache that holds the prefix and applies the KV policy; `single_pass` if one pass is all it is for."""
-        more: dict[str, Any] = {"tensors": self.kv_tensors, "packed": self.packed_kv}
         if self.prefix is None:
-            return IntactCache(self.model.config, policy=self.kv, single_pass=single_pass, **more)
-        return self.prefix.cache(self.model.config, self.kv, single_pass, **more)
+            return IntactCache(self.model.config, policy=self.kv, single_pass=single_pass)
+        return self.prefix.cache(self.model.config, self.kv, single_pass)
 
     def feed(
         self,

@@ -9,7 +9,7 @@ The prefix has batch 1 and is shared by all sequences; its own tensors are never
 cache.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -244,8 +244,7 @@ class IntactCache(Cache):
     """The cache of one call: one layer per decoder layer of `config`, behind a prefix, under a KV policy.
 
     keys, values: of the prefix, `keys[l]` and `values[l]`, each (1, KV heads, P, D), keys after RoPE at positions
-        0…P − 1. policy: None keeps full precision. tensors: what layers were calibrated to, by their index, for a
-        policy that calibrates; a layer without any keeps full precision. packed: keep codes.
+        0…P − 1. policy: None keeps full precision; one that calibrates comes with its tensors (`Bound`).
     single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
         text's cache would cost more memory than its activations.
     Raises UserError for layers that are no softmax attention over all or a window of the tokens, and for windows that
@@ -259,20 +258,16 @@ class IntactCache(Cache):
         values: Sequence[Tensor] = (),
         policy: KVPolicy | None = None,
         single_pass: bool = False,
-        tensors: Mapping[int, Mapping[str, Tensor]] | None = None,
-        packed: bool = False,
     ):
-        self.policy, self.packed, self.rows = policy, packed, Rows()
+        self.policy, self.rows = policy, Rows()
         rope = rope_of(config) if policy is not None and policy.space == "pre_rope" else None
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer | IntactSlidingLayer] = []
         for index, plain in enumerate(DynamicCache(config=config).layers):
             prefix = (keys[index], values[index]) if len(keys) else None
-            own = None if tensors is None else tensors.get(index)
-            idle = policy is None or (policy.calibrates and own is None)
-            store = Store(Exact(), Exact()) if idle or policy is None else policy.store(index, own, packed)
+            store = Store(Exact(), Exact()) if policy is None else policy.store(index, None)
             if type(plain) is DynamicSlidingWindowLayer:
-                if not idle and (store.waits or packed):
+                if store.waits or store.packed:
                     raise UserError(
                         f"layer {index} of this {config.model_type} model attends to a window of "
                         f"{plain.sliding_window} tokens, where a KV policy must round every token by itself and keep "
@@ -295,16 +290,11 @@ class IntactCache(Cache):
 
     def same_kind(self, other: "IntactCache") -> bool:
         """Whether both stand behind the same prefix and quantize alike, whatever text they hold."""
-        return (
-            (len(self), self.policy, self.packed) == (len(other), other.policy, other.packed)
-            and all(
-                len(ours.prefix or ()) == len(theirs.prefix or ())
-                and all(
-                    x is y or torch.equal(x, y) for x, y in zip(ours.prefix or (), theirs.prefix or (), strict=True)
-                )
-                for ours, theirs in zip(self.intact_layers, other.intact_layers, strict=True)
-            )
-        )  # fmt: skip
+        return (len(self), self.policy) == (len(other), other.policy) and all(
+            len(ours.prefix or ()) == len(theirs.prefix or ())
+            and all(x is y or torch.equal(x, y) for x, y in zip(ours.prefix or (), theirs.prefix or (), strict=True))
+            for ours, theirs in zip(self.intact_layers, other.intact_layers, strict=True)
+        )
 
     @property
     def is_croppable(self) -> bool:

@@ -175,11 +175,10 @@ class Prefix:
         )
 
     def cache(
-        self, config: "PreTrainedConfig", policy: KVPolicy | None = None, single_pass: bool = False, **more: Any
+        self, config: "PreTrainedConfig", policy: KVPolicy | None = None, single_pass: bool = False
     ) -> IntactCache:
-        """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call. more: as
-        `IntactCache` takes it."""
-        return IntactCache(config, self.keys, self.values, policy, single_pass, **more)
+        """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call."""
+        return IntactCache(config, self.keys, self.values, policy, single_pass)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""

@@ -13,7 +13,7 @@ which are decoded for every read, one layer at a time. Both give the same bits.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from corpora.errors import UserError
 from intactkv.rope import Places
 
-__all__ = ["Codes", "Exact", "KVPolicy", "Memory", "Rounding", "Side", "Store", "TwoForms"]
+__all__ = ["Bound", "Codes", "Exact", "KVPolicy", "Memory", "Rounding", "Side", "Store", "TwoForms"]
 
 # What a rounding keeps of some tokens: tensors with the batch on axis 0, tokens or groups of tokens on axis 2.
 Codes = Mapping[str, Tensor]
@@ -323,8 +323,12 @@ class KVPolicy(Protocol):
     calibration text.
     """
 
-    space: ClassVar[str]
     calibrates: ClassVar[bool]
+
+    @property
+    def space(self) -> str:
+        """`post_rope` or `pre_rope`."""
+        ...
 
     def fit_block(self, block: Any) -> dict[str, Tensor]:
         """The tensors of one block, by names without a dot, from its calibration text."""
@@ -340,3 +344,43 @@ class KVPolicy(Protocol):
         ...
 
     def __eq__(self, other: Any) -> bool: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A KV policy with what the layers of one model were calibrated to, by their index; a layer without tensors keeps
+    full precision. packed: keep codes. It is a policy itself, and needs nothing more."""
+
+    policy: KVPolicy
+    tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    packed: bool = False
+    calibrates: ClassVar[bool] = False
+
+    @property
+    def space(self) -> str:
+        """Where keys are rounded."""
+        return self.policy.space
+
+    def fit_block(self, block: Any) -> dict[str, Tensor]:
+        """See `KVPolicy`."""
+        return self.policy.fit_block(block)
+
+    def store(self, layer: int, tensors: Mapping[str, Tensor] | None = None, packed: bool = False) -> Store:
+        """What one layer of one call keeps."""
+        own = self.tensors.get(layer)
+        if self.policy.calibrates and own is None:
+            return Store(Exact(), Exact())
+        return self.policy.store(layer, own, packed or self.packed)
+
+    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
+        """See `KVPolicy`."""
+        return self.policy.bits_per_element(tokens, head_size, heads)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bound) and (
+            (self.policy, self.packed) == (other.policy, other.packed)
+            and self.tensors.keys() == other.tensors.keys()
+            and all(self.tensors[layer] is other.tensors[layer] for layer in self.tensors)
+        )
+
+    __hash__ = None  # type: ignore[assignment]

@@ -39,7 +39,7 @@ from quantization.model.inputs import InputPath
 from quantization.named import PUBLISHED_GROUP, RECIPES, named_recipe, put_together
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized, read_block
-from quantization.runs.kept import kv_tensors
+from quantization.runs.kept import bound_kv
 from quantization.runs.opening import rescaled
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
@@ -145,7 +145,7 @@ class Case:
         return quantize_checkpoint(self.source, self.recipe, out, segments=SEGMENTS, behind=behind)
 
     def attached(self, model: PreTrainedModel, prefix: Prefix | None) -> IntactModel:
-        return attach(model, prefix, self.recipe.kv_cache, kv_tensors(self.recipe, model))
+        return attach(model, prefix, bound_kv(self.recipe, model))
 
     def in_memory(self) -> PreTrainedModel:
         """The dense model with the blocks and the ends that were written; nothing is read from a file."""

@@ -19,7 +19,7 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
-from intactkv.store import Exact, Store
+from intactkv.store import Bound, Exact, Store
 from intactkv.training import train
 from quantization.grids.uniform import Fit, UniformGrid, fit, split_groups
 from quantization.kv_cache import ClippedPerHead, Policy, StaticPerHead
@@ -29,7 +29,7 @@ from quantization.model.inputs import InputQuantizer
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_cost
-from quantization.runs.kept import kv_tensors
+from quantization.runs.kept import bound_kv
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.tuning import prefixquant as tuning_module
 from quantization.tuning.prefixquant import LOSSES, PrefixQuantTuning
@@ -453,13 +453,14 @@ def test_a_loaded_checkpoint_computes_what_the_text_met_while_it_was_made(
     out = quantized(source, recipe, tmp_path / "out", prefix)
     assert len(passed_on) == BLOCKS
     model = load_quantized(out)
-    tensors = kv_tensors(recipe, model)
-    assert tensors
+    kv = bound_kv(recipe, model)
+    assert isinstance(kv, Bound)
+    assert kv.tensors
     intact = None
     if prefix is not None:
         twin = load_quantized(quantize_checkpoint(source, recipe.twin, tmp_path / "twin"))
         intact = build_prefix(twin, prefix.tolist())
-    running = attach(model, intact, recipe.kv_cache, tensors)
+    running = attach(model, intact, kv)
     last: list[Tensor] = []
     architecture_of(model.config).blocks_of(model)[-1].register_forward_hook(
         lambda _module, _args, output: last.append(output if isinstance(output, Tensor) else output[0])
@@ -531,7 +532,7 @@ def test_static_grids_serve_behind_a_prefix_and_are_ruined_by_its_tokens_without
             out = quantize_checkpoint(source, plain, tmp_path / arm, segments=texts)
         loaded = load_quantized(out)
         prefix = build_prefix(model, [1]) if arm == "behind" else None
-        running = attach(loaded, prefix, kv, dict(enumerate(loaded.__dict__["intactkv_kv"])))
+        running = attach(loaded, prefix, Bound(kv, dict(enumerate(loaded.__dict__["intactkv_kv"]))))
         errors[arm] = float((running.score(texts)[:, -SEGMENTS.shape[1] :] - expected).norm() / expected.norm())
     assert errors["behind"] < 0.2
     assert errors["alone"] > 3 * errors["behind"]

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.cache import IntactCache
+from intactkv.store import Bound
 from quantization.__main__ import main
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import ClippedPerHead, PerHead, StaticPerHead
@@ -143,7 +144,7 @@ def test_gradients_reach_the_tensors_of_a_policy_through_the_cache(tiny_model: C
         tensors = kv.fit_block(block)
         for tensor in kv.learned(tensors).values():
             tensor.requires_grad_(True)
-        layer = IntactCache(model.config, policy=kv, tensors={0: tensors}).intact_layers[0]
+        layer = IntactCache(model.config, policy=Bound(kv, {0: tensors})).intact_layers[0]
         keys, values = layer.update(states.clone().requires_grad_(True), states.clone().requires_grad_(True))
         (keys.square().sum() + values.square().sum()).backward()
         assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in kv.learned(tensors).values())

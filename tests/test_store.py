@@ -17,7 +17,7 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache, IntactLayer
 from intactkv.prefix import Prefix, build_prefix
-from intactkv.store import Memory
+from intactkv.store import Bound, Memory
 from quantization.kv_cache import KIVI, KV_POLICIES, KVQuant, PerHead, Policy
 from quantization.kv_cache.per_head import WholeRange
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -69,10 +69,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def calibrated(model: PreTrainedModel, policy: Policy) -> dict[int, dict[str, Tensor]] | None:
+def calibrated(model: PreTrainedModel, policy: Policy) -> dict[int, dict[str, Tensor]]:
     """What the layers of a policy that calibrates have, from a little text."""
     if not policy.calibrates:
-        return None
+        return {}
     architecture = architecture_of(model.config)
     tensors = {}
     for index, module in enumerate(architecture.blocks_of(model)):
@@ -88,7 +88,7 @@ def llama(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 def behind(model: PreTrainedModel, policy: Policy, prefix: Prefix | None, packed: bool = False) -> IntactModel:
-    return attach(model, prefix, policy, calibrated(model, policy), packed)
+    return attach(model, prefix, Bound(policy, calibrated(model, policy), packed))
 
 
 def fed(intact: IntactModel, ids: Tensor, chunk: int) -> tuple[Tensor, IntactCache]:

@@ -69,8 +69,8 @@ class Arm:
 @dataclass(frozen=True)
 class Row:
     """One setting: without the intact prefix, with it, and with weights calibrated behind it. Arms that were not run
-    have no perplexity. cost: of quantizing (bits per weight, seconds, MB), where it is known. cache: of a KV policy, bits
-    of an element and the share rounded of what attention read."""
+    have no perplexity. cost: of quantizing (bits per weight, seconds, MB), where it is known. cache: of a KV policy,
+    bits of an element and the share rounded of what attention read."""
 
     caption: str
     model: str

@@ -58,9 +58,9 @@ def score_continuations(
     if len(lengths) > 1 and getattr(model.kv, "prefill", "exact") == "final":
         answered: dict[int, list[Answer]] = {}
         for length in lengths:
-            mine = [i for i, text in enumerate(texts) if len(text) == length]
-            alike = score_continuations(model, [texts[i] for i in mine], [continuations[i] for i in mine])
-            answered |= dict(zip(mine, alike, strict=True))
+            these = [i for i, text in enumerate(texts) if len(text) == length]
+            alike = score_continuations(model, [texts[i] for i in these], [continuations[i] for i in these])
+            answered |= dict(zip(these, alike, strict=True))
         return [answered[i] for i in range(len(texts))]
     skipped = model.prefix_length
     device = input_embeddings(model.model).device

@@ -21,7 +21,7 @@ from intactkv.architecture import Architecture, Feed
 from intactkv.cache import IntactCache
 from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
-from intactkv.store import KVPolicy
+from intactkv.store import Bound, KVPolicy
 from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
@@ -263,8 +263,9 @@ class CalibrationStream:
         if seeded is not None:
             keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
             values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
-        tensors = {block.index: block.kv} if block.kv else None
-        return IntactCache(self._config, keys, values, kv, tensors=tensors)
+        if kv is not None and kv.calibrates:
+            kv = Bound(kv, {block.index: block.kv} if block.kv else {})
+        return IntactCache(self._config, keys, values, kv)
 
     def forward(
         self,

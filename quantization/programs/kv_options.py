@@ -37,8 +37,8 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         "--kv-group-size",
         type=values.group_size,
         metavar="G",
-        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head; kivi: 32, "
-        "tokens of a channel for keys)",
+        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head; kivi: "
+        "32, tokens of a channel for keys)",
     )
 
 

@@ -178,8 +178,8 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         "--kv-storage",
         default="fake",
         choices=["fake", "packed"],
-        help="what the KV cache keeps of rounded tokens: numbers (fake, the default), or the codes that the bits promise "
-        "(packed); the results are the same",
+        help="what the KV cache keeps of rounded tokens: numbers (fake, the default), or the codes that the bits "
+        "promise (packed); the results are the same",
     )
 
 

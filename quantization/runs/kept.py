@@ -4,16 +4,16 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.store import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import PARTS, Checkpoint
 
-__all__ = ["fitting_kv", "kv_tensors", "needed_prefix", "stored_kv"]
+__all__ = ["bound_kv", "fitting_kv", "needed_prefix", "stored_kv"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,9 @@ def _stored_as(wanted: Policy, checkpoint: Checkpoint, head_size: int) -> Policy
     return own
 
 
-def kv_tensors(recipe: Recipe, model: PreTrainedModel) -> dict[int, dict[str, Tensor]] | None:
-    """What the model's checkpoint holds for the recipe's KV policy, by layer; None for a policy without tensors."""
-    return dict(enumerate(model.__dict__["intactkv_kv"])) if recipe.kv_calibrates else None
+def bound_kv(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> KVPolicy | None:
+    """The recipe's KV policy, with what the model's checkpoint holds for it if it calibrates. packed: keep codes."""
+    kv = recipe.kv_cache
+    if kv is None or not (kv.calibrates or packed):
+        return kv
+    return Bound(kv, dict(enumerate(model.__dict__["intactkv_kv"])) if kv.calibrates else {}, packed)

@@ -39,7 +39,7 @@ from quantization.runs.fitting import (
     name_other_weights,
 )
 from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix, identity_of_text
-from quantization.runs.kept import fitting_kv, kv_tensors
+from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
@@ -237,7 +237,7 @@ class Plan:
         source = self.written(self.recipe)
         prefix, built = self._prefix() if intact else (None, False)
         model = self._open(source, self.packed)
-        attached = attach(model, prefix, self.recipe.kv_cache, kv_tensors(self.recipe, model), self.packed_kv)
+        attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv))
         if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
             self._keep(prefix)
         return attached
@@ -355,8 +355,8 @@ def plan_run(
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV cache's
-    codes. dtype: None takes float32 on
+    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV
+    cache's codes. dtype: None takes float32 on
     a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
     run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
     Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
