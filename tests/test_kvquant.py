@@ -23,6 +23,7 @@ from intactkv.cache import IntactCache
 from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, build_prefix
 from intactkv.rope import Places, Rope, rope_of
+from intactkv.store import Bound
 from quantization.kv_cache import KV_POLICIES, KVQuant
 from quantization.kv_cache.fisher import gradients_of, squared_gradients
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -190,7 +191,7 @@ def test_sixteen_bit_outliers_come_back_exactly():
 @every("bits", BITS)
 def test_a_gradient_passes_as_if_nothing_were_rounded(bits, tiny_config):
     cache = IntactCache(
-        tiny_config("llama"), policy=KVQuant(bits=bits), tensors=dict.fromkeys(range(3), tensors(bits, None, 32))
+        tiny_config("llama"), policy=Bound(KVQuant(bits=bits), dict.fromkeys(range(3), tensors(bits, None, 32)))
     )
     x = states(1, 2, 6, 16).requires_grad_()
     keys, values = cache.update(x, 2 * x, 0)
@@ -262,10 +263,8 @@ def calibrated(model: PreTrainedModel, policy: KVQuant, behind: Tensor | None = 
     return {block.index: policy.fit_block(block) for block in blocks_of(model, behind, folder)}
 
 
-def behind_policy(
-    model: PreTrainedModel, policy: KVQuant, prefix: Prefix | None = None, packed: bool = False
-) -> IntactModel:
-    return attach(model, prefix, policy, calibrated(model, policy, None if prefix is None else prefix.ids), packed)
+def behind_policy(model: PreTrainedModel, policy: KVQuant, prefix: Prefix | None = None) -> IntactModel:
+    return attach(model, prefix, Bound(policy, calibrated(model, policy, None if prefix is None else prefix.ids)))
 
 
 def linear_outputs(model: PreTrainedModel, which: str) -> list[Tensor]:
@@ -373,13 +372,12 @@ def test_what_is_rounded_is_what_rope_receives(bits, tiny_model):
     found = calibrated(model, policy := unweighted(bits=bits, key_slots=10**6, sinks=0))
     for layer in found.values():
         layer["keys_low"], layer["keys_high"] = torch.full((32,), 1e6), torch.full((32,), 1e6 + 1)  # all lie below
-    cache, plain = attach(model, None, policy, found).new_cache(), attach(model, None).new_cache()
+    plain = attach(model, None).new_cache()
     model(TEXT[None], past_key_values=plain)
     keys = policy.roundings(found[0])[0].numbers(
         plain.intact_layers[0].held[0], Places(0, len(TEXT), None, rope_of(model.config))
     )
     assert_close(keys, plain.intact_layers[0].held[0], rtol=2e-3, atol=2e-3)
-    assert len(cache.intact_layers) == 3
 
 
 def one_by_one(intact: IntactModel, chunks: int) -> Tensor:
@@ -400,11 +398,13 @@ def test_one_pass_is_token_by_token(model, arm):
 
 
 def test_packed_storage_gives_the_same_logits_bit_for_bit(model):
-    if any(layer.is_sliding for layer in attach(model, None).new_cache().intact_layers):
-        pytest.skip("sliding windows hold numbers")
     policy = unweighted(bits=3, sinks=2)
     found = calibrated(model, policy)
-    fake, packed = (attach(model, None, policy, found, packed_kv=packed) for packed in (False, True))
+    if attach(model, None).new_cache().smallest_window is not None:
+        with pytest.raises(UserError, match="without packed storage"):
+            attach(model, None, Bound(policy, found, True))
+        return
+    fake, packed = (attach(model, None, Bound(policy, found, packed)) for packed in (False, True))
     assert torch.equal(one_by_one(packed, 7), one_by_one(fake, 7))
 
 
@@ -412,8 +412,8 @@ def test_as_many_sinks_as_a_prefix_has_tokens_are_that_prefix_on_exact_weights(m
     lead, policy = torch.tensor([1, 7, 9]), unweighted(bits=2, sinks=3)
     prefix = build_prefix(model, lead)
     found = calibrated(model, policy, lead)
-    sinks = attach(model, None, policy, found).feed(torch.cat([lead, TEXT])[None]).logits[0, 3:]
-    behind = attach(model, prefix, policy, found).feed(TEXT[None]).logits[0]
+    sinks = attach(model, None, Bound(policy, found)).feed(torch.cat([lead, TEXT])[None]).logits[0, 3:]
+    behind = attach(model, prefix, Bound(policy, found)).feed(TEXT[None]).logits[0]
     assert (sinks - behind).norm() < 1e-2 * behind.norm()
 
 
