@@ -4,9 +4,9 @@ that fit the layer, with the outliers and the first tokens kept.
     keys:   ŷ = (y − z_c)/r_c,  z, r of a channel, fixed       values: ŷ = (y − z_t)/r_t,  z, r of a token's inliers
     code = nearest level of ŷ,   y ≈ level·r + z               outliers and the first `sinks` tokens: y
 
-A vector is all C = H·D channels of a token, as their linears give it. What a key was before RoPE is computed from
-the one that the cache is handed, so that norms and biases in front of RoPE are in it. Calibration: `kvquant_fit`;
-outliers: `dense_sparse`.
+A vector is all C = H·D channels of a token, as their linears give it. What a key was before RoPE is computed from the
+one that the cache is handed, so that norms and biases in front of RoPE are in it. Calibration: `kvquant_fit`, with
+weights from `fisher`; outliers: `dense_sparse`.
 
     codes (B, H, n, D·b/8) uint8     of values: middle, half (B, 1, n, 1) float16
     index (B, 1, n, slots) int16     values (B, 1, n, slots) float16          outliers
@@ -105,8 +105,8 @@ class OnLevels(Rounding, ABC):
             sparse = take_out(y, outliers)
             coded |= {"index": sparse.index[:, None], "values": sparse.values[:, None]}
         if self.sinks:
-            first = self._is_sink(places, states.device).any(0).sum()  # pads in front of a row's first token count
-            coded["sinks"] = states[:, :, :first].clone()
+            pads = 0 if places.pads is None else int(places.pads.max())
+            coded["sinks"] = states[:, :, : max(self.sinks + pads - places.first, 0)].clone()
         return coded
 
     def _decoded(self, coded: Codes, places: Places) -> Tensor:
@@ -119,12 +119,8 @@ class OnLevels(Rounding, ABC):
         states = self.flat(merge_heads(y[:, :, None], codes.shape[-1]), places, back=True)
         if "sinks" not in coded or not (first := coded["sinks"].shape[2]):
             return states
-        is_sink = self._is_sink(places, codes.device)[:, None, :first, None]
+        is_sink = (places.positions(codes.device) < self.sinks)[:, None, :first, None]
         return torch.cat([torch.where(is_sink, coded["sinks"], states[:, :, :first]), states[:, :, first:]], 2)
-
-    def _is_sink(self, places: Places, device: torch.device) -> Tensor:
-        """(B or 1, n)."""
-        return places.positions(device) < self.sinks
 
 
 @dataclass(frozen=True, eq=False)
