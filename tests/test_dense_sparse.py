@@ -39,7 +39,7 @@ def test_the_outliers_of_a_token_are_those_at_or_beyond_its_quantiles(channels, 
     high, low = np.quantile(y, [t, 1 - t])
     expected = {i for i, value in enumerate(y.tolist()) if share and (value <= low or value >= high)}
     per_side = outliers_per_side(channels, share)
-    assert set(value_split(y, per_side).index.tolist()) == expected
+    assert set(value_split(y, per_side).channels.tolist()) == expected
     assert 2 * per_side == len(expected)
 
 
@@ -52,7 +52,7 @@ def test_one_percent_are_twelve_of_1024_and_42_of_4096(channels, count):
 def test_one_value_at_least_is_left_over(channels):
     per_side = outliers_per_side(channels, 0.9)
     split = value_split(numbers(5, channels), per_side)
-    assert channels - split.index.shape[-1] >= 1
+    assert channels - split.channels.shape[-1] >= 1
     assert (split.low <= split.high).all()
 
 
@@ -60,11 +60,11 @@ def test_the_range_of_a_token_is_that_of_its_inliers_and_six_planted_values_a_si
     y = numbers(8, 1024)
     per_side = outliers_per_side(1024, 0.01)
     split = value_split(y, per_side)
-    outliers = torch.zeros_like(y, dtype=torch.bool).scatter(-1, split.index, True)
+    outliers = torch.zeros_like(y, dtype=torch.bool).scatter(-1, split.channels, True)
     middle = torch.where(outliers, y.median(-1, keepdim=True).values, y)  # the paper's rule
     assert torch.equal(split.low, middle.amin(-1, keepdim=True))
     assert torch.equal(split.high, middle.amax(-1, keepdim=True))
-    planted = y.scatter(-1, split.index, torch.cat([torch.full((8, 6), -1e4), torch.full((8, 6), 1e4)], -1))
+    planted = y.scatter(-1, split.channels, torch.cat([torch.full((8, 6), -1e4), torch.full((8, 6), 1e4)], -1))
     assert torch.equal(value_split(planted, per_side).low, split.low)
     assert torch.equal(value_split(planted, per_side).high, split.high)
     dense = value_split(y, 0)
@@ -92,14 +92,14 @@ def test_a_channel_without_any_range_has_outliers_where_it_differs():
 @every("channels", [16, 40_000])
 def test_what_was_taken_out_comes_back_and_nothing_else_moves(channels):
     y = numbers(2, 3, channels).half().float()
-    index = value_split(y, 3).index
+    index = value_split(y, 3).channels
     index[0, 0, 1] = channels  # an empty slot
     sparse = take_out(y, index)
     dense = numbers(2, 3, channels, seed=1)
     back = put_back(dense, sparse)
     outliers = torch.zeros(2, 3, channels + 1, dtype=torch.bool).scatter(-1, index, True)[..., :-1]
     assert torch.equal(back, torch.where(outliers, y, dense))
-    assert sparse.index.element_size() * 8 == index_bits(channels)
+    assert sparse.channels.element_size() * 8 == index_bits(channels)
     assert sparse.values.dtype == torch.float16
 
 

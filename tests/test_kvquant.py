@@ -1,7 +1,7 @@
 """KVQuant's cache against the paper's formula in float64, and its laws in models of every family."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,16 +240,17 @@ def test_the_policy_has_a_name_and_says_where_it_rounds():
 # Calibration ----------------------------------------------------------------------------------------------------------
 
 
-def blocks_of(model: PreTrainedModel, behind: Tensor | None = None, folder: Path | None = None) -> list[DecoderBlock]:
+def blocks_of(
+    model: PreTrainedModel, behind: Tensor | None = None, folder: Path | None = None
+) -> Iterator[DecoderBlock]:
     """Every block of a loaded model, with the text in front of it."""
-    architecture, blocks = architecture_of(model.config), []
+    architecture = architecture_of(model.config)
     stream = CalibrationStream(model, architecture, SEGMENTS, behind)
     for index, module in enumerate(architecture.blocks_of(model)):
         block = DecoderBlock(index, module, architecture, model.config, stream)
         if folder is not None:
             block = replace(block, squared_gradients=load_file(folder / f"layer-{index:03d}.safetensors"))
         stream.seed(block)
-        blocks.append(block)
         yield block
         stream.advance(block)
 
@@ -324,7 +325,10 @@ def test_gradients_are_those_that_autograd_gives_the_projections(model, tmp_path
                 expected = expected.reshape(len(ids), -1).square()
                 # bfloat16 has 8 bits.
                 assert_close(
-                    ours[name][sample].transpose(0, 1).flatten(1), expected, rtol=1e-2, atol=1e-5 * expected.max()
+                    ours[name][sample].transpose(0, 1).flatten(1),
+                    expected,
+                    rtol=1e-2,
+                    atol=1e-5 * float(expected.max()),
                 )
 
 

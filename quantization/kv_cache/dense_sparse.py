@@ -25,16 +25,16 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Sparse(NamedTuple):
-    """Outliers of tokens. index: channels, int16 or int32 (…, slots), C where a slot is empty. values: float16."""
+    """Outliers of tokens. channels: int16 or int32 (…, slots), C where a slot is empty. values: float16."""
 
-    index: Tensor
+    channels: Tensor
     values: Tensor
 
 
 class Split(NamedTuple):
-    """Values of tokens. index: channels of their outliers, int64 (…, slots). low, high: range of the rest, (…, 1)."""
+    """Values of tokens. channels: of their outliers, int64 (…, slots). low, high: range of the rest, (…, 1)."""
 
-    index: Tensor
+    channels: Tensor
     low: Tensor
     high: Tensor
 
@@ -89,14 +89,14 @@ def index_bits(channels: int) -> int:
     return 16 if channels < 2**15 else 32
 
 
-def take_out(y: Tensor, index: Tensor) -> Sparse:
+def take_out(y: Tensor, channels: Tensor) -> Sparse:
     """The numbers of (…, C) at these channels, as they are stored."""
     padded = torch.nn.functional.pad(y, (0, 1))
-    values = padded.gather(-1, index).clamp(-LARGEST, LARGEST).half()
-    return Sparse(index.to(torch.int16 if index_bits(y.shape[-1]) == 16 else torch.int32), values)
+    values = padded.gather(-1, channels).clamp(-LARGEST, LARGEST).half()
+    return Sparse(channels.to(torch.int16 if index_bits(y.shape[-1]) == 16 else torch.int32), values)
 
 
 def put_back(dense: Tensor, sparse: Sparse) -> Tensor:
     """(…, C) float32 with the outliers in their places."""
     padded = torch.nn.functional.pad(dense, (0, 1))  # the last column takes what empty slots hold
-    return padded.scatter(-1, sparse.index.long(), sparse.values.to(dense.dtype))[..., :-1]
+    return padded.scatter(-1, sparse.channels.long(), sparse.values.to(dense.dtype))[..., :-1]

@@ -103,7 +103,7 @@ class OnLevels(Rounding, ABC):
         coded = {"codes": merge_heads(codes[:, :, None], states.shape[-1]), **stored}
         if outliers.shape[-1]:
             sparse = take_out(y, outliers)
-            coded |= {"index": sparse.index[:, None], "values": sparse.values[:, None]}
+            coded |= {"index": sparse.channels[:, None], "values": sparse.values[:, None]}
         if self.sinks:
             pads = 0 if places.pads is None else int(places.pads.max())
             coded["sinks"] = states[:, :, : max(self.sinks + pads - places.first, 0)].clone()
@@ -159,7 +159,7 @@ class Values(OnLevels):
         """Those of the inliers, stored in 16 bits."""
         split = value_split(y, outliers_per_side(y.shape[-1], self.share))
         middle, half = centred16(split.low, split.high)
-        return Ranges(middle.float(), half.float(), split.index, {"middle": middle[:, None], "half": half[:, None]})
+        return Ranges(middle.float(), half.float(), split.channels, {"middle": middle[:, None], "half": half[:, None]})
 
     def stored_ranges(self, codes: Codes) -> tuple[Tensor, Tensor]:
         """Those that were stored."""

@@ -54,8 +54,8 @@ def read_quantizers(file: Path) -> list[dict[str, Tensor]]:
 
 def _tensors(entry: Any, side: str, where: str) -> dict[str, Tensor]:
     if not isinstance(entry, (tuple, list)) or len(entry) not in (3, 5):
-        count = f"{len(entry)} parts" if isinstance(entry, (tuple, list)) else f"a {type(entry).__name__}"
-        raise UserError(f"{where} has {count}, not thresholds and levels (made without nuq?); {WAY_OUT}")
+        held = f"{len(entry)} parts" if isinstance(entry, (tuple, list)) else f"a {type(entry).__name__}"
+        raise UserError(f"{where} has {held}, not thresholds and levels (made without nuq?); {WAY_OUT}")
     levels = entry[2][0] if isinstance(entry[2], (tuple, list)) and entry[2] else entry[2]
     tensors = {f"{side}_levels": _vector(levels, f"{where} levels").sort().values}
     count = len(tensors[f"{side}_levels"])

@@ -70,7 +70,7 @@ def fit_values(
         for some, weight in _chunks(y, weights):
             split = value_split(some, per_side)
             middle, half = (part.float() for part in centred16(split.low, split.high))
-            kept = torch.ones_like(some, dtype=torch.bool).scatter(-1, split.index, False)
+            kept = torch.ones_like(some, dtype=torch.bool).scatter(-1, split.channels, False)
             yield _kept((some - middle) / half, kept, _weight(weight, half, ranged))
 
     return {f"values_{name}": tensor for name, tensor in fit_levels(points, bits, levels, qnorm).items()}
