@@ -86,8 +86,7 @@ def token_losses(model: IntactModel, windows: Windows, rows: slice) -> Tensor:
     decoder, head = decoder_and_head(model.model)
     cache = model.new_cache(single_pass=True)
     output = model.feed(ids, through=decoder, cache=cache)
-    if model.kv is not None and cache.quantized_fraction == 0:
-        raise RuntimeError(f"{model.kv} was asked for, but no token of the cache went through it")
+    model.count(cache)
     what = f"losses of {model.name}, by window from {rows.start or 0} on and token"
     targets = fed[:, 1:]
     if head is None:

@@ -104,6 +104,12 @@ Perplexity = Annotated[float, Field(gt=0, lt=1e300)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class _KVCache(TypedDict):
+    rounded: Fraction
+    bits_per_element: Annotated[list[Annotated[float, Field(gt=0, le=64)]], Field(min_length=2, max_length=2)]
+    tokens: Count
+
+
 class _PplSettings(_Settings):
     corpus: str
     tokens_sha256: str
@@ -118,6 +124,7 @@ class _Ppl(TypedDict):
     window_nll: Annotated[list[Number], Field(min_length=1)]
     windows: NotRequired[Count]
     nll: NotRequired[float]
+    kv_cache: NotRequired[_KVCache]
     quantization: NotRequired[_Cost | None]
 
 
@@ -140,6 +147,7 @@ class _Tasks(TypedDict):
     groups: NotRequired[dict[str, Fraction]]
     rows: NotRequired[dict[str, int]]
     prompts: NotRequired[dict[str, int]]
+    kv_cache: NotRequired[_KVCache]
     quantization: NotRequired[_Cost | None]
 
 

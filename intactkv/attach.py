@@ -8,6 +8,7 @@ mask. With `prefix=None` rows are run as they are, through the same code.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import decoder_of, pads_shift
-from intactkv.attention import prefix_attention
-from intactkv.cache import IntactCache, KVPolicy
+from intactkv.attention import take_over
+from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.store import KVPolicy, Store
 from intactkv.vocabulary import known_ids
 
 __all__ = ["IntactModel", "attach", "default_batch_size"]
@@ -34,8 +36,12 @@ ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_toke
 def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = None) -> "IntactModel":
     """Put an intact prefix in front of a model, and a KV policy on its cache; both are optional.
 
-    The model itself is not changed. Raises UserError if the prefix belongs to another model or another basis.
+    kv: one that calibrates comes with its tensors (`intactkv.store.Bound`), which also says whether codes are kept. The
+    model's attention runs through `intactkv.attention` from now on; else it is not changed. Raises UserError if the
+    prefix belongs to another model or another basis.
     """
+    if kv is not None and kv.calibrates:
+        raise UserError(f"{kv} needs the tensors that it was calibrated to; see python -m quantization kv")
     exported = getattr(model.config, "intactkv", None) or {}
     needed = getattr(model, "intactkv_needs_prefix", exported.get("needs_prefix"))
     if needed is not None and (prefix is None or prefix.ids.tolist() != needed):
@@ -74,13 +80,65 @@ class _Rows:
     dropped: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Usage:
+    """How much of what attention read behind the prefix was rounded, in pairs of a query and a token that it saw."""
+
+    rounded: int = 0
+    pairs: int = 0
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]; 0 while nothing was read."""
+        return self.rounded / self.pairs if self.pairs else 0.0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.rounded = self.pairs = 0
+
+
 @dataclass(frozen=True, eq=False)
 class IntactModel:
-    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own."""
+    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own.
+
+    usage: of the passes that were told to `count`.
+    """
 
     model: PreTrainedModel
     prefix: Prefix | None
     kv: KVPolicy | None = None
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        take_over(self.model, needed=self.waits)
+
+    @cached_property
+    def waits(self) -> bool:
+        """Whether the KV policy keeps the newest tokens exact for a while."""
+        return any(store.waits for store in self._stores())
+
+    def count(self, cache: IntactCache) -> None:
+        """Add what attention read of a cache, which is counted once. Raises RuntimeError if a policy that rounds every
+        token at once has rounded none: then the model does not use the cache."""
+        rounded, pairs = cache.reads()
+        if self.kv is not None and not rounded and not self.waits:
+            raise RuntimeError(f"{self.kv} was asked for, but no token of the cache went through it")
+        self.usage.rounded += rounded
+        self.usage.pairs += pairs
+
+    def kv_figures(self, tokens: int) -> dict[str, Any] | None:
+        """What a record says of the KV cache: the share rounded of what attention read (`usage`), and the bits of an
+        element of keys and of values in packed storage once so many tokens are held. None for full precision."""
+        if self.kv is None:
+            return None
+        config = self.model.config.get_text_config(decoder=True)
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        bits = self.kv.bits_per_element(tokens, size, getattr(config, "num_key_value_heads", None) or heads)
+        return {"rounded": self.usage.share, "bits_per_element": list(bits), "tokens": tokens}
+
+    def _stores(self) -> list[Store]:
+        return [layer.store for layer in self.new_cache().intact_layers]
 
     @property
     def prefix_length(self) -> int:
@@ -95,7 +153,11 @@ class IntactModel:
     @property
     def pads_shift(self) -> bool:
         """Whether this model runs its rows without pads: those of one length share a batch."""
-        return pads_shift(self.model.config, self.prefix is not None)
+        return pads_shift(self.model.config, self.prefix is not None) or self._groups_tokens
+
+    @cached_property
+    def _groups_tokens(self) -> bool:
+        return any(rounding.block > 1 for store in self._stores() for rounding in store.roundings)
 
     def new_cache(self, single_pass: bool = False) -> IntactCache:
         """A fresh cache that holds the prefix and applies the KV policy; `single_pass` if one pass is all it is for."""
@@ -130,11 +192,11 @@ class IntactModel:
                 raise UserError(self._no_pads())
             # Default positions count physical slots; with pads between prefix and text they would be wrong for RoPE.
             positions = (full.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            cache.rows.pads = (mask == 0).sum(dim=1)
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None:
             arguments["position_ids"] = positions
-        with prefix_attention(self.model):
-            return (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
+        return (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
@@ -217,20 +279,20 @@ class IntactModel:
                     part = rows.feed[:, end - chunk : end]
                     self.feed(part, rows.mask[:, :end], through=decoder_of(self.model), cache=cache)
             options["prefill_chunk_size"] = None
-        cache.batch_repeat_interleave(
-            max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
-        )
+        cache.rows.pads = rows.pads if bool(rows.pads.any()) else None
+        repeats = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
+        cache.batch_repeat_interleave(repeats)
         given = options.pop("logits_processor", None) or ()
         processors = LogitsProcessorList([FiniteLogits(self.name), *given])
-        with prefix_attention(self.model):
-            generate: Any = self.model.generate
-            output = generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors,
-                **{"use_cache": True, **options},
-            )  # fmt: skip
+        generate: Any = self.model.generate
+        output = generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors,
+            **{"use_cache": True, **options},
+        )  # fmt: skip
 
         sequences = output if isinstance(output, Tensor) else output.sequences
-        if cache.intact_layers[0].held[0].shape[0] == 1:  # beams leave their last state, not the sequence that won
+        self.count(cache)
+        if batch * repeats == 1:  # beams leave their last state, not the sequence that won
             cache.tokens = sequences[:, : cache.get_seq_length()]
         given = input_ids.to(sequences).repeat_interleave(sequences.shape[0] // batch, dim=0)
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):  # right padding moved left

@@ -1,31 +1,69 @@
-"""Causal attention behind a short prefix at the speed of plain causal attention.
+"""The one attention function of models that run here: everything that attention does differently, and else torch's.
+
+    a short prefix      no mask: P dummy queries in front make queries and keys equally long
+    two forms of keys   S = where(column < limit(i), q·k̂ᵀ, q·kᵀ),   O = (P ⊙ [column < limit(i)])·v̂ + (P ⊙ [else])·v
+    rounded products    queries and softmax rows on grids (`quantization.model.attention`)
 
 torch's `is_causal` aligns the causal triangle to the upper left, so with P cached tokens and T new ones transformers
 builds an explicit (T, P + T) mask, and the kernels lose their causal fast path (on CPUs a fifth of the time of a
-2048-token pass). Putting P dummy queries in front makes queries and keys equally long: the fast path applies, and the
-dummy rows are cut off. The result is the same.
+2048-token pass). With dummy queries the fast path applies; their rows are cut off. The result is the same.
 
-The pair of functions is registered with transformers under `NAME`; no model code is touched.
+What a pass must know besides its tensors (`Read`) comes with the keys, from the layer's cache. The function is
+registered with transformers, with a mask function, under two names, and a model is told once (`take_over`); no model
+code is touched.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-__all__ = ["EXPLICIT", "NAME", "prefix_attention"]
+from intactkv.store import TwoForms
 
-NAME = "sdpa_behind_prefix"
-# Attention functions that compute their weights explicitly and return them; another one may enter itself.
-EXPLICIT = {"eager"}
+__all__ = ["EXPLICIT", "NAME", "PRODUCTS", "ROWS", "Products", "Read", "masked", "take_over"]
+
+NAME = "intact"  # torch's function where it can be
+ROWS = "intact_with_rows"  # softmax rows computed explicitly, and returned
+# Attention functions that compute their weights explicitly and return them.
+EXPLICIT = {"eager", ROWS}
+# Attribute of an attention module: what rounds in its products, or nothing.
+PRODUCTS = "intactkv_products"
 
 # Dummy queries cost as much as real ones: worth it while the cached part is small against the new tokens.
 LARGEST_CACHED_SHARE = 0.25
+SCORES_AT_ONCE = 1 << 25  # of a pass in two forms; more queries are done one after the other
+
+
+class Products(Protocol):
+    """What rounds in attention's two products."""
+
+    def queries(self, query: Tensor) -> Tensor:
+        """Queries (…, D) as they enter the first product."""
+        ...
+
+    def softmax(self, rows: Tensor, prefix: int) -> Tensor:
+        """Softmax rows (…, columns) as they enter the second; the first `prefix` columns are an intact prefix's."""
+        ...
+
+
+@dataclass
+class Read:
+    """What one layer's cache tells attention. prefix: leading columns that are the intact prefix. keys, values: their
+    exact forms, where queries of the pass see some tokens rounded and others do not."""
+
+    prefix: int = 0
+    keys: TwoForms | None = None
+    values: TwoForms | None = None
+    taken: bool = False
+
+    @property
+    def needed(self) -> bool:
+        """Whether attention is wrong without it."""
+        return self.keys is not None or self.values is not None
 
 
 def _mask(
@@ -64,10 +102,28 @@ def _mask(
     )
 
 
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores (…, T, S) that are as low as they can be where a query must not look.
+
+    mask: as transformers hands it over: None (causal, the last query sees all), boolean, or to be added.
+    """
+    tokens, seen = scores.shape[-2:]
+    if mask is None:
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=scores.device).tril(seen - tokens)
+    mask = mask[..., :seen]
+    if mask.dtype != torch.bool:
+        return scores + mask
+    # Not −∞: a pad's row may see nothing, and its NaN would reach other rows as 0 · NaN.
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+
+
 def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """query (B, heads, T, D), key and value (B, KV heads, P + T, D) to (B, T, heads, D)."""
+    read = getattr(key, "intactkv_read", None) or Read()
+    if read.needed or PRODUCTS in module.__dict__:
+        return _explicit(module, query, key, value, attention_mask, read, rows=False, **kwargs)
     cached = key.shape[2] - query.shape[2]
     if attention_mask is not None or query.shape[2] == 1 or cached == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -77,18 +133,84 @@ def _attention(
     return output[:, cached:], None
 
 
+def _attention_with_rows(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The same, and the softmax rows, (B, heads, T, P + T)."""
+    read = getattr(key, "intactkv_read", None) or Read()
+    return _explicit(module, query, key, value, attention_mask, read, rows=True, **kwargs)
+
+
+def _explicit(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    read: Read,
+    rows: bool,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Both products one after the other; the queries in parts whose scores fit the memory, unless rows are wanted."""
+    read.taken = True
+    products: Products | None = module.__dict__.get(PRODUCTS)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if products is not None:
+        query = products.queries(query)
+    tokens, columns = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, columns, dtype=torch.bool, device=key.device).tril(columns - tokens)[None, None]
+    at_once = tokens if rows else max(1, SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * columns))
+    outputs, seen = [], []
+    for start in range(0, tokens, at_once):
+        part = slice(start, start + at_once)
+        scores = _two(query[:, :, part], key.transpose(2, 3), read.keys, part, of_columns=True) * scaling
+        softmax = torch.softmax(masked(scores, mask[:, :, part]), dim=-1, dtype=torch.float32)
+        if products is not None:
+            softmax = products.softmax(softmax, read.prefix)
+        weights = torch.nn.functional.dropout(softmax.to(value.dtype), dropout, module.training)
+        outputs.append(_two(weights, value, read.values, part))
+        seen.append(softmax)
+    output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+    return output, torch.cat(seen, dim=2) if rows else None
+
+
+def _two(left: Tensor, right: Tensor, forms: TwoForms | None, part: slice, of_columns: bool = False) -> Tensor:
+    """(B, heads, T, n) times (B, KV heads, n, m), where queries see some tokens in one form and some in the other.
+
+    of_columns: the tokens are the columns of the result, as in scores; otherwise what is summed over.
+    """
+    if forms is None:
+        return _product(left, right)
+    limits = torch.tensor(forms.limits[part], device=left.device)
+    rounded = torch.arange(forms.exact.shape[2], device=left.device) < limits[:, None]  # (T, tokens)
+    if of_columns:
+        return torch.where(rounded, _product(left, right), _product(left, forms.exact.transpose(2, 3)))
+    return _product(left * rounded, right) + _product(left * ~rounded, forms.exact)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(B, heads, T, n) times (B, KV heads, n, m): query heads that share a KV head are rows of one product."""
+    shared = right.shape[1]
+    return (left.reshape(left.shape[0], shared, -1, left.shape[3]) @ right).view(*left.shape[:2], -1, right.shape[3])
+
+
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(ROWS, _attention_with_rows)
+AttentionMaskInterface.register(ROWS, eager_mask)
 
 
-@contextmanager
-def prefix_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model that uses torch's SDPA with these functions for the time of the block; others are left alone."""
-    if model.config._attn_implementation != "sdpa":
-        yield
-        return
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
+def take_over(model: PreTrainedModel, needed: bool = False) -> None:
+    """Let a model's attention run through these functions from now on; it computes what it computed.
+
+    A model of torch's SDPA is told once. needed: one with another attention function is told, too, because a KV policy
+    needs it.
+    """
+    now = model.config._attn_implementation
+    if now == "sdpa":
+        model.set_attn_implementation(NAME)
+    elif needed and now not in (NAME, ROWS):
+        model.set_attn_implementation(ROWS if now in EXPLICIT else NAME)

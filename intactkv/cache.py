@@ -1,72 +1,178 @@
-"""One KV cache for every quantizer: `[intact prefix | what the policy leaves of the new tokens]`.
+"""One KV cache for every quantizer: `[intact prefix | what the policy keeps of the new tokens]`.
 
-A transformers `Cache` whose layers start with the full-precision keys and values of the prefix and pass every new
-token through a KV policy before it is stored, so attention already reads quantized values for the current token
-(IntactKV, section on KV-cache quantization). Models need no patch: they call `update` as always.
+A transformers `Cache` whose layers start with the full-precision keys and values of the prefix and hand every new token
+to the store of a KV policy (`intactkv.store`), so attention already reads quantized values where the policy says so.
+Models need no patch: they call `update` as always. What attention must know besides the tensors (`Read`) travels with
+the keys, to the attention function of `intactkv.attention`.
 
-The prefix has batch 1 and is shared by all sequences; a layer expands it when the first tokens arrive. Concatenation
-copies, so the prefix's own tensors are never written to, and every call gets a fresh cache.
+The prefix has batch 1 and is shared by all sequences; its own tensors are never written to, and every call gets a fresh
+cache.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from corpora.errors import UserError
+from intactkv.attention import Read
+from intactkv.rope import Places, Rope, rope_of
+from intactkv.store import Exact, KVPolicy, Memory, Store
 
-__all__ = ["IntactCache", "KVPolicy", "LayerPolicy", "LayeredPolicy"]
+__all__ = ["IntactCache", "KVPolicy"]
 
-
-class LayerPolicy(Protocol):
-    """What happens to new keys and values on their way into the cache. Must not look at other tokens' future.
-
-    A policy with tensors that can be trained has an attribute `differentiable`, true: gradients then go through what it
-    computes. Through others they go as if nothing were rounded.
-    """
-
-    def keys(self, states: Tensor) -> Tensor:
-        """New keys (batch, KV heads, tokens, D), after RoPE, to what attention shall read: same shape and dtype."""
-        ...
-
-    def values(self, states: Tensor) -> Tensor:
-        """New values (batch, KV heads, tokens, D) to what attention shall read: same shape and dtype."""
-        ...
+Prefix = tuple[Tensor, Tensor] | None
 
 
-@runtime_checkable
-class LayeredPolicy(Protocol):
-    """A KV policy that differs from layer to layer."""
+class Rows:
+    """The rows of a call's batch. pads: (B,) pads between the prefix and every row's text; None for none."""
 
-    def at(self, layer: int) -> LayerPolicy:
-        """The policy of one layer."""
-        ...
+    pads: Tensor | None = None
 
-
-KVPolicy = LayerPolicy | LayeredPolicy
-
-
-def _straight_through(policy: LayerPolicy, states: Tensor, seen: Tensor) -> Tensor:
-    """What attention shall read; a gradient passes rounding as if there were none, or as the policy itself says."""
-    if getattr(policy, "differentiable", False) or not states.requires_grad:
-        return seen
-    return seen.detach() + (states - states.detach())  # in this order the value is `seen`, bit for bit
+    def edit(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Follow an edit of the batch."""
+        if self.pads is not None:
+            self.pads = rows(self.pads)
 
 
-class IntactLayer(DynamicLayer):
-    """A full-attention layer's cache that starts with the prefix. `prefix`: K and V, each (1, KV heads, P, D)."""
+class _Intact(CacheLayerMixin):
+    """What layers behind a prefix share. prefix: K and V, each (1, KV heads, P, D)."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, policy: LayerPolicy | None, **sliding: Any):
-        super().__init__(**sliding)
-        self.prefix = prefix
-        self.policy = policy
+    def _start(self, prefix: Prefix, store: Store, rows: Rows, rope: Rope | None, single_pass: bool) -> None:
+        self.prefix, self.store, self.rows, self.rope = prefix, store, rows, rope
         self.prefix_length = 0 if prefix is None else prefix[0].shape[-2]
-        self.quantized_tokens = 0
-        self.single_pass = False
+        self.single_pass = single_pass
         self.passed_tokens = 0
+        self.unread: Read | None = None
+        store.begin(prefix, self._places)
+
+    def _places(self, first: int, last: int) -> Places:
+        length = self.prefix_length
+        return Places(first + length, last - first, self.rows.pads, self.rope, length)
+
+    def _handed(self, keys: Tensor, read: Read) -> None:
+        """Let the keys bring `read` to attention. Raises RuntimeError where the last pass's never arrived."""
+        self.check_read()
+        keys.__dict__["intactkv_read"] = read
+        if read.needed:
+            self.unread = read
+
+    def check_read(self) -> None:
+        """Raise RuntimeError if attention has not looked at all that it was handed."""
+        if self.unread is not None and not self.unread.taken:
+            raise RuntimeError(
+                "this KV policy needs the attention function of intactkv.attention, and another one ran; run the model "
+                "through intactkv.attach.attach"
+            )
+        self.unread = None
+
+    @property
+    def tokens_behind(self) -> int:
+        """Tokens that followed the prefix, held or passed."""
+        return self.passed_tokens if self.single_pass else self.get_seq_length() - self.prefix_length
+
+    def _single(self, count: int) -> None:
+        if self.passed_tokens:
+            raise RuntimeError("this cache was made for a single pass and holds nothing of the first one")
+        self.passed_tokens = count
+
+    def _refuse_crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:  # a length, to transformers 5.17
+            raise ValueError(
+                f"crop({tokens_to_remove}): a positive count is not supported; give minus the tokens to forget"
+            )
+        if -tokens_to_remove > self.tokens_behind:
+            raise ValueError(
+                f"crop({tokens_to_remove}) would cut into the intact prefix: only {self.tokens_behind} tokens follow it"
+            )
+
+
+class IntactLayer(_Intact, DynamicLayer):
+    """A full-attention layer's cache that starts with the prefix. What it holds is in its store."""
+
+    def __init__(self, prefix: Prefix, store: Store, rows: Rows, rope: Rope | None = None, single_pass: bool = False):
+        super().__init__()
+        self._start(prefix, store, rows, rope, single_pass)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing but the mark: the store begins with the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Give the store the new keys and values; return what attention reads of all, the prefix first."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.single_pass:
+            self._single(key_states.shape[-2])
+        (keys, values), forms = self.store.append(key_states, value_states)
+        if keys is key_states:
+            keys = keys.view_as(keys)  # the model's own tensor shall not carry anything
+        self._handed(keys, Read(self.prefix_length, *forms))
+        if self.single_pass:
+            sides = self.store.sides
+            self.store.begin(self.prefix, self._places)
+            for passed, side in zip(sides, self.store.sides, strict=True):
+                side.read, side.pairs = passed.read, passed.pairs
+        return keys, values
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """K and V as the next query will see them, each (batch, KV heads, tokens, D); only after the first update."""
+        for side in self.store.sides:
+            side.settle()
+        return self.store.keys.states(), self.store.values.states()
+
+    def get_seq_length(self) -> int:
+        """Tokens held, the prefix included, also before the first tokens arrive."""
+        return self.prefix_length + self.store.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that the next pass will see, and the first one's index."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last −tokens_to_remove tokens. Refuses positive ones, to cut into the prefix, and what the store
+        could not do exactly (ValueError)."""
+        self._refuse_crop(tokens_to_remove)
+        if tokens_to_remove and self.is_initialized:
+            self.store.crop(self.store.length + tokens_to_remove)
+
+    def edit(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Edit the batch; nothing to do while only the shared prefix is held."""
+        for side in self.store.sides:
+            side.select(rows)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the sequences for beam search."""
+        self.edit(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.edit(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        self.edit(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        """Back to the prefix alone."""
+        super().reset()
+        self.store.begin(self.prefix, self._places)
+        self.passed_tokens = 0
+
+
+class IntactSlidingLayer(_Intact, DynamicSlidingWindowLayer):
+    """The same for a sliding-window layer: the prefix leaves the window when the text has outgrown it, as in full
+    precision. Its tokens are numbers in transformers' own layer, rounded on their way in."""
+
+    def __init__(self, prefix: Prefix, store: Store, rows: Rows, rope: Rope | None, single_pass: bool, window: int):
+        super().__init__(window)
+        self._start(prefix, store, rows, rope, single_pass)
+        self.cumulative_length = self.prefix_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with the prefix, one view per sequence of the batch, in the dtype and on the device of the states."""
@@ -76,27 +182,18 @@ class IntactLayer(DynamicLayer):
             self.keys, self.values = (x.to(key_states).expand(batch, -1, -1, -1) for x in self.prefix)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, quantized by the policy; return all, the prefix first."""
-        if self.policy is not None:
-            key_states = _straight_through(self.policy, key_states, self.policy.keys(key_states))
-            value_states = _straight_through(self.policy, value_states, self.policy.values(value_states))
-            self.quantized_tokens += key_states.shape[-2]
-        if not self.single_pass:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if self.passed_tokens:
-            raise RuntimeError("this cache was made for a single pass and holds nothing of the first one")
-        states = key_states, value_states
-        if self.prefix is not None:
-            states = super().update(key_states, value_states, *args, **kwargs)
-        quantized = self.quantized_tokens
-        self.reset()
-        self.passed_tokens, self.quantized_tokens = key_states.shape[-2], quantized
-        return states
-
-    @property
-    def tokens_behind(self) -> int:
-        """Tokens that followed the prefix, held or passed."""
-        return self.passed_tokens if self.single_pass else self.get_seq_length() - self.prefix_length
+        """Store the new keys and values, rounded; return what attention reads, the prefix first while it is there."""
+        if self.single_pass:
+            self._single(key_states.shape[-2])
+        before = self.cumulative_length
+        new = (side.passed(x) for side, x in zip(self.store.sides, (key_states, value_states), strict=True))
+        keys, values = super().update(*new, *args, **kwargs)
+        left = before + key_states.shape[-2] - keys.shape[-2]  # tokens that the window has left behind
+        self._handed(keys, Read(max(0, self.prefix_length - left)))
+        if self.single_pass:
+            self.keys = self.values = None
+            self.is_initialized, self.cumulative_length = False, self.prefix_length
+        return keys, values
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
@@ -106,21 +203,17 @@ class IntactLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens held, the prefix included, also before the first tokens arrive."""
-        return super().get_seq_length() if self.is_initialized else self.prefix_length
+        """Tokens seen, the prefix included."""
+        return self.cumulative_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last −tokens_to_remove tokens. Refuses positive ones, and to cut into the prefix (ValueError)."""
-        if tokens_to_remove > 0:  # a length, to transformers 5.17
-            raise ValueError(
-                f"crop({tokens_to_remove}): a positive count is not supported; give minus the tokens to forget"
-            )
-        if -tokens_to_remove > self.tokens_behind:
-            raise ValueError(
-                f"crop({tokens_to_remove}) would cut into the intact prefix: only {self.tokens_behind} tokens follow it"
-            )
-        super().crop(tokens_to_remove)
-        self.quantized_tokens = min(self.quantized_tokens, self.tokens_behind)
+        """Forget tokens; nothing to forget before the first ones arrive (transformers would fail)."""
+        self._refuse_crop(tokens_to_remove)
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
+            for side in self.store.sides:
+                side.length = self.tokens_behind
+                side.read, side.pairs = (side.read, side.pairs) if side.length else (0, 0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the sequences for beam search; nothing to do while only the shared prefix is held."""
@@ -143,40 +236,19 @@ class IntactLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         super().reset()
-        self.quantized_tokens = self.passed_tokens = 0
-
-
-class IntactSlidingLayer(IntactLayer, DynamicSlidingWindowLayer):
-    """The same for a sliding-window layer: the prefix leaves the window when the text has outgrown it, as in full
-    precision."""
-
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, policy: LayerPolicy | None, sliding_window: int):
-        super().__init__(prefix, policy, sliding_window=sliding_window)
-        self.cumulative_length = self.prefix_length
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, the prefix included."""
-        return self.cumulative_length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget tokens; nothing to forget before the first ones arrive (transformers would fail)."""
-        if self.is_initialized or tokens_to_remove:
-            super().crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        """Back to the prefix alone."""
-        super().reset()
-        self.cumulative_length = self.prefix_length
+        self.store.begin(self.prefix, self._places)
+        self.cumulative_length, self.passed_tokens = self.prefix_length, 0
 
 
 class IntactCache(Cache):
     """The cache of one call: one layer per decoder layer of `config`, behind a prefix, under a KV policy.
 
+    keys, values: of the prefix, `keys[l]` and `values[l]`, each (1, KV heads, P, D), keys after RoPE at positions
+        0…P − 1. policy: None keeps full precision; one that calibrates comes with its tensors (`Bound`).
     single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
         text's cache would cost more memory than its activations.
-    policy: one for all layers, or one that gives each its own.
-    layers' prefix: `keys[l]` and `values[l]`, each (1, KV heads, P, D), keys after RoPE at positions 0…P − 1.
-    Raises UserError for layers that are no softmax attention over all or a window of the tokens.
+    Raises UserError for layers that are no softmax attention over all or a window of the tokens, and for windows that
+    the policy cannot do.
     """
 
     def __init__(
@@ -187,15 +259,23 @@ class IntactCache(Cache):
         policy: KVPolicy | None = None,
         single_pass: bool = False,
     ):
+        self.policy, self.rows = policy, Rows()
+        rope = rope_of(config) if policy is not None and policy.space == "pre_rope" else None
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
-        layers: list[IntactLayer] = []
+        layers: list[IntactLayer | IntactSlidingLayer] = []
         for index, plain in enumerate(DynamicCache(config=config).layers):
             prefix = (keys[index], values[index]) if len(keys) else None
-            own = policy.at(index) if isinstance(policy, LayeredPolicy) else policy
+            store = Store(Exact(), Exact()) if policy is None else policy.store(index, None)
             if type(plain) is DynamicSlidingWindowLayer:
-                layers.append(IntactSlidingLayer(prefix, own, plain.sliding_window))
+                if store.waits or store.packed:
+                    raise UserError(
+                        f"layer {index} of this {config.model_type} model attends to a window of "
+                        f"{plain.sliding_window} tokens, where a KV policy must round every token by itself and keep "
+                        "numbers; choose per_head, rotated, static or clipped, without packed storage"
+                    )
+                layers.append(IntactSlidingLayer(prefix, store, self.rows, rope, single_pass, plain.sliding_window))
             elif type(plain) is DynamicLayer:
-                layers.append(IntactLayer(prefix, own))
+                layers.append(IntactLayer(prefix, store, self.rows, rope, single_pass))
             else:
                 raise UserError(
                     f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "
@@ -203,29 +283,85 @@ class IntactCache(Cache):
                 )
         super().__init__(layers=list(layers))
         self.intact_layers = layers
-        for layer in layers:
-            layer.single_pass = single_pass
         self.prefix_length = layers[0].prefix_length
+        self._told = 0, 0
         # The token ids that a finished `generate` left here, (1, length): lets a dialogue go on safely.
         self.tokens: Tensor | None = None
 
     def same_kind(self, other: "IntactCache") -> bool:
         """Whether both stand behind the same prefix and quantize alike, whatever text they hold."""
-        return len(self) == len(other) and all(
-            ours.policy == theirs.policy
-            and len(ours.prefix or ()) == len(theirs.prefix or ())
+        return (len(self), self.policy) == (len(other), other.policy) and all(
+            len(ours.prefix or ()) == len(theirs.prefix or ())
             and all(x is y or torch.equal(x, y) for x, y in zip(ours.prefix or (), theirs.prefix or (), strict=True))
             for ours, theirs in zip(self.intact_layers, other.intact_layers, strict=True)
         )
 
     @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can always be exact, which assisted decoding relies on."""
+        return all(layer.is_croppable and not layer.store.waits for layer in self.intact_layers)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the sequences for beam search."""
+        super().reorder_cache(beam_idx)
+        self.rows.edit(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        super().batch_repeat_interleave(repeats)
+        self.rows.edit(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        super().batch_select_indices(indices)
+        self.rows.edit(lambda x: x[indices.to(x.device)])
+
+    def _reads(self) -> tuple[int, int]:
+        for layer in self.intact_layers:
+            layer.check_read()
+        sides = [side for layer in self.intact_layers for side in layer.store.sides]
+        return sum(side.read for side in sides), sum(side.pairs for side in sides)
+
+    def reads(self) -> tuple[int, int]:
+        """Pairs of a query and a token that it saw rounded, and of all that it saw, since this was asked last."""
+        before, self._told = self._told, self._reads()
+        return max(0, self._told[0] - before[0]), max(0, self._told[1] - before[1])
+
+    @property
     def quantized_fraction(self) -> float:
-        """Share of the tokens behind the prefix that went through the policy, in [0, 1]; 0 while there are none."""
-        seen = sum(layer.tokens_behind for layer in self.intact_layers)
-        return sum(layer.quantized_tokens for layer in self.intact_layers) / seen if seen else 0.0
+        """Share of what attention read behind the prefix that was rounded, in [0, 1]; 0 before it has read anything.
+
+        Over all pairs of a query and a token that it may see, mean of keys and values. Raises RuntimeError if
+        attention did not read what it was handed.
+        """
+        rounded, pairs = self._reads()
+        return rounded / pairs if pairs else 0.0
+
+    def memory(self) -> dict[str, Memory | int]:
+        """Bytes held: `keys` and `values` behind the prefix, and of the `prefix`, which has batch 1; a sliding window's
+        tokens count as codes where a policy rounds them, as if they were kept in it."""
+        found: dict[str, Memory | int] = {}
+        for index, name in enumerate(("keys", "values")):
+            found[name] = sum((layer_memory(layer, index) for layer in self.intact_layers), Memory())
+        found["prefix"] = sum(x.nbytes for layer in self.intact_layers for x in layer.prefix or ())
+        return found
 
     @property
     def smallest_window(self) -> int | None:
         """The smallest sliding window among the layers, in tokens; None if every layer sees everything."""
         windows = [layer.sliding_window for layer in self.intact_layers if isinstance(layer, IntactSlidingLayer)]
         return min(windows) if windows else None
+
+
+def layer_memory(layer: IntactLayer | IntactSlidingLayer, side: int) -> Memory:
+    """Bytes of a layer's keys (0) or values (1)."""
+    if isinstance(layer, IntactLayer):
+        return layer.store.sides[side].memory()
+    if not layer.is_initialized:
+        return Memory()
+    rounded = not isinstance(layer.store.roundings[side], Exact)
+    held = layer.held[side]
+    first = max(0, layer.prefix_length - (layer.cumulative_length - held.shape[2]))
+    count = held[:, :, first:].numel()
+    size = count * held.element_size()
+    return Memory(size * rounded, size * (not rounded), count * rounded, count)

@@ -29,10 +29,10 @@ from corpora.errors import UserError
 from corpora.storage import identity
 from intactkv.architecture import decoder_of
 from intactkv.attach import IntactModel
-from intactkv.attention import prefix_attention
-from intactkv.cache import IntactCache, KVPolicy
+from intactkv.cache import IntactCache
 from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.store import KVPolicy
 from intactkv.training import Descent, Group, Report, Schedule, check_settings, every, masters, shuffled
 from intactkv.vocabulary import known_ids
 
@@ -237,8 +237,7 @@ def _recomputed(model: PreTrainedModel, cache: IntactCache) -> Iterator[None]:
     def again(index: int) -> Callable[..., Any]:
         def forward(*arguments: Any, **options: Any) -> Any:
             cache.intact_layers[index].reset()
-            with prefix_attention(model):  # the second time, the pass that chose it is over
-                return plain[index](*arguments, **options)
+            return plain[index](*arguments, **options)
 
         return lambda *arguments, **options: checkpoint(forward, *arguments, use_reentrant=False, **options)
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import Architecture, architecture_of, decoder_of
 from intactkv.attach import IntactModel, default_batch_size
-from intactkv.attention import EXPLICIT
+from intactkv.attention import EXPLICIT, ROWS
 from intactkv.cache import IntactCache
 from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
@@ -125,7 +125,7 @@ def _collected(modules: Iterable[nn.Module], hang: Callable[..., RemovableHandle
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute its attention weights explicitly for the time of the block; one that does so stays."""
     earlier = model.config._attn_implementation
-    model.set_attn_implementation(earlier if earlier in EXPLICIT else "eager")
+    model.set_attn_implementation(earlier if earlier in EXPLICIT else ROWS)
     try:
         yield
     finally:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from corpora.errors import UserError
-from intactkv.cache import KVPolicy
+from intactkv.store import KVPolicy
 from quantization.grids.binary_coding import BinaryGrid
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
-from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Calibration, Recipe
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
@@ -310,7 +309,7 @@ def put_together(recipe: Recipe, parts: Mapping[str, Sequence[str]]) -> Recipe:
     return replace(made, prefix=recipe.prefix, calibrate_behind_prefix=behind)
 
 
-def kv_policy(name: str, bits: int | None) -> KVPolicy | CalibratedKV | None:
+def kv_policy(name: str, bits: int | None) -> KVPolicy | None:
     """The KV policy of that name; `none` is a full-precision cache. Raises UserError for an unknown name."""
     if name == "none":
         return None
@@ -318,4 +317,4 @@ def kv_policy(name: str, bits: int | None) -> KVPolicy | CalibratedKV | None:
         raise UserError(f"unknown KV policy {name!r}; choose from none, {', '.join(KV_POLICIES)}")
     if bits is None:
         raise UserError(f"the KV policy {name} needs its bits: add --kv-bits 2…8")
-    return KV_POLICIES[name](bits)
+    return KV_POLICIES[name](bits=bits)

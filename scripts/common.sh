@@ -91,13 +91,13 @@ print(model_defaults(sys.argv[1]).default_group_size)' "$3")}
     fi
 }
 
-read_kv() { # METHOD KV_BITS: sets `kv`, the option of so many bits of the cache; 16 is full precision
+read_kv() { # METHOD KV_BITS: sets `kv`, the options of the cache, by the policy KV; 16 bits are full precision
     kv=()
     case "$1:$2" in
         kv[0-9]:16) fail "METHOD '$1' rounds the KV cache, but KV_BITS is 16; give the method fp16, or the bits" ;;
         quarot:16 | quarot-rtn:16 | *-w4a4kv4*:16 | *-w4a8kv4*:16 | *-qllm:16 | omniquant-w[46]a*:16) kv=(--kv none) ;;
-        *:16) ;;
-        *) kv=(--kv-bits "$2") ;;
+        *:16) [ -z "${KV:-}" ] || fail "KV='$KV' rounds the KV cache, but KV_BITS is 16; give its bits, or unset KV" ;;
+        *) kv=(${KV:+--kv "$KV"} --kv-bits "$2") ;;
     esac
 }
 
@@ -258,6 +258,18 @@ gptq_row() { # BITS GROUP_SIZE, then more options: GPTQ as in qllm, whose groups
     local dynamic=()
     [ "$2" = -1 ] || dynamic=(--set "weights.static_groups=false")
     row --recipe gptq-row --bits "$1" --group-size "$2" "${dynamic[@]}" "${@:3}"
+}
+
+kivi_row() { # BITS, then more options: KIVI as in qllm; what tasks that generate see of their prompt is exact
+    local bits=$1 name kind
+    shift
+    local kivi=(--kv kivi --kv-bits "$bits" --kv-group-size "${GROUP_SIZE:-32}" --set "kv_cache.residual=${RESIDUAL:-128}")
+    perplexities "$device" 29500 "$model" "$@" "${kivi[@]}" --set "kv_cache.prefill=${PREFILL:-final}" > /dev/null
+    local tasks=${TASKS:-}
+    for name in ${tasks//,/ }; do
+        case $name in gsm8k* | truthfulqa* | bbh*) kind=fp ;; *) kind=final ;; esac
+        task_scores "$name" "$device" 29500 "$model" "$@" "${kivi[@]}" --set "kv_cache.prefill=${PREFILL:-$kind}" > /dev/null
+    done
 }
 
 rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names; what OPTIONS say of a recipe and its bits is not theirs

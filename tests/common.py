@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from intactkv.rope import Places
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
@@ -77,3 +80,21 @@ def tree(top: Path, content: Callable[[Path], bytes] = Path.read_bytes) -> dict[
 def refusals(stderr: str) -> list[str]:
     """What a script's stderr says against its call: all but the lines on what it is going to do."""
     return [line for line in stderr.splitlines() if not line.startswith(("measured as in ", "arms: "))]
+
+
+class Rounds:
+    """How a KV policy rounds the keys and values of one layer, apart from any cache. tensors: what it calibrated to."""
+
+    def __init__(self, policy: Any, tensors: Any = None) -> None:
+        self.roundings: Any = policy.roundings if isinstance(policy, Rounds) else policy.roundings(tensors)
+
+    def keys(self, states: Tensor) -> Tensor:
+        """Keys (batch, KV heads, tokens, D) as attention reads them."""
+        return self._rounded(0, states)
+
+    def values(self, states: Tensor) -> Tensor:
+        """Values as attention reads them."""
+        return self._rounded(1, states)
+
+    def _rounded(self, side: int, states: Tensor) -> Tensor:
+        return self.roundings[side].numbers(states.float(), Places(0, states.shape[2])).to(states.dtype)

@@ -13,10 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corpora.errors import UserError
 from intactkv.attach import attach
+from intactkv.attention import ROWS
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import PerHead
-from quantization.model.attention import NAME, AttentionProducts
+from quantization.model.attention import AttentionProducts
 
 SPY = "products_compared"
 PREFIX = torch.tensor([1, 40, 7])
@@ -81,7 +82,7 @@ def test_every_layer_computes_the_plain_formula(
     compared: list[float] = []
 
     def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-        out, rows = ALL_ATTENTION_FUNCTIONS[NAME](module, q, k, v, mask, **options)
+        out, rows = ALL_ATTENTION_FUNCTIONS[ROWS](module, q, k, v, mask, **options)
         kept = 3 if behind else 0
         assert close(out, plain_products(q, k, v, mask, options["scaling"], bits, kept))
         if bits == 3:  # and it is not the formula of a full-precision, or of a wholly quantized row

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import every
+from common import Rounds, every
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.testing import assert_close
@@ -19,7 +19,7 @@ from eval.__main__ import main as evaluate
 from eval.inside.kv_report import stored_bits
 from intactkv.architecture import architecture_of
 from quantization.__main__ import main as quantize
-from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead, kv_bits, kv_label
+from quantization.kv_cache import KV_POLICIES, ClippedPerHead, Grids, PerHead, Rotated, StaticPerHead, kv_bits, kv_label
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe, describe, with_settings
@@ -74,9 +74,9 @@ def by_hand(x: Tensor, group_size: int | None, bits: int, convention: str, keep:
 @every("convention", CONVENTIONS)
 def test_per_head_rounds_every_group_of_keys_and_values_by_its_own_bits(group_size: Any, convention: str) -> None:
     policy, x = PerHead(4, convention, v_bits=2, group_size=group_size), states()
-    assert_close(policy.keys(x).double(), by_hand(x, group_size, 4, convention), rtol=1e-5, atol=1e-5)
-    assert_close(policy.values(x).double(), by_hand(x, group_size, 2, convention), rtol=1e-5, atol=1e-5)
-    half = policy.keys(x.bfloat16())
+    assert_close(Rounds(policy).keys(x).double(), by_hand(x, group_size, 4, convention), rtol=1e-5, atol=1e-5)
+    assert_close(Rounds(policy).values(x).double(), by_hand(x, group_size, 2, convention), rtol=1e-5, atol=1e-5)
+    half = Rounds(policy).keys(x.bfloat16())
     assert (half.dtype, half.shape) == (torch.bfloat16, x.shape)
 
 
@@ -86,9 +86,9 @@ def test_rotated_rounds_groups_behind_the_rotation_of_a_head(group_size: Any, co
     policy, x = Rotated(4, 0.9, convention=convention, v_bits=3, group_size=group_size), states(1)
     matrix = torch.from_numpy(hadamard(SIZE)).double() / SIZE**0.5
     keys = by_hand((x.double() @ matrix.T).float(), group_size, 4, convention, 0.9) @ matrix
-    assert_close(policy.keys(x).double(), keys, rtol=1e-4, atol=1e-4)
+    assert_close(Rounds(policy).keys(x).double(), keys, rtol=1e-4, atol=1e-4)
     values = "minmax-asym" if convention == "gptq-asym" else convention
-    assert_close(policy.values(x).double(), by_hand(x, group_size, 3, values, 0.9), rtol=1e-4, atol=1e-4)
+    assert_close(Rounds(policy).values(x).double(), by_hand(x, group_size, 3, values, 0.9), rtol=1e-4, atol=1e-4)
 
 
 def block_of(model: PreTrainedModel) -> DecoderBlock:
@@ -109,9 +109,9 @@ def block_of(model: PreTrainedModel) -> DecoderBlock:
 @every("convention", CONVENTIONS)
 def test_clipped_cuts_every_group_of_the_values(group_size: Any, convention: str, tiny_model: Any) -> None:
     kv = ClippedPerHead(8, convention, keep=0.9, v_bits=4, group_size=group_size)
-    policy, x = kv.of_block(kv.fit_block(block_of(tiny_model("llama")))), states(2)
-    assert_close(policy.keys(x).double(), by_hand(x, group_size, 8, convention), rtol=1e-5, atol=1e-5)
-    assert_close(policy.values(x).double(), by_hand(x, group_size, 4, convention, 0.9), rtol=1e-5, atol=1e-5)
+    policy, x = Rounds(kv, kv.fit_block(block_of(tiny_model("llama")))), states(2)
+    assert_close(Rounds(policy).keys(x).double(), by_hand(x, group_size, 8, convention), rtol=1e-5, atol=1e-5)
+    assert_close(Rounds(policy).values(x).double(), by_hand(x, group_size, 4, convention, 0.9), rtol=1e-5, atol=1e-5)
 
 
 @every("group_size", GROUPS)
@@ -119,7 +119,7 @@ def test_clipped_cuts_every_group_of_the_values(group_size: Any, convention: str
 def test_a_static_group_takes_its_range_from_the_text(group_size: Any, convention: str, tiny_model: Any) -> None:
     block = block_of(tiny_model("llama"))
     kv = StaticPerHead(4, convention, v_bits=3, group_size=group_size)
-    policy = kv.of_block(kv.fit_block(block))
+    policy = Rounds(kv, kv.fit_block(block))
     for name, bits, samples in zip(("keys", "values"), (4, 3), zip(*block.keys_and_values(), strict=True), strict=True):
         text = torch.cat([x[0].transpose(0, 1) for x in samples])  # (tokens, heads, D): all of a layer
         flat = text.flatten(1)
@@ -131,23 +131,23 @@ def test_a_static_group_takes_its_range_from_the_text(group_size: Any, conventio
             scale, zero = grid_of(float(part.min()), float(part.max()), bits, convention)
             codes = ((part / scale).round() + zero).clamp(0, 2**bits - 1)
             expected[:, start : start + size] = (codes - zero) * scale
-        rounded = getattr(policy, name)(text.transpose(0, 1)[None])[0].transpose(0, 1).flatten(1)
+        rounded = getattr(Rounds(policy), name)(text.transpose(0, 1)[None])[0].transpose(0, 1).flatten(1)
         wrong = (rounded.double() - expected).abs() > 1e-4  # a value in the middle of two levels may go either way
         assert wrong.float().mean() < 0.005
 
 
 def test_smaller_groups_and_more_bits_of_values_err_less() -> None:
     x = states(3)
-    errors = [float((PerHead(3, group_size=size).keys(x) - x).norm()) for size in (-1, None, 8, 4)]
+    errors = [float((Rounds(PerHead(3, group_size=size)).keys(x) - x).norm()) for size in (-1, None, 8, 4)]
     assert errors == sorted(errors, reverse=True)
-    few, many = (float((PerHead(3, v_bits=bits).values(x) - x).norm()) for bits in (2, 5))
+    few, many = (float((Rounds(PerHead(3, v_bits=bits)).values(x) - x).norm()) for bits in (2, 5))
     assert few > 2 * many
 
 
 # words, labels, identities --------------------------------------------------------------------------------------------
 
 
-@every("name", list(KV_POLICIES))
+@every("name", [name for name, kind in KV_POLICIES.items() if issubclass(kind, Grids)])
 def test_every_policy_is_told_of_its_groups_by_settings_and_says_so(name: str) -> None:
     kind = KV_POLICIES[name]
     plain = kind(4)
@@ -181,16 +181,17 @@ def test_groups_that_do_not_fill_a_head_are_refused_before_any_work(size: int, c
 @every(
     ("policy", "expected"),
     [
-        (PerHead(4), 4 + 32 / 16),
-        (PerHead(4, v_bits=2, group_size=8), 3 + 32 / 8),
-        (PerHead(4, "gptq-sym"), 4 + 16 / 16),
-        (Rotated(4, group_size=-1), 4 + 32 / 32),
-        (StaticPerHead(4, v_bits=3).bound([]), 3.5),
+        (PerHead(4), 4 + 64 / 16),
+        (PerHead(4, scale_dtype="float16"), 4 + 32 / 16),
+        (PerHead(4, v_bits=2, group_size=8, scale_dtype="float16"), 3 + 32 / 8),
+        (PerHead(4, "gptq-sym"), 4 + 32 / 16),
+        (Rotated(4, group_size=-1), 4 + (40 + 64) / 2 / 32),
+        (StaticPerHead(4, v_bits=3), 3.5),
         (None, 16.0),
     ],
 )
 def test_bits_of_an_element_count_the_scales_of_its_group(policy: Any, expected: float) -> None:
-    assert stored_bits(policy, 16, 2) == expected
+    assert stored_bits(policy, 100, 16, 2) == expected
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {

@@ -27,7 +27,6 @@ import quantization.runs.pipeline
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
-from intactkv.cache import KVPolicy
 from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, build_prefix
 from quantization.grids.stored import restore
@@ -38,9 +37,9 @@ from quantization.model.activations import Activations
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputPath
 from quantization.named import PUBLISHED_GROUP, RECIPES, named_recipe, put_together
-from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized, read_block
+from quantization.runs.kept import bound_kv
 from quantization.runs.opening import rescaled
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
@@ -145,9 +144,8 @@ class Case:
         behind = LEAD if self.recipe.calibrate_behind_prefix else None
         return quantize_checkpoint(self.source, self.recipe, out, segments=SEGMENTS, behind=behind)
 
-    def policy(self, kv: list[dict[str, Tensor]]) -> KVPolicy | None:
-        own = self.recipe.kv_cache
-        return own.bound(kv) if isinstance(own, CalibratedKV) else own
+    def attached(self, model: PreTrainedModel, prefix: Prefix | None) -> IntactModel:
+        return attach(model, prefix, bound_kv(self.recipe, model))
 
     def in_memory(self) -> PreTrainedModel:
         """The dense model with the blocks and the ends that were written; nothing is read from a file."""
@@ -187,8 +185,7 @@ class Case:
     @cached_property
     def logits(self) -> list[Tensor]:
         """Of the loaded model, behind each prefix."""
-        kv = self.policy(self.loaded.__dict__["intactkv_kv"])
-        return [attach(self.loaded, prefix, kv).score(TEXT) for prefix in self.prefixes]
+        return [self.attached(self.loaded, prefix).score(TEXT) for prefix in self.prefixes]
 
 
 @pytest.fixture(scope="session")
@@ -268,9 +265,8 @@ def test_packed_weights_compute_the_same_bits(case: Case) -> None:
     packed = load_quantized(case.out, packed=True)
     stored = [name for index in range(2) for name in read_block(block_file(case.out, index)).linears]
     assert sorted(name for name, module in packed.named_modules() if isinstance(module, QuantLinear)) == sorted(stored)
-    kv = case.policy(packed.__dict__["intactkv_kv"])
     for prefix, logits in zip(case.prefixes, case.logits, strict=True):
-        assert torch.equal(logits, attach(packed, prefix, kv).score(TEXT))
+        assert torch.equal(logits, case.attached(packed, prefix).score(TEXT))
 
 
 @torch.no_grad()

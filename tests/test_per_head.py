@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from common import every
+from common import Rounds, every
 from families import FAMILIES, plain_logits, random_ids
 from torch import Tensor
 from torch.testing import assert_close
@@ -45,15 +45,15 @@ def test_keys_and_values_follow_the_formula(bits, shift):
     x = states(2, 3, 5, 16, seed=3) * torch.tensor([0.3, 1.0, 30.0]).view(1, 3, 1, 1) + shift
     expected = loop(x, bits).float()
     # No number of this seed lies within float32's precision of a rounding border, so all codes agree.
-    assert_close(PerHead(bits).keys(x), expected, rtol=1e-5, atol=1e-6)
-    assert_close(PerHead(bits).values(x), expected, rtol=1e-5, atol=1e-6)
+    assert_close(Rounds(PerHead(bits)).keys(x), expected, rtol=1e-5, atol=1e-6)
+    assert_close(Rounds(PerHead(bits)).values(x), expected, rtol=1e-5, atol=1e-6)
 
 
 @every("bits", BITS)
 def test_no_number_moves_by_more_than_half_a_step(bits):
     x = states(2, 3, 50, 16)
     step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / (2**bits - 1)
-    error = (PerHead(bits).keys(x) - x).abs()
+    error = (Rounds(PerHead(bits)).keys(x) - x).abs()
     # The zero point is rounded, too: the end of the range may lie half a step beyond the last level.
     assert (error <= step * (0.5 + 1e-5)).all()
 
@@ -62,7 +62,7 @@ def test_no_number_moves_by_more_than_half_a_step(bits):
 def test_a_vector_takes_at_most_two_to_the_bits_values_and_zero_is_exact(bits):
     x = states(1, 2, 4, 1024)
     x[..., 7] = 0
-    quantized = PerHead(bits).values(x)
+    quantized = Rounds(PerHead(bits)).values(x)
     assert torch.count_nonzero(quantized[..., 7]) == 0
     for vector in quantized.reshape(-1, 1024):
         assert len(vector.unique()) <= 2**bits
@@ -71,7 +71,7 @@ def test_a_vector_takes_at_most_two_to_the_bits_values_and_zero_is_exact(bits):
 
 def test_with_fewer_bits_the_error_grows_and_with_eight_it_is_small():
     x = states(4, 4, 64, 64)
-    errors = [float((PerHead(bits).keys(x) - x).norm() / x.norm()) for bits in BITS]
+    errors = [float((Rounds(PerHead(bits)).keys(x) - x).norm() / x.norm()) for bits in BITS]
     assert errors == sorted(errors, reverse=True)
     # Uniform noise of one step: a range of about 5 standard deviations / 255 / sqrt(12).
     assert errors[-1] < 0.01
@@ -82,23 +82,23 @@ def test_with_fewer_bits_the_error_grows_and_with_eight_it_is_small():
 @every("value", [0.0, 1.0, -3.7, 1000.0, 1e-3, 1 / 3])
 def test_a_constant_vector_stays_to_half_the_smallest_step(bits, value):
     x = torch.full((1, 2, 3, 16), value)
-    assert_close(PerHead(bits).keys(x), x, rtol=1e-6, atol=5e-6)
+    assert_close(Rounds(PerHead(bits)).keys(x), x, rtol=1e-6, atol=5e-6)
 
 
 def test_a_vector_of_one_sign_keeps_all_its_levels():
     """Its range is taken as it is. One that is stretched to 0 has steps of 3/15 here, and errs 100 times as much."""
     x = 3 + 0.1 * states(2, 3, 50, 16).tanh()
-    error = (PerHead(4).keys(x) - x).square().mean()
+    error = (Rounds(PerHead(4)).keys(x) - x).square().mean()
     step = (x.amax(-1) - x.amin(-1)) / 15
     assert error < (step.square() / 12).mean() * 1.5  # uniform noise of one step; the rounded zero point adds a little
-    assert (PerHead(4, "intactkv-asym").keys(x) - x).square().mean() > 50 * error
+    assert (Rounds(PerHead(4, "intactkv-asym")).keys(x) - x).square().mean() > 50 * error
 
 
 @every("bits", BITS)
 def test_quantizing_twice_is_quantizing_once_where_both_ends_of_the_range_are_in_use(bits):
-    once = PerHead(bits).keys(states(2, 3, 20, 16))
+    once = Rounds(PerHead(bits)).keys(states(2, 3, 20, 16))
     # The second range is that of the levels in use, of which rounding the zero point may have left one out at an end.
-    twice = PerHead(bits).keys(once)
+    twice = Rounds(PerHead(bits)).keys(once)
     spread = once.amax(-1) - once.amin(-1)
     full = torch.isclose(spread, (2**bits - 1) * smallest_step(once), rtol=1e-3)
     assert full.any()
@@ -116,8 +116,8 @@ def test_a_token_does_not_see_its_neighbours():
     changed[1, 2, 4] *= 100
     others = torch.ones(2, 3, 6, dtype=torch.bool)
     others[1, 2, 4] = False
-    assert torch.equal(policy.keys(changed)[others], policy.keys(x)[others])
-    assert not torch.equal(policy.keys(changed)[1, 2, 4], policy.keys(x)[1, 2, 4])
+    assert torch.equal(Rounds(policy).keys(changed)[others], Rounds(policy).keys(x)[others])
+    assert not torch.equal(Rounds(policy).keys(changed)[1, 2, 4], Rounds(policy).keys(x)[1, 2, 4])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 17])
@@ -132,7 +132,7 @@ def test_chunking_does_not_change_a_stored_bit(chunk, tiny_config):
     for ours, theirs in zip(read, whole.intact_layers[0].held, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(read[0][1, :, :3], prefix[0][0])
-    assert torch.equal(read[0][:, :, 3:], PerHead(3).keys(keys))
+    assert torch.equal(read[0][:, :, 3:], Rounds(PerHead(3)).keys(keys))
 
 
 def test_attention_reads_the_quantized_states_of_the_current_tokens(tiny_config):
@@ -145,12 +145,12 @@ def test_attention_reads_the_quantized_states_of_the_current_tokens(tiny_config)
 @every("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_states_are_quantized_in_float32_and_come_back_in_their_dtype(dtype):
     x = states(2, 3, 5, 16).to(dtype)
-    quantized = PerHead(4).keys(x)
+    quantized = Rounds(PerHead(4)).keys(x)
     assert quantized.dtype == dtype
     assert torch.equal(quantized, loop(x, 4).float().to(dtype))
     huge = torch.full((1, 1, 1, 16), 60000.0, dtype=torch.float16)
     huge[..., 0] = -60000.0  # a range of 120,000 overflows in half precision
-    assert_close(PerHead(4).keys(huge), huge, rtol=0.08, atol=0.0)
+    assert_close(Rounds(PerHead(4)).keys(huge), huge, rtol=0.08, atol=0.0)
 
 
 @every("bits", [-1, 0, 1, 9, 16])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import Rounds
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -18,16 +19,17 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
+from intactkv.store import Bound, Exact, Store
 from intactkv.training import train
 from quantization.grids.uniform import Fit, UniformGrid, fit, split_groups
-from quantization.kv_cache import ClippedPerHead, StaticPerHead
+from quantization.kv_cache import ClippedPerHead, Policy, StaticPerHead
 from quantization.model.activations import Activations
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer
 from quantization.named import RECIPES, named_recipe
-from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_cost
+from quantization.runs.kept import bound_kv
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.tuning import prefixquant as tuning_module
 from quantization.tuning.prefixquant import LOSSES, PrefixQuantTuning
@@ -77,7 +79,7 @@ def quantizers(
 ) -> Quantizers:
     """As the pipeline hands them over."""
     activations = Activations(inputs, static=static, keep=1.0 if static else 0.95)
-    kv: CalibratedKV = StaticPerHead(4, "gptq-sym") if static else ClippedPerHead(4)
+    kv: Policy = StaticPerHead(4, "gptq-sym") if static else ClippedPerHead(4)
     fitted = activations.fit_block(block)
     block.kv.update(kv.fit_block(block))
     return Quantizers(weights, {} if weights is None else min_max(block, weights), fitted, kv)
@@ -197,9 +199,9 @@ def test_no_quantizer_alone_makes_a_larger_error_than_with_the_range_as_it_is(
             first = next(names[0] for names in block.architecture.linears if name in names)
             groups = split_groups(linear.weight.data, -1)
             of_input[f"weight of {name}"] = group_errors(groups, found.fits[name], SYM3, grams(block, -1)[first])
-        policy = found.policy(block)
+        policy = Rounds(found.kv, block.kv)
         of_input["values"] = torch.stack([
-            (policy.values(v) - v).square().mean((0, 2, 3)) for _, v in block.keys_and_values()  # type: ignore[union-attr]
+            (Rounds(policy).values(v) - v).square().mean((0, 2, 3)) for _, v in block.keys_and_values()  # type: ignore[union-attr]
         ]).mean(0)  # fmt: skip
         return of_input
 
@@ -234,10 +236,14 @@ def test_keys_are_searched_by_what_attention_makes_of_them(tiny_model: Callable[
     initialize(block, found, list(stream_of(block).outputs(block)), skip_qk_weights=False)
     errors: list[Tensor] = []
     for factor in [1 - i / 20 for i in range(10)]:
-        policy, error = kv.of_block(block.kv | {"keys_scale": start * factor}), torch.zeros(4)
+        only_keys: Any = _OnlyKeys(kv, {**block.kv, "keys_scale": start * factor})
+        error = torch.zeros(4)
         for hidden in stream_of(block).hidden:
             rows = []
-            for cache in (stream_of(block).new_cache(block), stream_of(block).new_cache(block, _OnlyKeys(policy))):
+            for cache in (
+                stream_of(block).new_cache(block),
+                stream_of(block).new_cache(block, only_keys),
+            ):
                 attention = block.module.self_attn
                 seen: list[Tensor] = []
                 handle = attention.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out[1]))
@@ -252,11 +258,13 @@ def test_keys_are_searched_by_what_attention_makes_of_them(tiny_model: Callable[
 
 
 class _OnlyKeys:
-    def __init__(self, policy: Any):
-        self.keys = policy.keys
+    space, calibrates = "post_rope", True
 
-    def values(self, states: Tensor) -> Tensor:
-        return states
+    def __init__(self, policy: Any, tensors: Any):
+        self.policy, self.tensors = policy, tensors
+
+    def store(self, layer: int, tensors: Any, packed: bool = False) -> Store:
+        return Store(self.policy.roundings(self.tensors)[0], Exact())
 
 
 def test_weights_of_q_and_k_can_be_left_at_their_range(tiny_model: Callable[..., PreTrainedModel]) -> None:
@@ -312,7 +320,7 @@ def test_gradients_reach_weights_scales_zero_points_shares_and_ranges_of_the_cac
         tensor.requires_grad_(True)
     with torch.enable_grad(), at_work(block, found.inputs):
         rounded = weights | {f"{n}.weight": found.rounded(n, weights[f"{n}.weight"]) for n in found.fits}
-        cache = stream_of(block).new_cache(block, found.policy(block))
+        cache = stream_of(block).new_cache(block, found.kv)
         stream_of(block).forward(block, stream_of(block).hidden[0], rounded, cache).square().mean().backward()
     for tensor in (*positive, *others, *weights.values()):
         assert tensor.grad is not None
@@ -445,13 +453,14 @@ def test_a_loaded_checkpoint_computes_what_the_text_met_while_it_was_made(
     out = quantized(source, recipe, tmp_path / "out", prefix)
     assert len(passed_on) == BLOCKS
     model = load_quantized(out)
-    assert isinstance(recipe.kv_cache, CalibratedKV)
-    policy = recipe.kv_cache.bound(model.__dict__["intactkv_kv"])
+    kv = bound_kv(recipe, model)
+    assert isinstance(kv, Bound)
+    assert kv.tensors
     intact = None
     if prefix is not None:
         twin = load_quantized(quantize_checkpoint(source, recipe.twin, tmp_path / "twin"))
         intact = build_prefix(twin, prefix.tolist())
-    running = attach(model, intact, policy)
+    running = attach(model, intact, kv)
     last: list[Tensor] = []
     architecture_of(model.config).blocks_of(model)[-1].register_forward_hook(
         lambda _module, _args, output: last.append(output if isinstance(output, Tensor) else output[0])
@@ -523,7 +532,7 @@ def test_static_grids_serve_behind_a_prefix_and_are_ruined_by_its_tokens_without
             out = quantize_checkpoint(source, plain, tmp_path / arm, segments=texts)
         loaded = load_quantized(out)
         prefix = build_prefix(model, [1]) if arm == "behind" else None
-        running = attach(loaded, prefix, kv.bound(loaded.__dict__["intactkv_kv"]))
+        running = attach(loaded, prefix, Bound(kv, dict(enumerate(loaded.__dict__["intactkv_kv"]))))
         errors[arm] = float((running.score(texts)[:, -SEGMENTS.shape[1] :] - expected).norm() / expected.norm())
     assert errors["behind"] < 0.2
     assert errors["alone"] > 3 * errors["behind"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import every
+from common import Rounds, every
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.testing import assert_close
@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.cache import IntactCache
+from intactkv.store import Bound
 from quantization.__main__ import main
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import ClippedPerHead, PerHead, StaticPerHead
@@ -86,7 +87,7 @@ def test_static_heads_round_to_the_levels_of_their_head(rotate: bool, convention
     scale = torch.tensor([0.3, 0.7])
     tensors = {f"{name}_scale": scale.view(2, 1, 1) for name in ("keys", "values")}
     tensors |= {f"{name}_zero_point": zero.view(2, 1, 1) for name in ("keys", "values")}
-    states, policy = 2 * noise(2, 2, 5, 16), kv.of_block(tensors)
+    states, policy = 2 * noise(2, 2, 5, 16), Rounds(kv, tensors)
     matrix = torch.from_numpy(hadamard(16)).double() / 4
 
     def by_hand(x: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ def test_static_heads_round_to_the_levels_of_their_head(rotate: bool, convention
 
     exact = states.double()
     keys = by_hand(exact @ matrix.T) @ matrix if rotate else by_hand(exact)
-    assert_close(policy.keys(states).double(), keys, rtol=0, atol=1e-5)
-    assert_close(policy.values(states).double(), by_hand(exact), rtol=0, atol=1e-5)
-    half = policy.keys(states.bfloat16())
+    assert_close(Rounds(policy).keys(states).double(), keys, rtol=0, atol=1e-5)
+    assert_close(Rounds(policy).values(states).double(), by_hand(exact), rtol=0, atol=1e-5)
+    half = Rounds(policy).keys(states.bfloat16())
     assert (half.dtype, half.shape) == (torch.bfloat16, states.shape)
 
 
@@ -108,16 +109,16 @@ def test_clipped_heads_keep_the_whole_range_of_keys_and_a_share_of_the_values(
     states, grid = noise(2, 2, 5, 16), UniformGrid(4, -1, convention)
     kv = ClippedPerHead(4, convention, keep=0.5)
     tensors = kv.fit_block(first_block(tiny_model("llama")))
-    policy = kv.of_block(tensors)
-    assert_close(policy.keys(states), fake_quantize(states, grid))
-    assert not torch.equal(policy.values(states), fake_quantize(states, grid))
+    policy = Rounds(kv, tensors)
+    assert_close(Rounds(policy).keys(states), fake_quantize(states, grid))
+    assert not torch.equal(Rounds(policy).values(states), fake_quantize(states, grid))
     for x in (0.3 * states).flatten(0, 2)[:4]:  # one token of one head
         low, high = float(x.min()) * 0.5, float(x.max()) * 0.5
         s, z = grid_by_hand(low, high, 4, convention)
         expected = (((x.double() / s).round() + z).clamp(0, 15) - z) * s
-        assert_close(policy.values(x.view(1, 1, 1, -1))[0, 0, 0].double(), expected, rtol=0, atol=1e-5)
-    whole = kv.of_block({name: torch.ones(()) for name in tensors})
-    assert_close(whole.values(states), fake_quantize(states, grid))
+        assert_close(Rounds(policy).values(x.view(1, 1, 1, -1))[0, 0, 0].double(), expected, rtol=0, atol=1e-5)
+    whole = Rounds(kv, {name: torch.ones(()) for name in tensors})
+    assert_close(Rounds(whole).values(states), fake_quantize(states, grid))
 
 
 def test_what_no_cache_can_have_is_refused() -> None:
@@ -143,7 +144,7 @@ def test_gradients_reach_the_tensors_of_a_policy_through_the_cache(tiny_model: C
         tensors = kv.fit_block(block)
         for tensor in kv.learned(tensors).values():
             tensor.requires_grad_(True)
-        layer = IntactCache(model.config, policy=kv.bound([tensors] * 3)).intact_layers[0]
+        layer = IntactCache(model.config, policy=Bound(kv, {0: tensors})).intact_layers[0]
         keys, values = layer.update(states.clone().requires_grad_(True), states.clone().requires_grad_(True))
         (keys.square().sum() + values.square().sum()).backward()
         assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in kv.learned(tensors).values())

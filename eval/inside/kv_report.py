@@ -20,10 +20,10 @@ from eval.inside.distances import LogitLoss
 from eval.inside.pairs import Pair
 from eval.inside.statistics import Loss
 from eval.perplexity import Windows
-from intactkv.cache import IntactCache, KVPolicy
+from intactkv.cache import IntactCache
 from intactkv.observe import inputs_of
 from intactkv.pivots import hidden_magnitudes
-from quantization.kv_cache import Grids, Layers
+from intactkv.store import KVPolicy
 
 __all__ = ["GROUPS", "kv_report", "stored_bits"]
 
@@ -31,13 +31,12 @@ GROUPS = ("pivots", "prefix", "rest")
 FULL_BITS = 16.0  # what a cache element takes that no policy touches, in the dtype of published models
 
 
-def stored_bits(policy: KVPolicy | None, head_size: int, heads: int) -> float | None:
-    """Bits that an element takes once a policy has stored it, mean of keys and values, scales and zero points included;
-    None if unknown."""
+def stored_bits(policy: KVPolicy | None, tokens: int, head_size: int, heads: int) -> float:
+    """Bits that an element takes once a policy has stored it, mean of keys and values, scales and zero points included,
+    once so many tokens are held."""
     if policy is None:
         return FULL_BITS
-    grids = policy.policy if isinstance(policy, Layers) else policy
-    return sum(grids.bits_per_element(head_size, heads)) / 2 if isinstance(grids, Grids) else None
+    return sum(policy.bits_per_element(tokens, head_size, heads)) / 2
 
 
 @torch.inference_mode()
@@ -74,7 +73,7 @@ def kv_report(
                     losses[group, layer, what].add(exact[..., mine, :], held[..., mine, :])
         report()
     heads, _, size = keys.intact_layers[0].held[0].shape[1:]
-    bits = stored_bits(pair.quantized.kv, size, heads)
+    bits = stored_bits(pair.quantized.kv, len(ids), size, heads)
     rows = [
         {
             "arm": pair.arm,
@@ -83,7 +82,7 @@ def kv_report(
             **{f"{what}_sqnr": losses[group, layer, what].sqnr for what in ("k", "v", "attention")},
             "tokens": tokens[group],
             "quantized_fraction": (fraction := quantized[group] / tokens[group]),
-            "bits_per_element": None if bits is None else fraction * bits + (1 - fraction) * FULL_BITS,
+            "bits_per_element": fraction * bits + (1 - fraction) * FULL_BITS,
         }
         for group in GROUPS
         if tokens[group]

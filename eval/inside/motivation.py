@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.sharegpt import Chat
-from intactkv.cache import KVPolicy
 from intactkv.calibrate import Sample, block_losses, block_targets
 from intactkv.prefix import Prefix
+from intactkv.store import KVPolicy
 
 __all__ = ["losses_by_size"]
 

@@ -94,8 +94,10 @@ def run(options: argparse.Namespace) -> None:
         def figures(windows: Any = windows, stream: Any = stream) -> dict[str, Any]:
             if not model:
                 model.append(plan.load())
+            model[0].usage.clear()
             measured = _measure(model[0], windows, stream, batch_size, device, processes)
-            return measured | plan.outcome()
+            kv = model[0].kv_figures(windows.fed.shape[1])
+            return measured | ({} if kv is None else {"kv_cache": kv}) | plan.outcome()
 
         name = f"{description['model']}-{description['weights']}-{settings['corpus']}"
         records.append(record_of("ppl", name, settings, figures, force=options.force, write=processes.is_first))

@@ -69,7 +69,8 @@ class Arm:
 @dataclass(frozen=True)
 class Row:
     """One setting: without the intact prefix, with it, and with weights calibrated behind it. Arms that were not run
-    have no perplexity. cost: of quantizing (bits per weight, seconds, MB), where it is known."""
+    have no perplexity. cost: of quantizing (bits per weight, seconds, MB), where it is known. cache: of a KV policy,
+    bits of an element and the share rounded of what attention read."""
 
     caption: str
     model: str
@@ -82,6 +83,7 @@ class Row:
     intact: Arm
     behind: Arm = Arm()
     cost: dict[str, Any] | None = None
+    cache: dict[str, Any] | None = None
 
     @property
     def visible(self) -> tuple[str, ...]:
@@ -220,7 +222,7 @@ def _row(setting: Setting) -> Row:
     newest = {arm: {seed: mine[-1] for seed, mine in runs.items()} for arm, runs in setting.arms.items()}
     vanilla = newest.get(VANILLA, {})
     s = setting.settings
-    runs = (run for arm in newest.values() for run in arm.values())
+    runs = [run for arm in newest.values() for run in arm.values()]
     return Row(
         caption=caption_of(s),
         model=s["model"],
@@ -233,6 +235,7 @@ def _row(setting: Setting) -> Row:
         intact=_arm(newest.get(INTACT, {}), vanilla),
         behind=_arm(newest.get(BEHIND, {}), vanilla),
         cost=next((run["quantization"] for run in runs if run.get("quantization")), None),
+        cache=next((run["kv_cache"] for run in runs if run.get("kv_cache")), None),
     )
 
 
@@ -264,26 +267,33 @@ def _arm(runs: Newest, vanilla: Newest) -> Arm:
 HEAD = ("model", "weights", "KV bits", "corpus", "prefix")
 ARMS = ("vanilla", "IntactKV", "change", "standard error")
 BEHIND_COLUMNS = ("calibrated behind", "change", "standard error")
+CACHE = ("KV bits an element", "KV rounded")
 COSTS = ("bits per weight", "quantizing, s", "quantizing, MB")
 
 
 def render(rows: list[Row], style: str, costs: bool = False) -> str:
     """Rows as text: a table per protocol, under its caption; as `csv` one table with the protocol as a column.
 
-    The third arm and the costs (if wanted) get columns where a row has them, in CSV always.
+    The third arm, the KV cache and the costs (if wanted) get columns where a row has them, in CSV always.
     """
     if style == "csv":
-        head = ("protocol", *HEAD, *ARMS, *(f"behind: {name}" for name in BEHIND_COLUMNS), *COSTS)
-        lines = tuple((*row.visible, *_intact(row), *_behind(row), *_costs(row)) for row in rows)
+        head = ("protocol", *HEAD, *ARMS, *(f"behind: {name}" for name in BEHIND_COLUMNS), *CACHE, *COSTS)
+        lines = tuple((*row.visible, *_intact(row), *_behind(row), *_cache(row), *_costs(row)) for row in rows)
         return render_tables([Table("", head, lines, words=1 + len(HEAD))], style)
     tables = []
     for caption in dict.fromkeys(row.caption for row in rows):
         mine = [row for row in rows if row.caption == caption]
         behind = any(row.behind.figure is not None for row in mine)
-        costly = costs and any(row.cost for row in mine)
-        head = (*HEAD, *ARMS, *(BEHIND_COLUMNS if behind else ()), *(COSTS if costly else ()))
+        costly, cached = costs and any(row.cost for row in mine), any(row.cache for row in mine)
+        head = (*HEAD, *ARMS, *(BEHIND_COLUMNS * behind), *(CACHE * cached), *(COSTS * costly))
         lines = tuple(
-            (*row.visible[1:], *_intact(row), *(_behind(row) if behind else ()), *(_costs(row) if costly else ()))
+            (
+                *row.visible[1:],
+                *_intact(row),
+                *(_behind(row) * behind),
+                *(_cache(row) * cached),
+                *(_costs(row) * costly),
+            )
             for row in mine
         )
         tables.append(Table(f"Perplexity ({caption})", head, lines, words=len(HEAD)))
@@ -310,6 +320,12 @@ def _intact(row: Row) -> tuple[Cell, ...]:
 
 def _behind(row: Row) -> tuple[Cell, ...]:
     return _compared(row.behind)
+
+
+def _cache(row: Row) -> tuple[Cell, ...]:
+    if row.cache is None:
+        return None, None
+    return Figure(fmean(row.cache["bits_per_element"])), Figure(row.cache["rounded"], lambda x: f"{100 * x:.1f} %")
 
 
 def _costs(row: Row) -> tuple[Cell, ...]:

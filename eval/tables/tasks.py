@@ -108,7 +108,8 @@ def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
         prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or s["prefix"]["label"] == "none" else ", vanilla")
         who = f"{s['model']}, weights {s['weights']}, KV bits {kv_label(s['kv'])}, prefix {prefix}"
         head = ("task", "metric", "value", "standard error", "questions", "seconds")
-        tables.append(Table(f"{who}; accuracy in % ({caption})", head, tuple(lines), words=2))
+        notes = tuple(_kv_notes(mine))
+        tables.append(Table(f"{who}; accuracy in % ({caption})", head, tuple(lines), words=2, notes=notes))
     return tables
 
 
@@ -153,6 +154,7 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
     for average in means:
         chosen = ", ".join(f"{task} {metric}" for task, metric in average.metrics.items())
         notes.append(f"{average.name}: plain mean of {chosen}; n/a unless all are there")
+    notes += _kv_notes(records)
     return Table(f"Tasks, accuracy in %, change in points ({caption})", (*HEAD, *heads), tuple(lines), len(HEAD),
                  tuple(notes))  # fmt: skip
 
@@ -196,6 +198,20 @@ def _lines(by_arm: Mapping[str, Scores], heads: Sequence[str]) -> list[tuple[str
             changes = tuple(change_of(column(VANILLA, head), column(arm, head)) for head in heads)
             lines.append((f"{arm} − {VANILLA}", changes))
     return lines
+
+
+def _kv_notes(records: Sequence[dict[str, Any]]) -> list[str]:
+    """By KV policy, which share of what attention read in every task was rounded: short prompts may read none."""
+    shares: dict[str, dict[str, float]] = {}
+    for record in records:
+        if (cache := record.get("kv_cache")) is not None:
+            s = record["settings"]
+            shares.setdefault(kv_label(s["kv"]), {})[s["task_name"]] = cache["rounded"]
+    return [
+        f"KV cache {label}: rounded of what attention read: "
+        + ", ".join(f"{task} {100 * share:.1f} %" for task, share in found.items())
+        for label, found in shares.items()
+    ]
 
 
 def _sizes(records: Sequence[dict[str, Any]], columns: dict[tuple[str, str], str]) -> str:

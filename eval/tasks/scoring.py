@@ -51,8 +51,17 @@ def score_continuations(
     prefix every text starts with the prefix's ids; they are taken off, and what the last of them predicts is the
     stored full-precision logits. continuations: per text the alternatives, as token ids; each ends one token behind
     the text, so the first of n tokens is predicted at the text's position −n.
-    Texts are padded on the right, where causal attention needs no mask. Raises UserError for numbers that are none.
+    Texts are padded on the right, where causal attention needs no mask; where a KV policy lets queries see what the end
+    of a pass leaves, those of one length share a pass. Raises UserError for numbers that are none.
     """
+    lengths = sorted({len(text) for text in texts}, reverse=True)
+    if len(lengths) > 1 and getattr(model.kv, "prefill", "exact") == "final":
+        answered: dict[int, list[Answer]] = {}
+        for length in lengths:
+            these = [i for i, text in enumerate(texts) if len(text) == length]
+            alike = score_continuations(model, [texts[i] for i in these], [continuations[i] for i in these])
+            answered |= dict(zip(these, alike, strict=True))
+        return [answered[i] for i in range(len(texts))]
     skipped = model.prefix_length
     device = input_embeddings(model.model).device
     ends = [len(text) - skipped for text in texts]  # positions that are fed
@@ -63,8 +72,7 @@ def score_continuations(
     decoder, head = decoder_and_head(model.model)
     cache = model.new_cache(single_pass=True)
     output = model.feed(fed.to(device), through=decoder, cache=cache)
-    if model.kv is not None and cache.quantized_fraction == 0:
-        raise RuntimeError(f"{model.kv} was asked for, but no token of the cache went through it")
+    model.count(cache)
     states = output.logits if head is None else output.last_hidden_state
     counted = torch.cat(
         [states[row, max(0, end - n) : end] for row, (end, n) in enumerate(zip(ends, counts, strict=True))]

@@ -139,6 +139,7 @@ class TaskRunner:
         def figures() -> dict[str, Any]:
             lm = self._loaded()
             lm.counts.clear()
+            lm.intact.usage.clear()
             started = time.perf_counter()
             measured = task.measure(lm)
             seconds = time.perf_counter() - started
@@ -147,6 +148,7 @@ class TaskRunner:
                 "rows": dict(zip(COUNTS, counts.tolist(), strict=True)),
                 "seconds": round(seconds, 3),
                 "peak_memory_mb": round(peak_memory_mb(self.plan.device.type), 1),
+                **({} if (kv := lm.intact.kv_figures(lm.max_length)) is None else {"kv_cache": kv}),
                 **self.plan.outcome(),
             }
 

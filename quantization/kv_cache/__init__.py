@@ -3,21 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantization.kv_cache.base import Grids, Layers
+from quantization.kv_cache.base import Grids, Policy
 from quantization.kv_cache.clipped import ClippedPerHead
+from quantization.kv_cache.kivi import KIVI
 from quantization.kv_cache.per_head import PerHead
 from quantization.kv_cache.rotated import Rotated
 from quantization.kv_cache.static import StaticPerHead
 
-__all__ = ["KV_POLICIES", "ClippedPerHead", "Grids", "Layers", "PerHead", "Rotated", "StaticPerHead", "kv_bits",
+__all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "PerHead", "Policy", "Rotated", "StaticPerHead", "kv_bits",
            "kv_label"]  # fmt: skip
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
-KV_POLICIES: Mapping[str, type[ClippedPerHead] | type[PerHead] | type[Rotated] | type[StaticPerHead]] = {
+KV_POLICIES: Mapping[str, type[Policy]] = {
     "per_head": PerHead,
     "rotated": Rotated,
     "static": StaticPerHead,
     "clipped": ClippedPerHead,
+    "kivi": KIVI,
 }
 
 
@@ -37,7 +39,9 @@ def kv_label(kv: Mapping[str, Any] | None) -> str:
     word = words.get(kv["kind"], kv["kind"])
     if kv["kind"] not in words:
         return f"{kv_bits(kv)} {word}"
-    own = KV_POLICIES[word].__dataclass_fields__["convention"]
+    own = KV_POLICIES[word].__dataclass_fields__.get("convention")
+    if own is None:
+        return f"{kv_bits(kv)} {word}"
     before = own.metadata.get("before", (own.default,))[0]
     convention = kv.get("convention", before)
     return f"{kv_bits(kv)} {word}" + ("" if convention == own.default else f" {convention}")

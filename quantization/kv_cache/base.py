@@ -1,4 +1,4 @@
-"""What KV policies share: their grids and groups, the rotation of keys, the parts of a policy with tensors per layer.
+"""What KV policies share: bits and grids, groups of channels, codes that stand for them, the rotation of keys.
 
     keys: k → Mᵀ Q(M k) where they are rotated, M the Hadamard rotation of a head; values: Q(v)
     one group = the D channels of a (sequence, token, KV head); `group_size` of them; or, with −1, the H·D of a token
@@ -7,21 +7,26 @@ q·k needs no rotation of q then (PrefixQuant rotates both).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from intactkv.cache import LayerPolicy
-from quantization.grids.uniform import UniformGrid, check_bits
+from intactkv.rope import Places
+from intactkv.store import PREFILLS, Codes, Rounding, Store
+from quantization.grids.packing import pack_codes, unpack_codes
+from quantization.grids.straight_through import on_grid
+from quantization.grids.uniform import SCALE_DTYPES, Fit, UniformGrid, check_bits, constant_zero_point, encode
 from quantization.hadamard import apply, plan
 from quantization.recipes.recipe import added
 
-__all__ = ["CalibratedPerHead", "Grids", "Heads", "Layers", "check_keep", "merge_heads", "split_heads", "turned"]
+if TYPE_CHECKING:
+    from quantization.model.blocks import DecoderBlock
 
-SCALE_BITS = 16.0  # of a stored scale, and of a zero point, which may be any integer
+__all__ = ["Grids", "OnGrids", "Policy", "check_keep", "merge_heads", "split_heads", "turned"]
 
 
 def check_keep(keep: float) -> None:
@@ -52,24 +57,87 @@ def channels_of(group_size: int | None, head_size: int, heads: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grids:
+class Policy(ABC):
     """What every policy can be told. bits: of keys, and of values unless `v_bits` says otherwise; 2 to 8.
 
-    convention: of both grids (`grids.CONVENTIONS`). group_size: channels of a head that share a grid; none: all of a
-    head; −1: those of all KV heads.
+    space: where keys are rounded. calibrates: whether layers have tensors of their own, which `fit_block` finds.
+    needs_gradients: whether it needs `DecoderBlock.squared_gradients` for that.
+    """
+
+    bits: int
+    v_bits: int | None = added(None)
+    space: ClassVar[str] = "post_rope"
+    calibrates: ClassVar[bool] = False
+    allowed_bits: ClassVar[tuple[int, ...]] = tuple(range(2, 9))
+
+    def __post_init__(self) -> None:
+        for bits in (self.bits, self.values_bits):
+            lowest, highest = self.allowed_bits[0], self.allowed_bits[-1]
+            check_bits("KV bits", bits, "--kv none (16 in a script) for a full-precision cache", lowest, highest)
+            if bits not in self.allowed_bits:
+                raise UserError(
+                    f"KV bits={bits} is not supported by {type(self).__name__}; use "
+                    f"{', '.join(str(b) for b in self.allowed_bits)}"
+                )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration needs the loss's gradients."""
+        return False
+
+    @property
+    def values_bits(self) -> int:
+        """Bits of values."""
+        return self.bits if self.v_bits is None else self.v_bits
+
+    def in_heads(self, head_size: int) -> Self:
+        """The policy for heads of that many channels, each thing said in one way: bits of values that are those of keys
+        are not said apart. Raises UserError for what does not fit."""
+        return replace(self, v_bits=None if self.v_bits == self.bits else self.v_bits)
+
+    @abstractmethod
+    def roundings(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Rounding, Rounding]:
+        """How the keys and the values of a layer are rounded. tensors: what it was calibrated to."""
+
+    @abstractmethod
+    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
+        """See `intactkv.store.KVPolicy`."""
+
+    def fit_block(self, block: "DecoderBlock") -> dict[str, Tensor]:
+        """The tensors of one block, by names without a dot, from its calibration text."""
+        raise NotImplementedError(f"{type(self).__name__} calibrates nothing")
+
+    def store(self, layer: int, tensors: Mapping[str, Tensor] | None = None, packed: bool = False) -> Store:
+        """What one layer of one call keeps."""
+        return Store(*self.roundings(tensors), getattr(self, "prefill", "exact"), packed)
+
+
+def check_prefill(prefill: str) -> None:
+    """Raise UserError for a word that is none of `PREFILLS`."""
+    if prefill not in PREFILLS:
+        raise UserError(f"kv_cache.prefill={prefill} is not known; choose {', '.join(PREFILLS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grids(Policy):
+    """A policy of evenly spaced levels per token. convention: of both grids (`grids.CONVENTIONS`). group_size: channels
+    of a head that share a grid; none: all of a head; −1: those of all KV heads.
+
+    scale_dtype: what scales are stored in, rounded before codes are computed; zero points that are no codes take int16
+    with float16, float32 with float32.
     """
 
     bits: int
     convention: str
-    v_bits: int | None = added(None)
     group_size: int | None = added(None)
+    scale_dtype: str = added("float32")
     grid: UniformGrid = field(init=False, repr=False)  # of keys
     v_grid: UniformGrid = field(init=False, repr=False)
     stores_grids: ClassVar[bool] = False  # with a model, and not with every token
 
     def __post_init__(self) -> None:
-        for name, bits in (("grid", self.bits), ("v_grid", self.bits if self.v_bits is None else self.v_bits)):
-            check_bits("KV bits", bits, "--kv none (16 in a script) for a full-precision cache")
+        super().__post_init__()
+        for name, bits in (("grid", self.bits), ("v_grid", self.values_bits)):
             object.__setattr__(self, name, UniformGrid(bits, -1, self.convention))
         if self.stores_grids and self.grid.rule.zero_point == "real":
             raise UserError(
@@ -81,82 +149,108 @@ class Grids:
                 f"kv_cache.group_size={self.group_size} is not allowed; give a divisor of a head's channels, -1 for "
                 "one group over all heads of a token, or none for a head"
             )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise UserError(f"kv_cache.scale_dtype={self.scale_dtype} is not known; choose {' or '.join(SCALE_DTYPES)}")
 
     def in_heads(self, head_size: int) -> Self:
-        """The policy for heads of that many channels, each thing said in one way: a group of as many is a head, and
-        bits of values that are those of keys are not said apart. Raises UserError if groups do not fill a head."""
+        """The policy for heads of that many channels; a group of as many is a head. Raises UserError if groups do not
+        fill a head."""
         if self.group_size not in (None, -1) and head_size % (self.group_size or 1):
             raise UserError(
                 f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use a "
                 f"divisor of {head_size}, -1 for one group over all heads of a token, or none for a head"
             )
         return replace(
-            self,
-            group_size=None if self.group_size == head_size else self.group_size,
-            v_bits=None if self.v_bits == self.bits else self.v_bits,
+            super().in_heads(head_size), group_size=None if self.group_size == head_size else self.group_size
         )
 
-    def bits_per_element(self, head_size: int, heads: int) -> tuple[float, float]:
-        """Bits of a stored element of keys and of values, with its share of what is stored for its group."""
-        per_group = SCALE_BITS * (1 if self.grid.rule.zero_point == "constant" else 2)
-        more = 0.0 if self.stores_grids else per_group / channels_of(self.group_size, head_size, heads)
-        return self.grid.bits + more, self.v_grid.bits + more
+    def zero_dtype(self, grid: UniformGrid) -> torch.dtype | None:
+        """What zero points are stored in; None where they follow from the bits."""
+        kinds = {"constant": None, "code": torch.uint8}
+        real = torch.float32 if self.scale_dtype == "float32" else torch.int16
+        return kinds.get(grid.rule.zero_point, real)
+
+    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
+        """b, and the share of what is stored for a group: a scale, and a zero point where it does not follow."""
+        channels = channels_of(self.group_size, head_size, heads)
+        return self._bits(self.grid, channels), self._bits(self.v_grid, channels)
+
+    def _bits(self, grid: UniformGrid, channels: int) -> float:
+        stored = [SCALE_DTYPES[self.scale_dtype], self.zero_dtype(grid)]
+        more = 0 if self.stores_grids else sum(8 * dtype.itemsize for dtype in stored if dtype is not None)
+        return grid.bits + more / channels
 
 
 @dataclass(frozen=True, eq=False)
-class Heads(ABC):
-    """The policy of one layer. tensors: what its block was calibrated or trained to; gradients flow to them."""
+class OnGrids(Rounding, ABC):
+    """Keys or values on grids per token and group of channels. policy: whose they are. grid: of the levels.
 
-    policy: "CalibratedPerHead"
-    tensors: Mapping[str, Tensor]
-    differentiable: bool = True
+    rotate: round behind the Hadamard rotation of a head. stored: what `fit` gives is the model's, and not a token's.
+    """
 
-    def keys(self, states: Tensor) -> Tensor:
-        """Round new keys (batch, KV heads, tokens, D), after RoPE. Same shape and dtype."""
-        groups = split_heads(turned(states.float(), self.policy.rotate_keys), self.policy.group_size)
-        rounded = merge_heads(self.rounded_keys(groups), states.shape[-1])
-        return turned(rounded, self.policy.rotate_keys, back=True).to(states.dtype)
-
-    def values(self, states: Tensor) -> Tensor:
-        """Round new values (batch, KV heads, tokens, D). Same shape and dtype."""
-        groups = split_heads(states.float(), self.policy.group_size)
-        return merge_heads(self.rounded_values(groups), states.shape[-1]).to(states.dtype)
+    policy: Grids
+    grid: UniformGrid
+    rotate: bool = field(default=False, kw_only=True)
 
     @abstractmethod
-    def rounded_keys(self, keys: Tensor) -> Tensor:
-        """Round groups of keys (see `split_heads`) in the basis that they are rounded in, float32."""
+    def fit(self, groups: Tensor) -> Fit:
+        """Scale and zero point of groups (batch, tokens, groups, channels), (…, 1), float32, with their gradients."""
 
-    @abstractmethod
-    def rounded_values(self, values: Tensor) -> Tensor:
-        """Round groups of values, float32."""
+    def fitted(self, groups: Tensor) -> Fit:
+        """The same as they are stored."""
+        scale, zero_point = self.fit(groups)
+        if self.policy.scale_dtype == "float32" or self.policy.stores_grids:
+            return Fit(scale, zero_point)
+        half = torch.finfo(torch.float16)
+        scale = scale.clamp(half.smallest_normal, half.max).half().float()
+        if self.policy.zero_dtype(self.grid) is torch.int16:
+            whole = torch.iinfo(torch.int16)
+            zero_point = zero_point.round().clamp(whole.min, whole.max)
+        return Fit(scale, zero_point)
+
+    def numbers(self, states: Tensor, places: Places) -> Tensor:
+        """Round tokens (batch, KV heads, n, D); the same bits as `decode` of `encode`, with gradients."""
+        groups = split_heads(turned(states, self.rotate), self.policy.group_size)
+        rounded = merge_heads(on_grid(groups, self.fitted(groups), self.grid), states.shape[-1])
+        return turned(rounded, self.rotate, back=True)
+
+    def encode(self, states: Tensor, places: Places) -> Codes:
+        """codes (batch, KV heads, n, D·b/8) uint8; scale and zero_point (batch, KV heads, n, groups of a head), with
+        one head for groups over all."""
+        groups = split_heads(turned(states, self.rotate), self.policy.group_size)
+        fitted = self.fitted(groups)
+        codes = merge_heads(encode(groups, fitted, self.grid), states.shape[-1])
+        kept = {"codes": pack_codes(codes.to(torch.uint8), self.grid.bits)}
+        if self.policy.stores_grids:
+            return kept
+        dtype = self.policy.zero_dtype(self.grid)
+        heads = 1 if self.policy.group_size == -1 else states.shape[1]
+        kept["scale"] = _by_head(fitted.scale, heads).to(SCALE_DTYPES[self.policy.scale_dtype])
+        return kept if dtype is None else kept | {"zero_point": _by_head(fitted.zero_point, heads).to(dtype)}
+
+    def decode(self, codes: Codes, places: Places) -> Tensor:
+        """Undo `encode`."""
+        size = codes["codes"].shape[-1] * 8 // self.grid.bits
+        groups = split_heads(unpack_codes(codes["codes"], self.grid.bits, size).float(), self.policy.group_size)
+        fitted = self.restored(codes, groups)
+        rounded = merge_heads((groups - fitted.zero_point) * fitted.scale, size)
+        return turned(rounded, self.rotate, back=True)
+
+    def restored(self, codes: Codes, groups: Tensor) -> Fit:
+        """Scale and zero point of stored groups, as `fitted` gave them."""
+        if self.policy.stores_grids:
+            return self.fitted(groups)
+        scale = _by_token(codes["scale"].float())
+        if "zero_point" in codes:
+            return Fit(scale, _by_token(codes["zero_point"].float()))
+        return Fit(scale, constant_zero_point(self.grid).to(scale.device))
 
 
-@dataclass(frozen=True, eq=False)
-class Layers:
-    """The policies of a model's layers, and the one that they are made of."""
-
-    policy: "CalibratedPerHead"
-    layers: tuple[LayerPolicy, ...]
-
-    def at(self, layer: int) -> LayerPolicy:
-        """The policy of one layer."""
-        return self.layers[layer]
+def _by_head(fitted: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, groups, 1) as (batch, heads, tokens, groups of a head)."""
+    return fitted.squeeze(-1).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class CalibratedPerHead(Grids):
-    """A policy with tensors of its own for every layer. rotate_keys: round keys behind a Hadamard rotation of each
-    head."""
-
-    bits: int
-    convention: str = "intactkv-asym"
-    rotate_keys: bool = False
-    heads: ClassVar[type[Heads]]
-
-    def of_block(self, tensors: Mapping[str, Tensor]) -> LayerPolicy:
-        """The policy of one layer, by what `fit_block` found (or training made of it)."""
-        return self.heads(self, tensors)
-
-    def bound(self, layers: Sequence[Mapping[str, Tensor]]) -> Layers:
-        """The policy of a model whose layers have these tensors."""
-        return Layers(self, tuple(self.of_block(tensors) for tensors in layers))
+def _by_token(stored: Tensor) -> Tensor:
+    """Undo `_by_head`."""
+    return stored.transpose(1, 2).flatten(2)[..., None]

@@ -12,43 +12,58 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantization.grids.straight_through import on_grid
-from quantization.grids.uniform import fit
-from quantization.kv_cache.base import CalibratedPerHead, Heads, check_keep
+from intactkv.store import Rounding
+from quantization.grids.uniform import Fit
+from quantization.kv_cache.base import Grids, OnGrids, check_keep
+from quantization.kv_cache.per_head import WholeRange
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import fit_shares
 
-__all__ = ["ClippedHeads", "ClippedPerHead"]
+__all__ = ["ClippedPerHead"]
 
 
 @dataclass(frozen=True, eq=False)
-class ClippedHeads(Heads):
-    """A layer's policy. tensors: `values_low` and `values_high`, scalars."""
+class Shares(OnGrids):
+    """Values on a grid over the learned shares of their range. low, high: scalars."""
 
-    def rounded_keys(self, keys: Tensor) -> Tensor:
-        """Keys on a grid over their whole range."""
-        return on_grid(keys, fit(keys, self.policy.grid), self.policy.grid)
+    low: Tensor
+    high: Tensor
+    differentiable = True
 
-    def rounded_values(self, values: Tensor) -> Tensor:
-        """Values on a grid over the learned shares of their range."""
-        low, high = (self.tensors[f"values_{end}"].to(values.device) for end in ("low", "high"))
-        return on_grid(values, fit_shares(values, low, high, self.policy.v_grid), self.policy.v_grid)
+    def fit(self, groups: Tensor) -> Fit:
+        """See `fit_shares`."""
+        return fit_shares(groups, self.low.to(groups.device), self.high.to(groups.device), self.grid)
+
+
+class ClippedKeys(WholeRange):
+    """Keys on a grid over their whole range, with gradients."""
+
+    differentiable = True
 
 
 @dataclass(frozen=True)
-class ClippedPerHead(CalibratedPerHead):
-    """A grid per token and head, 2 to 8 bits; a share of the values' range, found for every layer.
+class ClippedPerHead(Grids):
+    """A grid per token and head, 2 to 8 bits; a share of the values' range, found for every layer. rotate_keys: round
+    keys behind a Hadamard rotation of each head.
 
     keep: the share that a search or training starts from.
     """
 
+    bits: int
     convention: str = "gptq-sym"
+    rotate_keys: bool = False
     keep: float = 0.95
-    heads: ClassVar[type[Heads]] = ClippedHeads
+    calibrates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         super().__post_init__()
+
+    def roundings(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Rounding, Rounding]:
+        """Keys over their whole range, values over the shares in `values_low` and `values_high`."""
+        assert tensors is not None
+        keys = ClippedKeys(self, self.grid, rotate=self.rotate_keys)
+        return keys, Shares(self, self.v_grid, low=tensors["values_low"], high=tensors["values_high"])
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         """The shares of the values' range, both `keep`, scalars."""

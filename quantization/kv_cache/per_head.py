@@ -7,15 +7,25 @@ The range is taken as it is: it need not contain 0, and z need not be a code.
 Keys are quantized after RoPE, keys and values before attention reads them; the intact prefix is not touched.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantization.grids.uniform import UniformGrid, fake_quantize
-from quantization.kv_cache.base import Grids, merge_heads, split_heads
+from intactkv.store import Rounding
+from quantization.grids.uniform import Fit, fit
+from quantization.kv_cache.base import Grids, OnGrids
 from quantization.recipes.recipe import added
 
 __all__ = ["PerHead"]
+
+
+class WholeRange(OnGrids):
+    """A grid over the whole range of every group."""
+
+    def fit(self, groups: Tensor) -> Fit:
+        """By the grid's rule."""
+        return fit(groups, self.grid)
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,6 @@ class PerHead(Grids):
     bits: int
     convention: str = added("minmax-asym", "intactkv-asym")
 
-    def keys(self, states: Tensor) -> Tensor:
-        """Quantize and dequantize new keys: (batch, heads, tokens, D), after RoPE. Same shape and dtype."""
-        return self._rounded(states, self.grid)
-
-    def values(self, states: Tensor) -> Tensor:
-        """Quantize and dequantize new values: (batch, heads, tokens, D). Same shape and dtype."""
-        return self._rounded(states, self.v_grid)
-
-    def _rounded(self, states: Tensor, grid: UniformGrid) -> Tensor:
-        return merge_heads(fake_quantize(split_heads(states, self.group_size), grid), states.shape[-1])
+    def roundings(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Rounding, Rounding]:
+        """Keys and values alike."""
+        return WholeRange(self, self.grid), WholeRange(self, self.v_grid)

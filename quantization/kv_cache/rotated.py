@@ -11,16 +11,45 @@ Departs from the reference: where D has no Hadamard matrix, the Hartley matrix s
 the same is exact (reference: 0/0).
 """
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
 
-from quantization.grids.uniform import TINY, Fit, UniformGrid, encode
-from quantization.kv_cache.base import Grids, check_keep, merge_heads, split_heads, turned
+from intactkv.store import Rounding
+from quantization.grids.uniform import TINY, Fit, UniformGrid
+from quantization.kv_cache.base import Grids, OnGrids, check_keep
 from quantization.recipes.recipe import added
 
 __all__ = ["Rotated"]
+
+
+@dataclass(frozen=True, eq=False)
+class CutRange(OnGrids):
+    """A grid over a share of every group's range, which contains 0."""
+
+    keep: float
+
+    def fit(self, groups: Tensor) -> Fit:
+        """By the grid's rule, from both ends times `keep`."""
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        return self.grid.rule.fit(low * self.keep, high * self.keep, self.grid.bits)
+
+
+class ObservedRange(CutRange):
+    """A grid over a share of every group's range as it is."""
+
+    def fit(self, groups: Tensor) -> Fit:
+        """s = p(hi − lo)/(2^b − 1), z = round(−p lo/s), p = `keep`; 0 need not be in the range, so z may be no code."""
+        if self.grid.rule.zero_point == "constant":
+            return super().fit(groups)
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        # Not minmax-asym: by its least scale a vector of one value c, whose range is cut to p·c, would become p·c.
+        spread = (high - low) * self.keep
+        # All values the same: one level must hit them, so the scale is the value itself (1 for zeros).
+        scale = torch.where(spread < TINY, torch.where(low == 0, 1.0, low.abs()), spread / self.grid.top)
+        return Fit(scale, torch.round(-low * self.keep / scale))
 
 
 @dataclass(frozen=True)
@@ -37,31 +66,15 @@ class Rotated(Grids):
         check_keep(self.keep)
         super().__post_init__()
 
-    def keys(self, states: Tensor) -> Tensor:
-        """New keys (batch, KV heads, tokens, D), after RoPE, rounded in the rotated basis; the range contains 0."""
-        x = split_heads(turned(states.float()), self.group_size)
-        low, high = x.aminmax(dim=-1, keepdim=True)
-        fitted = self.grid.rule.fit(low * self.keep, high * self.keep, self.bits)
-        rounded = self._rounded(x, fitted, self.grid, states.shape[-1])
-        return turned(rounded, back=True).to(states.dtype)
+    def roundings(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Rounding, Rounding]:
+        """Keys in the rotated basis, values as they are."""
+        return CutRange(self, self.grid, rotate=True, keep=self.keep), ObservedRange(self, self.v_grid, keep=self.keep)
 
-    def values(self, states: Tensor) -> Tensor:
-        """New values (batch, KV heads, tokens, D), rounded over the range as it is."""
-        x = split_heads(states.float(), self.group_size)
-        low, high = x.aminmax(dim=-1, keepdim=True)
-        if self.v_grid.rule.zero_point == "constant":
-            fitted = self.v_grid.rule.fit(low * self.keep, high * self.keep, self.v_grid.bits)
-        else:
-            fitted = self._observed(low, high)
-        return self._rounded(x, fitted, self.v_grid, states.shape[-1]).to(states.dtype)
-
-    def _observed(self, low: Tensor, high: Tensor) -> Fit:
-        """s = p(hi − lo)/(2^b − 1), z = round(−p lo/s), p = `keep`; 0 need not be in the range, so z may be no code."""
-        # Not minmax-asym: by its least scale a vector of one value c, whose range is cut to p·c, would become p·c.
-        spread = (high - low) * self.keep
-        # All values the same: one level must hit them, so the scale is the value itself (1 for zeros).
-        scale = torch.where(spread < TINY, torch.where(low == 0, 1.0, low.abs()), spread / self.v_grid.top)
-        return Fit(scale, torch.round(-low * self.keep / scale))
-
-    def _rounded(self, x: Tensor, fitted: Fit, grid: UniformGrid, head_size: int) -> Tensor:
-        return merge_heads((encode(x, fitted, grid) - fitted.zero_point) * fitted.scale, head_size)
+    def zero_dtype(self, grid: UniformGrid) -> torch.dtype | None:
+        """Zero points of values are no codes where they do not follow from the bits."""
+        asymmetric = grid is self.v_grid and grid.rule.zero_point == "code"
+        return (
+            (torch.float32 if self.scale_dtype == "float32" else torch.int16)
+            if asymmetric
+            else super().zero_dtype(grid)
+        )

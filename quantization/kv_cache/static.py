@@ -15,41 +15,47 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantization.grids.straight_through import on_grid, straight
-from quantization.grids.uniform import Fit, UniformGrid
-from quantization.kv_cache.base import CalibratedPerHead, Heads, split_heads, turned
+from intactkv.store import Rounding
+from quantization.grids.straight_through import straight
+from quantization.grids.uniform import Fit
+from quantization.kv_cache.base import Grids, OnGrids, split_heads, turned
 from quantization.model.blocks import DecoderBlock
 
-__all__ = ["StaticHeads", "StaticPerHead"]
+__all__ = ["StaticPerHead"]
 
 
 @dataclass(frozen=True, eq=False)
-class StaticHeads(Heads):
-    """A layer's grids. tensors: see `StaticPerHead.fit_block`."""
+class Fixed(OnGrids):
+    """Keys or values on the grids of a layer. scale, zero_point: (groups, 1, 1)."""
 
-    def rounded_keys(self, keys: Tensor) -> Tensor:
-        """Keys on the grid of their group."""
-        return self._rounded(keys, "keys", self.policy.grid)
+    scale: Tensor
+    zero_point: Tensor
+    differentiable = True
 
-    def rounded_values(self, values: Tensor) -> Tensor:
-        """Values on the grid of their group."""
-        return self._rounded(values, "values", self.policy.v_grid)
-
-    def _rounded(self, groups: Tensor, name: str, grid: UniformGrid) -> Tensor:
-        scale, zero_point = (
-            self.tensors[f"{name}_{part}"].to(groups.device).view(-1, 1) for part in ("scale", "zero_point")
-        )
-        code = straight(zero_point.round().clamp(0, grid.top), zero_point)
-        return on_grid(groups, Fit(scale, code), grid)
+    def fit(self, groups: Tensor) -> Fit:
+        """The same for every token: (groups, 1)."""
+        scale, zero_point = (x.to(groups.device).view(-1, 1) for x in (self.scale, self.zero_point))
+        return Fit(scale, straight(zero_point.round().clamp(0, self.grid.top), zero_point))
 
 
 @dataclass(frozen=True)
-class StaticPerHead(CalibratedPerHead):
+class StaticPerHead(Grids):
     """Grids per KV head, 2 to 8 bits, from the text that the model was calibrated on; PrefixQuant's own convention is
-    gptq-sym."""
+    gptq-sym. rotate_keys: round keys behind a Hadamard rotation of each head."""
 
-    heads: ClassVar[type[Heads]] = StaticHeads
+    bits: int
+    convention: str = "intactkv-asym"
+    rotate_keys: bool = False
+    calibrates: ClassVar[bool] = True
     stores_grids: ClassVar[bool] = True
+
+    def roundings(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Rounding, Rounding]:
+        """Both by what `fit_block` found, or training made of it."""
+        assert tensors is not None
+        keys, values = (
+            tuple(tensors[f"{name}_{part}"] for part in ("scale", "zero_point")) for name in ("keys", "values")
+        )
+        return Fixed(self, self.grid, *keys, rotate=self.rotate_keys), Fixed(self, self.v_grid, *values)
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         """Scale and zero point of every group, (groups, 1, 1), for keys and values; min-max over the text."""

@@ -6,7 +6,7 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import Architecture, Feed
-from intactkv.cache import IntactCache, KVPolicy
+from intactkv.cache import IntactCache
 from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.store import Bound, KVPolicy
 from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
@@ -49,6 +50,8 @@ class DecoderBlock:
     own for every block; the checkpoint keeps them, too. figures: what a quantizer has to report of
     this block (outliers, repaired Hessians); numbers of the same name are summed over blocks. rounding: what rounds
     beside the weights when the model runs, for quantizers that train with it at work (`WeightQuantizer.sees_rounding`).
+    squared_gradients: of the mean loss of the calibration text, `keys` (as RoPE received them) and `values`, each
+    (samples, KV heads, tokens, D) float32, for KV policies that ask (`Policy.needs_gradients`).
     """
 
     index: int
@@ -60,6 +63,7 @@ class DecoderBlock:
     kv: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     rounding: Rounding | None = None
+    squared_gradients: Mapping[str, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -253,11 +257,14 @@ class CalibrationStream:
         self, block: DecoderBlock, kv: KVPolicy | None = None, seeded: tuple[Tensor, Tensor] | None = None
     ) -> IntactCache:
         """The cache that one sample meets in a block: the prefix's keys and values, then what a policy leaves of the
-        new ones. seeded: other keys and values of the prefix than the block was seeded with."""
+        new ones, by the tensors in `block.kv` if it has any. seeded: other keys and values of the prefix than the
+        block was seeded with."""
         keys, values = self._keys, self._values
         if seeded is not None:
             keys = [*keys[: block.index], seeded[0], *keys[block.index + 1 :]]
             values = [*values[: block.index], seeded[1], *values[block.index + 1 :]]
+        if kv is not None and kv.calibrates:
+            kv = Bound(kv, {block.index: block.kv} if block.kv else {})
         return IntactCache(self._config, keys, values, kv)
 
     def forward(

@@ -25,8 +25,8 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         type=values.name,
         default=None,
         metavar="NAME",
-        help="KV-cache policy: none, per_head, rotated, or static and clipped, whose ranges a checkpoint holds "
-        "(default: the recipe's, or the checkpoint's)",
+        help="KV-cache policy: none, per_head, rotated, kivi, or static and clipped, which calibrate "
+        "(default: the recipe's, or the checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
     )
     group.add_argument(
         "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
@@ -37,7 +37,8 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         "--kv-group-size",
         type=values.group_size,
         metavar="G",
-        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head)",
+        help="channels of a head that share a grid, -1 for one grid over all heads of a token (default: a head; kivi: "
+        "32, tokens of a channel for keys)",
     )
 
 
@@ -59,7 +60,7 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     from dataclasses import replace
 
     from corpora.errors import UserError
-    from quantization.kv_cache import KV_POLICIES, Grids
+    from quantization.kv_cache import KV_POLICIES, Policy
     from quantization.named import kv_policy
     from quantization.runs.kept import stored_kv
 
@@ -74,14 +75,17 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
         policy = stored_kv(checkpoint)
         if policy is None and {"k_bits", "v_bits"} <= given.keys():
             policy = kv_policy("per_head", given["k_bits"])
-    if given and not isinstance(policy, Grids):
+    if given and not isinstance(policy, Policy):
         told = ", ".join(f"--{field.replace('_', '-')}" for field in given)
         raise UserError(f"{told}: the KV cache has full precision; add --kv-bits N, or give both --k-bits and --v-bits")
-    if isinstance(policy, Grids) and given:
+    if isinstance(policy, Policy) and given:
         policy = replace(
             policy,
             bits=given.get("k_bits", policy.bits),
-            v_bits=given.get("v_bits", (policy.v_bits or policy.bits) if "k_bits" in given else policy.v_bits),
-            group_size=given.get("kv_group_size", policy.group_size),
+            v_bits=given.get("v_bits", policy.values_bits if "k_bits" in given else policy.v_bits),
         )
+        if (size := given.get("kv_group_size")) is not None:
+            if not hasattr(policy, "group_size"):
+                raise UserError(f"--kv-group-size: {type(policy).__name__} has no groups of channels; leave it out")
+            policy = replace(policy, group_size=size)  # type: ignore[call-arg]
     return replace(recipe, kv_cache=policy)

@@ -174,6 +174,13 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="keep quantized weights packed in memory: a quarter of it, but slower",
     )
+    group.add_argument(
+        "--kv-storage",
+        default="fake",
+        choices=["fake", "packed"],
+        help="what the KV cache keeps of rounded tokens: numbers (fake, the default), or the codes that the bits "
+        "promise (packed); the results are the same",
+    )
 
 
 def add_text_seed(parser: argparse._ActionsContainer, default: int, what: str) -> None:
@@ -268,6 +275,7 @@ def plan_of(
         dtype=chosen_dtype(getattr(options, "dtype", None)),
         vanilla=getattr(options, "vanilla", False),
         packed=getattr(options, "packed", False),
+        packed_kv=getattr(options, "kv_storage", "fake") == "packed",
         spread=spread,
         max_memory=size,
         makes=makes,

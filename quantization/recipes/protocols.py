@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, get_type_hints, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from corpora.errors import UserError, said_by
 from corpora.json_files import fitted
 from intactkv.architecture import Feed
-from intactkv.cache import KVPolicy, LayeredPolicy, LayerPolicy
+from intactkv.store import KVPolicy
 from quantization.grids.stored import Grid, StoredWeight
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
 
-__all__ = ["BlockTuning", "CalibratedKV", "Transform", "WeightQuantizer", "restored"]
+__all__ = ["BlockTuning", "Transform", "WeightQuantizer", "restored"]
 
 
 class Transform(Protocol):
@@ -115,37 +115,6 @@ class WeightQuantizer(Protocol):
         ...
 
 
-@runtime_checkable
-class CalibratedKV(Protocol):
-    """A KV policy whose ranges come from calibration text: a frozen dataclass; the checkpoint keeps its tensors."""
-
-    @property
-    def bits(self) -> int:
-        """Bits of keys, and of values unless `v_bits` says otherwise."""
-        ...
-
-    @property
-    def v_bits(self) -> int | None:
-        """Bits of values, where keys have others."""
-        ...
-
-    def in_heads(self, head_size: int) -> Self:
-        """The policy for heads of that many channels; one way to say one thing."""
-        ...
-
-    def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
-        """The tensors of one block, by names without a dot."""
-        ...
-
-    def of_block(self, tensors: Mapping[str, Tensor]) -> LayerPolicy:
-        """The policy of one block with such tensors."""
-        ...
-
-    def bound(self, layers: Sequence[Mapping[str, Tensor]]) -> LayeredPolicy:
-        """The policy of a model whose blocks have these tensors."""
-        ...
-
-
 class BlockTuning(Protocol):
     """Trains a block with its quantizers at work, and leaves its weights on their grid.
 
@@ -173,7 +142,7 @@ class BlockTuning(Protocol):
         block: DecoderBlock,
         weights: WeightQuantizer | None,
         inputs: Mapping[tuple[str, ...], InputQuantizer],
-        kv: "KVPolicy | CalibratedKV | None",
+        kv: KVPolicy | None,
     ) -> Mapping[str, StoredWeight]:
         """Every linear in its stored form, by its name within the block.
 

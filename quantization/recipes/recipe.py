@@ -14,10 +14,10 @@ from typing import Any, get_args, get_type_hints
 from corpora import values
 from corpora.errors import UserError
 from corpora.files import plain_file, sha256_of_file
-from intactkv.cache import KVPolicy
+from intactkv.store import KVPolicy
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
-from quantization.recipes.protocols import BlockTuning, CalibratedKV, Transform, WeightQuantizer
+from quantization.recipes.protocols import BlockTuning, Transform, WeightQuantizer
 
 __all__ = ["Calibration", "Recipe", "added", "describe", "with_settings"]
 
@@ -58,7 +58,7 @@ class Recipe:
     activations: Activations | None = None
     attention: AttentionProducts | None = None
     tuning: BlockTuning | None = None
-    kv_cache: KVPolicy | CalibratedKV | None = None
+    kv_cache: KVPolicy | None = None
     prefix: str = "none"
     calibration: Calibration = Calibration()
     calibrate_behind_prefix: bool = False
@@ -94,7 +94,7 @@ class Recipe:
     @property
     def kv_calibrates(self) -> bool:
         """Whether the KV policy has ranges of its own for every block, which the checkpoint keeps."""
-        return isinstance(self.kv_cache, CalibratedKV)
+        return self.kv_cache is not None and self.kv_cache.calibrates
 
     @property
     def makes_checkpoint(self) -> bool:

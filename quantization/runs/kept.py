@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.cache import KVPolicy
-from quantization.kv_cache import Grids
-from quantization.recipes.protocols import CalibratedKV, restored
+from intactkv.store import Bound, KVPolicy
+from quantization.kv_cache import Policy
+from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import PARTS, Checkpoint
 
@@ -28,11 +28,11 @@ def needed_prefix(checkpoint: Checkpoint) -> str:
     return word
 
 
-def stored_kv(checkpoint: Checkpoint) -> CalibratedKV | None:
+def stored_kv(checkpoint: Checkpoint) -> Policy | None:
     """The calibrated KV policy whose tensors a quantized checkpoint holds; None if it holds none."""
     described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
     policy = None if described is None else restored(described, PARTS)
-    if policy is not None and not isinstance(policy, CalibratedKV):
+    if policy is not None and not policy.calibrates:
         log.info(
             "%s comes from a recipe with the KV policy %s; without --kv and --kv-bits the cache has full precision",
             checkpoint.name,
@@ -46,16 +46,16 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
     """The recipe with its KV policy said for the model's heads; one with ranges is the checkpoint's own, if it has any
     weights of its own. config: of the text model. Raises UserError for groups or ranges that do not fit."""
     kv = recipe.kv_cache
-    if not isinstance(kv, Grids):
+    if not isinstance(kv, Policy):
         return recipe
     heads = getattr(config, "num_attention_heads", None) or 1
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if checkpoint.manifest is not None and isinstance(kv, CalibratedKV):
+    if checkpoint.manifest is not None and kv.calibrates:
         return replace(recipe, kv_cache=_stored_as(kv, checkpoint, head_size))
     return replace(recipe, kv_cache=kv.in_heads(head_size))
 
 
-def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint, head_size: int) -> CalibratedKV:
+def _stored_as(wanted: Policy, checkpoint: Checkpoint, head_size: int) -> Policy:
     """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
     own = stored_kv(checkpoint)
     if own is None:
@@ -74,7 +74,9 @@ def _stored_as(wanted: CalibratedKV, checkpoint: Checkpoint, head_size: int) -> 
     return own
 
 
-def bound_kv(recipe: Recipe, model: PreTrainedModel) -> KVPolicy | None:
-    """The recipe's KV policy, with the tensors that the model's checkpoint holds if it is a calibrated one."""
+def bound_kv(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> KVPolicy | None:
+    """The recipe's KV policy, with what the model's checkpoint holds for it if it calibrates. packed: keep codes."""
     kv = recipe.kv_cache
-    return kv.bound(model.__dict__["intactkv_kv"]) if isinstance(kv, CalibratedKV) else kv
+    if kv is None or not (kv.calibrates or packed):
+        return kv
+    return Bound(kv, dict(enumerate(model.__dict__["intactkv_kv"])) if kv.calibrates else {}, packed)

@@ -8,14 +8,12 @@ from pathlib import Path
 from torch import nn
 
 from corpora.errors import UserError
-from intactkv.cache import KVPolicy
 from quantization.grids.stored import StoredWeight, restore
 from quantization.model.activations import quantize_inputs
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer, restore_paths
 from quantization.model.rescale import Rescaling, rescale_all
 from quantization.model.rounding import BlockRounding
-from quantization.recipes.protocols import CalibratedKV
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import StoredBlock, block_file, read_block, write_block
 from quantization.runs.sums import add_sum
@@ -62,7 +60,7 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     else:  # ranges are those of the full-precision block, rescaled as its weights were
         if recipe.activations is not None:
             inputs = recipe.activations.fit_block(block)
-        if isinstance(recipe.kv_cache, CalibratedKV):
+        if recipe.kv_cache is not None and recipe.kv_calibrates:
             block.kv.update(recipe.kv_cache.fit_block(block))
         if tuning is not None:
             quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
@@ -72,7 +70,7 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     if passes_rounded:
         quantize_inputs(block, inputs)
     if stream is not None:
-        policy = _policy_of(block, recipe) if passes_rounded else None
+        policy = recipe.kv_cache if passes_rounded else None
         products = recipe.attention if recipe.trains_rounded else None
         with nullcontext() if products is None else products.at_work(block):
             stream.advance(block, stream.targets if reads == "full" else None, policy)
@@ -85,18 +83,12 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     return error
 
 
-def _policy_of(block: DecoderBlock, recipe: Recipe) -> KVPolicy | None:
-    """What a trained block's text meets in the cache."""
-    kv = recipe.kv_cache
-    return kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
-
-
 def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:
     """The block with what a quantizer of weights may train with at work; a KV policy with ranges comes only later."""
     if not recipe.trains_rounded or recipe.activations is None:
         return block
-    kv = None if isinstance(recipe.kv_cache, CalibratedKV) else recipe.kv_cache
-    return replace(block, rounding=BlockRounding(recipe.activations.fit_block(block), recipe.attention, kv))
+    rounding = BlockRounding(recipe.activations.fit_block(block), recipe.attention, recipe.kv_cache)
+    return replace(block, rounding=rounding)
 
 
 def _rescale_as(block: DecoderBlock, steps: Sequence[Rescaling]) -> None:

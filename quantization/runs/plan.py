@@ -77,6 +77,7 @@ class Plan:
     context: int | None  # positions the model has, None if its configuration does not say
     spread: bool = False  # over all GPUs, for a model larger than one
     max_memory: int | None = None  # bytes that it may take of each of them, None for all there are
+    packed_kv: bool = False  # keep the KV cache's codes, not numbers
 
     # What is known without running anything ---------------------------------------------------------------------------
 
@@ -133,17 +134,21 @@ class Plan:
             assert self.named is not None
             file = self.named.file
             prefix = {"label": self.named.label, "ids": list(self.named.ids), "file": file and sha256_of_file(file)}
-        return {
-            "model": self.checkpoint.family_name,
-            "weights": manifest["label"] if manifest is not None else self.checkpoint.exported or recipe.label(),
-            "made_of": made_of,
-            "recipe": manifest["recipe"] if manifest is not None else describe(recipe),
-            "kv": describe(recipe.kv_cache),
-            "prefix": prefix | {"intact": self.has_prefix and not self.vanilla},
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "packed": self.packed,
-        } | ({"spread": True} if self.spread else {})
+        return (
+            {
+                "model": self.checkpoint.family_name,
+                "weights": manifest["label"] if manifest is not None else self.checkpoint.exported or recipe.label(),
+                "made_of": made_of,
+                "recipe": manifest["recipe"] if manifest is not None else describe(recipe),
+                "kv": describe(recipe.kv_cache),
+                "prefix": prefix | {"intact": self.has_prefix and not self.vanilla},
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type,
+                "packed": self.packed,
+            }
+            | ({"spread": True} if self.spread else {})
+            | ({"kv_storage": "packed"} if self.packed_kv else {})
+        )
 
     def check_fits(self, option: str, tokens: int) -> None:
         """Raise UserError if so many tokens, with what stands in front of them, are more than the model's positions.
@@ -232,7 +237,7 @@ class Plan:
         source = self.written(self.recipe)
         prefix, built = self._prefix() if intact else (None, False)
         model = self._open(source, self.packed)
-        attached = attach(model, prefix, bound_kv(self.recipe, model))
+        attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv))
         if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
             self._keep(prefix)
         return attached
@@ -344,12 +349,14 @@ def plan_run(
     packed: bool = False,
     spread: bool = False,
     max_memory: int | None = None,
+    packed_kv: bool = False,
     makes: str = "run",
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. dtype: None takes float32 on
+    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV
+    cache's codes. dtype: None takes float32 on
     a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
     run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
     Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
@@ -381,7 +388,19 @@ def plan_run(
     if manifest is None and (makes != "prefix" or named is None or named.file is None):
         DenseCheckpoint(directory).check()
     plan = Plan(
-        checkpoint, recipe, named, search, tokenizer, dtype, device, vanilla, packed, context, spread, max_memory
+        checkpoint,
+        recipe,
+        named,
+        search,
+        tokenizer,
+        dtype,
+        device,
+        vanilla,
+        packed,
+        context,
+        spread,
+        max_memory,
+        packed_kv and recipe.kv_cache is not None,
     )
     if named is not None:
         check_prefix(named, checkpoint, context)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
-from intactkv.cache import KVPolicy
 from intactkv.observe import change_input
+from intactkv.store import KVPolicy
 from intactkv.training import (
     Schedule,
     in_order,
@@ -41,7 +41,7 @@ from quantization.grids.straight_through import straight
 from quantization.grids.uniform import TINY
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer
-from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
+from quantization.recipes.protocols import WeightQuantizer
 
 __all__ = ["Distill", "Student"]
 
@@ -95,7 +95,7 @@ class Distill:
         block: DecoderBlock,
         weights: WeightQuantizer | None,
         inputs: Mapping[tuple[str, ...], InputQuantizer],
-        kv: KVPolicy | CalibratedKV | None,
+        kv: KVPolicy | None,
     ) -> Mapping[str, StoredWeight]:
         """The trained linears on their grids; norms and biases stay in the block, trained.
 
@@ -144,10 +144,10 @@ class Student:
         block: DecoderBlock,
         weights: WeightQuantizer | None,
         inputs: Mapping[tuple[str, ...], InputQuantizer],
-        kv: KVPolicy | CalibratedKV | None = None,
+        kv: KVPolicy | None = None,
     ):
         self._teacher, self._weights = block, weights
-        self._kv = kv.of_block(block.kv) if isinstance(kv, CalibratedKV) else kv
+        self._kv = kv
         self._block = replace(block, module=deepcopy(block.module).float(), figures={})
         self.masters = tuple(self._block.module.parameters())
         round_inputs(self._block.module, inputs)

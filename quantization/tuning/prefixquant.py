@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from corpora.errors import UserError
-from intactkv.cache import KVPolicy
+from intactkv.store import KVPolicy
 from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, split_samples, train
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
-from quantization.recipes.protocols import CalibratedKV, WeightQuantizer
+from quantization.recipes.protocols import WeightQuantizer
 from quantization.recipes.recipe import added
 from quantization.tuning.quantizers import Quantizers, at_work, first_samples, joint_error, min_max, stream_of
 from quantization.tuning.search import initialize
@@ -141,7 +141,7 @@ class PrefixQuantTuning:
         block: DecoderBlock,
         weights: WeightQuantizer | None,
         inputs: Mapping[tuple[str, ...], InputQuantizer],
-        kv: KVPolicy | CalibratedKV | None,
+        kv: KVPolicy | None,
     ) -> Mapping[str, QuantizedTensor]:
         """Every linear on its grid; the quantizers of inputs, keys and values keep what was found for them.
 
@@ -175,7 +175,7 @@ class PrefixQuantTuning:
         steps = self.epochs * steps_per_epoch
         positive, others = quantizers.learned(block)
         floors = [FLOOR * tensor for tensor in positive]
-        policy, distance = quantizers.policy(block), LOSSES[self.loss]
+        policy, distance = quantizers.kv, LOSSES[self.loss]
 
         def loss(batch: int) -> Tensor:
             with torch.no_grad():  # a step may have overshot

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from intactkv.cache import KVPolicy
+from intactkv.store import KVPolicy
 from quantization.grids.straight_through import on_grid, straight
 from quantization.grids.uniform import (
     Fit,
@@ -26,7 +26,6 @@ from quantization.kv_cache import ClippedPerHead, StaticPerHead
 from quantization.model.activations import at_work
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer
-from quantization.recipes.protocols import CalibratedKV
 
 __all__ = ["Quantizers", "at_work", "first_samples", "joint_error", "min_max", "output_error", "stream_of"]
 
@@ -42,11 +41,7 @@ class Quantizers:
     grid: UniformGrid | None
     fits: dict[str, Fit]
     inputs: Mapping[tuple[str, ...], InputQuantizer]
-    kv: KVPolicy | CalibratedKV | None
-
-    def policy(self, block: DecoderBlock) -> KVPolicy | None:
-        """What new keys and values meet."""
-        return self.kv.of_block(block.kv) if isinstance(self.kv, CalibratedKV) else self.kv
+    kv: KVPolicy | None
 
     def rounded(self, name: str, weight: Tensor) -> Tensor:
         """Ŵ of a linear, float32, with gradients for the weight, its scales and its zero points."""
@@ -123,4 +118,4 @@ def joint_error(block: DecoderBlock, quantizers: Quantizers, targets: list[Tenso
         if name in quantizers.fits
     }
     with at_work(block, quantizers.inputs):
-        return output_error(block, targets, quantizers.policy(block), rounded)
+        return output_error(block, targets, quantizers.kv, rounded)

@@ -12,20 +12,21 @@ keys attend to everything, without mask and prefix; its search of weights in gro
 each is weighed by channels of others (ours makes 0.22 to 0.43 × its error).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from intactkv.cache import LayerPolicy
+from intactkv.attention import masked
+from intactkv.rope import Places
+from intactkv.store import Exact, Store
 from quantization.grids.uniform import Fit, UniformGrid, encode, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
 from quantization.kv_cache.base import split_heads
-from quantization.model.attention import masked
 from quantization.model.blocks import DecoderBlock
 from quantization.tuning.quantizers import Quantizers, at_work, output_error, stream_of
 
@@ -189,7 +190,7 @@ def initialize(block: DecoderBlock, quantizers: Quantizers, targets: list[Tensor
     if isinstance(quantizers.kv, StaticPerHead):
         _search_heads(block, quantizers.kv)
     elif isinstance(quantizers.kv, ClippedPerHead):
-        only_values = _ValuesOnly(quantizers.kv.of_block(block.kv))
+        only_values = _ValuesOnly(quantizers.kv)
         low, high = block.kv["values_low"], block.kv["values_high"]
         _search_shares(low, high, quantizers.kv.grid, lambda: output_error(block, targets, only_values))
 
@@ -244,14 +245,16 @@ def _search_heads(block: DecoderBlock, kv: StaticPerHead) -> None:
     groups_of_head = len(block.kv["keys_scale"]) // attention[0].key.shape[1]  # 0: one group of all heads
 
     def values_error(scale: Tensor) -> Tensor:
-        policy = kv.of_block(block.kv | {"values_scale": scale})
-        errors = [(policy.values(x).float() - x.float()).square() for x in samples]
+        _, rounding = kv.roundings(block.kv | {"values_scale": scale})
+        errors = [(rounding.numbers(x.float(), Places(0, x.shape[2])) - x.float()).square() for x in samples]
         return torch.stack([split_heads(x, kv.group_size).mean((0, 1, 3)) for x in errors]).mean(0)[:, None, None]
 
     def keys_error(scale: Tensor) -> Tensor:
-        policy, errors = kv.of_block(block.kv | {"keys_scale": scale}), []
+        (rounding, _), errors = kv.roundings(block.kv | {"keys_scale": scale}), []
         for sample, rows in zip(attention, exact, strict=True):
-            key = torch.cat([sample.key[:, :, :length], policy.keys(sample.key[:, :, length:])], dim=2)
+            new = sample.key[:, :, length:]
+            rounded = rounding.numbers(new.float(), Places(0, new.shape[2])).to(new)
+            key = torch.cat([sample.key[:, :, :length], rounded], dim=2)
             of_heads = (attention_rows(sample, key) - rows).square().mean((1, 2)).view(key.shape[1], -1).mean(1)
             errors.append(of_heads.repeat_interleave(groups_of_head) if groups_of_head else of_heads.mean(0, True))
         return torch.stack(errors).mean(0)[:, None, None]
@@ -264,10 +267,15 @@ def _search_heads(block: DecoderBlock, kv: StaticPerHead) -> None:
 class _ValuesOnly:
     """A policy whose keys keep full precision."""
 
-    policy: LayerPolicy
+    policy: ClippedPerHead
+    space: ClassVar[str] = "post_rope"
+    calibrates: ClassVar[bool] = True
 
-    def keys(self, states: Tensor) -> Tensor:
-        return states
+    def store(self, layer: int, tensors: Mapping[str, Tensor] | None, packed: bool = False) -> Store:
+        return Store(Exact(), self.policy.roundings(tensors)[1])
 
-    def values(self, states: Tensor) -> Tensor:
-        return self.policy.values(states)
+    def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
+        return self.policy.fit_block(block)
+
+    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
+        return 16.0, self.policy.bits_per_element(tokens, head_size, heads)[1]

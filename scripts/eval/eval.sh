@@ -2,7 +2,8 @@
 # Evaluate a method, vanilla and with IntactKV_[B].
 # Usage: eval.sh MODEL SIZE METHOD BITS KV_BITS TASK PORT DEVICE      for example: eval.sh llama-2 7b rtn 3 16 ppl 29500 0
 #   METHOD  a recipe: fp16, rtn, gptq, awq, omniquant, spqr, bcq, …          BITS  of the weights, 16 with fp16
-#   KV_BITS 2 to 8, or 16 for full precision
+#   KV_BITS 2 to 8, or 16 for full precision; KV=kivi (or another policy of `python -m eval ppl --help`) in the
+#           environment says how they are rounded, per_head otherwise
 #   TASK    ppl, mmlu (5 shots), qa (seven tasks, no shots), or any task of lm-eval: gsm8k, piqa, bbh, …
 #   PORT    of accelerate, used with several GPUs
 #   DEVICE  cpu, a GPU index, several joined by commas, or all: one model over all GPUs

@@ -1,0 +1,386 @@
+"""What one layer of one call keeps of its keys and values: `[prefix, exact | rounded tokens | newest tokens, exact]`.
+
+A `Rounding` says how keys, or values, are rounded, and from when on: the query at index i behind the prefix sees the
+first `rounded(i)` tokens rounded, and all later ones exact. Everything else follows from that one number:
+
+    held for the next query        rounded(T) of T tokens rounded
+    one pass over several queries  exact: every query sees what it would see token by token, so a pass may need both
+                                   forms of some tokens (`TwoForms`); final: all see what the last one leaves; fp: all
+                                   see the tokens of their own pass exact
+
+In `fake` storage rounded tokens are numbers in the model's dtype, in `packed` storage they are the rounding's codes,
+which are decoded for every read, one layer at a time. Both give the same bits.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from corpora.errors import UserError
+from intactkv.rope import Places
+
+__all__ = ["Bound", "Codes", "Exact", "KVPolicy", "Memory", "Rounding", "Side", "Store", "TwoForms"]
+
+# What a rounding keeps of some tokens: tensors with the batch on axis 0, tokens or groups of tokens on axis 2.
+Codes = Mapping[str, Tensor]
+FAR = 1 << 40  # tokens, more than any text has
+PREFILLS = ("exact", "final", "fp")
+
+
+class Rounding:
+    """How the keys, or the values, of one layer are rounded.
+
+    block: tokens that share what is stored; `rounded` gives multiples of it. differentiable: gradients go through what
+    it computes; through others they go as if nothing were rounded.
+    """
+
+    block: int = 1
+    differentiable: bool = False
+
+    def rounded(self, query: int) -> int:
+        """How many leading tokens behind the prefix the query at that index sees rounded; must not fall. By default
+        all, its own one included."""
+        return query + 1
+
+    def encode(self, states: Tensor, places: Places) -> Codes:
+        """What is stored of some consecutive tokens (B, KV heads, n, D), float32; keys come after RoPE."""
+        raise UserError(f"{type(self).__name__} rounds numbers but has no codes; leave packed storage out")
+
+    def decode(self, codes: Codes, places: Places) -> Tensor:
+        """The tokens that codes stand for, (B, KV heads, n, D) float32; keys after RoPE."""
+        raise NotImplementedError
+
+    def numbers(self, states: Tensor, places: Places) -> Tensor:
+        """The tokens as `decode` gives them back: same shape, float32."""
+        return self.decode(self.encode(states, places), places)
+
+
+class Exact(Rounding):
+    """Rounds nothing."""
+
+    def rounded(self, query: int) -> int:
+        """No token is ever rounded."""
+        return 0
+
+
+@dataclass(frozen=True)
+class TwoForms:
+    """A pass whose queries see some tokens in two forms: rounded as attention was handed them, and these exact ones.
+
+    exact: (B, KV heads, P + T, D). limits: for every query, how many leading columns it sees rounded, the prefix (where
+    both are the same) included.
+    """
+
+    exact: Tensor
+    limits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one or several layers' keys or values behind the prefix, and how many of their elements are rounded."""
+
+    codes: int = 0
+    exact: int = 0
+    rounded_elements: int = 0
+    elements: int = 0
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(*(mine + theirs for mine, theirs in zip(self._all, other._all, strict=True)))
+
+    @property
+    def _all(self) -> tuple[int, int, int, int]:
+        return self.codes, self.exact, self.rounded_elements, self.elements
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.codes + self.exact
+
+
+class Side:
+    """The keys, or the values, of one layer of one call.
+
+    prefix: (1, KV heads, P, D), None for none. places: gives the places of the tokens from one index behind the prefix
+    up to another.
+    """
+
+    def __init__(
+        self, rounding: Rounding, prefix: Tensor | None, packed: bool, places: Callable[[int, int], Places]
+    ) -> None:
+        self.rounding, self.packed, self._places = rounding, packed, places
+        self.prefix = prefix
+        self.length = 0  # tokens behind the prefix
+        self.coded = 0  # leading ones of them that are rounded
+        self.read = 0  # pairs of a query and a token that it saw rounded
+        self.pairs = 0  # of a query and a token that it saw
+        # Fake: prefix, rounded and exact tokens in one; packed: the exact ones alone.
+        self._states: Tensor | None = None
+        self.codes: dict[str, Tensor] = {}
+
+    @property
+    def _front(self) -> int:
+        return 0 if self.packed or self.prefix is None else self.prefix.shape[2]
+
+    def append(self, new: Tensor, prefill: str) -> tuple[Tensor, TwoForms | None]:
+        """Take new tokens (B, KV heads, t, D). Returns what attention shall read, (B, KV heads, P + T, D)."""
+        self._settle()
+        first, last = self.length, self.length + new.shape[2]
+        queries, sees = range(first, last), self.rounding.rounded
+        limits = [min(sees(i), i + 1) for i in queries]
+        two = False
+        if len(queries) > 1 and prefill != "exact":
+            upto = self._upto(last) if prefill == "final" else self.coded
+            limits = [min(upto, i + 1) for i in queries]
+        else:
+            upto = min(sees(last - 1), last)
+            two = any(limit < min(upto, i + 1) for limit, i in zip(limits, queries, strict=True))
+        self.read, self.pairs = self.read + sum(limits), self.pairs + sum(i + 1 for i in queries)
+        exact = self._joined([*self._parts(new), new]) if two else None
+        self._take(new, upto)
+        self.length = last
+        prefix = 0 if self.prefix is None else self.prefix.shape[2]
+        return self.states(), None if exact is None else TwoForms(exact, tuple(prefix + limit for limit in limits))
+
+    def states(self) -> Tensor:
+        """Prefix, rounded and exact tokens, (B, KV heads, P + T, D)."""
+        assert self._states is not None
+        return self._joined(self._parts(self._states))
+
+    def passed(self, new: Tensor) -> Tensor:
+        """New tokens (B, KV heads, t, D), rounded, for a layer that keeps them itself; nothing is held."""
+        first, self.length = self.length, self.length + new.shape[2]
+        pairs = sum(range(first + 1, self.length + 1))
+        self.pairs += pairs
+        if not self.rounding.rounded(0):
+            return new
+        self.read, self.coded = self.read + pairs, first
+        seen = self._numbers(new)
+        self.coded = self.length
+        return seen
+
+    def settle(self) -> None:
+        """Round what the next query will see rounded."""
+        self._settle()
+
+    def crop(self, length: int) -> None:
+        """Keep only the first `length` tokens. Raises ValueError where tokens that are rounded would have to become
+        exact again."""
+        upto = self._upto(length)
+        if self.coded > upto and upto != length:
+            raise ValueError(
+                f"cropping the cache to {length} tokens would need {min(self.coded, length) - upto} of them exact, "
+                "which are rounded already; crop less, or feed the text again"
+            )
+        if self._states is not None:
+            kept = self._front + (max(length - self.coded, 0) if self.packed else length)
+            self._states = self._states[:, :, :kept]
+        if self.coded > upto:
+            self.codes = {name: x[:, :, : upto // self.rounding.block] for name, x in self.codes.items()}
+            self.coded = upto
+        self.length = length
+        if not length:
+            self.read = self.pairs = 0
+
+    def select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Edit the batch: `rows` takes a tensor with the batch on axis 0. The prefix is shared by all rows."""
+        if self._states is not None:
+            self._states = rows(self._states)
+        self.codes = {name: rows(x) for name, x in self.codes.items()}
+
+    def memory(self) -> Memory:
+        """What is held behind the prefix now."""
+        if self._states is None:
+            return Memory()
+        self._settle()
+        rows, heads, tokens, size = self._states.shape
+        of_token = rows * heads * size
+        tokens -= self._front
+        codes = sum(x.nbytes for x in self.codes.values())
+        if not self.packed:
+            codes, tokens = self.coded * of_token * self._states.element_size(), tokens - self.coded
+        return Memory(
+            codes, tokens * of_token * self._states.element_size(), self.coded * of_token, self.length * of_token
+        )
+
+    def _upto(self, length: int) -> int:
+        return min(self.rounding.rounded(length), length)
+
+    def _settle(self) -> None:
+        upto = self._upto(self.length)
+        if self._states is None or upto <= self.coded:
+            return
+        states, start = self._states, self._front + self.coded
+        if self.packed or states.requires_grad or (states.is_inference() and not torch.is_inference_mode_enabled()):
+            self._take(states[:, :, :0], upto)
+        else:  # attention has read it; a copy of the whole for every token would cost as much as attention
+            states[:, :, start : self._front + upto] = self._numbers(states[:, :, start : self._front + upto])
+            self.coded = upto
+
+    def _parts(self, like: Tensor) -> list[Tensor]:
+        """Prefix, rounded and exact tokens in the dtype and on the device of `like`, and for its batch."""
+        if self._states is not None and not self.packed:
+            return [self._states]
+        parts = [] if self.prefix is None else [self.prefix.to(like).expand(like.shape[0], -1, -1, -1)]
+        if self.codes:
+            parts.append(self.rounding.decode(self.codes, self._places(0, self.coded)).to(like))
+        return parts if self._states is None else [*parts, self._states]
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        parts = [x for x in parts if x.shape[2]] or parts[:1]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _take(self, new: Tensor, upto: int) -> None:
+        """Add new tokens behind those that are held, and let the first `upto` of all be rounded."""
+        count = upto - self.coded
+        if self.packed:
+            exact = new if self._states is None else self._joined([self._states, new])
+            if count:
+                part = exact[:, :, :count]
+                codes = self.rounding.encode(part.float(), self._places(self.coded, upto))
+                self.codes = {n: torch.cat([self.codes[n], x], 2) if self.codes else x for n, x in codes.items()}
+                exact = exact[:, :, count:].clone()  # a view would keep all of them in memory
+            self._states = exact
+        else:
+            held = self._joined([*self._parts(new), new]) if self.coded < self.length and count else None
+            if held is None:  # nothing waits: the new tokens are rounded on their way in
+                parts = [*self._parts(new), self._numbers(new[:, :, :count]) if count else new[:, :, :0]]
+                self._states = self._joined([*parts, new[:, :, count:]])
+            else:
+                start = self._front + self.coded
+                rounded = self._numbers(held[:, :, start : start + count])
+                self._states = self._joined([held[:, :, :start], rounded, held[:, :, start + count :]])
+        self.coded = upto
+
+    def _numbers(self, states: Tensor) -> Tensor:
+        """The tokens behind those that are rounded, rounded; a gradient passes as if they were not, or as the rounding
+        itself says."""
+        places = self._places(self.coded, self.coded + states.shape[2])
+        seen = self.rounding.numbers(states.float(), places).to(states.dtype)
+        if self.rounding.differentiable or not states.requires_grad:
+            return seen
+        return seen.detach() + (states - states.detach())  # in this order the value is `seen`, bit for bit
+
+
+class Store:
+    """One layer of one call, everything behind the prefix (and the prefix, which it is put behind by `begin`).
+
+    keys, values: how they are rounded. prefill: what the queries of one pass see (`PREFILLS`). packed: keep codes.
+    """
+
+    def __init__(self, keys: Rounding, values: Rounding, prefill: str = "exact", packed: bool = False) -> None:
+        self.roundings, self.prefill, self.packed = (keys, values), prefill, packed
+        self.begin(None, lambda first, last: Places(first, last - first))
+
+    def begin(self, prefix: tuple[Tensor, Tensor] | None, places: Callable[[int, int], Places]) -> None:
+        """Start behind a prefix (keys and values, each (1, KV heads, P, D)); forget everything else."""
+        self.places = places
+        self.keys, self.values = (
+            Side(rounding, prefix and prefix[i], self.packed, places) for i, rounding in enumerate(self.roundings)
+        )
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Keys and values."""
+        return self.keys, self.values
+
+    @property
+    def length(self) -> int:
+        """Tokens behind the prefix."""
+        return self.keys.length
+
+    @property
+    def waits(self) -> bool:
+        """Whether new tokens are exact for a while, or share what is stored."""
+        return any(r.block > 1 or (r.rounded(0) == 0 and r.rounded(FAR) > 0) for r in self.roundings)
+
+    def append(
+        self, keys: Tensor, values: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[TwoForms | None, TwoForms | None]]:
+        """Take new keys and values (B, KV heads, t, D); return what attention reads of all, and the other forms."""
+        (k, of_keys), (v, of_values) = self.keys.append(keys, self.prefill), self.values.append(values, self.prefill)
+        return (k, v), (of_keys, of_values)
+
+    def crop(self, length: int) -> None:
+        """Keep only the first `length` tokens behind the prefix. Raises ValueError, before anything is changed, where
+        that cannot be exact."""
+        kept = [dict(vars(side)) for side in self.sides]
+        try:
+            for side in self.sides:
+                side.crop(length)
+        except ValueError:
+            for side, before in zip(self.sides, kept, strict=True):
+                vars(side).update(before)
+            raise
+
+
+class KVPolicy(Protocol):
+    """How a KV cache is rounded: a frozen dataclass, part of a run's identity.
+
+    space: where keys are rounded, after RoPE or before. calibrates: whether a layer has tensors of its own, from
+    calibration text.
+    """
+
+    calibrates: ClassVar[bool]
+
+    @property
+    def space(self) -> str:
+        """`post_rope` or `pre_rope`."""
+        ...
+
+    def fit_block(self, block: Any) -> dict[str, Tensor]:
+        """The tensors of one block, by names without a dot, from its calibration text."""
+        ...
+
+    def store(self, layer: int, tensors: Mapping[str, Tensor] | None, packed: bool = False) -> Store:
+        """What one layer of one call keeps. tensors: what the layer was calibrated to, None where nothing is."""
+        ...
+
+    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
+        """Bits that an element of keys, and of values, takes in packed storage once so many tokens are held, in a
+        model of 16-bit numbers; scales and everything else that is stored for it included."""
+        ...
+
+    def __eq__(self, other: Any) -> bool: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A KV policy with what the layers of one model were calibrated to, by their index; a layer without tensors keeps
+    full precision. packed: keep codes. It is a policy itself, and needs nothing more."""
+
+    policy: KVPolicy
+    tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    packed: bool = False
+    calibrates: ClassVar[bool] = False
+
+    @property
+    def space(self) -> str:
+        """Where keys are rounded."""
+        return self.policy.space
+
+    def fit_block(self, block: Any) -> dict[str, Tensor]:
+        """See `KVPolicy`."""
+        return self.policy.fit_block(block)
+
+    def store(self, layer: int, tensors: Mapping[str, Tensor] | None = None, packed: bool = False) -> Store:
+        """What one layer of one call keeps."""
+        own = self.tensors.get(layer)
+        if self.policy.calibrates and own is None:
+            return Store(Exact(), Exact())
+        return self.policy.store(layer, own, packed or self.packed)
+
+    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
+        """See `KVPolicy`."""
+        return self.policy.bits_per_element(tokens, head_size, heads)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bound) and (
+            (self.policy, self.packed) == (other.policy, other.packed)
+            and self.tensors.keys() == other.tensors.keys()
+            and all(self.tensors[layer] is other.tensors[layer] for layer in self.tensors)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
