@@ -10,6 +10,7 @@ from eval.programs.plot_options import (
     Declare,
     calibration_options,
     hessian_options,
+    kv_bits_options,
     layer_options,
     linear_options,
     linear_output_options,
@@ -164,6 +165,24 @@ def _perplexity(options: argparse.Namespace) -> "Output":
 
     output = _output(options, file_name(options.model, "perplexity", *_changed(options, FILTER_PARTS)))
     draw(chosen_rows(options), output)
+    return output
+
+
+def _kv_bits(options: argparse.Namespace) -> "Output":
+    from eval.plots.canvas import file_name
+    from eval.plots.kv_bits import draw
+
+    parts = FILTER_PARTS | {"weights": "{}", "prefix": "{}"}
+    output = _output(options, file_name(options.model, "kv-bits", *_changed(options, parts)))
+    draw([row for row in chosen_rows(options) if row.weights == options.weights], options.prefix, output)
+    return output
+
+
+def _kv_grid(options: argparse.Namespace) -> "Output":
+    from eval.plots.kv_grid import draw_kv_grid
+
+    subject, layers, output = _opening(options, conversation=False)
+    draw_kv_grid(subject, layers, output)
     return output
 
 
@@ -325,6 +344,10 @@ def _calibration(options: argparse.Namespace) -> "Output":
 KINDS = {
     "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
                        lambda parser: add_filters(parser, required=True), _perplexity),
+    "kv-bits": Kind("perplexity against the bits of an element of the KV cache, for every policy, from the records",
+                    kv_bits_options, _kv_bits),
+    "kv-grid": Kind("keys and values over tokens and channels, and the error of a KV policy",
+                    layer_options(opening_options(128, conversation=False)), _kv_grid),
     "pivots": Kind("largest activation of every token in every layer: the pivots stand out",
                    opening_options(48, conversation=False, prefix=False), _pivots),
     "hessian": Kind("the first token's share of every Hessian's trace, block by block", hessian_options, _hessian),

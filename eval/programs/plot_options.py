@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Callable
 
 from corpora import values
+from eval.programs.table import add_filters
 from intactkv.architecture import DOWN_PROJ
 from quantization.programs.options import add_plan_options, add_text_seed
 
-__all__ = ["Declare", "calibration_options", "hessian_options", "layer_options", "linear_options",
+__all__ = ["Declare", "calibration_options", "hessian_options", "kv_bits_options", "layer_options", "linear_options",
            "linear_output_options", "log_option", "motivation_options", "only_down_option", "opening_options",
            "outlier_options", "scattered_options"]  # fmt: skip
 
@@ -125,6 +126,25 @@ def hessian_options(parser: argparse.ArgumentParser) -> None:
                         help="pieces of text (default: the model's own, or 16)")  # fmt: skip
     parser.add_argument("--calibration-length", dest="tokens", type=values.count(), metavar="T",
                         help="tokens of a piece (default: the model's own, or 2048)")  # fmt: skip
+
+
+def kv_bits_options(parser: argparse.ArgumentParser) -> None:
+    """Which runs on record, of which weights, and which prefix they are compared behind."""
+    add_filters(parser, required=True)
+    parser.add_argument(
+        "--weights",
+        type=values.name,
+        default="full",
+        metavar="NAME",
+        help="only runs with these weights, as `python -m eval table` names them (default: full)",
+    )
+    parser.add_argument(
+        "--prefix",
+        type=values.name,
+        default="[B]",
+        metavar="[B]|[P]|…",
+        help="the intact prefix to compare behind, as the table names it (default: [B])",
+    )
 
 
 def calibration_options(parser: argparse.ArgumentParser) -> None:
