@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from quantization.grids.packing import pack_codes
 from quantization.hadamard import matrix, plan
-from quantization.kernels.kv_attention import Codes, Side, attend, known, output, scores
+from quantization.kernels.kv_attention import Coded, Side, attend, known, output, scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 # Float32 sums of a few thousand products in another order than in float64; three tf32 products stand for one on a GPU.
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 class Made:
     """Codes, and what they stand for by a plain formula: (B, H, n, D) float64, in the plain basis."""
 
-    codes: Codes
+    codes: Coded
     numbers: Tensor
 
 
@@ -40,7 +40,7 @@ def per_token(kind: str, bits: int, batch: int, heads: int, n: int, size: int, g
     codes = torch.randint(0, 2**bits, (batch, heads, n, size), generator=draw)
     scale = torch.rand(batch, heads, n, groups, generator=draw).add_(0.5).div_(2**bits)
     of_group = torch.arange(size) // (size // groups)
-    made = Codes(bits, pack_codes(codes, bits).to(DEVICE))
+    made = Coded(bits, pack_codes(codes, bits).to(DEVICE))
     if kind in ("lloyd", "turned"):
         levels = torch.randn(2**bits, generator=draw)
         x = levels.double()[codes] * scale.half().double()[..., of_group]
@@ -70,7 +70,7 @@ def per_block(bits: int, batch: int, heads: int, blocks: int, size: int, block: 
     scale = torch.rand(batch, heads, blocks, size, generator=draw).add_(0.5).div_(2**bits).half()
     low = torch.randn(scale.shape, generator=draw).half()
     x = codes * scale.double()[..., None] + low.double()[..., None]
-    made = Codes(bits, pack_codes(codes, bits).to(DEVICE), scale.to(DEVICE), low.to(DEVICE), block=block)
+    made = Coded(bits, pack_codes(codes, bits).to(DEVICE), scale.to(DEVICE), low.to(DEVICE), block=block)
     return Made(made, x.transpose(3, 4).flatten(2, 3))
 
 
@@ -153,9 +153,9 @@ def check(kernel: bool, query: Tensor, keys: list, values: list, mask: Tensor | 
 @pytest.mark.parametrize("kernel", KERNELS)
 @every("layout", LAYOUTS)
 @every("bits", [2, 3, 4, 8])
-def test_attention_from_codes_is_attention_from_their_numbers(kernel, layout, bits, size=32):
-    keys, values = (LAYOUTS[layout](bits, 1, 2, 70, size) for _ in "kv")
-    check(kernel, queries(1, 4, size), [None, keys, None], [None, values, None])
+def test_attention_from_codes_is_attention_from_their_numbers(kernel, layout, bits):
+    keys, values = (LAYOUTS[layout](bits, 1, 2, 70, 32) for _ in "kv")
+    check(kernel, queries(1, 4, 32), [None, keys, None], [None, values, None])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from quantization.grids.packing import unpack_codes
 
-__all__ = ["Codes", "Side", "attend", "attend_reference", "known", "output", "scores"]
+__all__ = ["Coded", "Side", "attend", "attend_reference", "known", "output", "scores"]
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class Coded:
     """The rounded tokens of one side of a layer: n tokens of H heads with D channels.
 
     block 1 (a token alone): codes (B, H, n, ⌈D/8⌉·bits) uint8, packed along channels; scale, minimum and zero_point
@@ -84,7 +84,7 @@ class Side:
     """
 
     prefix: Tensor | None = None
-    codes: Codes | None = None
+    codes: Coded | None = None
     tail: Tensor | None = None
 
     @property
@@ -130,7 +130,7 @@ def attend_reference(query: Tensor, keys: Side, values: Side, scaling: float, ma
     return result.to(query.dtype)
 
 
-def scores(query: Tensor, codes: Codes) -> Tensor:
+def scores(query: Tensor, codes: Coded) -> Tensor:
     """q·k̂ of every rounded key: (B, query heads, 1, D) and n tokens to (B, query heads, 1, n), float32."""
     q = _heads(codes.turned(query.float()), codes.codes.shape[1])  # (B, H, queries of a KV head, D)
     numbers, offset = codes.numbers(q.shape[-1]), codes.offset
@@ -153,7 +153,7 @@ def scores(query: Tensor, codes: Codes) -> Tensor:
     return product.flatten(1, 2)[:, :, None]
 
 
-def output(rows: Tensor, codes: Codes, channels: int) -> Tensor:
+def output(rows: Tensor, codes: Coded, channels: int) -> Tensor:
     """Σ p_j v̂_j over the rounded values: (B, query heads, 1, n) to (B, query heads, 1, D), float32."""
     assert codes.block == 1, "values are rounded token by token"
     p = _heads(rows.float(), codes.codes.shape[1])[:, :, None]  # (B, H, 1, queries of a KV head, n)
@@ -180,7 +180,7 @@ def _exact_scores(query: Tensor, keys: Tensor | None) -> Tensor:
     return product.flatten(1, 2)[:, :, None]
 
 
-def _code_scores(query: Tensor, codes: Codes | None) -> Tensor:
+def _code_scores(query: Tensor, codes: Coded | None) -> Tensor:
     return _exact_scores(query, None) if codes is None else scores(query, codes)
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantization.kernels.kv_attention import Codes, Side
+from quantization.kernels.kv_attention import Coded, Side
 
 __all__ = ["attend"]
 
@@ -382,7 +382,7 @@ def attend(query: Tensor, keys: Side, values: Side, scaling: float, mask: Tensor
     return results[0].to(query.dtype)
 
 
-def _coded(side: Side) -> Codes | None:
+def _coded(side: Side) -> Coded | None:
     return side.codes if side.codes is not None and len(side.codes) else None
 
 
@@ -412,7 +412,7 @@ def _strided_mask(mask: Tensor, batch: int) -> tuple[Any, ...]:
     return mask, mask.stride(0), mask.stride(3)
 
 
-def _pieces(codes: Codes | None, query: Tensor, heads: int) -> tuple[tuple[Any, ...] | None, tuple[int, ...]]:
+def _pieces(codes: Coded | None, query: Tensor, heads: int) -> tuple[tuple[Any, ...] | None, tuple[int, ...]]:
     """Codes and what belongs to them for the kernel, and their constants: bits, loads and codes of a piece, channels of
     a group, tokens of a block."""
     batch, channels = query.shape[0], query.shape[-1]

@@ -9,9 +9,10 @@ from quantization.kv_cache.kivi import KIVI
 from quantization.kv_cache.per_head import PerHead
 from quantization.kv_cache.rotated import Rotated
 from quantization.kv_cache.static import StaticPerHead
+from quantization.kv_cache.turbo_quant import TurboQuant
 
-__all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "PerHead", "Policy", "Rotated", "StaticPerHead", "kv_bits",
-           "kv_label"]  # fmt: skip
+__all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "PerHead", "Policy", "Rotated", "StaticPerHead",
+           "TurboQuant", "kv_bits", "kv_label"]  # fmt: skip
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
 KV_POLICIES: Mapping[str, type[Policy]] = {
@@ -20,6 +21,7 @@ KV_POLICIES: Mapping[str, type[Policy]] = {
     "static": StaticPerHead,
     "clipped": ClippedPerHead,
     "kivi": KIVI,
+    "turbo_quant": TurboQuant,
 }
 
 

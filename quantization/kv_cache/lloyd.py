@@ -22,20 +22,21 @@ from torch import Tensor
 from corpora.errors import UserError
 from quantization.hadamard import apply, plan, random_signs
 
-__all__ = ["FP8_LIMIT", "decode_lloyd", "encode_lloyd", "fp8", "fp8_levels", "levels", "midpoints", "rotated", "signs"]
+__all__ = ["HIGHEST", "decode_lloyd", "encode_lloyd", "fp8", "fp8_levels", "levels", "rotated", "signs"]
 
 LOWEST, HIGHEST = 2, 4  # bits of a table
 NODES = 256  # of the Gauss-Legendre rule of a cell
 SETTLED = 1e-13  # of 1/√d: a table that moves less has settled
 FP8_LIMIT = 448.0  # largest number of e4m3
 HALF_LIMIT = torch.finfo(torch.float16).max
+CPU = torch.device("cpu")
 
 
 # levels ---------------------------------------------------------------------------------------------------------------
 
 
 @cache
-def levels(size: int, bits: int) -> Tensor:
+def levels(size: int, bits: int, device: torch.device = CPU) -> Tensor:
     """The 2^bits levels for one coordinate of a random unit vector of `size` dimensions: ascending, float32.
 
     c_i = E[t | m_(i−1) < t < m_i], m_i = (c_i + c_(i+1))/2, iterated until it stands. Symmetric about 0.
@@ -53,7 +54,7 @@ def levels(size: int, bits: int) -> Tensor:
         while moved > SETTLED * spread:
             new = _cell_means(half, size)
             half, moved = new, float((new - half).abs().max())
-        return torch.cat([-half.flip(0), half]).float()
+        return torch.cat([-half.flip(0), half]).float().to(device)
 
 
 def _cell_means(half: Tensor, size: int) -> Tensor:
@@ -76,7 +77,7 @@ def _gauss_legendre() -> tuple[Tensor, Tensor]:
     return node, 2 * vector[0] ** 2
 
 
-def midpoints(table: Tensor) -> Tensor:
+def _midpoints(table: Tensor) -> Tensor:
     """The borders between the cells of a table: one fewer than levels."""
     return (table[1:] + table[:-1]) / 2
 
@@ -85,16 +86,16 @@ def midpoints(table: Tensor) -> Tensor:
 
 
 @cache
-def signs(size: int, seed: int) -> Tensor:
+def signs(size: int, seed: int, device: torch.device = CPU) -> Tensor:
     """The diagonal of D: (size,) of ±1, float32."""
     with torch.inference_mode(False):
-        return random_signs(size, seed).float()
+        return random_signs(size, seed).float().to(device)
 
 
 def rotated(x: Tensor, seed: int, back: bool = False) -> Tensor:
     """H D x on the last axis, or D Hᵀ x with `back`, which undoes it. Float32 or float64; the shape and dtype of x."""
     size = x.shape[-1]
-    diagonal = signs(size, seed).to(x)
+    diagonal = signs(size, seed, x.device).to(x.dtype)
     return apply(x, plan(size), transpose=True) * diagonal if back else apply(x * diagonal, plan(size))
 
 
@@ -106,10 +107,10 @@ def encode_lloyd(x: Tensor, bits: int, seed: int, norm_correction: bool = True) 
 
     A norm beyond float16 is stored as the largest number of that type.
     """
-    table = levels(x.shape[-1], bits).to(x.device)
+    table = levels(x.shape[-1], bits, x.device)
     norm = x.norm(dim=-1, keepdim=True)
     unit = x / torch.where(norm > 0, norm, 1.0)
-    codes = torch.bucketize(rotated(unit, seed), midpoints(table))
+    codes = torch.bucketize(rotated(unit, seed), _midpoints(table))
     if norm_correction:
         norm = norm / table[codes].norm(dim=-1, keepdim=True)
     return codes.to(torch.uint8), norm.clamp_max(HALF_LIMIT).half()
@@ -117,7 +118,7 @@ def encode_lloyd(x: Tensor, bits: int, seed: int, norm_correction: bool = True) 
 
 def decode_lloyd(codes: Tensor, norm: Tensor, bits: int, seed: int) -> Tensor:
     """x̂ of `encode_lloyd`'s codes and norms: (..., d) float32."""
-    table = levels(codes.shape[-1], bits).to(codes.device)
+    table = levels(codes.shape[-1], bits, codes.device)
     return rotated(table[codes.long()] * norm.float(), seed, back=True)
 
 
@@ -127,7 +128,7 @@ def fp8(x: Tensor) -> Tensor:
 
 
 @cache
-def fp8_levels() -> Tensor:
+def fp8_levels(device: torch.device = CPU) -> Tensor:
     """What the 256 bytes of e4m3 stand for, float32; 0 for the two that are no number, and which no code is."""
     with torch.inference_mode(False):
-        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0).to(device)
