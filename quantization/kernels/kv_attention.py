@@ -162,7 +162,7 @@ def output(rows: Tensor, codes: Coded, channels: int) -> Tensor:
     scaled = p if codes.scale is None else p * codes.scale.float().transpose(2, 3)[:, :, :, None]
     product = scaled @ numbers  # (B, H, groups, queries, channels of a group)
     if codes.offset is not None:
-        product += p @ codes.offset.transpose(2, 3)[..., None]
+        product += (p * codes.offset.transpose(2, 3)[:, :, :, None]).sum(-1, keepdim=True)
     product = product.transpose(2, 3).reshape(rows.shape[0], rows.shape[1], 1, channels)
     return codes.turned(product, back=True)
 

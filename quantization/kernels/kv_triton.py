@@ -424,8 +424,9 @@ def _pieces(codes: Coded | None, query: Tensor, heads: int) -> tuple[tuple[Any, 
     starts = (packed.data_ptr(), packed.shape[-1], *packed.stride()[:-1])
     if piece[0] == 1 and not any(x % (WORD // 8) for x in starts) and (codes.block == 1 or codes.block % words == 0):
         packed, piece = packed.view(torch.int32), (1, words)
+    grids = codes.groups if codes.block == 1 else channels
     parts = (
-        None if part is None else _strided(part.expand(batch, heads, *part.shape[2:]), 4)
+        None if part is None else _strided(part.expand(batch, heads, packed.shape[2], grids), 4)
         for part in (codes.scale, codes.minimum, codes.zero_point)
     )
     levels = codes.levels
