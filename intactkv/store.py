@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from intactkv.growing import Rooms
 from intactkv.rope import Places
 from intactkv.rounding import Codes, Exact, Rounding
 
@@ -91,6 +92,7 @@ class Side:
         # Fake: prefix, rounded and exact tokens in one; packed: the exact ones alone.
         self._states: Tensor | None = None
         self.codes: dict[str, Tensor] = {}
+        self._rooms = Rooms()
 
     @property
     def _front(self) -> int:
@@ -221,7 +223,7 @@ class Side:
             if count:
                 part = exact[:, :, :count]
                 codes = self.rounding.encode(part.float(), self._places(self.coded, upto))
-                self.codes = {n: torch.cat([self.codes[n], x], 2) if self.codes else x for n, x in codes.items()}
+                self.codes = {name: self._rooms.joined(name, self.codes.get(name), x) for name, x in codes.items()}
                 exact = exact[:, :, count:].clone()  # a view would keep all of them in memory
             self._states = exact
         else:

@@ -256,10 +256,11 @@ class OnGrids(Rounding, ABC):
         packed = codes["codes"]
         if self.policy.stores_grids:
             scale, zero_point = (_by_head(x[None, None], packed.shape[1]) for x in self.fitted(packed))
+        elif "zero_point" in codes:
+            scale, zero_point = codes["scale"], codes["zero_point"]
         else:
-            scale, zero_point = codes["scale"], codes.get("zero_point")
-            if zero_point is None:
-                zero_point = constant_zero_point(self.grid).to(scale.device).view(1, 1, 1, 1)
+            scale = codes["scale"]
+            zero_point = constant_zero_point(self.grid).to(scale.device).view(1, 1, 1, 1)
         return Coded(self.grid.bits, packed, scale, zero_point=zero_point, turn=_turned if self.rotate else None)
 
     def restored(self, codes: Codes, groups: Tensor) -> Fit:
