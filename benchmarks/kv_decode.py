@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,16 +9,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import alternating, ratio, report
 from intactkv.store import Store
-from quantization.kv_cache import KIVI, PerHead, Policy
-from quantization.kv_cache.turbo_quant import PRESETS
+from quantization.kv_cache import KIVI, PerHead, Policy, TurboQuant
 
 KV_HEADS, HEADS, SIZE = 8, 32, 128  # of an 8B model
 POLICIES: dict[str, Policy] = {
     "per_head 4": PerHead(4, scale_dtype="float16"),
     "kivi 4": KIVI(4, prefill="final"),
     "kivi 2": KIVI(2, prefill="final"),
-    **{f"turbo_quant {name}": policy for name, policy in PRESETS.items()},
-    "turbo_quant lloyd 2": replace(PRESETS["4bit-nc"], bits=2, values="lloyd"),
+    "turbo_quant k8v4": TurboQuant(8, v_bits=4),
+    "turbo_quant 4bit-nc": TurboQuant(4),
+    "turbo_quant k3v4-nc": TurboQuant(3, v_bits=4),
+    "turbo_quant 3bit-nc": TurboQuant(3),
+    "turbo_quant lloyd 2": TurboQuant(2, values="lloyd"),
 }
 CHUNK = 2048  # tokens that are encoded at a time
 

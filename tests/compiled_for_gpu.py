@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from quantization.kernels.kv_attention import Side, attend
+from quantization.kernels.kv_attention import attend
+from quantization.kernels.kv_codes import Side
 
 SIZE = 128
 

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from quantization.grids.packing import pack_codes
 from quantization.hadamard import matrix, plan
-from quantization.kernels.kv_attention import Coded, Side, attend, known, output, scores
+from quantization.kernels.kv_attention import attend, output, scores
+from quantization.kernels.kv_codes import Coded, Side, known
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 # Float32 sums of a few thousand products in another order than in float64; three tf32 products stand for one on a GPU.

@@ -19,7 +19,6 @@ from intactkv.cache import IntactLayer
 from intactkv.prefix import build_prefix
 from intactkv.store import Bound
 from quantization.kv_cache import KIVI, ClippedPerHead, PerHead, Policy, Rotated, StaticPerHead, TurboQuant, base
-from quantization.kv_cache.turbo_quant import PRESETS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -35,7 +34,8 @@ POLICIES: dict[str, Policy] = {
     "clipped": ClippedPerHead(4),
     "kivi": KIVI(2, group_size=8, residual=16),
     "kivi, v4": KIVI(8, group_size=16, residual=16, v_bits=4),
-    **PRESETS,
+    "k8v4": TurboQuant(8, v_bits=4),
+    "3bit-nc": TurboQuant(3),
     "lloyd": TurboQuant(2, "lloyd", norm_correction=False, seed=3),
 }
 

@@ -19,7 +19,7 @@ from intactkv.cache import IntactCache, IntactLayer
 from intactkv.growing import ROOM, Rooms
 from intactkv.prefix import Prefix, build_prefix
 from intactkv.store import Bound, Memory
-from quantization.kv_cache import KIVI, KV_POLICIES, PerHead, Policy
+from quantization.kv_cache import KIVI, KV_POLICIES, PerHead, Policy, TurboQuant
 from quantization.kv_cache.per_head import WholeRange
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 
@@ -60,6 +60,8 @@ POLICIES: dict[str, Policy] = {
     "per_head fp16": PerHead(3, scale_dtype="float16", v_bits=2),
     "per_head by token": PerHead(4, group_size=-1),
     "newest": Newest(3),
+    "turbo_quant fp8": TurboQuant(8, v_bits=3),
+    "turbo_quant lloyd": TurboQuant(2, "lloyd", norm_correction=False),
     "kivi2": KIVI(2, group_size=8, residual=16),
     "kivi4": KIVI(4, group_size=16, residual=16, v_bits=2),
     "kivi8": KIVI(8, group_size=8, residual=8),

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from corpora.errors import UserError
 from quantization.hadamard import matrix, plan
+from quantization.kv_cache import TurboQuant
 from quantization.kv_cache.lloyd import decode_lloyd, encode_lloyd, fp8, fp8_levels, levels, rotated, signs
+from quantization.named import named_recipe
 
 BITS = (2, 3, 4)
 # Lloyd-Max of N(0, 1): positive levels and mean squared error (Max, 1960, table I).
@@ -141,6 +143,58 @@ def test_seeds_are_different_rotations_and_one_seed_is_one(bits):
     one, same, other = (encode_lloyd(x, bits, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+# Policies -------------------------------------------------------------------------------------------------------------
+
+
+@every(("name", "keys", "values"), [("k8v4", 128, 68), ("4bit-nc", 66, 68), ("k3v4-nc", 50, 68), ("3bit-nc", 50, 52)])
+def test_a_preset_takes_the_bytes_of_its_codes_norms_and_grids(name, keys, values):
+    """Of a token of one head of 128 channels; published: 196, 136, 120 and 104 in all, padded to eight bytes."""
+    policy = named_recipe(f"turboquant-{name}").kv_cache
+    store = policy.store(0, None, packed=True)
+    store.append(states(1, 1, 1, 128).half(), states(1, 1, 1, 128).half())
+    assert [side.memory().bytes for side in store.sides] == [keys, values]
+    assert [128 * bits / 8 for bits in policy.bits_per_element(1, 128, 1)] == [keys, values]
+    published = {"k8v4": 196, "4bit-nc": 136, "k3v4-nc": 120, "3bit-nc": 104}[name]
+    assert -(-(keys + values) // 8) * 8 in (published, published + 4)
+
+
+@every(("policy", "other"), [
+    (TurboQuant(4, values="lloyd"), TurboQuant(4)),
+    (TurboQuant(3, norm_correction=False), TurboQuant(3)),
+    (TurboQuant(3, seed=1), TurboQuant(3)),
+    (TurboQuant(8, v_bits=4), TurboQuant(8)),
+])  # fmt: skip
+def test_every_field_says_something(policy, other):
+    x = states(1, 2, 30, 32)
+    seen = [[r.numbers(x, None) for r in p.roundings()] for p in (policy, other)]
+    assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_values_are_on_the_grid_of_their_own_range():
+    x = 5 + states(2, 2, 40, 32)
+    back = TurboQuant(4).roundings()[1].numbers(x, None)
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 15
+    assert ((back - x).abs() <= 0.5 * step + 0.01).all()  # the minimum is rounded to float16, near 3 by up to 0.001
+    assert all(len(vector.unique()) <= 16 for vector in back.flatten(0, 2))
+
+
+@every(("fields", "message"), [
+    ({"bits": 5}, "KV bits=5 is not supported by TurboQuant; use 2, 3, 4, 8"),
+    ({"bits": 16}, "KV bits=16 is not supported; use 2 to 8"),
+    ({"bits": 8, "values": "lloyd"}, "values of 8 bits have no Lloyd levels; give --v-bits 2 to 4"),
+    ({"bits": 4, "values": "nuq"}, "kv_cache.values=nuq is not known; choose uniform or lloyd"),
+    ({"bits": 4, "seed": -1}, "kv_cache.seed=-1 is not allowed; give 0 or more"),
+])  # fmt: skip
+def test_what_it_cannot_do_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        TurboQuant(**fields)
+
+
+def test_heads_whose_codes_leave_bytes_open_are_refused():
+    with pytest.raises(UserError, match="heads of a multiple of 8 channels, this model's have 20"):
+        TurboQuant(4).in_heads(20)
 
 
 def test_fp8_is_the_nearest_number_of_e4m3_and_saturates():

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantization.kernels.kv_attention import Coded, Side
+from quantization.kernels.kv_codes import Coded, Side
 
 __all__ = ["attend"]
 

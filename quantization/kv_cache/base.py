@@ -22,7 +22,8 @@ from quantization.grids.packing import pack_codes, unpack_codes
 from quantization.grids.straight_through import on_grid
 from quantization.grids.uniform import SCALE_DTYPES, Fit, UniformGrid, check_bits, constant_zero_point, encode
 from quantization.hadamard import apply, plan
-from quantization.kernels.kv_attention import Coded, Side, attend
+from quantization.kernels.kv_attention import attend
+from quantization.kernels.kv_codes import Coded, Side
 from quantization.recipes.recipe import added
 
 if TYPE_CHECKING:

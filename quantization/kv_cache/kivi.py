@@ -24,7 +24,7 @@ from corpora.errors import UserError
 from intactkv.rope import Places
 from intactkv.store import Codes, Rounding
 from quantization.grids.packing import pack_codes, unpack_codes
-from quantization.kernels.kv_attention import Coded
+from quantization.kernels.kv_codes import Coded
 from quantization.kv_cache.base import Policy, check_prefill
 
 __all__ = ["KIVI", "TokenGroups", "asymmetric", "from_codes"]

@@ -21,12 +21,12 @@ from corpora.errors import UserError
 from intactkv.rope import Places
 from intactkv.store import Codes, Rounding
 from quantization.grids.packing import pack_codes, unpack_codes
-from quantization.kernels.kv_attention import Coded
+from quantization.kernels.kv_codes import Coded
 from quantization.kv_cache.base import Policy
 from quantization.kv_cache.kivi import TokenGroups
 from quantization.kv_cache.lloyd import HIGHEST, decode_lloyd, encode_lloyd, fp8, fp8_levels, levels, rotated
 
-__all__ = ["PRESETS", "TurboQuant"]
+__all__ = ["TurboQuant"]
 
 FP8 = 8  # bits of keys that are e4m3
 VALUES = ("uniform", "lloyd")
@@ -119,12 +119,3 @@ class TurboQuant(Policy):
         """b + 16/D of levels with a norm, b + 32/D of a grid with scale and minimum, 8 of e4m3."""
         keys = self.bits + (0 if self.bits == FP8 else 16 / head_size)
         return keys, self.values_bits + (32 if self.values == "uniform" else 16) / head_size
-
-
-# The presets of vLLM's --kv-cache-dtype turboquant_*.
-PRESETS = {
-    "k8v4": TurboQuant(FP8, v_bits=4),
-    "4bit-nc": TurboQuant(4),
-    "k3v4-nc": TurboQuant(3, v_bits=4),
-    "3bit-nc": TurboQuant(3),
-}
