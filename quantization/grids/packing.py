@@ -20,7 +20,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Undo `pack_codes`: uint8 (..., ceil(count/8)·bits) to uint8 codes (..., count)."""
-    octets = packed.unflatten(-1, (-1, bits)).long()
+    if 8 % bits == 0:  # a byte holds whole codes
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :count]
+    octets = packed.unflatten(-1, (-1, bits)).to(torch.int32 if bits == 3 else torch.int64)
     word = sum(octets[..., j] << (8 * j) for j in range(bits))
     assert isinstance(word, Tensor)
     codes = torch.stack([(word >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=-1)
