@@ -5,7 +5,7 @@ from torch import Tensor
 
 __all__ = ["ROOM", "Rooms"]
 
-ROOM = 255  # entries of axis 2 that stay empty at most
+ROOM = 256  # entries of axis 2, of which there is always a multiple: fewer are empty
 
 
 class Rooms:
@@ -24,7 +24,7 @@ class Rooms:
             return torch.cat([held, new], dim=2)
         room = self._rooms.get(name)
         if room is None or not _behind(held, room, count):
-            room = self._rooms[name] = held.new_empty(*held.shape[:2], count + ROOM, *held.shape[3:])
+            room = self._rooms[name] = held.new_empty(*held.shape[:2], -(-count // ROOM) * ROOM, *held.shape[3:])
             room[:, :, : held.shape[2]] = held
         room[:, :, held.shape[2] : count] = new
         return room[:, :, :count]

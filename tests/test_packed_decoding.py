@@ -133,15 +133,15 @@ def counted(decode: Callable[..., Tensor], calls: list[int]) -> Callable[..., Te
     return counting
 
 
-def test_attention_that_rounds_in_its_products_decodes_the_codes(
-    tiny_model: Callable[..., PreTrainedModel], direct: Any
+@pytest.mark.parametrize("policy", [KIVI(4, group_size=8, residual=8), PerHead(4)])
+def test_attention_that_gives_its_rows_decodes_the_codes(
+    policy: Policy, tiny_model: Callable[..., PreTrainedModel], direct: Any
 ) -> None:
-    """And softmax rows are given where they are asked for."""
     model = tiny_model("llama")
     ids = random_ids(20)[None]
     for implementation, called in (("sdpa", True), ("eager", False)):
         model.set_attn_implementation(implementation)
-        intact = attach(model, None, Bound(KIVI(4, group_size=8, residual=8), packed=True))
+        intact = attach(model, None, Bound(policy, packed=True))
         logits = []
         for on in (False, True):
             calls = direct(on)

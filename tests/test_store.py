@@ -239,7 +239,7 @@ def test_a_residual_longer_than_the_text_is_the_full_precision_cache(bits: int, 
 
 
 def test_what_comes_one_by_one_is_written_into_room_and_copied_seldom() -> None:
-    rooms, parts = Rooms(), [states(2, 3, n, 5, seed=n) for n in (4, 1, 1, 7, *[1] * (ROOM + 3))]
+    rooms, parts = Rooms(), [states(2, 3, n, 5, seed=n) for n in (4, 1, 1, 7, *[1] * ROOM)]
     held: Tensor | None = None
     places = []
     for i, part in enumerate(parts):

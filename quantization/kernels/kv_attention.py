@@ -21,6 +21,8 @@ from quantization.kernels.kv_codes import Coded, Side, known
 
 __all__ = ["attend", "attend_reference", "output", "scores"]
 
+TRITON = find_spec("triton") is not None
+
 
 def attend(
     query: Tensor, keys: Side, values: Side, scaling: float, mask: Tensor | None = None, kernel: bool | None = None
@@ -32,7 +34,7 @@ def attend(
     """
     size = query.shape[-1]
     if kernel is None:
-        kernel = query.is_cuda and find_spec("triton") is not None and known(keys, size) and known(values, size)
+        kernel = query.is_cuda and TRITON and known(keys, size) and known(values, size)
     if kernel:
         from quantization.kernels.kv_triton import attend as triton_attend  # triton is not everywhere
 

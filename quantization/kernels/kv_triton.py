@@ -208,8 +208,8 @@ def _split_kernel(
     PRECISION: tl.constexpr,  # of products of float32 numbers
 ):
     """One split of one KV head. Tiles go over the tokens behind the prefix, then over the prefix."""
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    sequence, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     real = (row < SHARE)[:, None] & (channel < D)[None, :]
     own = (head * SHARE + row)[:, None]
@@ -316,7 +316,12 @@ def _merge_kernel(largest, total, sums, result, splits, D: tl.constexpr, CHANNEL
 
 
 def attend(query: Tensor, keys: Side, values: Side, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """`kv_attention.attend` by the kernels; the layout must be one that its `known` accepts."""
+    """`kv_attention.attend` by the kernels; the layout must be one that `known` accepts."""
+    with torch.cuda.device_of(query):  # Triton starts kernels on the current device
+        return _launched(query, keys, values, scaling, mask)
+
+
+def _launched(query: Tensor, keys: Side, values: Side, scaling: float, mask: Tensor | None) -> Tensor:
     batch, query_heads, _, channels = query.shape
     coded_keys, coded_values = _coded(keys), _coded(values)
     some = next(x for x in (keys.tail, keys.prefix, None if coded_keys is None else coded_keys.codes) if x is not None)
@@ -336,7 +341,7 @@ def attend(query: Tensor, keys: Side, values: Side, scaling: float, mask: Tensor
     wide = triton.next_power_of_2(max(ROWS, channels))
     key_codes, key_layout = _pieces(coded_keys, query, heads)
     value_codes, value_layout = _pieces(coded_values, query, heads)
-    _split_kernel[(splits, batch * heads)](
+    _split_kernel[(batch * heads, splits)](
         _strided(query, 2),
         turned,
         None if mask is None else _strided_mask(mask, batch),
@@ -371,7 +376,7 @@ def attend(query: Tensor, keys: Side, values: Side, scaling: float, mask: Tensor
     )
     results = []
     for part in sums:
-        results.append(torch.empty(query.shape, dtype=torch.float32, device=query.device))
+        results.append(query.new_empty(query.shape, dtype=torch.float32 if apart else query.dtype))
         _merge_kernel[(batch * query_heads,)](
             largest, total, part, results[-1], splits, D=channels, CHANNELS=wide, SPLITS=triton.next_power_of_2(splits),
             num_warps=WARPS,
