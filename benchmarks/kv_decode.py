@@ -16,11 +16,11 @@ POLICIES: dict[str, Policy] = {
     "per_head 4": PerHead(4, scale_dtype="float16"),
     "kivi 4": KIVI(4, prefill="final"),
     "kivi 2": KIVI(2, prefill="final"),
-    "turbo_quant k8v4": TurboQuant(8, v_bits=4),
-    "turbo_quant 4bit-nc": TurboQuant(4),
-    "turbo_quant k3v4-nc": TurboQuant(3, v_bits=4),
-    "turbo_quant 3bit-nc": TurboQuant(3),
-    "turbo_quant lloyd 2": TurboQuant(2, values="lloyd"),
+    "turboquant k8v4": TurboQuant(8, v_bits=4),
+    "turboquant 4bit-nc": TurboQuant(4),
+    "turboquant k3v4-nc": TurboQuant(3, v_bits=4),
+    "turboquant 3bit-nc": TurboQuant(3),
+    "turboquant lloyd 2": TurboQuant(2, values="lloyd"),
 }
 CHUNK = 2048  # tokens that are encoded at a time
 

@@ -19,7 +19,7 @@ from intactkv.cache import IntactCache, IntactLayer
 from intactkv.growing import ROOM, Rooms
 from intactkv.prefix import Prefix, build_prefix
 from intactkv.store import Bound, Memory
-from quantization.kv_cache import KIVI, KV_POLICIES, PerHead, Policy, TurboQuant
+from quantization.kv_cache import KIVI, KV_POLICIES, KVQuant, PerHead, Policy, TurboQuant
 from quantization.kv_cache.per_head import WholeRange
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 
@@ -56,15 +56,19 @@ class Newest(PerHead):
 
 
 POLICIES: dict[str, Policy] = {
-    **{f"{word}{bits}": kind(bits=bits) for word, kind in KV_POLICIES.items() if word != "kivi" for bits in (4,)},
+    **{f"{word}4": kind(bits=4) for word, kind in KV_POLICIES.items() if word not in ("kivi", "kvquant")},
     "per_head fp16": PerHead(3, scale_dtype="float16", v_bits=2),
     "per_head by token": PerHead(4, group_size=-1),
     "newest": Newest(3),
-    "turbo_quant fp8": TurboQuant(8, v_bits=3),
-    "turbo_quant lloyd": TurboQuant(2, "lloyd", norm_correction=False),
+    "turboquant fp8": TurboQuant(8, v_bits=3),
+    "turboquant lloyd": TurboQuant(2, "lloyd", norm_correction=False),
     "kivi2": KIVI(2, group_size=8, residual=16),
     "kivi4": KIVI(4, group_size=16, residual=16, v_bits=2),
     "kivi8": KIVI(8, group_size=8, residual=8),
+    # Behind a prefix there are no sinks; Fisher weights need gradients.
+    "kvquant4": KVQuant(bits=4, sinks=0, weighting="none"),
+    "kvquant3": KVQuant(bits=3, v_bits=2, outliers=0.1, key_slots=3, sinks=0, qnorm=True, levels="nf"),
+    "kvquant2": KVQuant(bits=2, outliers=0.0, sinks=0, weighting="none"),
 }
 
 
