@@ -96,7 +96,7 @@ class IntactModel:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        take_over(self.model, needed=self.waits)
+        take_over(self.model, needed=self.waits or any(store.direct is not None for store in self._stores()))
 
     @cached_property
     def waits(self) -> bool:
