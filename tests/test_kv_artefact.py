@@ -2,12 +2,10 @@
 not the run's."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -25,7 +23,7 @@ from intactkv.prefix import Prefix, build_prefix
 from intactkv.store import Rounding
 from quantization.__main__ import main as quantize
 from quantization.grids.uniform import UniformGrid
-from quantization.kv_cache import KIVI, ClippedPerHead, PerHead, StaticPerHead
+from quantization.kv_cache import KIVI, ClippedPerHead, KVQuant, PerHead, StaticPerHead
 from quantization.kv_cache.base import Policy
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
@@ -481,9 +479,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             save_file({"keys": torch.tensor([index + 1.0]), "values": torch.tensor([10.0 * (index + 1)])}, file)
         return files
 
-    monkeypatch.setitem(
-        sys.modules, "quantization.kv_cache.fisher", SimpleNamespace(squared_gradients=squared_gradients)
-    )
+    monkeypatch.setattr(kv_artefact.fisher, "squared_gradients", squared_gradients)
     return calls
 
 
@@ -500,6 +496,19 @@ def test_a_policy_that_asks_gets_the_gradients_of_its_layer_once(
     assert torch.equal(behind, PREFIX)
     assert torch.equal(model.get_input_embeddings().weight, open_model(dense).get_input_embeddings().weight)
     assert not file.with_suffix(".partial").exists()
+
+
+@pytest.mark.parametrize("name", ["dense", *WEIGHTS])
+@pytest.mark.parametrize("behind", [False, True])
+def test_levels_that_fit_the_gradients_go_on_any_weights(
+    name: str, behind: bool, dense: Path, text: Path, intactkv_root: Path
+) -> None:
+    source = dense if name == "dense" else quantized(dense, intactkv_root / "out", name)
+    recipe = static(text, kv_cache=KVQuant(bits=3), prefix="bos" if behind else "none", calibrate_behind_prefix=behind)
+    logits = plan_run(source, recipe, device=CPU).load().score(IDS)
+    exact = plan_run(source, replace(recipe, kv_cache=None, calibrate_behind_prefix=False), device=CPU).load()
+    assert 0 < (logits - exact.score(IDS)).norm() < 0.5 * logits.norm()
+    assert not list(intactkv_root.rglob("*.partial"))
 
 
 # programs -------------------------------------------------------------------------------------------------------------

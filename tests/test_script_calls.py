@@ -168,6 +168,11 @@ def arms(program: str, recipe: str, *prefixes: str) -> list[str]:
     return [f"{program} {recipe} / {prefix}" for prefix in prefixes or ("none", "bos")]
 
 
+KVQUANT = " ".join(f"--set kv_cache.{field}" for field in (
+    "outliers=0.01", "sinks=1", "levels=nuq", "qnorm=false", "weighting=fisher"
+))  # fmt: skip
+
+
 # The calls of the published pages: what they become, and by which protocol.
 PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
     "quantization/auto_gptq vicuna-v1.5 vicuna-v1.5-7b 3 128 cpu": (
@@ -195,6 +200,10 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
         arms("ppl", "bcq-row --bits 4 --group-size -1 --set weights.rounds=3"), {"ppl gptq"},
     ),
     f"run_spqr 0 {MODEL}": (arms("ppl", "spqr"), {"ppl gptq"}),
+    f"run_kvquant 0 {MODEL}": (
+        [row for bits in (4, 3, 2) for row in arms("ppl", f"fp16 --kv kvquant --kv-bits {bits} {KVQUANT}")],
+        {"ppl gptq"},
+    ),
     f"run_zeroquant 0 {INSTRUCT}": (
         [row for name in ("w8a8", "w4-8a16", "w4-8a8", "w4a4") for row in arms("ppl", f"zeroquant-{name} {CUT}")]
         + [row for name in ("w4-8a16", "w4a4")
@@ -209,6 +218,14 @@ def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call
     ran, by = PUBLISHED[call]
     assert rows(made) == ran
     assert protocols(made) == by
+
+
+def test_kvquant_calibrates_on_the_published_text_or_on_what_it_is_told(calls: Calls) -> None:
+    size = "--calibration-samples 16 --calibration-length 2048"
+    for told, text in (({}, f"wikitext2 {size} --seed 0"), ({"CALIBRATION": "c4", "SEED": "3"}, f"c4 {size} --seed 3")):
+        made = [" ".join(call) for call in calls(f"run_kvquant 0 {MODEL}", BITS="2", **told) if "ppl" in call]
+        assert len(made) == 2
+        assert all(f"--calibration {text}" in call for call in made)
 
 
 def test_the_tables_of_the_paper_run_its_methods_as_it_did(calls: Calls) -> None:
@@ -400,6 +417,42 @@ def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> N
     assert all("--device cuda:all --max-memory 65GiB" in call for call in scored if "eval table" not in call)
 
 
+def parsed(made: list[Call]) -> list[argparse.Namespace]:
+    return [eval_parser().parse_args(words[1:]) for words in made]
+
+
+def test_needles_are_looked_for_in_caches_of_fewer_bits_with_and_without_the_prefix(calls: Calls) -> None:
+    *ran, table, plot = parsed(calls(f"eval/needle 0 {INSTRUCT}", LENGTHS="1024,4096", KEYS="3"))
+    policies = [("none", None), ("per_head", 4), ("per_head", 2)]
+    wanted = [(*policy, prefix) for policy in policies for prefix in ("none", "bos")]
+    assert [(one.kv, one.kv_bits, one.prefix) for one in ran] == wanted
+    assert all((one.lengths, one.keys, one.published) == ((1024, 4096), 3, False) for one in ran)
+    assert (table.which, table.model, plot.figure, plot.lengths) == (
+        "needle", ["llama-3.1-instruct-8b"], "needle", (1024, 4096),
+    )  # fmt: skip
+    given = {"PUBLISHED": "1", "UNITS": "1", "KV_BITS": "2", "KV": "rotated", "PREFIXES": "none", "UNIT_LINES": "9"}
+    (one, *_) = parsed(calls(f"eval/needle cpu {MODEL}", OPTIONS="--recipe rtn-w4", **given))
+    assert (one.published, one.units, one.lines, one.kv, one.kv_bits, one.recipe) == (
+        True, 1, 9, "rotated", 2, "rtn-w4",
+    )  # fmt: skip
+
+
+def test_a_chat_is_one_call_of_the_program_with_what_the_environment_says(
+    project: Path, calls: Calls, tmp_path: Path
+) -> None:
+    (plain,) = parsed(calls(f"eval/chat cpu {MODEL}"))
+    assert (plain.recipe, plain.kv_bits, plain.prompt, plain.script, plain.compare) == (None, None, None, None, False)
+    given = {"METHOD": "gptq", "BITS": "3", "KV_BITS": "4", "PREFIX": "prompt", "PROMPTS": "riddle distillation",
+             "COMPARE": "1", "MAX_NEW_TOKENS": "9", "OUT": "a b.json", "CALIBRATION_SAMPLES": "2"}  # fmt: skip
+    (one,) = parsed(calls(f"eval/chat all {MODEL}", **given))
+    assert (one.recipe, one.bits, one.kv_bits, one.prefix) == ("gptq", 3, 4, "prompt")
+    assert (one.prompt, one.compare, one.max_new_tokens) == (["riddle", "distillation"], True, 9)
+    assert (one.out, one.device, one.calibration_samples) == (project / "a b.json", "cuda:all", 2)
+    (one,) = parsed(calls(f"eval/chat 0 {MODEL}", SCRIPT="lines.txt", KV_BITS="16"))
+    assert (one.script, one.kv) == (project / "lines.txt", "none")
+    assert "device '0,1' shares work among GPUs" in run(project, f"eval/chat 0,1 {MODEL}").stderr
+
+
 def test_all_gpus_are_for_what_is_evaluated(project: Path) -> None:
     refused = run(project, "quantization/auto_gptq llama-2 7b 3 128 all")
     assert "device 'all' spreads a model that is evaluated" in refused.stderr
@@ -415,7 +468,7 @@ def test_a_linked_model_is_one_model_by_the_name_of_its_link(project: Path, call
     for call in ("eval/eval llama-2 7b rtn 3 16 ppl 29500 cpu", f"run_gptq cpu {MODEL}",
                  f"run_spqr cpu ./modelzoo/../{MODEL}/", f"table/table1 cpu {MODEL} rtn",
                  f"table/weights cpu {MODEL} rtn", f"table/seeds cpu {MODEL} gptq-w3",
-                 f"visualization/prefixquant cpu {MODEL}"):  # fmt: skip
+                 f"visualization/prefixquant cpu {MODEL}", f"eval/chat cpu {MODEL}"):  # fmt: skip
         ran = [words for words in calls(call) if words[1] != "table"]
         assert {words[words.index("--model") + 1] for words in ran} == {str(place / "llama-2-7b")}, call
 

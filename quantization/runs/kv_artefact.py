@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +29,7 @@ from corpora.json_files import Count, Hash, identity
 from corpora.storage import open_tensors, read_artefact, write_artefact
 from corpora.writing import drop_dead_lock, locked, refuse_special
 from intactkv.prefix import ModelIdentity, Owner, Prefix
-from quantization.kv_cache import KV_POLICIES, Policy, kv_bits
+from quantization.kv_cache import KV_POLICIES, Policy, fisher, kv_bits
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import describe
 from quantization.runs.identities import KV_FORMAT
@@ -215,7 +214,7 @@ def _gradients(blocks: Blocks, segments: Tensor, behind: Tensor | Prefix | None,
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir()
         model = load_model(blocks.directory, blocks.dtype, blocks.device)
-        import_module("quantization.kv_cache.fisher").squared_gradients(model, segments, behind, begun)
+        fisher.squared_gradients(model, segments, behind, begun)
         del model
         begun.rename(finished)
     files = sorted(finished.iterdir())

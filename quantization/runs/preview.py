@@ -4,7 +4,7 @@ Nothing is run: sizes of what is there come from the disk, of what is missing fr
     to run       the model's weights in the computation's dtype (packed ones at their bits)
     to quantize  the ends, two copies of one block in float32, two of its largest Hessian, and the calibration text's
                  hidden states in float32, as often as the method reads them
-    to calibrate the ends, one block and the text's hidden states; all weights twice, if the KV policy needs gradients
+    to calibrate the ends, one block and the text's hidden states; all weights, if the KV policy needs gradients
 Activations of a pass are not in it: they grow with the batch. On a CPU the libraries take LIBRARIES besides.
 """
 
@@ -178,7 +178,7 @@ def _calibrating(plan: Plan, sizes: Sizes) -> float:
     """Bytes that calibrating a KV policy takes, in the checkpoint's dtype."""
     c, kv = plan.recipe.calibration, plan.recipe.kv_cache
     numbers = sizes.ends + sizes.block + c.samples * c.length * sizes.width
-    return max(numbers, 2 * sizes.all if isinstance(kv, Policy) and kv.needs_gradients else 0) * sizes.item
+    return max(numbers, sizes.all if isinstance(kv, Policy) and kv.needs_gradients else 0) * sizes.item
 
 
 def _weights(directory: Path) -> Iterable[Path]:
