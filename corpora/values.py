@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 from corpora.errors import UserError
 
 __all__ = ["LARGEST_SEED", "MANY", "count", "device", "finite", "from_environment", "group_size", "limit", "name",
-           "number", "path", "real", "seed", "shown", "size", "text", "unshown", "whole"]  # fmt: skip
+           "number", "path", "real", "seed", "several", "shown", "size", "text", "unshown", "whole"]  # fmt: skip
 
 Value = TypeVar("Value")
 
@@ -57,6 +57,15 @@ def count(least: int = 1, most: int = MANY) -> Callable[[str], int]:
         return value if least <= value <= most else _refuse(word, allowed)
 
     return read
+
+
+def several(read: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
+    """Reader of values joined by commas, at least one; what is given twice counts once."""
+
+    def read_all(word: str) -> tuple[Value, ...]:
+        return tuple(dict.fromkeys(read(part) for part in word.split(",")))
+
+    return read_all
 
 
 def group_size(word: str) -> int:

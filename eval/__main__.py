@@ -1,16 +1,18 @@
-"""python -m eval: perplexity, tasks, MT-bench, statistics, tables of finished runs, figures."""
+"""python -m eval: perplexity, tasks, MT-bench, needles, a chat, statistics, tables of finished runs, figures."""
 
 import argparse
 import sys
 
 from corpora.errors import Parser, run_program
-from eval.programs import judge, mtbench, plot, ppl, stats, table, tasks
+from eval.programs import chat, judge, mtbench, needle, plot, ppl, stats, table, tasks
 
 PROGRAMS = {
     "ppl": ppl,
     "tasks": tasks,
     "mtbench": mtbench,
     "judge": judge,
+    "needle": needle,
+    "chat": chat,
     "stats": stats,
     "table": table,
     "plot": plot,

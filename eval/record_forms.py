@@ -5,6 +5,7 @@ A form names only what tables, figures and programs read. Records of before that
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from statistics import fmean
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -13,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from corpora.json_files import Count
 
-__all__ = ["Head", "disagreement", "form_of"]
+__all__ = ["Head", "NeedleResult", "disagreement", "form_of"]
 
 
 class Head(TypedDict):
@@ -104,9 +105,12 @@ Perplexity = Annotated[float, Field(gt=0, lt=1e300)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+_Bits = Annotated[list[Annotated[float, Field(gt=0, le=64)]], Field(min_length=2, max_length=2)]
+
+
 class _KVCache(TypedDict):
     rounded: Fraction
-    bits_per_element: Annotated[list[Annotated[float, Field(gt=0, le=64)]], Field(min_length=2, max_length=2)]
+    bits_per_element: _Bits
     tokens: Count
 
 
@@ -169,6 +173,37 @@ class _Answers(TypedDict):
     stopped: dict[str, int]
 
 
+class NeedleResult(TypedDict):
+    """One question of a grid of needles. log_likelihood: of the key behind the prompt, in nats; quantized: share
+    rounded of what attention read; bits_per_element: of keys and of values in packed storage at that length."""
+
+    length: Count
+    depth: Annotated[int, Field(ge=0, le=100)]
+    key: str
+    tokens: Count
+    found: bool
+    log_likelihood: Number
+    answer: str
+    quantized: Fraction
+    bits_per_element: _Bits | None
+
+
+class _NeedleSettings(_Settings):
+    lengths: Annotated[list[Count], Field(min_length=1)]
+    depths: Annotated[list[Annotated[int, Field(ge=0, le=100)]], Field(min_length=1)]
+    keys: Annotated[list[str], Field(min_length=1)]
+    lines: Count | None
+
+
+class _Needles(TypedDict):
+    settings: _NeedleSettings
+    results: list[NeedleResult]
+    found: Fraction
+    log_likelihood: Number
+    quantized: Fraction
+    quantization: NotRequired[_Cost | None]
+
+
 class _JudgeSettings(TypedDict):
     judge: str
     mode: Literal["single", "pair"]
@@ -202,7 +237,13 @@ class _Statistics(TypedDict):
     tokens: Count
 
 
-FORMS: Mapping[str, Any] = {"ppl": _Ppl, "tasks": _Tasks, "mtbench": _Answers, "judge": _Judged}
+FORMS: Mapping[str, Any] = {
+    "ppl": _Ppl,
+    "tasks": _Tasks,
+    "mtbench": _Answers,
+    "judge": _Judged,
+    "needle": _Needles,
+}
 # The columns that tables and figures of statistics read.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "stats-linears": ("block", "linear", "sqnr_w", "sqnr_o"),
@@ -233,6 +274,13 @@ def disagreement(task: str, record: Mapping[str, Any]) -> str | None:
         for metric, value in record["metrics"].items():
             if metric.startswith(("acc", "exact_match")) and not 0 <= value <= 1:
                 return f"its {metric} is {value}, which is no fraction of the questions"
+    if task == "needle":
+        asked = product(*(record["settings"][name] for name in ("lengths", "depths", "keys")))
+        results = record["results"]
+        if sorted(asked) != sorted((row["length"], row["depth"], row["key"]) for row in results):
+            return "its results are not those of its lengths, depths and keys"
+        if not math.isclose(fmean(row["found"] for row in results), record["found"], abs_tol=1e-9):
+            return "its share of found keys is not that of its results"
     for row in record["rows"] if task in COLUMNS else ():
         if lacking := [name for name in COLUMNS[task] if name not in row]:
             return f"a row of it has no {lacking[0]!r}"

@@ -19,7 +19,7 @@ from corpora.paths import outputs_dir
 from corpora.writing import refuse_special, refuse_unwritable
 from eval.record_forms import Head, disagreement, form_of
 
-__all__ = ["all_records", "record_of"]
+__all__ = ["all_records", "identity_of", "record_of"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def record_of(
     Raises UserError for a record that cannot be read, a figure that is no number, or, with the record on stdout, if the
     disk refuses it in the end; OSError, before the run, for a place where nothing can be written.
     """
-    key = _identity(task, settings)
+    key = identity_of(task, settings)
     path = outputs_dir() / "runs" / f"{task}-{name_part(name)}-{key}.json"
     if path.is_file() and not force:
         return _read(path, task)
@@ -102,7 +102,7 @@ def _read(path: Path, task: str) -> dict[str, Any]:
         raise UserError(
             f"{what} is another run's: it says task {record['task']!r}, identity {record['identity']!r}; {MEND}"
         )
-    if (found := _identity(task, record["settings"])) != record["identity"]:
+    if (found := identity_of(task, record["settings"])) != record["identity"]:
         raise UserError(f"{what} was changed: its settings have the identity {found}; {MEND}")
     without_sum(record, what, mend=MEND)
     fitted(record, form_of(task), what, mend=MEND)
@@ -111,5 +111,6 @@ def _read(path: Path, task: str) -> dict[str, Any]:
     return record | {"path": str(path)}
 
 
-def _identity(task: str, settings: dict[str, Any]) -> str:
+def identity_of(task: str, settings: dict[str, Any]) -> str:
+    """The identity of a run, of the eight digits in its record's name."""
     return identity({"format": FORMAT, "task": task, **settings})

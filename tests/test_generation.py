@@ -15,7 +15,7 @@ from transformers import AutoConfig, Gemma3Config, GenerationConfig, LogitsProce
 from corpora.errors import UserError
 from eval.__main__ import main
 from eval.generation import Generation, own_generation
-from eval.mtbench.answers import Answerer
+from eval.mtbench.answers import Answerer, warpers_of
 from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
 from quantization.runs.opening import load_model, load_tokenizer
@@ -109,15 +109,15 @@ def test_sampling_settings_shape_what_dialogues_are_drawn_from(tiny_model: Calla
     template: Any = None
     one = Answerer(attach(tiny_model("llama"), None), template, own, seed=0, max_new_tokens=4, context=None)
     logits = torch.randn(1, 101, generator=torch.Generator().manual_seed(0))
-    shaped = one._warpers(0.7)(torch.ones(1, 1, dtype=torch.long), logits)
+    shaped = warpers_of(one.own, 0.7)(torch.ones(1, 1, dtype=torch.long), logits)
     probabilities = (logits[0] / 0.7).softmax(-1)
     kept = probabilities >= probabilities.topk(4).values[-1]
     order = probabilities.where(kept, 0.0).div(probabilities[kept].sum()).sort(descending=True)
     nucleus = order.values.cumsum(0) - order.values < 0.5  # the fewest tokens that hold half of what top-k left
     expected = set(order.indices[nucleus & (order.values >= 0.3 * order.values[0])].tolist())
     assert set(shaped[0].isfinite().nonzero().flatten().tolist()) == expected
-    assert isinstance(one._warpers(0.0), LogitsProcessorList)
-    assert len(one._warpers(0.0)) == 0
+    assert isinstance(warpers_of(one.own, 0.0), LogitsProcessorList)
+    assert len(warpers_of(one.own, 0.0)) == 0
 
 
 def test_a_configuration_that_says_all_of_it_is_read_where_there_is_no_other_file(model: Path) -> None:

@@ -21,6 +21,7 @@ from eval.mtbench.answers import (
     read_questions,
     row_generator,
     temperature_of,
+    warpers_of,
 )
 from eval.mtbench.chat_templates import chat_template
 from eval.mtbench.json_lines import LineFile, part_of, parts_of
@@ -137,7 +138,7 @@ def test_draws_follow_the_distribution_and_the_models_top_k(answerer):
     one.own = Generation((2,), pad=0, top_k=3)
     logits = torch.tensor([[0.5, 2.0, -1.0, 1.5, 1.0, 0.9]])
     count = 4000
-    sampler = RowSampler([torch.Generator().manual_seed(0)], [one._warpers(0.7)])
+    sampler = RowSampler([torch.Generator().manual_seed(0)], [warpers_of(one.own, 0.7)])
     drawn = torch.stack([sampler(torch.ones(1, 1, dtype=torch.long), logits).argmax() for _ in range(count)])
     expected = torch.zeros(6)
     expected[[1, 3, 4]] = (logits[0, [1, 3, 4]] / 0.7).softmax(-1)

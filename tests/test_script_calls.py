@@ -417,6 +417,42 @@ def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> N
     assert all("--device cuda:all --max-memory 65GiB" in call for call in scored if "eval table" not in call)
 
 
+def parsed(made: list[Call]) -> list[argparse.Namespace]:
+    return [eval_parser().parse_args(words[1:]) for words in made]
+
+
+def test_needles_are_looked_for_in_caches_of_fewer_bits_with_and_without_the_prefix(calls: Calls) -> None:
+    *ran, table, plot = parsed(calls(f"eval/needle 0 {INSTRUCT}", LENGTHS="1024,4096", KEYS="3"))
+    policies = [("none", None), ("per_head", 4), ("per_head", 2)]
+    wanted = [(*policy, prefix) for policy in policies for prefix in ("none", "bos")]
+    assert [(one.kv, one.kv_bits, one.prefix) for one in ran] == wanted
+    assert all((one.lengths, one.keys, one.published) == ((1024, 4096), 3, False) for one in ran)
+    assert (table.which, table.model, plot.figure, plot.lengths) == (
+        "needle", ["llama-3.1-instruct-8b"], "needle", (1024, 4096),
+    )  # fmt: skip
+    given = {"PUBLISHED": "1", "UNITS": "1", "KV_BITS": "2", "KV": "rotated", "PREFIXES": "none", "UNIT_LINES": "9"}
+    (one, *_) = parsed(calls(f"eval/needle cpu {MODEL}", OPTIONS="--recipe rtn-w4", **given))
+    assert (one.published, one.units, one.lines, one.kv, one.kv_bits, one.recipe) == (
+        True, 1, 9, "rotated", 2, "rtn-w4",
+    )  # fmt: skip
+
+
+def test_a_chat_is_one_call_of_the_program_with_what_the_environment_says(
+    project: Path, calls: Calls, tmp_path: Path
+) -> None:
+    (plain,) = parsed(calls(f"eval/chat cpu {MODEL}"))
+    assert (plain.recipe, plain.kv_bits, plain.prompt, plain.script, plain.compare) == (None, None, None, None, False)
+    given = {"METHOD": "gptq", "BITS": "3", "KV_BITS": "4", "PREFIX": "prompt", "PROMPTS": "riddle distillation",
+             "COMPARE": "1", "MAX_NEW_TOKENS": "9", "OUT": "a b.json", "CALIBRATION_SAMPLES": "2"}  # fmt: skip
+    (one,) = parsed(calls(f"eval/chat all {MODEL}", **given))
+    assert (one.recipe, one.bits, one.kv_bits, one.prefix) == ("gptq", 3, 4, "prompt")
+    assert (one.prompt, one.compare, one.max_new_tokens) == (["riddle", "distillation"], True, 9)
+    assert (one.out, one.device, one.calibration_samples) == (project / "a b.json", "cuda:all", 2)
+    (one,) = parsed(calls(f"eval/chat 0 {MODEL}", SCRIPT="lines.txt", KV_BITS="16"))
+    assert (one.script, one.kv) == (project / "lines.txt", "none")
+    assert "device '0,1' shares work among GPUs" in run(project, f"eval/chat 0,1 {MODEL}").stderr
+
+
 def test_all_gpus_are_for_what_is_evaluated(project: Path) -> None:
     refused = run(project, "quantization/auto_gptq llama-2 7b 3 128 all")
     assert "device 'all' spreads a model that is evaluated" in refused.stderr
@@ -432,7 +468,7 @@ def test_a_linked_model_is_one_model_by_the_name_of_its_link(project: Path, call
     for call in ("eval/eval llama-2 7b rtn 3 16 ppl 29500 cpu", f"run_gptq cpu {MODEL}",
                  f"run_spqr cpu ./modelzoo/../{MODEL}/", f"table/table1 cpu {MODEL} rtn",
                  f"table/weights cpu {MODEL} rtn", f"table/seeds cpu {MODEL} gptq-w3",
-                 f"visualization/prefixquant cpu {MODEL}"):  # fmt: skip
+                 f"visualization/prefixquant cpu {MODEL}", f"eval/chat cpu {MODEL}"):  # fmt: skip
         ran = [words for words in calls(call) if words[1] != "table"]
         assert {words[words.index("--model") + 1] for words in ran} == {str(place / "llama-2-7b")}, call
 

@@ -189,6 +189,20 @@ class RowSampler(LogitsProcessor):
         return chosen
 
 
+def warpers_of(own: Generation, temperature: float) -> LogitsProcessorList:
+    """What shapes the distribution before a token is drawn, in the order of `generate`; nothing where none is."""
+    warpers = LogitsProcessorList()
+    if temperature >= GREEDY:
+        warpers.append(TemperatureLogitsWarper(temperature))
+        if own.top_k:
+            warpers.append(TopKLogitsWarper(own.top_k))
+        if own.top_p is not None and own.top_p < 1:
+            warpers.append(TopPLogitsWarper(own.top_p))
+        if own.min_p is not None:
+            warpers.append(MinPLogitsWarper(own.min_p))
+    return warpers
+
+
 class Answerer:
     """A model that answers questions. context: positions it has, None if that is not known. generation: its own
     settings, the only ones that it generates by."""
@@ -258,24 +272,11 @@ class Answerer:
             if room > 0:
                 rooms.setdefault((room, len(prompt) if self.model.pads_shift else 0), []).append(i)
         for (room, _), rows in rooms.items():
-            sampler = RowSampler([generators[i] for i in rows], [self._warpers(temperatures[i]) for i in rows])
+            sampler = RowSampler([generators[i] for i in rows], [warpers_of(self.own, temperatures[i]) for i in rows])
             generated = self._generate([prompts[i] for i in rows], room, LogitsProcessorList([sampler]))
             for i, ids in zip(rows, generated, strict=True):
                 answers[i] = self.cut(ids, room)
         return answers
-
-    def _warpers(self, temperature: float) -> LogitsProcessorList:
-        """What shapes the distribution before a token is drawn, in the order of `generate`."""
-        warpers = LogitsProcessorList()
-        if temperature >= GREEDY:
-            warpers.append(TemperatureLogitsWarper(temperature))
-            if self.own.top_k:
-                warpers.append(TopKLogitsWarper(self.own.top_k))
-            if self.own.top_p is not None and self.own.top_p < 1:
-                warpers.append(TopPLogitsWarper(self.own.top_p))
-            if self.own.min_p is not None:
-                warpers.append(MinPLogitsWarper(self.own.min_p))
-        return warpers
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], room: int, processors: LogitsProcessorList) -> list[list[int]]:

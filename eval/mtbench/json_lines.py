@@ -22,16 +22,16 @@ from corpora.writing import only_one, refuse_special, write_beside
 
 __all__ = ["LineFile", "Lines", "only_writer", "part_of", "parts_of", "refuse_other_lines"]
 
-BEGINNING = b'{"question_id": '  # of every line that is written here, and of FastChat's
-
 
 @dataclass(frozen=True)
 class Lines:
-    """A kind of line. what: a file of them is called; form: of one (`corpora.json_files`); key: what it is about."""
+    """A kind of line. what: a file of them is called; form: of one (`corpora.json_files`); key: what it is about;
+    beginning: of every line that is written here (the default is FastChat's, too)."""
 
     what: str
     form: Any
     key: Callable[[dict[str, Any]], Any]
+    beginning: bytes = b'{"question_id": '
 
 
 class LineFile:
@@ -99,7 +99,7 @@ def _read(path: Path, lines: Lines) -> tuple[list[dict[str, Any]], int, bool]:
     if path.stat().st_size > LONGEST:
         raise UserError(f"{path} is too large to be {lines.what}; name another file")
     *whole, last = path.read_bytes().split(b"\n")
-    if broken := _is_cut(last):
+    if broken := _is_cut(last, lines.beginning):
         last = b""
     mend = f"if it is {lines.what}, mend the line; else name another file"
     rows = []
@@ -115,9 +115,9 @@ def _read(path: Path, lines: Lines) -> tuple[list[dict[str, Any]], int, bool]:
     return rows, int(broken), not (broken or last)
 
 
-def _is_cut(line: bytes) -> bool:
+def _is_cut(line: bytes, beginning: bytes) -> bool:
     """Whether a file's last piece is the beginning of a line, as a kill leaves it."""
-    if not line or line[: len(BEGINNING)] != BEGINNING[: len(line)]:
+    if not line or line[: len(beginning)] != beginning[: len(line)]:
         return False
     try:
         json.loads(line)

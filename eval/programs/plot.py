@@ -16,12 +16,13 @@ from eval.programs.plot_options import (
     linear_output_options,
     log_option,
     motivation_options,
+    needle_options,
     only_down_option,
     opening_options,
     outlier_options,
     scattered_options,
 )
-from eval.programs.table import add_filters, chosen_rows
+from eval.programs.table import add_filters, chosen_grids, chosen_rows
 
 if TYPE_CHECKING:
     from corpora.catalog import CalibrationText
@@ -331,6 +332,21 @@ def _motivation(options: argparse.Namespace) -> "Output":
     return output
 
 
+def _needle(options: argparse.Namespace) -> "Output":
+    from corpora.errors import UserError
+    from eval.plots.canvas import file_name
+    from eval.plots.needle import draw_needles
+
+    lengths = options.lengths and list(options.lengths)
+    records = [record for record in chosen_grids(options) if lengths in (None, record["settings"]["lengths"])]
+    if not records:
+        raise UserError(f"--lengths {','.join(map(str, lengths))}: no finished run has these lengths; leave it out")
+    parts = ("-".join(map(str, lengths or ())), *_changed(options, FILTER_PARTS))
+    output = _output(options, file_name(options.model, "needle", *parts))
+    draw_needles(records, output)
+    return output
+
+
 def _calibration(options: argparse.Namespace) -> "Output":
     from eval.plots.calibration import draw_calibration
     from eval.plots.canvas import file_name
@@ -344,6 +360,8 @@ def _calibration(options: argparse.Namespace) -> "Output":
 KINDS = {
     "perplexity": Kind("perplexity per setting, with and without IntactKV, from the records in outputs/runs/",
                        lambda parser: add_filters(parser, required=True), _perplexity),
+    "needle": Kind("share of keys found in long texts, by length and depth, from the records in outputs/runs/",
+                   needle_options, _needle),
     "kv-bits": Kind("perplexity against the bits of an element of the KV cache, for every policy, from the records",
                     kv_bits_options, _kv_bits),
     "kv-grid": Kind("keys and values over tokens and channels, and the error of a KV policy",

@@ -9,8 +9,8 @@ from intactkv.architecture import DOWN_PROJ
 from quantization.programs.options import add_plan_options, add_text_seed
 
 __all__ = ["Declare", "calibration_options", "hessian_options", "kv_bits_options", "layer_options", "linear_options",
-           "linear_output_options", "log_option", "motivation_options", "only_down_option", "opening_options",
-           "outlier_options", "scattered_options"]  # fmt: skip
+           "linear_output_options", "log_option", "motivation_options", "needle_options", "only_down_option",
+           "opening_options", "outlier_options", "scattered_options"]  # fmt: skip
 
 Declare = Callable[[argparse.ArgumentParser], None]
 
@@ -162,3 +162,12 @@ def motivation_options(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--tokens", type=values.count(), metavar="T", help="of one, at most (default: 1024; smollm2: 128)"
     )
+
+
+def needle_options(parser: argparse.ArgumentParser) -> None:
+    """Which finished grids to draw."""
+    parser.add_argument("--model", type=values.name, required=True, metavar="NAME", help="for example smollm2-135m")
+    parser.add_argument("--dtype", type=values.name, metavar="NAME", help="only runs computed in this dtype")
+    parser.add_argument("--device", type=values.name, metavar="cpu|cuda", help="only runs on this kind of device")
+    parser.add_argument("--lengths", type=values.several(values.count()), metavar="TOKENS,…",
+                        help="only runs with these lengths")  # fmt: skip

@@ -8,12 +8,12 @@ from corpora import values
 from corpora.errors import UserError
 from corpora.targets import MARK, check_written
 
-__all__ = ["add", "add_filters", "chosen_rows", "run"]
+__all__ = ["add", "add_filters", "chosen_grids", "chosen_rows", "run"]
 
 SIGNED = {"markdown": f"\n<!-- {MARK} -->\n", "csv": "", "latex": f"% {MARK}\n"}  # in a file that is written
 log = logging.getLogger(__name__)
 
-WHICH = ("1", "2", "3", "4", "5", "tasks")
+WHICH = ("1", "2", "3", "4", "5", "tasks", "needle")
 
 
 def add(commands: Any) -> None:
@@ -27,9 +27,10 @@ def add(commands: Any) -> None:
     table.add_argument(
         "which",
         nargs="?",
-        metavar="1|2|3|4|5|tasks",
+        metavar="1|2|3|4|5|tasks|needle",
         help="IntactKV's Table 1 (perplexity), 2 (MMLU), 3 (question answering), 4 (MT-bench) or 5 (perplexity with "
-        "activations of 4 bits, too) with ours beside it; tasks: all finished tasks; without it: all perplexities",
+        "activations of 4 bits, too) with ours beside it; tasks: all finished tasks; needle: all grids of needles; "
+        "without it: all perplexities",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
     table.add_argument(
@@ -79,7 +80,11 @@ FILTERS = {
     **{name: name for name in ("corpus", "protocol", "window", "limit", "dtype", "device", "data", "fewshot")},
     "task": "task_name",
 }
-ONLY_FOR = {"ppl": ("corpus", "window"), "tasks": ("task", "data", "fewshot")}
+FITTING = {  # filters that the runs of a kind have, and what these are called
+    "ppl": (("corpus", "protocol", "window", "limit", "dtype", "device"), "perplexities"),
+    "tasks": (("protocol", "limit", "dtype", "device", "task", "data", "fewshot"), "tasks"),
+    "needle": (("dtype", "device"), "needles"),
+}
 
 
 def _shown(value: Any) -> str:
@@ -101,7 +106,7 @@ def _words(filters: dict[str, Any]) -> str:
 
 
 def _chosen(kind: str, options: argparse.Namespace, left_out: list[str]) -> list[dict[str, Any]]:
-    """Records of a kind (ppl, tasks) that the filters leave. left_out: gets a line for every one that cannot be read.
+    """Records of a kind (of `FITTING`) that the filters leave. left_out: gets a line for each that cannot be read.
 
     Raises UserError for a filter of another kind of run.
     """
@@ -109,9 +114,9 @@ def _chosen(kind: str, options: argparse.Namespace, left_out: list[str]) -> list
     from eval.tables.published import paper_name
 
     filters = _filters(options)
-    foreign = [key for other, keys in ONLY_FOR.items() if other != kind for key in keys if key in filters]
+    fitting, runs = FITTING[kind]
+    foreign = [key for key in filters if key not in fitting]
     if foreign:
-        runs = {"ppl": "perplexities", "tasks": "tasks"}[kind]
         raise UserError(f"--{foreign[0]} is no setting of {runs}, which this table shows; leave it out")
     models = {name for model in _models(options) for name in (model, paper_name(model))}
     return [
@@ -147,6 +152,14 @@ def chosen_rows(options: argparse.Namespace) -> list[Any]:
     return rows
 
 
+def chosen_grids(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The finished grids of needles that the filters leave. Raises UserError if there are none."""
+    left_out: list[str] = []
+    records = _some("needle", options, left_out)
+    _tell(left_out)
+    return records
+
+
 def _rows(options: argparse.Namespace, left_out: list[str], over_seeds: bool = False) -> list[Any]:
     from eval.tables.perplexities import perplexity_rows
 
@@ -163,11 +176,15 @@ def run(options: argparse.Namespace) -> None:
     """Print the table, or write it."""
     if options.which is not None and options.which not in WHICH:
         raise UserError(
-            f"table {options.which!r} is not known; choose 1 to 5 (IntactKV's tables), tasks, or nothing for "
-            "all perplexities"
+            f"table {options.which!r} is not known; choose 1 to 5 (IntactKV's tables), tasks, needle, or nothing "
+            "for all perplexities"
         )
     if options.costs and options.which is not None:
         raise UserError(f"--costs belongs to the table of all perplexities, not to table {options.which}; leave it out")
+    if options.over_seeds and options.which == "needle":
+        raise UserError(
+            "--over-seeds is of calibration seeds, which the table of needles shows one by one; leave it out"
+        )
     if options.out is None:
         print(_table(options), end="")
         return
@@ -192,7 +209,7 @@ def _table(options: argparse.Namespace) -> str:
 
 
 def _without_count(options: argparse.Namespace, left_out: list[str]) -> str:
-    from eval.tables import perplexities, render, tasks
+    from eval.tables import needles, perplexities, render, tasks
 
     if options.which is None:
         rows = _rows(options, left_out, options.over_seeds)
@@ -200,6 +217,8 @@ def _without_count(options: argparse.Namespace, left_out: list[str]) -> str:
     if options.which == "tasks":
         found = tasks.task_tables(_some("tasks", options, left_out), options.over_seeds)
         return render.render(found, options.format)
+    if options.which == "needle":
+        return render.render([needles.run_table(_some("needle", options, left_out))], options.format)
     from eval.runs import all_records
     from eval.tables.paper_runs import RECORDS
     from eval.tables.paper_tables import paper_tables

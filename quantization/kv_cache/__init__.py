@@ -10,9 +10,10 @@ from quantization.kv_cache.kvquant import KVQuant
 from quantization.kv_cache.per_head import PerHead
 from quantization.kv_cache.rotated import Rotated
 from quantization.kv_cache.static import StaticPerHead
+from quantization.kv_cache.turboquant import TurboQuant
 
 __all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "KVQuant", "PerHead", "Policy", "Rotated", "StaticPerHead",
-           "kv_bits", "kv_label"]  # fmt: skip
+           "TurboQuant", "kv_bits", "kv_label"]  # fmt: skip
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
 KV_POLICIES: Mapping[str, type[Policy]] = {
@@ -22,6 +23,7 @@ KV_POLICIES: Mapping[str, type[Policy]] = {
     "clipped": ClippedPerHead,
     "kivi": KIVI,
     "kvquant": KVQuant,
+    "turboquant": TurboQuant,
 }
 
 

@@ -25,7 +25,7 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         type=values.name,
         default=None,
         metavar="NAME",
-        help="KV-cache policy: none, per_head, rotated, kivi, or static and clipped, which calibrate "
+        help="KV-cache policy: none, per_head, rotated, kivi, turboquant, or static and clipped, which calibrate "
         "(default: the recipe's, or the checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
     )
     group.add_argument(

@@ -9,14 +9,14 @@ from typing import Any
 
 from fuzz import worlds
 from fuzz.engine import Outcome, Program, Scratch, said
-from fuzz.worlds import ANSWER, CALIBRATE, JUDGE, MODEL, QUANTIZE, RTN, WINDOW
+from fuzz.worlds import ANSWER, CALIBRATE, CHAT, JUDGE, MODEL, NEEDLE, QUANTIZE, RTN, WINDOW
 
 __all__ = ["KINDS", "Kind", "named"]
 
 # Of a run record, what differs from run to run, names the place, or is a key that the fuzzer added.
 VOLATILE = {
     "settings", "identity", "started", "environment", "seconds", "tokens_per_second", "peak_memory_mb", "path",
-    "answers", "cost", "judgement_file", "sum", "sha256",
+    "answers", "answered_now", "cost", "judgement_file", "sum", "sha256",
     "", "unused", "auto_map", "../x",
 }  # fmt: skip
 
@@ -124,6 +124,11 @@ def _turns(path: Path) -> Any:
     return [json.loads(line)["choices"][0]["turns"] for line in path.read_text().splitlines()]
 
 
+def _said(path: Path) -> Any:
+    """The answers of a transcript."""
+    return [(said["user"], said["ids"]) for said in json.loads(path.read_text())["answers"]]
+
+
 def named(outcome: Outcome, file: str) -> bool:
     """Whether a finished call says on stderr that it left a file, or a part of it, out."""
     return any(Path(file).name in line for line in said(outcome.err))
@@ -174,6 +179,9 @@ KINDS = {
             Program("ppl-again", ("eval", "ppl", "--model", MODEL, *RTN, *WINDOW[:-1]), record),
             Program("plot", ("eval", "plot", "perplexity", "--model", "tiny-llama", "--out", "f.png"),
                     files_of("f.csv")),
+            Program("table-needle", ("eval", "table", "needle"), printed),
+            Program("plot-needle", ("eval", "plot", "needle", "--model", "tiny-llama", "--out", "f.png"),
+                    files_of("f.csv")),
         ), without=named),
         Kind("state", worlds.chats, ("out.state.safetensors",), (
             Program("resume", (*CALIBRATE, "out.safetensors"), tensors_of("out.safetensors")),
@@ -220,6 +228,14 @@ KINDS = {
         Kind("judgements", worlds.mtbench, ("outputs/mt_bench/model_judgment/*",), (
             Program("judge", (*JUDGE, "given.jsonl"), record),
         ), rewritten=JUDGED),
+        Kind("needles", worlds.needles, ("outputs/needle/*.jsonl",), (Program("needle", NEEDLE, record),), own=True,
+             rewritten=r"^outputs/needle/"),
+        Kind("transcript", worlds.talked, ("t.json",), (
+            Program("chat", CHAT, lambda outcome, world: _said(world / "t.json")),
+        ), own=True, rewritten=r"^t\.json$"),
+        Kind("script", worlds.talked, ("script.txt",), (
+            Program("chat", CHAT, lambda outcome, world: _said(world / "t.json")),
+        ), rewritten=r"^t\.json$"),
         Kind("awq_zoo", worlds.zoo, ("zoo.pt",), (
             Program("quantize", ("quantization", "--model", MODEL, "--recipe", "awq-w3", "--group-size", "32", "--set",
                                  "weights.file=zoo.pt", "--out", "q"), tensors_of("q/*.safetensors")),

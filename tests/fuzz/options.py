@@ -17,7 +17,7 @@ from common import tree
 
 from corpora.errors import Parser
 from fuzz.engine import Call, Scratch, call, judge
-from fuzz.worlds import MODEL, RTN, copied, mtbench, quantized, ran, records
+from fuzz.worlds import CHAT, MODEL, NEEDLE, RTN, copied, mtbench, quantized, ran, records, talked
 
 __all__ = ["NONSENSE", "PROGRAMS", "option_cases", "run_option", "run_options"]
 
@@ -37,6 +37,10 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
                 "--limit", "1", "--out", "a.jsonl"),
     "judge": ("eval", "judge", "--questions", "questions.jsonl", "--prompts", "prompts.jsonl", "--references",
               "references.jsonl", "--judge-model", f"local:{MODEL}", "--max-tokens", "2", "--answers", "given.jsonl"),
+    "needle": NEEDLE,
+    "chat": (*CHAT[:-1], "u.json"),
+    "table-needle": ("eval", "table", "needle"),
+    "plot-needle": ("eval", "plot", "needle", "--model", "tiny-llama", *FIGURE),
     "table": ("eval", "table"),
     "table-tasks": ("eval", "table", "tasks"),
     **{f"stats-{kind}": ("eval", "stats", kind, "--model", MODEL, *RTN, *TEXT, "--window", "32", "--limit", "1",
@@ -72,14 +76,15 @@ FINE: dict[str, set[str]] = {
     "--learning-rate": {"1.5"}, "--prefix-lr": {"1.5"}, "--prefix-kd-weight": {"0", "-0", "1.5"},
     "--threshold": {"1.5"}, "--outlier-threshold": {"1.5"},
     "--corpus": {"text.txt"}, "--calibration": {"text.txt"}, "--layers": {"0", "-0"},
-    "--max-memory": set(), "--key-variable": {"abc", "None", "true"},
+    "--temperature": {"0", "-0", "1.5"}, "--depths": {"0", "-0", "1,2"}, "--max-memory": set(),
+    "--key-variable": {"abc", "None", "true"},
 }  # fmt: skip
 
 
 def world_of_options(world: Path, scratch: Scratch) -> None:
     """All that the programs' calls read."""
     copied(world, scratch, mtbench)
-    for build in (quantized, records):
+    for build in (quantized, records, talked):
         copied(world, scratch, build)
     (world / "binary.bin").write_bytes(bytes(range(256)) * 4)
     turns = [{"from": role, "value": text} for role, text in (("human", "hi"), ("gpt", "abc " * 20))]
@@ -144,7 +149,9 @@ def run_option(scratch: Scratch, name: str) -> Call:
 
 def _filters(program: str, option: str) -> bool:
     """Any name is a filter; what no record has is told or gives an empty table."""
-    return program.startswith(("table", "plot-perplexity")) and option not in ("--window", "--fewshot", "--limit")
+    return program.startswith(("table", "plot-perplexity", "plot-needle")) and option not in (
+        "--window", "--fewshot", "--limit", "--lengths",
+    )  # fmt: skip
 
 
 def run_options(scratch: Scratch, seed: int, calls: int, programs: list[str] | None = None) -> Iterator[Call]:

@@ -13,7 +13,7 @@ from conftest import _tiny_checkpoint, _tiny_tokenizer
 
 from fuzz.engine import Outcome, Scratch, call
 
-__all__ = ["ANSWER", "CALIBRATE", "JUDGE", "MODEL", "QUANTIZE", "RTN", "WINDOW"]
+__all__ = ["ANSWER", "CALIBRATE", "CHAT", "JUDGE", "MODEL", "NEEDLE", "QUANTIZE", "RTN", "WINDOW"]
 
 MODEL = "modelzoo/tiny-llama"
 
@@ -117,6 +117,7 @@ def records(world: Path, scratch: Scratch) -> None:
         ran(world, "eval", "ppl", "--model", MODEL, *words, *WINDOW)
     _tasks(world)
     ran(world, "eval", "tasks", "--model", MODEL, "--tasks", "piqa", "--data", "local", "--limit", "2", "--json")
+    ran(world, *NEEDLE)
 
 
 TASKS = {
@@ -238,6 +239,41 @@ def mtbench(world: Path, scratch: Scratch) -> None:
     ran(world, *ANSWER, "given.jsonl")
     ran(world, *JUDGE, "given.jsonl")
     shutil.rmtree(world / "outputs" / "runs")
+
+
+NEEDLE = ("eval", "needle", "--model", MODEL, "--lengths", "400", "--depths", "0,100", "--keys", "2",
+          "--max-new-tokens", "2", "--kv-bits", "4", "--json")  # fmt: skip
+CHAT = ("eval", "chat", "--model", MODEL, "--script", "script.txt", "--max-new-tokens", "2", "--out", "t.json")
+
+
+def needles(world: Path, scratch: Scratch) -> None:
+    """A grid that was killed behind its second key."""
+    from eval import needle
+
+    copied(world, scratch, dense)
+    look_for = needle.look_for
+
+    def killed(*arguments: Any) -> Any:
+        for count, row in enumerate(look_for(*arguments)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield row
+
+    needle.look_for = killed
+    try:
+        call(world, NEEDLE)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        needle.look_for = look_for
+    assert list((world / "outputs/needle").glob("*.jsonl")), list(world.iterdir())
+
+
+def talked(world: Path, scratch: Scratch) -> None:
+    """A script and its transcript."""
+    copied(world, scratch, dense)
+    (world / "script.txt").write_text("What is a fox?\nWhy?\n/reset\nAnd a dog?\n")
+    ran(world, *CHAT)
 
 
 def zoo(world: Path, scratch: Scratch) -> None:
