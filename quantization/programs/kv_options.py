@@ -26,7 +26,7 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         default=None,
         metavar="NAME",
         help="KV-cache policy: none, per_head, rotated, kivi, turboquant, or kvquant, static and clipped, which "
-        "calibrate (default: the recipe's, or the checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
+        "calibrate (default: the recipe's, or the checkpoint's); --set kv_cache.FIELD=VALUE sets its other fields",
     )
     group.add_argument(
         "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
