@@ -1,6 +1,7 @@
 """A decoding step straight from the packed codes of a cache is the step over what they stand for."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactLayer
 from intactkv.prefix import build_prefix
 from intactkv.store import Bound
+from quantization.kernels import kv_attention
 from quantization.kv_cache import KIVI, ClippedPerHead, PerHead, Policy, Rotated, StaticPerHead, TurboQuant, base
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -63,38 +65,51 @@ def packed(model: PreTrainedModel, policy: Policy, prefix: bool = True) -> Intac
     return attach(model, build_prefix(model, IDS) if prefix else None, Bound(policy, calibrated(model, policy), True))
 
 
+def steps(intact: IntactModel, first: int, padded: bool) -> Tensor:
+    """The outputs of one layer for tokens from `first` to 60, one by one: two rows, two query heads for a KV head."""
+    module = architecture_of(intact.model.config).blocks_of(intact.model)[0].self_attn
+    keys, values, queries = (states(2, heads, 60, 16, seed=heads) for heads in (2, 2, 4))
+    layer, outputs = intact.new_cache().intact_layers[0], []
+    assert isinstance(layer, IntactLayer)
+    layer.update(keys[:, :, :first], values[:, :, :first])
+    layer.unread = None  # nothing attends to the prompt here
+    front = layer.prefix_length
+    for i in range(first, 60):
+        part = slice(i, i + 1)
+        read = layer.update(keys[:, :, part], values[:, :, part])
+        assert read[0].shape == (2, 2, front + i + 1, 16)
+        mask = torch.ones(2, 1, 1, front + i + 1, dtype=torch.bool) if padded else None
+        if mask is not None:
+            mask[0, :, :, front : front + 5] = False
+        outputs.append(ALL_ATTENTION_FUNCTIONS["intact"](module, queries[:, :, part], *read, mask, scaling=0.25)[0])
+    return torch.cat(outputs, dim=1)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_step_from_codes_is_a_step_from_numbers(
     name: str, prefix: bool, padded: bool, tiny_model: Callable[..., PreTrainedModel], direct: Any
 ) -> None:
-    """One layer, two rows, two query heads for each KV head; the same queries, keys and values in both."""
-    model = tiny_model("llama")
-    intact = packed(model, POLICIES[name], prefix)
-    module = architecture_of(model.config).blocks_of(model)[0].self_attn
-    keys, values, queries = (states(2, heads, 60, 16, seed=heads) for heads in (2, 2, 4))
-    first = P if prefix else 0
+    intact = packed(tiny_model("llama"), POLICIES[name], prefix)
+    calls = direct(False)
+    truth = steps(intact, 20, padded)
+    assert not calls
+    direct(True)
+    assert_close(steps(intact, 20, padded), truth, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 40
 
-    def decoded(on: bool) -> Tensor:
-        calls = direct(on)
-        calls.clear()
-        layer, outputs = intact.new_cache().intact_layers[0], []
-        assert isinstance(layer, IntactLayer)
-        layer.update(keys[:, :, :20], values[:, :, :20])
-        layer.unread = None  # nothing attends to the prompt here
-        for i in range(20, 60):
-            part = slice(i, i + 1)
-            read = layer.update(keys[:, :, part], values[:, :, part])
-            assert read[0].shape == (2, 2, first + i + 1, 16)
-            mask = torch.ones(2, 1, 1, first + i + 1, dtype=torch.bool) if padded else None
-            if mask is not None:
-                mask[0, :, :, first : first + 5] = False
-            outputs.append(ALL_ATTENTION_FUNCTIONS["intact"](module, queries[:, :, part], *read, mask, scaling=0.25)[0])
-        assert len(calls) == (40 if on else 0)
-        return torch.cat(outputs, dim=1)
 
-    assert_close(decoded(True), decoded(False), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "per_head, by token"])  # 5 bits
+def test_the_kernel_reads_what_a_store_holds(
+    name: str, tiny_model: Callable[..., PreTrainedModel], direct: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intact = packed(tiny_model("llama"), POLICIES[name])
+    direct(False)
+    truth = steps(intact, 57, padded=True)
+    direct(True)
+    monkeypatch.setattr(base, "attend", partial(kv_attention.attend, kernel=True))
+    assert_close(steps(intact, 57, padded=True), truth, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", POLICIES)

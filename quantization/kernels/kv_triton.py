@@ -23,7 +23,8 @@ from quantization.kernels.kv_tiles import exact, per_block, per_token
 
 __all__ = ["attend"]
 
-TILE = 64  # tokens that a program looks at together
+TILE = 64  # tokens that a program looks at together, at most
+REGISTERS = 2**14  # bytes of a tile of keys, as numbers: what a program holds without spilling
 ROWS = 16  # the least number of rows that a matrix unit multiplies
 WARPS = 4
 STAGES = 3
@@ -233,7 +234,9 @@ def _launched(query: Tensor, keys: Side, values: Side, scaling: float, mask: Ten
     turned = None if coded_keys is None or coded_keys.turn is None else coded_keys.turned(query).contiguous()
     prefix, tail = _tokens(keys.prefix), _tokens(keys.tail)
     behind = (len(coded_keys) if coded_keys is not None else 0) + tail
-    tiles = -(-prefix // TILE) + -(-behind // TILE)
+    wide = triton.next_power_of_2(max(ROWS, channels))
+    tile = min(TILE, max(ROWS, REGISTERS // (wide * query.element_size())))
+    tiles = -(-prefix // tile) + -(-behind // tile)
     wanted = -(-WAVES * _processors(query.device) // (batch * heads))
     per_split = -(-tiles // max(1, min(wanted, SPLITS, tiles)))
     splits = -(-tiles // per_split)
@@ -241,7 +244,6 @@ def _launched(query: Tensor, keys: Side, values: Side, scaling: float, mask: Ten
     largest, total = (query.new_empty(batch, query_heads, splits, dtype=torch.float32) for _ in range(2))
     apart = coded_values is not None and coded_values.turn is not None
     sums = [query.new_empty(batch, query_heads, splits, channels, dtype=torch.float32) for _ in range(1 + apart)]
-    wide = triton.next_power_of_2(max(ROWS, channels))
     key_codes, key_layout = _pieces(coded_keys, query, heads)
     value_codes, value_layout = _pieces(coded_values, query, heads)
     _split_kernel[(batch * heads, splits)](
@@ -269,7 +271,7 @@ def _launched(query: Tensor, keys: Side, values: Side, scaling: float, mask: Ten
         D=channels,
         CHANNELS=wide,
         ROWS=max(ROWS, triton.next_power_of_2(query_heads // heads)),
-        TILE=TILE,
+        TILE=tile,
         KEYS=key_layout,
         VALUES=value_layout,
         PRECISION="ieee" if torch.version.hip else "tf32x3",
