@@ -27,9 +27,9 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         type=values.name,
         default=None,
         metavar="NAME|FILE",
-        help="KV-cache policy: none, per_head, rotated, kivi, turboquant; kvquant, static or clipped, which calibrate once "
-        "(python -m quantization kv) or take the FILE.safetensors of that (default: the recipe's, or the checkpoint's); "
-        "--set kv_cache.FIELD=VALUE sets what it has besides bits",
+        help="KV-cache policy: none, per_head, rotated, kivi, turboquant; kvquant, static or clipped, which calibrate "
+        "once (python -m quantization kv) or take the FILE.safetensors of that (default: the recipe's, or the "
+        "checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
     )
     group.add_argument(
         "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
