@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError
-from quantization.programs.options import add_plan_options, check_out, plan_of, show_log
+from quantization.programs.options import add_plan_options, plan_of, show_log
+from quantization.programs.out_option import check_out
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from corpora import values
 from corpora.errors import UserError
 from eval.programs.start import start
-from quantization.programs.options import add_plan_options, check_out
+from quantization.programs.options import add_plan_options
+from quantization.programs.out_option import check_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable

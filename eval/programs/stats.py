@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError
-from quantization.programs.options import add_plan_options, add_text_seed, check_out, plan_of, show_log
+from quantization.programs.options import add_plan_options, add_text_seed, plan_of, show_log
+from quantization.programs.out_option import check_out
 
 if TYPE_CHECKING:
     from corpora.text import TokenStream

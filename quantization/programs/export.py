@@ -7,12 +7,12 @@ from corpora import values
 from corpora.errors import Parser, UserError, run_program
 from quantization.programs.options import (
     add_plan_option,
-    check_out,
     chosen_device,
     chosen_dtype,
     show_log,
     stop_at_plan,
 )
+from quantization.programs.out_option import check_out
 
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "dense")
 SEARCH = "awq-search"

@@ -6,7 +6,8 @@ import time
 from corpora import values
 from corpora.errors import Parser, UserError
 from quantization.programs.kv_options import kv_artefact_of
-from quantization.programs.options import add_plan_options, check_out, plan_of, show_log
+from quantization.programs.options import add_plan_options, plan_of, show_log
+from quantization.programs.out_option import check_out
 
 __all__ = ["kv_program"]
 

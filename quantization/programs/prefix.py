@@ -9,11 +9,11 @@ from corpora.errors import Parser, UserError
 from quantization.programs.options import (
     add_plan_options,
     add_text_seed,
-    check_out,
     plan_of,
     show_log,
     stop_at_plan,
 )
+from quantization.programs.out_option import check_out
 from quantization.programs.train import (  # fmt: skip
     CALIBRATE,
     TRAIN_PREFIX,

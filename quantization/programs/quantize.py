@@ -6,7 +6,8 @@ import logging
 from corpora import values
 from corpora.errors import Parser
 from quantization.programs.kv_options import given_kv
-from quantization.programs.options import add_plan_options, check_out, plan_of, show_log
+from quantization.programs.options import add_plan_options, plan_of, show_log
+from quantization.programs.out_option import check_out
 
 __all__ = ["quantize"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.targets import check_target
-from quantization.programs.options import check_out
+from quantization.programs.out_option import check_out
 
 if TYPE_CHECKING:
     from torch import Tensor
