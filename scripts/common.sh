@@ -260,16 +260,19 @@ gptq_row() { # BITS GROUP_SIZE, then more options: GPTQ as in qllm, whose groups
     row --recipe gptq-row --bits "$1" --group-size "$2" "${dynamic[@]}" "${@:3}"
 }
 
-kivi_row() { # BITS, then more options: KIVI as in qllm; what tasks that generate see of their prompt is exact
-    local bits=$1 name kind
+kivi_row() { # BITS, then more options: KIVI as in qllm; tasks that generate see their prompt as it is
+    local bits=$1 name scoring= generating= tasks=${TASKS:-}
     shift
     local kivi=(--kv kivi --kv-bits "$bits" --kv-group-size "${GROUP_SIZE:-32}" --set "kv_cache.residual=${RESIDUAL:-128}")
-    perplexities "$device" 29500 "$model" "$@" "${kivi[@]}" --set "kv_cache.prefill=${PREFILL:-final}" > /dev/null
-    local tasks=${TASKS:-}
     for name in ${tasks//,/ }; do
-        case $name in gsm8k* | truthfulqa* | bbh*) kind=fp ;; *) kind=final ;; esac
-        task_scores "$name" "$device" 29500 "$model" "$@" "${kivi[@]}" --set "kv_cache.prefill=${PREFILL:-$kind}" > /dev/null
+        case $name in
+            gsm8k* | truthfulqa* | bbh*) generating+=${generating:+,}$name ;;
+            *) scoring+=${scoring:+,}$name ;;
+        esac
     done
+    TASKS=$scoring row "$@" "${kivi[@]}" --set "kv_cache.prefill=${PREFILL:-final}"
+    [ -z "$generating" ] || task_scores "$generating" "$device" 29500 "$model" "$@" "${kivi[@]}" \
+        --set "kv_cache.prefill=${PREFILL:-fp}" > /dev/null
 }
 
 rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names; what OPTIONS say of a recipe and its bits is not theirs

@@ -13,9 +13,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 device=$1 model=$(model_path "$2")
 enter_project
 measure_as qllm
-words weights RECIPE
 for bits in ${BITS:-4 2}; do
-    kivi_row "$bits" "${weights[@]/#/--recipe=}"
+    kivi_row "$bits" --recipe "${RECIPE:-fp16}"
 done
 rows_beside 4 -1
 show_rows

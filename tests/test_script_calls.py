@@ -200,6 +200,11 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
         arms("ppl", "bcq-row --bits 4 --group-size -1 --set weights.rounds=3"), {"ppl gptq"},
     ),
     f"run_spqr 0 {MODEL}": (arms("ppl", "spqr"), {"ppl gptq"}),
+    f"run_kivi 0 {MODEL}": (
+        [row for bits in (4, 2) for row in arms("ppl", f"fp16 --kv kivi --kv-bits {bits} --kv-group-size 32 "
+         "--set kv_cache.residual=128 --set kv_cache.prefill=final")], {"ppl gptq"},
+    ),
+    "eval/eval llama-2 7b awq 3 2 ppl 29500 cpu": (arms("ppl", "awq --bits 3 --kv-bits 2"), {"ppl intactkv"}),
     f"run_kvquant 0 {MODEL}": (
         [row for bits in (4, 3, 2) for row in arms("ppl", f"fp16 --kv kvquant --kv-bits {bits} {KVQUANT}")],
         {"ppl gptq"},
@@ -218,6 +223,21 @@ def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call
     ran, by = PUBLISHED[call]
     assert rows(made) == ran
     assert protocols(made) == by
+
+
+def test_kivi_lets_tasks_that_generate_see_their_prompt_as_it_is(calls: Calls) -> None:
+    made = [" ".join(call) for call in calls(f"run_kivi cpu {MODEL}", BITS="2", TASKS="boolq,gsm8k") if "--kv" in call]
+    for task, mode in (("--tasks boolq", "final"), ("--tasks gsm8k", "fp"), ("eval ppl", "final")):
+        mine = [call for call in made if task in call]
+        assert len(mine) == 2
+        assert all(f"prefill={mode}" in call for call in mine)
+    told = calls(f"run_kivi cpu {MODEL}", BITS="2", PREFILL="exact", TASKS="gsm8k")
+    assert all("kv_cache.prefill=exact" in call for call in told if "--kv" in call)
+
+
+def test_the_policy_of_the_cache_is_that_of_kv(calls: Calls) -> None:
+    call = "eval/eval llama-2 7b rtn 3 2 ppl 29500 cpu"
+    assert rows(calls(call, KV="kivi")) == arms("ppl", "rtn --bits 3 --kv kivi --kv-bits 2")
 
 
 def test_kvquant_calibrates_on_the_published_text_or_on_what_it_is_told(calls: Calls) -> None:
@@ -288,7 +308,7 @@ def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_thei
 
 
 @pytest.mark.parametrize("script", ["run_gptq", "run_lutgemm", "run_spqr", "run_zeroquant", "run_smoothquant",
-                                    "run_prefixquant"])  # fmt: skip
+                                    "run_prefixquant", "run_kivi"])  # fmt: skip
 def test_every_method_is_scored_on_the_tasks_that_are_named(calls: Calls, script: str) -> None:
     made = calls(f"{script} cpu {MODEL}", TASKS="piqa,winogrande", DATA="sample", BATCH_SIZE="2", LIMIT="3", PLOTS="0")
     of = {program: [row.removeprefix(program) for row in rows(made) if row.startswith(program)]

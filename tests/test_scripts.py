@@ -10,7 +10,8 @@ import pytest
 from common import ROOT, refusals
 
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
-RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant", "run_kvquant")
+RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant", "run_kivi",
+           "run_kvquant")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
