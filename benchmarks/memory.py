@@ -88,7 +88,7 @@ def main() -> None:
                     for setting in options.settings:
                         command += ["--set", setting]
                     peaks.append(peak_unshared_mb([*command, "--child", str(directory), str(Path(place) / "out")]))
-            calibrates = named_recipe(recipe).calibrates
+            calibrates = named_recipe(recipe).checkpoint_part.calibrates
             report(
                 benchmark="memory",
                 recipe=recipe,

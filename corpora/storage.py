@@ -88,12 +88,13 @@ def write_artefact(path: Path, kind: str, header: Mapping[str, Any], tensors: Ma
 
 
 def read_artefact(
-    path: Path, kind: str, form: Any, what: str, way_out: str, *, finite: bool = True
+    path: Path, kind: str, form: Any, what: str, way_out: str, *, finite: bool = True, summed: bool = False
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The header, without its sum, and all tensors of a file that `write_artefact` wrote.
 
     form: of the header (`corpora.json_files`). what, way_out: what it should have been and how it is made again, for
-    messages. finite: whether NaN and infinity are refused. Files of before had no sum and are compared with none.
+    messages. finite: whether NaN and infinity are refused. summed: whether all files of the kind have a sum; of others
+    those of before had none and are compared with none.
     Raises UserError if the file is missing, truncated, of another kind, of another form, or changed since it was
     written.
     """
@@ -104,7 +105,7 @@ def read_artefact(
         header = parse_json(metadata[kind], f"the header of {what} {path}", dict, mend=way_out)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     found = header.pop(SUM, None)
-    if found is not None and found != _sum_of(header, tensors):
+    if found != _sum_of(header, tensors) and (summed or found is not None):
         raise UserError(f"{what} {path} has changed since it was written (its sum is another); {way_out}")
     fitted(header, form, f"the header of {what} {path}", mend=way_out)
     for name, tensor in tensors.items():

@@ -76,6 +76,13 @@ class _Policy(_Part):
     bits: float
 
 
+class _KVMadeOf(TypedDict):
+    """What identifies an artefact of a KV policy's tensors."""
+
+    text: dict[str, Any]
+    calibration: _Seeded
+
+
 class _Prefix(TypedDict):
     label: str
     ids: list[int] | None
@@ -89,6 +96,7 @@ class _Settings(TypedDict):
     made_of: _MadeOf
     recipe: _Recipe
     kv: _Policy | None
+    kv_made_of: NotRequired[_KVMadeOf]
     prefix: _Prefix
     dtype: str
     device: str

@@ -21,6 +21,7 @@ from intactkv.attention import take_over
 from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.rows import FedRows, left_padded, refuse_holes, to_columns
 from intactkv.store import KVPolicy, Store
 from intactkv.vocabulary import known_ids
 
@@ -65,21 +66,6 @@ def default_batch_size(window: int, device_type: str) -> int:
     return max(1, TOKENS_AT_ONCE[device_type] // window)
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """A batch taken apart: what is fed behind the prefix, and how its columns map back.
-
-    feed, mask: (B, T) ids and 0/1, padded on the left. pads: (B,) pad columns per row of `feed`.
-    had_prefix: whether the given rows contained the prefix ids. dropped: leading tokens that are not fed, per row.
-    """
-
-    feed: Tensor
-    mask: Tensor
-    pads: Tensor
-    had_prefix: bool
-    dropped: list[int] = field(default_factory=list)
-
-
 @dataclass
 class Usage:
     """How much of what attention read behind the prefix was rounded, in pairs of a query and a token that it saw."""
@@ -110,7 +96,7 @@ class IntactModel:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        take_over(self.model, needed=self.waits)
+        take_over(self.model, needed=self.waits or any(store.direct is not None for store in self._stores()))
 
     @cached_property
     def waits(self) -> bool:
@@ -210,11 +196,11 @@ class IntactModel:
         self._refuse_pushed_out(rows, 0)
         logits = self._logits(rows)
         own = None if self.prefix is None else self.prefix.logits.to(logits)
-        logits = _to_columns(logits, rows, own, input_ids, attention_mask)
+        logits = to_columns(logits, rows, own, input_ids, attention_mask)
         finite(logits.amax(dim=-1), f"logits of {self.name}, by row and column")
         return logits
 
-    def _logits(self, rows: _Rows) -> Tensor:
+    def _logits(self, rows: FedRows) -> Tensor:
         """Logits of the fed columns, (B, T, V) float32; what stands at pads means nothing."""
         if not (self.pads_shift and bool(rows.pads.any())):
             return self.feed(rows.feed, rows.mask).logits.float()
@@ -296,7 +282,7 @@ class IntactModel:
             cache.tokens = sequences[:, : cache.get_seq_length()]
         given = input_ids.to(sequences).repeat_interleave(sequences.shape[0] // batch, dim=0)
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):  # right padding moved left
-            given = _left_padded(input_ids, attention_mask)[0].to(sequences)
+            given = left_padded(input_ids, attention_mask)[0].to(sequences)
             given = given.repeat_interleave(sequences.shape[0] // batch, dim=0)
         sequences = torch.cat([given, sequences[:, ids.shape[1] :]], dim=1)
         if isinstance(output, Tensor):
@@ -304,7 +290,7 @@ class IntactModel:
         output.sequences = sequences
         return output
 
-    def _take_apart(self, input_ids: Tensor, attention_mask: Tensor | None) -> _Rows:
+    def _take_apart(self, input_ids: Tensor, attention_mask: Tensor | None) -> FedRows:
         """Find the prefix in every row and lay the rest out behind it, padded on the left."""
         if input_ids.ndim != 2:
             raise UserError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, tokens)")
@@ -312,7 +298,7 @@ class IntactModel:
         input_ids = input_ids.to(device)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
         texts = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
-        _refuse_holes(mask)
+        refuse_holes(mask)
         had_prefix, dropped = True, [0] * len(texts)
         if self.prefix is not None:
             lead = self.prefix.ids.to(device)
@@ -342,7 +328,7 @@ class IntactModel:
             [torch.nn.functional.pad(text, (int(pad), 0)) for text, pad in zip(texts, pads, strict=True)]
         )
         columns = torch.arange(longest, device=device)
-        return _Rows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)
+        return FedRows(feed, (columns >= pads[:, None]).long(), pads, had_prefix, dropped)
 
     def _start_token(self) -> int:
         """The prefix's [BOS]: its first token, or its last one where only that is one of the model's special tokens, as
@@ -381,7 +367,7 @@ class IntactModel:
                     f"{name} cannot be combined with a prefix: assisted decoding starts with an empty cache"
                 )
 
-    def _refuse_pushed_out(self, rows: _Rows, new_tokens: int) -> None:
+    def _refuse_pushed_out(self, rows: FedRows, new_tokens: int) -> None:
         """A sliding window counts physical slots: pads behind the prefix would push it out too early."""
         if self.prefix is None:
             return  # pads in front of everything shift nothing
@@ -403,38 +389,3 @@ class IntactModel:
                 "that the prompt continues (batch of one), or leave it out to feed the dialogue again"
             )
         return cache
-
-
-def _refuse_holes(mask: Tensor) -> None:
-    """Padding must be on one side: between two real tokens it would shift positions."""
-    changes = (mask[:, 1:] != mask[:, :-1]).sum(dim=1)
-    if bool((changes > 1).any()):
-        raise UserError("attention_mask has holes; pad every row on the left or on the right only")
-
-
-def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with their pads moved to the left: ids and mask, (B, L)."""
-    order = mask.argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
-
-
-def _to_columns(
-    logits: Tensor, rows: _Rows, prefix_logits: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """Bring (B, T, V) logits of the fed tokens back to the (B, L, V) columns of the given rows, 0 at pads.
-
-    A column that was not fed (the prefix's own tokens, or a dropped [BOS]) takes the stored prefix logits, its last
-    rows, since they end where the fed tokens begin.
-    """
-    batch, length = input_ids.shape
-    if prefix_logits is None and attention_mask is None:
-        return logits
-    columns = logits.new_zeros(batch, length, logits.shape[-1])
-    for row in range(batch):
-        keep = slice(None) if attention_mask is None else attention_mask[row].bool().to(logits.device)
-        new = logits[row, int(rows.pads[row]) :]
-        count = rows.dropped[row]
-        if prefix_logits is not None and count:
-            new = torch.cat([prefix_logits[-count:], new])
-        columns[row, keep] = new
-    return columns

@@ -3,6 +3,7 @@
     a short prefix      no mask: P dummy queries in front make queries and keys equally long
     two forms of keys   S = where(column < limit(i), q·k̂ᵀ, q·kᵀ),   O = (P ⊙ [column < limit(i)])·v̂ + (P ⊙ [else])·v
     rounded products    queries and softmax rows on grids (`quantization.model.attention`)
+    packed codes        one query attends to the codes as they are, by the products of its KV policy
 
 torch's `is_causal` aligns the causal triangle to the upper left, so with P cached tokens and T new ones transformers
 builds an explicit (T, P + T) mask, and the kernels lose their causal fast path (on CPUs a fifth of the time of a
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from intactkv.store import TwoForms
+from intactkv.store import Store, TwoForms
 
 __all__ = ["EXPLICIT", "NAME", "PRODUCTS", "ROWS", "Products", "Read", "masked", "take_over"]
 
@@ -53,17 +54,19 @@ class Products(Protocol):
 @dataclass
 class Read:
     """What one layer's cache tells attention. prefix: leading columns that are the intact prefix. keys, values: their
-    exact forms, where queries of the pass see some tokens rounded and others do not."""
+    exact forms, where queries of the pass see some tokens rounded and others do not. store: keys and values were not
+    decoded, and the tensors handed over only have their shapes; it attends to them, or decodes them."""
 
     prefix: int = 0
     keys: TwoForms | None = None
     values: TwoForms | None = None
+    store: Store | None = None
     taken: bool = False
 
     @property
     def needed(self) -> bool:
         """Whether attention is wrong without it."""
-        return self.keys is not None or self.values is not None
+        return self.keys is not None or self.values is not None or self.store is not None
 
 
 def _mask(
@@ -122,6 +125,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query (B, heads, T, D), key and value (B, KV heads, P + T, D) to (B, T, heads, D)."""
     read = getattr(key, "intactkv_read", None) or Read()
+    shared = attention_mask is None or attention_mask.shape[1] == 1  # by all heads
+    if read.store is not None and shared and PRODUCTS not in module.__dict__ and not kwargs.get("dropout"):
+        read.taken = True
+        mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return read.store.attended(query, scaling, mask).transpose(1, 2), None
     if read.needed or PRODUCTS in module.__dict__:
         return _explicit(module, query, key, value, attention_mask, read, rows=False, **kwargs)
     cached = key.shape[2] - query.shape[2]
@@ -155,6 +164,8 @@ def _explicit(
 ) -> tuple[Tensor, Tensor | None]:
     """Both products one after the other; the queries in parts whose scores fit the memory, unless rows are wanted."""
     read.taken = True
+    if read.store is not None:
+        key, value = read.store.states()
     products: Products | None = module.__dict__.get(PRODUCTS)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if products is not None:

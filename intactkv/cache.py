@@ -108,10 +108,11 @@ class IntactLayer(_Intact, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if self.single_pass:
             self._single(key_states.shape[-2])
-        (keys, values), forms = self.store.append(key_states, value_states)
+        direct = self.store.answers(key_states)
+        (keys, values), forms = self.store.append(key_states, value_states, decode=not direct)
         if keys is key_states:
             keys = keys.view_as(keys)  # the model's own tensor shall not carry anything
-        self._handed(keys, Read(self.prefix_length, *forms))
+        self._handed(keys, Read(self.prefix_length, *forms, store=self.store if direct else None))
         if self.single_pass:
             sides = self.store.sides
             self.store.begin(self.prefix, self._places)
@@ -124,7 +125,7 @@ class IntactLayer(_Intact, DynamicLayer):
         """K and V as the next query will see them, each (batch, KV heads, tokens, D); only after the first update."""
         for side in self.store.sides:
             side.settle()
-        return self.store.keys.states(), self.store.values.states()
+        return self.store.states()
 
     def get_seq_length(self) -> int:
         """Tokens held, the prefix included, also before the first tokens arrive."""

@@ -30,7 +30,7 @@ from intactkv.store import KVPolicy
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["ModelIdentity", "Prefix", "build_prefix", "identity_of", "input_embeddings"]
+__all__ = ["ModelIdentity", "Owner", "Prefix", "build_prefix", "check_owner", "identity_of", "input_embeddings"]
 
 FORMAT = 1
 KIND = "intactkv"  # of the file's header
@@ -41,7 +41,9 @@ PLAIN_BASIS = "plain"  # no weight transform: K and V as the original checkpoint
 SAME_EMBEDDING = 0.2
 
 
-class _Owner(TypedDict):
+class Owner(TypedDict):
+    """A `ModelIdentity` as the headers of files hold it."""
+
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic's own way to say it
 
     model_type: str
@@ -65,7 +67,7 @@ _Trained = TypedDict("_Trained", {"for": NotRequired[_TrainedFor]})
 
 class _Header(TypedDict):
     format: int
-    model: _Owner
+    model: Owner
     calibrated: NotRequired[_Trained | None]
 
 
@@ -132,6 +134,19 @@ def identity_of(model: PreTrainedModel, stored: str | None = None) -> ModelIdent
     )
 
 
+def check_owner(owner: ModelIdentity, model: PreTrainedModel, what: str, way_out: str) -> None:
+    """Raise UserError unless what was made for one model is read by it, or by one of the same keys and values. what:
+    was made, as `prefix`; way_out: what to do instead."""
+    reader = identity_of(model, owner.fingerprint).stored()
+    for field, ours in owner.stored().items():
+        theirs = reader[field]
+        if ours != theirs and None not in (ours, theirs):
+            raise UserError(
+                f"this {what} belongs to another model or basis: {field} is {ours!r} in the {what} and {theirs!r} in "
+                f"the model; {way_out}"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """Token ids (P,), K and V per layer (1, KV heads, P, D), logits (P, vocabulary), and whose they are.
@@ -182,14 +197,7 @@ class Prefix:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""
-        reader = identity_of(model, self.model.fingerprint).stored()
-        for field, ours in self.model.stored().items():
-            theirs = reader[field]
-            if ours != theirs and None not in (ours, theirs):
-                raise UserError(
-                    f"this prefix belongs to another model or basis: {field} is {ours!r} in the prefix and "
-                    f"{theirs!r} in the model; build the prefix with this model's full-precision twin"
-                )
+        check_owner(self.model, model, "prefix", "build the prefix with this model's full-precision twin")
         weight = input_embeddings(model)
         if weight.is_floating_point() and not weight.is_meta:
             rows = weight[self.ids.to(weight.device)].detach().float().cpu()

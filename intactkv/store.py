@@ -19,51 +19,24 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from corpora.errors import UserError
+from intactkv.growing import Rooms
 from intactkv.rope import Places
+from intactkv.rounding import Codes, Exact, Rounding
 
-__all__ = ["Bound", "Codes", "Exact", "KVPolicy", "Memory", "Rounding", "Side", "Store", "TwoForms"]
+__all__ = ["Bound", "Codes", "Direct", "Exact", "KVPolicy", "Memory", "Rounding", "Side", "Store", "TwoForms"]
 
-# What a rounding keeps of some tokens: tensors with the batch on axis 0, tokens or groups of tokens on axis 2.
-Codes = Mapping[str, Tensor]
 FAR = 1 << 40  # tokens, more than any text has
 PREFILLS = ("exact", "final", "fp")
+DIRECT_ON = {"cuda"}  # kinds of devices where products with codes are faster than decoding them
 
 
-class Rounding:
-    """How the keys, or the values, of one layer are rounded.
+class Direct(Protocol):
+    """Attention of one query per sequence over what two sides hold, without decoding their codes."""
 
-    block: tokens that share what is stored; `rounded` gives multiples of it. differentiable: gradients go through what
-    it computes; through others they go as if nothing were rounded.
-    """
-
-    block: int = 1
-    differentiable: bool = False
-
-    def rounded(self, query: int) -> int:
-        """How many leading tokens behind the prefix the query at that index sees rounded; must not fall. By default
-        all, its own one included."""
-        return query + 1
-
-    def encode(self, states: Tensor, places: Places) -> Codes:
-        """What is stored of some consecutive tokens (B, KV heads, n, D), float32; keys come after RoPE."""
-        raise UserError(f"{type(self).__name__} rounds numbers but has no codes; leave packed storage out")
-
-    def decode(self, codes: Codes, places: Places) -> Tensor:
-        """The tokens that codes stand for, (B, KV heads, n, D) float32; keys after RoPE."""
-        raise NotImplementedError
-
-    def numbers(self, states: Tensor, places: Places) -> Tensor:
-        """The tokens as `decode` gives them back: same shape, float32."""
-        return self.decode(self.encode(states, places), places)
-
-
-class Exact(Rounding):
-    """Rounds nothing."""
-
-    def rounded(self, query: int) -> int:
-        """No token is ever rounded."""
-        return 0
+    def __call__(self, query: Tensor, keys: "Side", values: "Side", scaling: float, mask: Tensor | None) -> Tensor:
+        """softmax(scaling · q Kᵀ + mask) V: query (B, heads, 1, D), mask (B or 1, 1, 1, P + T) to add, or true where a
+        token is seen; (B, heads, 1, D) in the dtype of the query."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -119,13 +92,15 @@ class Side:
         # Fake: prefix, rounded and exact tokens in one; packed: the exact ones alone.
         self._states: Tensor | None = None
         self.codes: dict[str, Tensor] = {}
+        self._rooms = Rooms()
 
     @property
     def _front(self) -> int:
         return 0 if self.packed or self.prefix is None else self.prefix.shape[2]
 
-    def append(self, new: Tensor, prefill: str) -> tuple[Tensor, TwoForms | None]:
-        """Take new tokens (B, KV heads, t, D). Returns what attention shall read, (B, KV heads, P + T, D)."""
+    def append(self, new: Tensor, prefill: str, decode: bool = True) -> tuple[Tensor, TwoForms | None]:
+        """Take new tokens (B, KV heads, t, D). Returns what attention shall read, (B, KV heads, P + T, D); unless
+        `decode`, something of that shape alone."""
         self._settle()
         first, last = self.length, self.length + new.shape[2]
         queries, sees = range(first, last), self.rounding.rounded
@@ -142,12 +117,20 @@ class Side:
         self._take(new, upto)
         self.length = last
         prefix = 0 if self.prefix is None else self.prefix.shape[2]
+        if not decode:
+            return new[:, :, :1].expand(-1, -1, prefix + last, -1), None
         return self.states(), None if exact is None else TwoForms(exact, tuple(prefix + limit for limit in limits))
 
     def states(self) -> Tensor:
         """Prefix, rounded and exact tokens, (B, KV heads, P + T, D)."""
         assert self._states is not None
         return self._joined(self._parts(self._states))
+
+    @property
+    def exact(self) -> Tensor | None:
+        """The tokens behind those that are rounded, in packed storage: (B, KV heads, t, D)."""
+        assert self.packed
+        return self._states
 
     def passed(self, new: Tensor) -> Tensor:
         """New tokens (B, KV heads, t, D), rounded, for a layer that keeps them itself; nothing is held."""
@@ -240,7 +223,7 @@ class Side:
             if count:
                 part = exact[:, :, :count]
                 codes = self.rounding.encode(part.float(), self._places(self.coded, upto))
-                self.codes = {n: torch.cat([self.codes[n], x], 2) if self.codes else x for n, x in codes.items()}
+                self.codes = {name: self._rooms.joined(name, self.codes.get(name), x) for name, x in codes.items()}
                 exact = exact[:, :, count:].clone()  # a view would keep all of them in memory
             self._states = exact
         else:
@@ -268,10 +251,18 @@ class Store:
     """One layer of one call, everything behind the prefix (and the prefix, which it is put behind by `begin`).
 
     keys, values: how they are rounded. prefill: what the queries of one pass see (`PREFILLS`). packed: keep codes.
+    direct: what attends to them as they are, if anything can.
     """
 
-    def __init__(self, keys: Rounding, values: Rounding, prefill: str = "exact", packed: bool = False) -> None:
-        self.roundings, self.prefill, self.packed = (keys, values), prefill, packed
+    def __init__(
+        self,
+        keys: Rounding,
+        values: Rounding,
+        prefill: str = "exact",
+        packed: bool = False,
+        direct: Direct | None = None,
+    ) -> None:
+        self.roundings, self.prefill, self.packed, self.direct = (keys, values), prefill, packed, direct
         self.begin(None, lambda first, last: Places(first, last - first))
 
     def begin(self, prefix: tuple[Tensor, Tensor] | None, places: Callable[[int, int], Places]) -> None:
@@ -296,12 +287,29 @@ class Store:
         """Whether new tokens are exact for a while, or share what is stored."""
         return any(r.block > 1 or (r.rounded(0) == 0 and r.rounded(FAR) > 0) for r in self.roundings)
 
+    def answers(self, new: Tensor) -> bool:
+        """Whether attention of the pass with these new keys (B, KV heads, t, D) goes without decoding: `direct`."""
+        alone = self.packed and new.shape[2] == 1 and not new.requires_grad
+        return self.direct is not None and alone and new.device.type in DIRECT_ON
+
     def append(
-        self, keys: Tensor, values: Tensor
+        self, keys: Tensor, values: Tensor, decode: bool = True
     ) -> tuple[tuple[Tensor, Tensor], tuple[TwoForms | None, TwoForms | None]]:
-        """Take new keys and values (B, KV heads, t, D); return what attention reads of all, and the other forms."""
-        (k, of_keys), (v, of_values) = self.keys.append(keys, self.prefill), self.values.append(values, self.prefill)
+        """Take new keys and values (B, KV heads, t, D); return what attention reads of all, and the other forms; unless
+        `decode`, of one query that will ask `direct`, two stand-ins of that shape."""
+        (k, of_keys), (v, of_values) = (
+            side.append(new, self.prefill, decode) for side, new in zip(self.sides, (keys, values), strict=True)
+        )
         return (k, v), (of_keys, of_values)
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in order, each (B, KV heads, P + T, D), as the last pass's queries see them."""
+        return self.keys.states(), self.values.states()
+
+    def attended(self, query: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+        """See `Direct`."""
+        assert self.direct is not None
+        return self.direct(query, *self.sides, scaling, mask)
 
     def crop(self, length: int) -> None:
         """Keep only the first `length` tokens behind the prefix. Raises ValueError, before anything is changed, where

@@ -11,7 +11,7 @@ from corpora.errors import UserError
 from intactkv.store import KVPolicy
 from quantization.grids.binary_coding import BinaryGrid
 from quantization.grids.uniform import UniformGrid
-from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead
+from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead, TurboQuant
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
 from quantization.recipes.recipe import Calibration, Recipe
@@ -137,6 +137,7 @@ LIN = "Lin et al. 2024, 2306.00978"
 PARK = "Park et al. 2024, 2206.09557"
 SHAO = "Shao et al. 2024, 2308.13137"
 YAO = "Yao et al. 2022, 2206.01861"
+ZANDIEH = "Zandieh et al. 2025, 2504.19874"
 XIAO = "Xiao et al. 2023, 2211.10438"
 RECIPES: Mapping[str, NamedRecipe] = {
     "fp16": NamedRecipe(Recipe(), "-", "nothing quantized; computes in --dtype"),
@@ -256,6 +257,15 @@ RECIPES: Mapping[str, NamedRecipe] = {
     "kv4": NamedRecipe(Recipe(kv_cache=PerHead(4)), INTACTKV, "full-precision weights, per-head KV cache, 4 bits"),
     "kv3": NamedRecipe(Recipe(kv_cache=PerHead(3)), INTACTKV, "full-precision weights, per-head KV cache, 3 bits"),
     "kv2": NamedRecipe(Recipe(kv_cache=PerHead(2)), INTACTKV, "full-precision weights, per-head KV cache, 2 bits"),
+    **{
+        f"turboquant-{name}": NamedRecipe(Recipe(kv_cache=policy), ZANDIEH, f"full-precision weights, KV cache: {note}")
+        for name, policy, note in (
+            ("k8v4", TurboQuant(8, v_bits=4), "keys in fp8 (e4m3), values of 4 bits"),
+            ("4bit-nc", TurboQuant(4), "rotated keys of 4 bits on the best levels, values of 4 bits"),
+            ("k3v4-nc", TurboQuant(3, v_bits=4), "the same, keys of 3 bits"),
+            ("3bit-nc", TurboQuant(3), "the same, keys and values of 3 bits"),
+        )
+    },
 }
 
 

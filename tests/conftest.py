@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+
+# Without a GPU kernels run in Triton's interpreter. It must be asked for before transformers imports triton.
+os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from common import FOXES, SMOLLM2
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from common import Rounds
 from families import FAMILIES, plain_cache, plain_logits, random_ids
 from scipy import stats
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from intactkv.attach import attach
 from intactkv.observe import eager_attention
 from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
-from quantization.kv_cache import PerHead
+from quantization.kv_cache import KIVI, PerHead
 
 SINK = 7  # the token whose hidden state is made huge where a test wants a pivot
 LENGTH = 40
@@ -239,7 +240,7 @@ def test_behind_an_intact_prefix_the_pivots_keys_and_values_are_exact(model, bit
         assert math.isfinite(row["v_sqnr"])
         assert math.isfinite(row["attention_sqnr"])
         assert row["quantized_fraction"] == (0 if bits is None else 1)
-        assert row["bits_per_element"] == (16 if bits is None else bits + 2)  # two 16-bit numbers for 16 values
+        assert row["bits_per_element"] == (16 if bits is None else bits + 4)  # two 32-bit numbers for 16 values
     for row in intact:
         assert math.isfinite(row["k_sqnr"]) == math.isfinite(row["v_sqnr"]) == (row["group"] == "rest")
         if row["group"] == "pivots":
@@ -264,7 +265,7 @@ def test_the_first_layers_keys_err_by_the_policy_alone(model):
     rows, _ = kv_report(pair_of(model, copy.deepcopy(model), kv=PerHead(3)), text)
     cache = plain_cache(model, torch.cat([text.lead, text.fed[0]])[None])
     for what, states in (("k", cache.layers[0].keys[..., 1:, :]), ("v", cache.layers[0].values[..., 1:, :])):
-        expected = sqnr(states, PerHead(3).keys(states))
+        expected = sqnr(states, Rounds(PerHead(3)).keys(states))
         (row,) = [row for row in rows if (row["block"], row["group"]) == (0, "rest")]
         assert row[f"{what}_sqnr"] == pytest.approx(expected, abs=0.05)  # another shape rounds a few codes otherwise
 
@@ -345,3 +346,16 @@ def test_shares_of_the_trace_are_those_of_the_squared_inputs(model):
     first = first_token_share(model, ids)
     assert list(first) == [names[0] for names in architecture.linears]
     assert_close(first[name], position_share(model, ids, [[0], [0]])[name])
+
+
+def test_tokens_that_a_policy_keeps_exact_are_a_group_of_their_own(tiny_model):
+    model = tiny_model("llama")
+    text = windows(1)
+    length = text.fed.shape[1] + len(text.lead)
+    rows, _ = kv_report(pair_of(model, copy.deepcopy(model), kv=KIVI(2, group_size=8, residual=8)), text)
+    first = {row["group"]: row for row in rows if row["block"] == 0}
+    assert first["rest"]["quantized_fraction"] == 1
+    assert first["rest"]["bits_per_element"] == pytest.approx(2 + 32 / 8, rel=1e-9)
+    assert first["tail"]["tokens"] == length - min(length // 8 * 8, length - 8)
+    assert math.isfinite(first["rest"]["k_sqnr"])
+    assert first["tail"]["v_sqnr"] == math.inf  # the values of the newest eight tokens

@@ -1,7 +1,5 @@
 """Perplexity: the protocols against slow float64 loops over the plain model."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
@@ -154,21 +152,9 @@ def test_a_quantized_cache_is_really_read_and_fewer_bits_cost_more(tiny_model):
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
-@dataclass(frozen=True)
-class Untouched:
-    """A policy that an evaluator must notice is not applied: its layers are never asked."""
-
-    def keys(self, states: Tensor) -> Tensor:
-        return states
-
-    def values(self, states: Tensor) -> Tensor:
-        return states
-
-
 def test_a_kv_policy_that_no_token_went_through_is_an_error(tiny_model, monkeypatch):
-    model, stream = attach(tiny_model("llama"), None, Untouched()), stream_of(60, 20, "intactkv")
+    model, stream = attach(tiny_model("llama"), None, PerHead(4)), stream_of(60, 20, "intactkv")
     windows = cut_windows(stream, stream.protocol, (), False, None)
-    monkeypatch.setattr("intactkv.cache.IntactLayer.update",
-                        lambda self, k, v, *a, **kw: super(type(self), self).update(k, v))  # fmt: skip
+    monkeypatch.setattr("intactkv.cache.IntactLayer.update", lambda self, k, v, *_, **__: (k, v))
     with pytest.raises(RuntimeError, match="no token of the cache went through it"):
         token_losses(model, windows, slice(None))

@@ -193,6 +193,29 @@ def test_weights_of_other_calibration_text_are_no_arm_of_the_row():
     assert len(rows) == 2
 
 
+STATIC = {"kind": "StaticPerHead", "bits": 4, "convention": "intactkv-asym", "rotate_keys": False}
+
+
+def ranges(perplexity: float, seed: int, behind: bool = False, **settings: Any) -> dict[str, Any]:
+    """A run with a KV cache that was calibrated on the text that a seed drew."""
+    made_of = {"kv": STATIC, "weights": SETTINGS["made_of"], "text": {"files": ["a"]},
+               "calibration": {"corpus": "c4", "seed": seed}} | ({"prefix": [1]} if behind else {})  # fmt: skip
+    return record(perplexity, kv=STATIC, kv_made_of=made_of, **settings)
+
+
+def test_a_cache_of_other_text_is_another_row_and_one_behind_the_prefix_the_third_arm():
+    records = [ranges(50.0, 1), ranges(40.0, 1, prefix=BOS), ranges(30.0, 1, True, prefix=BOS), ranges(60.0, 2),
+               ranges(36.0, 2, True, prefix=BOS)]  # fmt: skip
+    rows = perplexity_rows(records)
+    assert [(r.vanilla.perplexity, r.intact.perplexity, r.behind.perplexity) for r in rows] == [
+        (50.0, 40.0, 30.0),
+        (60.0, None, 36.0),
+    ]
+    (row,) = perplexity_rows(records, over_seeds=True)
+    assert (row.vanilla.perplexity, row.intact.perplexity, row.behind.perplexity) == pytest.approx((55, 40, 33))
+    assert row.behind.change == pytest.approx(-0.4)
+
+
 def test_costs_are_shown_where_they_are_asked_for_and_known():
     cost = {"bits_per_weight": 3.5, "seconds": 61.4, "peak_memory_mb": 900.2}
     rows = perplexity_rows([record(20.0) | {"quantization": cost}, record(18.0, kv={"kind": "PerHead", "bits": 4})])

@@ -6,8 +6,9 @@ import torch
 from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
+from intactkv.store import Bound
 from quantization.grids.uniform import UniformGrid, quantize
-from quantization.kv_cache import PerHead
+from quantization.kv_cache import KIVI, PerHead, Rotated, TurboQuant
 from quantization.model.placement import spread
 
 pytestmark = [
@@ -78,3 +79,18 @@ def test_a_model_spread_over_gpu_and_cpu_scores_the_same(tiny_model, tiny_tokeni
     got = IntactLM(attach(parts, prefix), tokenizer, lead, batch_size=4, context=64).score(REQUESTS)
     for (a, _), (b, _) in zip(got, expected, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("policy", [PerHead(8), KIVI(8, group_size=8, residual=16), TurboQuant(8), Rotated(8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_decoding_from_packed_codes_is_decoding_from_numbers(policy, dtype, tiny_model):
+    model = tiny_model("llama").to("cuda", dtype)
+    text = torch.randint(5, 101, (2, 60), generator=torch.Generator().manual_seed(2)).cuda()
+    logits = []
+    for packed in (False, True):
+        behind = attach(model, build_prefix(model, [1, 7, 9]), Bound(policy, packed=packed))
+        cache = behind.new_cache()
+        behind.feed(text[:, :40], cache=cache)
+        logits.append(torch.cat([behind.feed(part, cache=cache).logits for part in text[:, 40:].split(1, dim=1)], 1))
+    tolerance = {torch.float32: 0.02, torch.float16: 0.03, torch.bfloat16: 0.1}[dtype]  # codes may tip
+    assert (logits[1] - logits[0]).float().norm() < tolerance * logits[0].float().norm()

@@ -191,7 +191,7 @@ def test_groups_that_do_not_fill_a_head_are_refused_before_any_work(size: int, c
     ],
 )
 def test_bits_of_an_element_count_the_scales_of_its_group(policy: Any, expected: float) -> None:
-    assert stored_bits(policy, 100, 16, 2) == expected
+    assert sum(stored_bits(policy, 16, 2)) / 2 == expected
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
@@ -252,9 +252,13 @@ def test_ranges_of_a_checkpoint_are_not_taken_for_other_groups(
     assert (kv["bits"], kv["v_bits"]) == (4, 3)
     assert kv.get("group_size") == (None if group_size == SIZE else group_size)
     for others in (("--kv-group-size", 8 if group_size == SIZE else SIZE), ("--kv", "static", "--kv-bits", 4)):
-        code, _, err = run_main(evaluate, *run, *others)
-        assert code == 2
-        assert "holds ranges for StaticPerHead" in err
+        code, out, err = run_main(evaluate, *run, *others, *calibration)
+        assert code == 0, err
+        made_of = json.loads(out)["settings"]["kv_made_of"]  # an artefact of its own
+        assert made_of["kv"] == json.loads(out)["settings"]["kv"] != kv
+    assert "kv_made_of" not in json.loads(run_main(evaluate, *run)[1])["settings"]
+    code, _, err = run_main(evaluate, *run, *calibration)
+    assert (code, "calibrates on no text" in err) == (2, True)
     apart = ("--k-bits", 4, "--v-bits", 3)
     for same in (("--kv-group-size", group_size), ("--kv", "static", "--kv-bits", 4, "--v-bits", 3), ("--kv", "static"),
                  ("--kv", "static", *apart, "--kv-group-size", group_size)):  # fmt: skip

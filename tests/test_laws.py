@@ -29,6 +29,7 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.observe import outputs_of
 from intactkv.prefix import Prefix, build_prefix
+from intactkv.store import Bound, KVPolicy
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
@@ -103,7 +104,9 @@ CHECKPOINTS |= {
         "prefixquant for both targets": (named_recipe("prefixquant-w4a4kv4-dynamic-ft"), "tuning.target=both"),
         "everything smoothed": (Recipe((Smooth(values=True, down=True),), RTN(UniformGrid(8)), A8),),
         "smoothed behind rotations": (Recipe((Rotate(), Smooth()), RTN(UniformGrid(8))),),
-        "a static cache": (Recipe(weights=RTN(UniformGrid(8)), kv_cache=StaticPerHead(4, rotate_keys=True)),),
+        "distilled behind a static cache": (
+            Recipe(weights=RTN(UniformGrid(8)), tuning=Distill(), kv_cache=StaticPerHead(4, rotate_keys=True)),
+        ),
         "transforms alone": (Recipe((Rotate(mode="random", online_down=False), Smooth())),),
     }.items()
 }
@@ -146,6 +149,12 @@ class Case:
 
     def attached(self, model: PreTrainedModel, prefix: Prefix | None) -> IntactModel:
         return attach(model, prefix, bound_kv(self.recipe, model))
+
+    @property
+    def policy(self) -> KVPolicy | None:
+        """The recipe's KV policy, with the tensors that were written."""
+        kv = self.recipe.kv_cache
+        return Bound(kv, dict(enumerate(self.kv))) if kv is not None and kv.calibrates else kv
 
     def in_memory(self) -> PreTrainedModel:
         """The dense model with the blocks and the ends that were written; nothing is read from a file."""
@@ -250,7 +259,7 @@ def case(
 
 @torch.no_grad()
 def test_the_checkpoint_computes_what_the_blocks_computed_that_were_written(case: Case) -> None:
-    memory, kv = case.in_memory(), case.policy(case.kv)
+    memory, kv = case.in_memory(), case.policy
     if case.recipe.attention is not None:
         case.recipe.attention.install(memory)
     for prefix, logits in zip(case.prefixes, case.logits, strict=True):
@@ -281,7 +290,7 @@ def test_calibration_text_leaves_the_last_block_as_in_the_checkpoints_model(case
     else:
         model = case.in_memory()
         if recipe.trains_rounded:
-            kv = case.policy(case.kv)
+            kv = case.policy
             if recipe.attention is not None:
                 recipe.attention.install(model)
         elif recipe.tuning is None:
@@ -289,7 +298,7 @@ def test_calibration_text_leaves_the_last_block_as_in_the_checkpoints_model(case
                 if isinstance(part, InputPath):
                     part.quantizer = None
         else:
-            kv = case.policy(case.kv)
+            kv = case.policy
     running = IntactModel(model, case.prefixes[-1] if recipe.calibrate_behind_prefix else None, kv)
     # Where inputs are rounded, one that lies between two levels may fall to either: another order of summation.
     exact = ((recipe.tuning is None and not recipe.trains_rounded) or full) and model.dtype == torch.float32

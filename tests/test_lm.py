@@ -2,7 +2,6 @@
 
 import random
 import string
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,15 +240,10 @@ def test_a_kv_policy_sees_every_score(wrapper):
     requests = likelihood_requests(PAIRS[4:8])
     a, b = plain.loglikelihood(requests), quantized.loglikelihood(requests)
     assert all(abs(x[0] - y[0]) > 1e-3 for x, y in zip(a, b, strict=True))
-    broken = SimpleNamespace(keys=lambda x: x, values=lambda x: x)
-    lm = wrapper(intact=True, kv=broken)
-    monkey = lm.intact.new_cache
+    lm = wrapper(intact=True, kv=PerHead(2))
 
     def without_policy(single_pass=False):
-        cache = monkey(single_pass)
-        for layer in cache.intact_layers:
-            layer.policy = None
-        return cache
+        return lm.intact.prefix.cache(lm.intact.model.config, None, single_pass)
 
     object.__setattr__(lm.intact, "new_cache", without_policy)
     with pytest.raises(RuntimeError, match="no token of the cache"):

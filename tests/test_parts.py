@@ -329,8 +329,11 @@ def test_a_cache_that_no_checkpoint_holds_is_told(
     assert f"--k-bits, --v-bits, --kv-group-size: {said}" in caplog.text
     assert call("--recipe", "rtn-w2", *GROUPS, "--set", "kv_cache=kv4", reads=False)[0] == 0
     assert f"--set kv_cache=kv4: {said}" in caplog.text
+    assert call("--recipe", "rtn-w4", *GROUPS, "--kv", "static", "--kv-bits", 4)[0] == 0  # an artefact of its own
+    assert f"--kv, --kv-bits: {said}" in caplog.text
     caplog.clear()
-    assert call("--recipe", "rtn-w4", *GROUPS, "--kv", "static", "--kv-bits", 4)[0] == 0  # it holds the ranges
+    trained = ("--set", "tuning.mse_init_size=1", "--prefix", "none")
+    assert call("--recipe", "prefixquant-w4a8kv4-static", *trained, "--kv", "static", "--kv-bits", 3)[0] == 0
     assert call("--recipe", "quarot", reads=True)[0] == 0  # nobody asked
     assert said not in caplog.text
 

@@ -30,6 +30,7 @@ from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.runs.preview import preview
 from quantization.transforms.rotate import Rotate
+from quantization.tuning.prefixquant import PrefixQuantTuning
 from quantization.weights.awq import AWQ
 from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
@@ -210,11 +211,13 @@ def test_a_damaged_checkpoint_beside_that_of_a_run_does_not_stop_it(dense, text)
 def test_the_twin_of_a_checkpoint_needs_no_text(dense, text):
     """Its calibration text is not there any more; ranges of keys and values are in the checkpoint."""
     recipe = Recipe(
-        (Rotate(),), RTN(UniformGrid(8)), kv_cache=StaticPerHead(8), calibration=gptq(text).calibration, prefix="bos"
-    )
+        (Rotate(head_mix="none"),), RTN(UniformGrid(8)), tuning=PrefixQuantTuning(mse_init=False),
+        kv_cache=StaticPerHead(8), calibration=gptq(text).calibration, prefix="bos",
+    )  # fmt: skip
     made = plan_run(dense, recipe, device=CPU).written(recipe)
     text.unlink()
     stored = stored_kv(find_checkpoint(made))
+    assert stored == StaticPerHead(8)
     plan = plan_run(made, Recipe(prefix="bos", kv_cache=stored), device=CPU)
     assert torch.isfinite(plan.load().feed(torch.tensor([[5, 6, 7]])).logits).all()
 

@@ -139,8 +139,9 @@ def test_behind_an_intact_prefix_nothing_changes_but_that_its_tokens_are_gone(mo
 
 
 def test_attention_sums_to_the_heads_in_every_row_and_is_nowhere_in_the_future(model):
+    intact = attach(model, None)
     before = model.config._attn_implementation
-    for layer, mass in attention_mass(attach(model, None), texts(3), [0, 2], batch_size=2).items():
+    for layer, mass in attention_mass(intact, texts(3), [0, 2], batch_size=2).items():
         assert layer in (0, 2)
         assert_close(mass.sum(-1), torch.full((20,), float(model.config.num_attention_heads)))
         assert (mass >= 0).all()
@@ -150,13 +151,14 @@ def test_attention_sums_to_the_heads_in_every_row_and_is_nowhere_in_the_future(m
 
 def test_looking_leaves_no_hook_and_no_setting_behind_also_after_a_failure(tiny_model):
     model = tiny_model("llama")
+    intact = attach(model, None)
     before = model.config._attn_implementation
     wrong = torch.tensor([[1, 5000]])
     sites = (BLOCK_OUTPUT, *output_sites(architecture_of(model.config), pre_rope=False))
     with pytest.raises(UserError, match="token ids 5000"):
-        token_maxima(attach(model, None), wrong, sites)
+        token_maxima(intact, wrong, sites)
     with pytest.raises(UserError, match="token ids 5000"):
-        attention_mass(attach(model, None), wrong, [0])
+        attention_mass(intact, wrong, [0])
     assert model.config._attn_implementation == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 

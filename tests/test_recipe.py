@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
-from quantization.kv_cache import KV_POLICIES, PerHead
+from quantization.kv_cache import KV_POLICIES, PerHead, StaticPerHead
 from quantization.model.blocks import DecoderBlock
 from quantization.named import RECIPES, kv_policy, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, describe, with_settings
@@ -68,8 +68,8 @@ def test_every_named_recipe_is_described_in_plain_json(name: str) -> None:
 def test_a_named_recipe_is_its_own_checkpoint_if_any_part_changes_the_model(name: str) -> None:
     recipe = named_recipe(name)
     bare = replace(recipe, transforms=(), weights=None, activations=None, attention=None, tuning=None)
-    assert recipe.makes_checkpoint == (recipe != bare or recipe.kv_calibrates)
-    assert bare.makes_checkpoint == recipe.kv_calibrates
+    assert recipe.makes_checkpoint == (recipe != bare)
+    assert not bare.makes_checkpoint
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_there_are() -> None:
@@ -234,9 +234,17 @@ def test_what_is_calibrated_on_and_behind_changes_the_identity() -> None:
 @pytest.mark.parametrize("quantizer", [RTN(GRID), Looking(GRID)])
 def test_the_kv_policy_and_a_prefix_of_the_run_time_do_not_change_the_identity(quantizer: Any) -> None:
     plain = Recipe(weights=quantizer)
-    for run_time in ({"kv_cache": PerHead(2)}, {"prefix": "bos"}, {"prefix": "prompt", "kv_cache": PerHead(4)}):
+    for run_time in ({"kv_cache": PerHead(2)}, {"prefix": "bos"}, {"prefix": "prompt", "kv_cache": PerHead(4)},
+                     {"kv_cache": StaticPerHead(4)}):  # fmt: skip
         assert identity_of(replace(plain, **run_time)) == identity_of(plain)
         assert replace(plain, **run_time).label() == plain.label()
+
+
+def test_calibrating_a_cache_behind_a_prefix_is_none_of_the_weights_that_read_no_text() -> None:
+    plain = Recipe(weights=RTN(GRID))
+    behind = replace(plain, kv_cache=StaticPerHead(4), prefix="bos", calibrate_behind_prefix=True)
+    assert (identity_of(behind), behind.label()) == (identity_of(plain), plain.label())
+    assert replace(behind, weights=Looking(GRID)).label() == Recipe(weights=Looking(GRID)).label() + "-behind"
 
 
 def test_the_twin_keeps_the_transforms_and_drops_every_quantizer() -> None:

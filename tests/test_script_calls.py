@@ -168,6 +168,11 @@ def arms(program: str, recipe: str, *prefixes: str) -> list[str]:
     return [f"{program} {recipe} / {prefix}" for prefix in prefixes or ("none", "bos")]
 
 
+KVQUANT = " ".join(f"--set kv_cache.{field}" for field in (
+    "outliers=0.01", "sinks=1", "levels=nuq", "qnorm=false", "weighting=fisher"
+))  # fmt: skip
+
+
 # The calls of the published pages: what they become, and by which protocol.
 PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
     "quantization/auto_gptq vicuna-v1.5 vicuna-v1.5-7b 3 128 cpu": (
@@ -195,6 +200,10 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
         arms("ppl", "bcq-row --bits 4 --group-size -1 --set weights.rounds=3"), {"ppl gptq"},
     ),
     f"run_spqr 0 {MODEL}": (arms("ppl", "spqr"), {"ppl gptq"}),
+    f"run_kvquant 0 {MODEL}": (
+        [row for bits in (4, 3, 2) for row in arms("ppl", f"fp16 --kv kvquant --kv-bits {bits} {KVQUANT}")],
+        {"ppl gptq"},
+    ),
     f"run_zeroquant 0 {INSTRUCT}": (
         [row for name in ("w8a8", "w4-8a16", "w4-8a8", "w4a4") for row in arms("ppl", f"zeroquant-{name} {CUT}")]
         + [row for name in ("w4-8a16", "w4a4")
@@ -209,6 +218,14 @@ def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call
     ran, by = PUBLISHED[call]
     assert rows(made) == ran
     assert protocols(made) == by
+
+
+def test_kvquant_calibrates_on_the_published_text_or_on_what_it_is_told(calls: Calls) -> None:
+    size = "--calibration-samples 16 --calibration-length 2048"
+    for told, text in (({}, f"wikitext2 {size} --seed 0"), ({"CALIBRATION": "c4", "SEED": "3"}, f"c4 {size} --seed 3")):
+        made = [" ".join(call) for call in calls(f"run_kvquant 0 {MODEL}", BITS="2", **told) if "ppl" in call]
+        assert len(made) == 2
+        assert all(f"--calibration {text}" in call for call in made)
 
 
 def test_the_tables_of_the_paper_run_its_methods_as_it_did(calls: Calls) -> None:

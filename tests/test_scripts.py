@@ -10,7 +10,7 @@ import pytest
 from common import ROOT, refusals
 
 QUANTIZERS = ("auto_gptq", "llm_awq", "omniquant")
-RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant")
+RUNNERS = ("run_gptq", "run_spqr", "run_lutgemm", "run_zeroquant", "run_smoothquant", "run_prefixquant", "run_kvquant")
 
 
 @pytest.fixture(autouse=True)

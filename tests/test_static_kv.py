@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Rounds, every
+from common import Rounds, every, ranges_in_checkpoints
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.testing import assert_close
@@ -13,13 +13,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
+from intactkv.attach import attach
 from intactkv.cache import IntactCache
 from intactkv.store import Bound
 from quantization.__main__ import main
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import ClippedPerHead, PerHead, StaticPerHead
 from quantization.model.blocks import CalibrationStream, DecoderBlock
-from quantization.recipes.recipe import Recipe
+from quantization.recipes.recipe import Calibration, Recipe
+from quantization.runs.checkpoint import load_quantized
+from quantization.runs.identities import by_tokens
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
 from quantization.weights.rtn import RTN
@@ -188,29 +191,43 @@ def test_a_checkpoint_runs_with_the_ranges_that_it_holds(
     source = tiny_checkpoint(intactkv_root, "llama")
     kv = StaticPerHead(3, "gptq-sym", rotate_keys=True)
     recipe = Recipe(weights=RTN(UniformGrid(8, 32)), kv_cache=kv)
-    out = quantize_checkpoint(source, recipe, intactkv_root / "out", segments=SEGMENTS)
+    with ranges_in_checkpoints():  # as earlier versions wrote it
+        out = quantize_checkpoint(source, recipe, intactkv_root / "out", segments=SEGMENTS)
     ids = torch.cat([torch.ones(3, 1, dtype=torch.long), SEGMENTS], dim=1)
 
     def logits(kv_cache: StaticPerHead | None) -> Tensor:
-        return plan_run(out, Recipe(kv_cache=kv_cache), device=CPU).load().score(ids)
+        plan = plan_run(out, Recipe(kv_cache=kv_cache), device=CPU)
+        assert plan.kv_made_of is None
+        return plan.load().score(ids)
 
     # `--kv static --kv-bits 3` does not say how keys are rotated; the checkpoint does.
     assert torch.equal(logits(StaticPerHead(3)), logits(kv))
     assert not torch.equal(logits(None), logits(kv))
-    with pytest.raises(UserError, match=r"holds ranges for StaticPerHead\(.*bits=3.*not for StaticPerHead\(.*bits=4"):
-        logits(StaticPerHead(4))
+    assert not list(intactkv_root.rglob("modelzoo/kv"))
+    text = intactkv_root / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    other = Recipe(kv_cache=StaticPerHead(4), calibration=Calibration(str(text), samples=2, length=20))
+    assert plan_run(out, other, device=CPU).kv_made_of is not None  # the checkpoint holds none for it
     with pytest.raises(UserError, match="is quantized already"):
         plan_run(out, recipe, device=CPU)
 
 
-def test_a_checkpoint_without_ranges_is_refused_in_one_line(
+def test_a_policy_without_its_ranges_is_refused_in_one_line(
     tiny_checkpoint: Callable[..., Path], intactkv_root: Path
 ) -> None:
     source = tiny_checkpoint(intactkv_root, "llama")
     out = quantize_checkpoint(source, Recipe(weights=RTN(UniformGrid(8, 32))), intactkv_root / "out")
-    with pytest.raises(UserError, match=r"needs ranges of keys and values, which .* does not hold") as refused:
+    with pytest.raises(UserError, match="the calibration text of c4 is missing"):
         plan_run(out, Recipe(kv_cache=StaticPerHead(4)), device=CPU)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="needs the tensors that it was calibrated to; see python -m quantization kv"):
+        attach(load_quantized(out), None, StaticPerHead(4))
+
+
+def test_checkpoints_of_before_are_called_as_they_were() -> None:
+    """Taken from the release that kept ranges in checkpoints."""
+    recipe = Recipe(weights=RTN(UniformGrid(8, 32)), kv_cache=StaticPerHead(3, "gptq-sym", rotate_keys=True))
+    with ranges_in_checkpoints():
+        assert by_tokens("0" * 16, recipe, torch.zeros(2, 4, dtype=torch.long)).identity == "5a24d7f3"
 
 
 def test_the_programs_find_the_policy_in_the_checkpoint(

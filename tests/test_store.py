@@ -16,9 +16,10 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache, IntactLayer
+from intactkv.growing import ROOM, Rooms
 from intactkv.prefix import Prefix, build_prefix
 from intactkv.store import Bound, Memory
-from quantization.kv_cache import KIVI, KV_POLICIES, PerHead, Policy
+from quantization.kv_cache import KIVI, KV_POLICIES, KVQuant, PerHead, Policy, TurboQuant
 from quantization.kv_cache.per_head import WholeRange
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 
@@ -55,13 +56,19 @@ class Newest(PerHead):
 
 
 POLICIES: dict[str, Policy] = {
-    **{f"{word}{bits}": kind(bits=bits) for word, kind in KV_POLICIES.items() if word != "kivi" for bits in (4,)},
+    **{f"{word}4": kind(bits=4) for word, kind in KV_POLICIES.items() if word not in ("kivi", "kvquant")},
     "per_head fp16": PerHead(3, scale_dtype="float16", v_bits=2),
     "per_head by token": PerHead(4, group_size=-1),
     "newest": Newest(3),
+    "turboquant fp8": TurboQuant(8, v_bits=3),
+    "turboquant lloyd": TurboQuant(2, "lloyd", norm_correction=False),
     "kivi2": KIVI(2, group_size=8, residual=16),
     "kivi4": KIVI(4, group_size=16, residual=16, v_bits=2),
     "kivi8": KIVI(8, group_size=8, residual=8),
+    # Behind a prefix there are no sinks; Fisher weights need gradients.
+    "kvquant4": KVQuant(bits=4, sinks=0, weighting="none"),
+    "kvquant3": KVQuant(bits=3, v_bits=2, outliers=0.1, key_slots=3, sinks=0, qnorm=True, levels="nf"),
+    "kvquant2": KVQuant(bits=2, outliers=0.0, sinks=0, weighting="none"),
 }
 
 
@@ -233,6 +240,25 @@ def test_a_residual_longer_than_the_text_is_the_full_precision_cache(bits: int, 
     logits = intact.feed(TEXT[None], cache=cache).logits
     assert torch.equal(logits, attach(llama, None).feed(TEXT[None]).logits)
     assert cache.quantized_fraction == 0
+
+
+def test_what_comes_one_by_one_is_written_into_room_and_copied_seldom() -> None:
+    rooms, parts = Rooms(), [states(2, 3, n, 5, seed=n) for n in (4, 1, 1, 7, *[1] * ROOM)]
+    held: Tensor | None = None
+    places = []
+    for i, part in enumerate(parts):
+        held = rooms.joined("codes", held, part)
+        assert torch.equal(held, torch.cat(parts[: i + 1], dim=2))
+        places.append(held.data_ptr())
+    assert len(set(places)) == 5  # the first, its room, the joined one, its room, and another when that is full
+    assert held is not None
+    for edited in (held[:, :, :9], held[1:, :, :9], held[:, :2]):
+        part = states(*edited.shape[:2], 1, 5)
+        expected = torch.cat([edited, part], dim=2)
+        assert torch.equal(rooms.joined("codes", edited, part), expected)
+    with torch.inference_mode():
+        held = rooms.joined("codes", held, parts[1])
+    assert torch.equal(rooms.joined("codes", held, parts[2])[:, :, -1:], parts[2])
 
 
 def test_a_padded_batch_is_refused_where_tokens_share_a_grid(llama: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from common import every
 from safetensors.torch import load_file, save_file
 
 import quantization.runs.checkpoint
+import quantization.runs.manifest
 import quantization.runs.pipeline
 from corpora.errors import UserError
 from corpora.storage import identity, write_tensors
@@ -315,7 +316,7 @@ def test_unreadable_is_not_called_another_checkpoint(
     def refused(*arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", MANIFEST)
 
-    monkeypatch.setattr(quantization.runs.checkpoint, "read_json", refused)
+    monkeypatch.setattr(quantization.runs.manifest, "read_json", refused)
     with pytest.raises(PermissionError):
         quantize_checkpoint(checkpoint(), RECIPE, quantized)
 

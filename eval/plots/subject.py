@@ -223,13 +223,16 @@ def _prefix_part(choice: PrefixChoice) -> str:
 
 
 def _kv_words(plan: Plan) -> list[str]:
-    """The policy of the KV cache, if there is one; with digits of a hash where its bits do not settle it."""
+    """The policy of the KV cache, if there is one; with digits of a hash where its bits do not settle it: of what it
+    was calibrated to, or of its fields."""
     kv = plan.recipe.kv_cache
     if kv is None:
         return []
     kind: Any = type(kv)
     bits = getattr(kv, "bits", None)
     words = f"KV {kind.__name__}" if bits is None else f"KV {kind.__name__} {bits}"
+    if (calibrated := plan.kv_made_of) is not None:
+        return [f"{words} {identity(dict(calibrated))}"]
     plain = bits is not None and describe(kv) == describe(kind(bits=bits))
     return [words if plain else f"{words} {identity(describe(kv))}"]
 

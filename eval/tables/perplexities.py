@@ -2,9 +2,9 @@
 
 Figures of different protocols, windows or dtypes never share a table. Both arms score the same windows, so the change
 carries a standard error from the windows' paired differences d: exp(mean d) − 1 ± exp(mean d) · sd(d) / √W.
-Weights that were calibrated behind the prefix are a third arm: the same recipe but for that switch. Runs that differ
-only in the seed of their calibration text can be joined: mean ± standard deviation over seeds, changes paired by seed.
-Which runs belong together (`settings_of`) is one rule for perplexities and tasks.
+Weights or a KV cache that were calibrated behind the prefix are a third arm: the same recipe but for that switch. Runs
+that differ only in the seed of their calibration text can be joined: mean ± standard deviation over seeds, changes
+paired by seed. Which runs belong together (`settings_of`) is one rule for perplexities and tasks.
 """
 
 from collections import Counter, defaultdict
@@ -68,9 +68,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: without the intact prefix, with it, and with weights calibrated behind it. Arms that were not run
-    have no perplexity. cost: of quantizing (bits per weight, seconds, MB), where it is known. cache: of a KV policy,
-    bits of an element and the share rounded of what attention read."""
+    """One setting: without the intact prefix, with it, and with weights or a KV cache calibrated behind it. Arms that
+    were not run have no perplexity. cost: of quantizing (bits per weight, seconds, MB), where it is known. cache: of a
+    KV policy, bits of an element and the share rounded of what attention read."""
 
     caption: str
     model: str
@@ -159,6 +159,11 @@ def settings_of(
     for record, (made_of, seed) in zip(records, weights, strict=True):
         s = record["settings"]
         shared = {"made_of": _without_prefix(made_of), "kv": s["kv"], "tokens": _tokens(s)}
+        if "kv_made_of" in s:  # of its own text, and seed
+            shared["kv_made_of"] = _kv_part(s)
+            rest, own = _without_seed(shared["kv_made_of"])
+            if over_seeds and seed in (None, own):
+                shared["kv_made_of"], seed = rest, own
         vanilla, by_prefix = found.setdefault((caption(s), identity(shared)), ({}, {}))
         prefix = s["prefix"]
         arms = by_prefix.setdefault((prefix["label"], prefix["file"]), {}) if prefix["intact"] else vanilla
@@ -175,13 +180,20 @@ def settings_of(
 
 
 def is_behind(settings: dict[str, Any]) -> bool:
-    """Whether the weights were calibrated behind a prefix."""
-    return bool(settings["made_of"].get("calibrate_behind_prefix"))
+    """Whether the weights or the KV cache were calibrated behind a prefix."""
+    return bool(settings["made_of"].get("calibrate_behind_prefix")) or "prefix" in settings.get("kv_made_of", {})
 
 
 def _without_prefix(made_of: dict[str, Any]) -> dict[str, Any]:
     """What the weights were made of, but for what tells the arms apart."""
     return {key: value for key, value in made_of.items() if key not in ("calibrate_behind_prefix", "prefix")}
+
+
+def _kv_part(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the KV cache was calibrated to, but for what tells the arms apart, and for the run's own weights."""
+    made_of = settings["kv_made_of"]
+    apart = ("prefix", "prefix_kv", *(["weights"] if made_of.get("weights") == settings["made_of"] else []))
+    return {key: value for key, value in made_of.items() if key not in apart}
 
 
 def _tokens(settings: dict[str, Any]) -> Any:

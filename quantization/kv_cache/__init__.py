@@ -6,12 +6,14 @@ from typing import Any
 from quantization.kv_cache.base import Grids, Policy
 from quantization.kv_cache.clipped import ClippedPerHead
 from quantization.kv_cache.kivi import KIVI
+from quantization.kv_cache.kvquant import KVQuant
 from quantization.kv_cache.per_head import PerHead
 from quantization.kv_cache.rotated import Rotated
 from quantization.kv_cache.static import StaticPerHead
+from quantization.kv_cache.turboquant import TurboQuant
 
-__all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "PerHead", "Policy", "Rotated", "StaticPerHead", "kv_bits",
-           "kv_label"]  # fmt: skip
+__all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "KVQuant", "PerHead", "Policy", "Rotated", "StaticPerHead",
+           "TurboQuant", "kv_bits", "kv_label"]  # fmt: skip
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
 KV_POLICIES: Mapping[str, type[Policy]] = {
@@ -20,6 +22,8 @@ KV_POLICIES: Mapping[str, type[Policy]] = {
     "static": StaticPerHead,
     "clipped": ClippedPerHead,
     "kivi": KIVI,
+    "kvquant": KVQuant,
+    "turboquant": TurboQuant,
 }
 
 

@@ -9,7 +9,7 @@ q·k needs no rotation of q then (PrefixQuant rotates both).
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from torch import Tensor
 from corpora.errors import UserError
 from intactkv.rope import Places
 from intactkv.store import PREFILLS, Codes, Rounding, Store
+from intactkv.store import Side as Held
 from quantization.grids.packing import pack_codes, unpack_codes
 from quantization.grids.straight_through import on_grid
 from quantization.grids.uniform import SCALE_DTYPES, Fit, UniformGrid, check_bits, constant_zero_point, encode
 from quantization.hadamard import apply, plan
+from quantization.kernels.kv_attention import attend
+from quantization.kernels.kv_codes import Coded, Side
 from quantization.recipes.recipe import added
 
 if TYPE_CHECKING:
@@ -109,7 +112,20 @@ class Policy(ABC):
 
     def store(self, layer: int, tensors: Mapping[str, Tensor] | None = None, packed: bool = False) -> Store:
         """What one layer of one call keeps."""
-        return Store(*self.roundings(tensors), getattr(self, "prefill", "exact"), packed)
+        roundings = self.roundings(tensors)
+        direct = _attended if packed and all(hasattr(rounding, "products") for rounding in roundings) else None
+        return Store(*roundings, getattr(self, "prefill", "exact"), packed, direct)
+
+
+def _attended(query: Tensor, keys: Held, values: Held, scaling: float, mask: Tensor | None) -> Tensor:
+    """See `intactkv.store.Direct`."""
+
+    def side(held: Held) -> Side:
+        rounding: Any = held.rounding
+        prefix = None if held.prefix is None else held.prefix.to(query)
+        return Side(prefix, rounding.products(held.codes) if held.codes else None, held.exact)
+
+    return attend(query, side(keys), side(values), scaling, mask)
 
 
 def check_prefill(prefill: str) -> None:
@@ -236,6 +252,18 @@ class OnGrids(Rounding, ABC):
         rounded = merge_heads((groups - fitted.zero_point) * fitted.scale, size)
         return turned(rounded, self.rotate, back=True)
 
+    def products(self, codes: Codes) -> Coded:
+        """What attention's products take; the query is rotated in place of keys that were."""
+        packed = codes["codes"]
+        if self.policy.stores_grids:
+            scale, zero_point = (_by_head(x[None, None], packed.shape[1]) for x in self.fitted(packed))
+        elif "zero_point" in codes:
+            scale, zero_point = codes["scale"], codes["zero_point"]
+        else:
+            scale = codes["scale"]
+            zero_point = constant_zero_point(self.grid).to(scale.device).view(1, 1, 1, 1)
+        return Coded(self.grid.bits, packed, scale, zero_point=zero_point, turn=_turned if self.rotate else None)
+
     def restored(self, codes: Codes, groups: Tensor) -> Fit:
         """Scale and zero point of stored groups, as `fitted` gave them."""
         if self.policy.stores_grids:
@@ -244,6 +272,10 @@ class OnGrids(Rounding, ABC):
         if "zero_point" in codes:
             return Fit(scale, _by_token(codes["zero_point"].float()))
         return Fit(scale, constant_zero_point(self.grid).to(scale.device))
+
+
+def _turned(x: Tensor, back: bool) -> Tensor:
+    return turned(x, back=back)
 
 
 def _by_head(fitted: Tensor, heads: int) -> Tensor:

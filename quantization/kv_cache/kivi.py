@@ -24,9 +24,10 @@ from corpora.errors import UserError
 from intactkv.rope import Places
 from intactkv.store import Codes, Rounding
 from quantization.grids.packing import pack_codes, unpack_codes
+from quantization.kernels.kv_codes import Coded
 from quantization.kv_cache.base import Policy, check_prefill
 
-__all__ = ["KIVI", "asymmetric", "from_codes"]
+__all__ = ["KIVI", "TokenGroups", "asymmetric", "from_codes"]
 
 PARAMETER = torch.float16  # of scale and minimum
 
@@ -72,29 +73,44 @@ class KIVIKeys(Rounding):
         """Undo `encode`, but for the rounding."""
         return from_codes(codes, self.bits, self.block).transpose(3, 4).flatten(2, 3)
 
+    def products(self, codes: Codes) -> Coded:
+        """What attention's products take."""
+        return Coded(self.bits, codes["codes"], codes["scale"], codes["minimum"], block=self.block)
+
 
 @dataclass(frozen=True, eq=False)
-class KIVIValues(Rounding):
-    """Groups of G channels of a token. codes (B, KV heads, n, D·b/8); scale, minimum (B, KV heads, n, D/G)."""
+class TokenGroups(Rounding):
+    """Groups of G channels of a token, or all of a head. codes (B, KV heads, n, D·b/8); scale, minimum (B, KV heads, n,
+    D/G)."""
 
     bits: int
-    group_size: int
-    residual: int
-
-    def rounded(self, query: int) -> int:
-        """All but the R tokens before the query, and itself."""
-        return max(query - self.residual, 0)
+    group_size: int | None = None
 
     def encode(self, states: Tensor, places: Places) -> Codes:
         """The codes of a token's groups are packed one behind the other."""
-        found = asymmetric(states.unflatten(-1, (-1, self.group_size)), self.bits)
+        found = asymmetric(states.unflatten(-1, (-1, self.group_size or states.shape[-1])), self.bits)
         return {**found, "codes": found["codes"].flatten(-2)}
 
     def decode(self, codes: Codes, places: Places) -> Tensor:
         """Undo `encode`, but for the rounding."""
         groups = codes["scale"].shape[-1]
         by_group = {**codes, "codes": codes["codes"].unflatten(-1, (groups, -1))}
-        return from_codes(by_group, self.bits, self.group_size).flatten(-2)
+        return from_codes(by_group, self.bits, by_group["codes"].shape[-1] * 8 // self.bits).flatten(-2)
+
+    def products(self, codes: Codes) -> Coded:
+        """What attention's products take."""
+        return Coded(self.bits, codes["codes"], codes["scale"], codes["minimum"])
+
+
+@dataclass(frozen=True, eq=False)
+class KIVIValues(TokenGroups):
+    """Groups of a token that R newer ones have followed."""
+
+    residual: int = 0
+
+    def rounded(self, query: int) -> int:
+        """All but the R tokens before the query, and itself."""
+        return max(query - self.residual, 0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Only the standard library is imported here, so that `--help` answers at once.
 """
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corpora import values
@@ -11,8 +12,9 @@ from corpora import values
 if TYPE_CHECKING:
     from quantization.recipes.recipe import Recipe
     from quantization.runs.checkpoint import Checkpoint
+    from quantization.runs.kv_artefact import KVArtefact
 
-__all__ = ["FIELDS", "add_kv_options", "given_fields", "given_kv", "with_kv"]
+__all__ = ["FIELDS", "add_kv_options", "given_fields", "given_kv", "kv_artefact_of", "with_kv"]
 
 # Options of the policy's fields: attribute of the parsed options, field.
 FIELDS = {"kv_bits": "bits", "k_bits": "bits", "v_bits": "v_bits", "kv_group_size": "group_size"}
@@ -24,9 +26,10 @@ def add_kv_options(group: argparse._ActionsContainer) -> None:
         "--kv",
         type=values.name,
         default=None,
-        metavar="NAME",
-        help="KV-cache policy: none, per_head, rotated, kivi, or static and clipped, which calibrate "
-        "(default: the recipe's, or the checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
+        metavar="NAME|FILE",
+        help="KV-cache policy: none, per_head, rotated, kivi, turboquant; kvquant, static or clipped, which calibrate "
+        "once (python -m quantization kv) or take the FILE.safetensors of that (default: the recipe's, or the "
+        "checkpoint's); --set kv_cache.FIELD=VALUE sets what it has besides bits",
     )
     group.add_argument(
         "--kv-bits", type=values.count(1, 16), metavar="N", help="bits of the KV cache, 2 to 8; alone it means per_head"
@@ -54,6 +57,16 @@ def given_kv(options: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names] + [f"--set {setting}" for setting in settings]
 
 
+def kv_artefact_of(options: argparse.Namespace) -> "KVArtefact | None":
+    """What --kv FILE holds; None if it is a policy's name. Raises UserError for a file that is none of ours."""
+    name = getattr(options, "kv", None)
+    if name is None or not name.endswith(".safetensors"):
+        return None
+    from quantization.runs.kv_artefact import KVArtefact
+
+    return KVArtefact.load(Path(name))
+
+
 def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoint", chosen: bool) -> "Recipe":
     """The recipe with the KV policy that the options spell: by name, or else its own or the checkpoint's, with the
     fields that are given. chosen: the recipe's own was chosen apart, also none. Raises UserError for what cannot be."""
@@ -67,7 +80,9 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     name, given = getattr(options, "kv", None), given_fields(options)
     bits = given.pop("kv_bits", None)
     policy = recipe.kv_cache
-    if name is not None and type(held := stored_kv(checkpoint)) is KV_POLICIES.get(name):
+    if (artefact := kv_artefact_of(options)) is not None:
+        policy = artefact.policy if bits is None else replace(artefact.policy, bits=bits, v_bits=None)
+    elif name is not None and type(held := stored_kv(checkpoint)) is KV_POLICIES.get(name):
         policy = held if bits is None else replace(held, bits=bits, v_bits=None)
     elif name is not None or bits is not None:
         policy = kv_policy(name or "per_head", given.get("k_bits") if bits is None else bits)

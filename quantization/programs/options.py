@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corpora import values
-from quantization.programs.kv_options import add_kv_options, with_kv
+from quantization.programs.kv_options import add_kv_options, kv_artefact_of, with_kv
 from quantization.programs.recipe_options import (
     CALIBRATION,
     WEIGHTS,
@@ -197,7 +197,7 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     from corpora.errors import UserError
     from quantization.named import named_recipe, put_together
     from quantization.recipes.recipe import with_settings
-    from quantization.runs.kept import needed_prefix
+    from quantization.runs.kept import held_kv, needed_prefix
     from quantization.runs.prefixes import searched_in
 
     if not hasattr(options, "recipe"):
@@ -226,7 +226,8 @@ def chosen_recipe(options: argparse.Namespace, checkpoint: "Checkpoint") -> "Rec
     settings, calibration = fields_of(options, WEIGHTS), fields_of(options, CALIBRATION)
     # Whether a method calibrates may depend on its fields.
     chosen = with_settings(recipe, [s for s in left if s.startswith(("weights.", "activations."))])
-    if calibration and not chosen.calibrates:
+    fitted = kv_artefact_of(options) is not None or chosen.kv_cache == held_kv(checkpoint)
+    if calibration and (not chosen.calibrates or (fitted and not chosen.checkpoint_part.calibrates)):
         raise UserError(
             f"the recipe {spelled} calibrates on no text, so {calibration[0].replace('.', ' ', 1)} "
             "has nothing to act on; leave it out"
@@ -279,6 +280,7 @@ def plan_of(
         spread=spread,
         max_memory=size,
         makes=makes,
+        given_kv=kv_artefact_of(options),
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
@@ -297,7 +299,7 @@ def stop_at_plan(options: argparse.Namespace, plan: "Plan", makes: str = "run", 
         from quantization.runs.preview import preview, table
 
         if shown:
-            out = getattr(options, "out", None) if makes == "checkpoint" else None
+            out = getattr(options, "out", None) if makes in ("checkpoint", "kv") else None
             print(table(preview(plan, makes, out)))
         raise SystemExit(0)
 
@@ -306,9 +308,9 @@ def check_out(options: argparse.Namespace, kind: str, *more: Path) -> None:
     """Refuse an --out that must not be written, before the work (`corpora.targets`); without --out nothing. Raises
     UserError.
 
-    kind: "directory" (a new one), "checkpoint" (a new one, or one of ours, which is gone on with), "prefix" (replaces
-    an older prefix and nothing else), or the ending of a file: .pt (a new one), .csv (`check_written`), .jsonl (whose
-    program knows its own). more: files that are written beside it.
+    kind: "directory" (a new one), "checkpoint" (a new one, or one of ours, which is gone on with), "prefix" and "kv"
+    (replace an older prefix, or KV artefact, and nothing else), or the ending of a file: .pt (a new one), .csv
+    (`check_written`), .jsonl (whose program knows its own). more: files that are written beside it.
     """
     from corpora.errors import UserError
     from corpora.targets import check_target, check_written, inputs_of
@@ -324,9 +326,10 @@ def check_out(options: argparse.Namespace, kind: str, *more: Path) -> None:
             if kind == "directory" or not is_quantized(out):
                 raise UserError(f"--out {out} exists already; choose another directory or remove it")
         return
-    suffix = PREFIX_SUFFIX if kind == "prefix" else kind
+    suffix = PREFIX_SUFFIX if kind in ("prefix", "kv") else kind
     if out.suffix != suffix:
-        what = "a prefix file ends" if kind == "prefix" else "give a file that ends"
+        ends = {"prefix": "a prefix file ends", "kv": "a KV artefact's file ends"}
+        what = ends.get(kind, "give a file that ends")
         raise UserError(f"--out {out}: {what} in {suffix}")
     if kind == ".csv":
         check_written((out, *more), reads)
@@ -342,6 +345,13 @@ def check_out(options: argparse.Namespace, kind: str, *more: Path) -> None:
             Prefix.load(out)
         except UserError:
             raise UserError(f"--out {out} is there and no whole prefix file; remove it, or name another") from None
+    if kind == "kv" and there:
+        from quantization.runs.kv_artefact import KVArtefact
+
+        try:
+            KVArtefact.load(out)
+        except UserError:
+            raise UserError(f"--out {out} is there and no whole KV artefact; remove it, or name another") from None
     if kind == ".pt" and there:
         raise UserError(f"--out {out} exists already; name another file or remove it")
 

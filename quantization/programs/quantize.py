@@ -20,7 +20,8 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
         description="Quantize a dense checkpoint, one decoder block at a time. A killed run goes on where it stopped.",
         epilog="example: python -m quantization --model modelzoo/smollm2/smollm2-135m --recipe rtn --bits 4 "
         "--out modelzoo/my-w4.   `python -m quantization prefix --help` is about prefixes, "
-        "`python -m quantization export --help` about the layouts of other runtimes.",
+        "`python -m quantization kv --help` about KV caches that calibrate, `python -m quantization export --help` "
+        "about the layouts of other runtimes.",
     )
     if not listing:
         add_plan_options(parser, run=False, dtype=False)
@@ -48,7 +49,7 @@ def quantize(arguments: list[str]) -> None:
         check_out(options, "checkpoint")
     plan = plan_of(options, makes="checkpoint")
     asked = given_kv(options)
-    if asked and plan.recipe.kv_cache is not None and "kv_cache" not in plan.recipe.weights_identity():
+    if asked and plan.recipe.kv_cache is not None and not plan.recipe.trains_kv:
         log.warning(
             "%s: nothing of it is in this checkpoint; such a cache is chosen when the model runs, so give it to that "
             "program, too",

@@ -1,8 +1,8 @@
 """A recipe says everything that is done to a model (`quantization.named` is the table of the papers' recipes).
 
 Weights, prefix and KV cache are three things: transforms, weights, activations and training (with what they calibrate
-on) make the quantized checkpoint and its identity, the KV policy and the prefix are chosen when it runs. A KV policy
-that calibrates belongs to the checkpoint, too.
+on) make the quantized checkpoint and its identity, the KV policy and the prefix are chosen when it runs. What a KV
+policy calibrates to is an artefact of its own (`quantization.runs.kv_artefact`), unless weights are trained with it.
 """
 
 import math
@@ -50,7 +50,7 @@ class Recipe:
     with these at work.
 
     calibration: used if anything calibrates. calibrate_behind_prefix: stream that text behind the full-precision prefix
-    (`prefix`); the checkpoint is then only right with it. prefix: a default for the run time.
+    (`prefix`); what calibrates is then only right with it. prefix: a default for the run time.
     """
 
     transforms: tuple[Transform, ...] = ()
@@ -93,14 +93,26 @@ class Recipe:
 
     @property
     def kv_calibrates(self) -> bool:
-        """Whether the KV policy has ranges of its own for every block, which the checkpoint keeps."""
+        """Whether the KV policy has tensors of its own for every block."""
         return self.kv_cache is not None and self.kv_cache.calibrates
+
+    @property
+    def trains_kv(self) -> bool:
+        """Whether the weights are trained with the KV policy at work, so that the checkpoint depends on it and keeps
+        its tensors."""
+        return self.kv_cache is not None and (self.tuning is not None or self.trains_rounded)
+
+    @property
+    def checkpoint_part(self) -> "Recipe":
+        """Of the recipe, what makes the checkpoint: the rest is chosen when it runs."""
+        made = self if self.trains_kv else replace(self, kv_cache=None, calibrate_behind_prefix=False)
+        return replace(made, calibrate_behind_prefix=self.calibrate_behind_prefix and made.calibrates)
 
     @property
     def makes_checkpoint(self) -> bool:
         """Whether the recipe makes another checkpoint; if not, the dense one is run as it is."""
         parts = (self.weights, self.activations, self.attention, self.tuning)
-        return bool(self.transforms) or self.kv_calibrates or any(part is not None for part in parts)
+        return bool(self.transforms) or any(part is not None for part in parts)
 
     @property
     def rescales(self) -> bool:
@@ -133,17 +145,18 @@ class Recipe:
 
     def weights_identity(self) -> dict[str, Any]:
         """All of the recipe that makes the checkpoint, for its identity."""
+        made = self.checkpoint_part
         made_of: dict[str, Any] = {"transforms": describe(self.transforms), "weights": describe(self.weights)}
         for name in ("activations", "attention", "tuning"):
             if (part := getattr(self, name)) is not None:
                 made_of[name] = describe(part)
-        if self.kv_calibrates or ((self.tuning is not None or self.trains_rounded) and self.kv_cache is not None):
+        if self.trains_kv:
             made_of["kv_cache"] = describe(self.kv_cache)
         if self.weights is not None and self.weights.files:
             made_of["files"] = [sha256_of_file(plain_file(file)) for file in self.weights.files]
-        if self.calibrates:
-            made_of["calibration"] = describe(self.calibration)
-            made_of["calibrate_behind_prefix"] = self.calibrate_behind_prefix
+        if made.calibrates:
+            made_of["calibration"] = describe(made.calibration)
+            made_of["calibrate_behind_prefix"] = made.calibrate_behind_prefix
         return made_of
 
     def label(self) -> str:
@@ -156,7 +169,7 @@ class Recipe:
         words += [part.label for part in (self.activations, self.attention) if part is not None]
         if self.tuning is not None:
             words.append(self.tuning.name)
-        return "-".join([*words, *(["behind"] if self.calibrate_behind_prefix else [])])
+        return "-".join([*words, *(["behind"] if self.checkpoint_part.calibrate_behind_prefix else [])])
 
 
 def added(default: Any, *before: Any) -> Any:

@@ -14,32 +14,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.errors import UserError
 from corpora.files import plain_name
-from corpora.json_files import Count, FileName, Hash, fitted, identity, read_json
 from corpora.storage import checkpoint_fingerprint, open_tensors, write_tensors
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import StoredWeight, restore
-from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
-from quantization.kv_cache import KV_POLICIES
-from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
 from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import DenseCheckpoint, check_finite, empty_model, tied_names
-from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS, checked, known_sums, read_cost
-from quantization.transforms.rotate import Rotate
-from quantization.transforms.smooth import Smooth
+from quantization.runs.manifest import FORMAT, MANIFEST, PARTS, is_quantized, read_manifest
+from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS, checked, read_cost
 
 __all__ = [
     "CHECKSUMS",
@@ -50,8 +44,11 @@ __all__ = [
     "Checkpoint",
     "StoredBlock",
     "block_file",
+    "block_state",
+    "cast",
     "copy_companions",
     "dense_directory",
+    "empty_quantized",
     "find_checkpoint",
     "is_quantized",
     "load_quantized",
@@ -63,79 +60,9 @@ __all__ = [
     "write_ends",
 ]
 
-FORMAT = 2
-MANIFEST = "quantization.json"
 ENDS = "ends.safetensors"
 RESCALING = "rescaling."  # in front of the number of a rescaling, in a block's file
 KV = "kv."  # in front of a calibrated KV policy's tensors
-
-# The classes that a loaded checkpoint needs of its recipe, by the names under which manifests keep them: transforms,
-# quantizers of attention's inputs, KV policies. A new one adds a row.
-PARTS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (UniformGrid, AttentionProducts, Rotate, Smooth, *KV_POLICIES.values())
-}
-
-
-def is_quantized(directory: Path) -> bool:
-    """Whether a directory is a quantized checkpoint of this project."""
-    return (directory / MANIFEST).is_file()
-
-
-class _Part(TypedDict):
-    kind: str
-
-
-class _Recipe(TypedDict):
-    transforms: list[_Part]
-    weights: _Part | None
-    prefix: str
-    attention: NotRequired[_Part | None]
-    kv_cache: NotRequired[_Part | None]
-
-
-class _Source(TypedDict):
-    name: FileName
-    directory: str
-    fingerprint: Hash
-
-
-class _Manifest(TypedDict):
-    format: int
-    identity: Hash
-    label: FileName
-    made_of: dict[str, Any]
-    recipe: _Recipe
-    basis: str
-    source: _Source
-    needs_prefix: list[Count] | None
-    needs_kv: NotRequired[Hash | None]
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """What made a quantized checkpoint; what it says of its recipe can be `restored`.
-
-    Raises UserError if it is missing, damaged or of another version, or if it or the configuration beside it changed
-    since the checkpoint was finished.
-    """
-    file = directory / MANIFEST
-    again = "delete the directory and quantize again"
-    manifest: dict[str, Any] = read_json(file, "quantization manifest", dict, mend=again)
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{file} is not a whole manifest of format {FORMAT} (its format: {manifest.get('format')}); {again}"
-        )
-    fitted(manifest, _Manifest, f"quantization manifest {file}", mend=again)
-    made_of, recipe = manifest["made_of"], manifest["recipe"]
-    said = {name: recipe[name] for name in ("transforms", "weights", "attention", "kv_cache") if name in recipe}
-    agrees = identity(made_of) == manifest["identity"] and made_of.get("source") == manifest["source"]["fingerprint"]
-    if not agrees or any(made_of.get(name, part) != part for name, part in said.items()):
-        raise UserError(f"{file} is damaged: it says other things than its identity was made of; {again}")
-    for part in (*recipe["transforms"], recipe.get("attention"), recipe.get("kv_cache")):
-        if part is not None and (part["kind"] in PARTS or part not in recipe["transforms"]):
-            restored(part, PARTS, str(file))
-    for name in known_sums(directory).keys() & {MANIFEST, CONFIG}:
-        checked(directory / name)
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -317,34 +244,19 @@ def load_quantized(
     packed: keep the weights packed in `QuantLinear` modules; otherwise they are dequantized into plain linears. Both
     compute the same bits. dtype: of the computation; the checkpoint's by default.
     """
-    manifest = read_manifest(directory)
-    model = empty_model(directory)
-    recipe = manifest["recipe"]
-    for transform in recipe["transforms"]:
-        if transform["kind"] in PARTS:  # those that only rewrite numbers are not
-            restored(transform, PARTS).restructure(model)
-    dtype = dtype or model.dtype
+    manifest, model = empty_quantized(directory)
+    recipe, dtype = manifest["recipe"], dtype or model.dtype
     state: dict[str, Tensor] = {}
     kv: list[dict[str, Tensor]] = []
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
     files = [*(block_file(directory, index) for index in range(len(blocks))), directory / ENDS]
     stored = _read_ahead(files)
-    for index, module in enumerate(blocks):
+    for index in range(len(blocks)):
         block = next(stored)
-        for name, (kind, parts, header) in block.linears.items():
-            parts = {part: tensor.to(device) for part, tensor in parts.items()}
-            if packed:
-                old = model.get_submodule(name)
-                shape = model.get_parameter(f"{name}.weight").shape
-                model.set_submodule(name, QuantLinear(kind, parts, header, shape, getattr(old, "bias", None)))
-                state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            else:
-                state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
-        restore_paths(module, block.paths, block.within(architecture.block_name(index)))
-        state |= _cast(block.parameters, dtype, device)
+        state |= block_state(model, index, block, dtype, device, packed)
         kv.append({part: tensor.to(device) for part, tensor in block.kv.items()})
-    state |= _cast(next(stored).parameters, dtype, device)
+    state |= cast(next(stored).parameters, dtype, device)
     if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
@@ -357,6 +269,39 @@ def load_quantized(
     return model
 
 
+def empty_quantized(directory: Path) -> tuple[dict[str, Any], PreTrainedModel]:
+    """A quantized checkpoint's manifest, and its model without weights, with what transforms put into it."""
+    manifest, model = read_manifest(directory), empty_model(directory)
+    for transform in manifest["recipe"]["transforms"]:
+        if transform["kind"] in PARTS:  # those that only rewrite numbers are not
+            restored(transform, PARTS).restructure(model)
+    return manifest, model
+
+
+def block_state(
+    model: PreTrainedModel,
+    index: int,
+    block: StoredBlock,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    packed: bool = False,
+) -> dict[str, Tensor]:
+    """Prepare a block of an empty model for what its file holds; returns its parameters, by the model's names."""
+    state: dict[str, Tensor] = {}
+    for name, (kind, parts, header) in block.linears.items():
+        parts = {part: tensor.to(device) for part, tensor in parts.items()}
+        if packed:
+            old, shape = model.get_submodule(name), model.get_parameter(f"{name}.weight").shape
+            model.set_submodule(name, QuantLinear(kind, parts, header, shape, getattr(old, "bias", None)))
+            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        else:
+            state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
+    architecture = architecture_of(model.config)
+    name, module = architecture.block_name(index), architecture.blocks_of(model)[index]
+    restore_paths(module, block.paths, block.within(name))
+    return state | cast(block.parameters, dtype, device)
+
+
 def _read_ahead(files: Sequence[Path]) -> Iterator[StoredBlock]:
     """What is in blocks' files, one after the other; their sums are taken ahead of the loading, several at once."""
     with ThreadPoolExecutor(8) as hashing:
@@ -367,7 +312,7 @@ def _read_ahead(files: Sequence[Path]) -> Iterator[StoredBlock]:
             hashing.shutdown(cancel_futures=True)
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
     """The tensors where and in what dtype the model computes; ranges of inputs stay in float32."""
     return {
         name: tensor.to(device, dtype if tensor.is_floating_point() and f".{PATH}." not in name else None)

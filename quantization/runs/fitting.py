@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint, identity
 from intactkv.cache import IntactCache
@@ -17,7 +19,15 @@ from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import empty_model, read_config
 from quantization.runs.prefixes import PrefixChoice
 
-__all__ = ["check_discovered", "check_fits", "check_needed", "check_prefix", "fitting", "name_other_weights"]
+__all__ = [
+    "check_discovered",
+    "check_fits",
+    "check_needed",
+    "check_prefix",
+    "fitting",
+    "model_of",
+    "name_other_weights",
+]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +70,7 @@ def check_needed(choice: PrefixChoice, checkpoint: Checkpoint, recipe: Recipe, v
     if manifest is not None:
         needed, word = manifest["needs_prefix"], manifest["recipe"]["prefix"]
     else:
-        needed, word = list(choice.ids) if recipe.calibrate_behind_prefix else None, recipe.prefix
+        needed, word = list(choice.ids) if recipe.checkpoint_part.calibrate_behind_prefix else None, recipe.prefix
     if needed is not None and (vanilla or list(choice.ids) != [int(i) for i in needed]):
         tokens = f"a prefix of {len(needed)} tokens" if needed else "a prefix"
         calibrated = f"{checkpoint.name} is calibrated behind {tokens}, and its weights only fit behind it"
@@ -110,7 +120,7 @@ def fitting(
             len(prefix),
         )
         owner, choice = replace(owner, basis=basis), replace(choice, file=None, owner=None)
-    _check_belongs(replace(prefix, model=owner), checkpoint.directory, (checkpoint.fingerprint, basis))
+    replace(prefix, model=owner).check(model_of(checkpoint.directory, (checkpoint.fingerprint, basis)))
     return choice
 
 
@@ -124,16 +134,15 @@ def _is_same_model(checkpoint: Checkpoint, fingerprint: str) -> bool:
     return (dense / CONFIG).is_file() and all(checkpoint_fingerprint(dense, name) == name for name in names)
 
 
-def _check_belongs(prefix: Prefix, directory: Path, source: tuple[str, str]) -> None:
-    """Raise UserError unless a prefix belongs to the checkpoint in a directory; no weights are read.
+def model_of(directory: Path, source: tuple[str, str]) -> PreTrainedModel:
+    """The model of a directory without weights, by whose keys and values it has: fingerprint and basis.
 
-    source: the checkpoint's fingerprint and basis. One that is quantized in another program's format has none; an
-    export of ours names them in its configuration.
+    One that is quantized in another program's format has none; an export of ours names them in its configuration.
     """
     model = empty_model(directory)
     if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
         model.__dict__["intactkv_source"] = source
-    prefix.check(model)
+    return model
 
 
 def name_other_weights(prefix: Prefix, file: Path, run: Mapping[str, Any]) -> None:

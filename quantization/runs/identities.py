@@ -1,6 +1,7 @@
 """What quantized checkpoints are called: by all that decides their bits, and nothing else.
 
-No KV policy without ranges of its own, and no prefix that only the run time uses, is part of a name.
+No KV policy that the weights were not trained with, and no prefix that only the run time uses, is part of a name. What
+a KV policy calibrates to has a name of its own.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,21 @@ from transformers import PreTrainedTokenizerBase
 from corpora.storage import identity, sha256_of_tensor
 from corpora.text import text_identity
 from intactkv.prefix import PLAIN_BASIS, Prefix
+from intactkv.store import KVPolicy
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.checkpoint import FORMAT
 
-__all__ = ["Artefact", "artefact_of", "by_tokens", "identity_of_prefix", "identity_of_text"]
+__all__ = [
+    "KV_FORMAT",
+    "Artefact",
+    "artefact_of",
+    "by_tokens",
+    "identity_of_prefix",
+    "identity_of_text",
+    "kv_made_of",
+]
+
+KV_FORMAT = 1  # of an artefact of a KV policy's tensors
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ def artefact_of(
                 parts |= behind
         return parts
 
+    recipe = recipe.checkpoint_part
     if not recipe.changes_kv:
         basis = PLAIN_BASIS
     elif recipe.rescales:  # by what was found on the way
@@ -61,6 +74,14 @@ def artefact_of(
     else:
         basis = identity(made_of(recipe.twin))
     return Artefact(made_of(recipe), basis)
+
+
+def kv_made_of(
+    policy: KVPolicy, weights: Mapping[str, Any], text: Mapping[str, Any], behind: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All that decides what a KV policy calibrates to. weights: what made those of the model whose blocks the text goes
+    through; text, behind: as in `artefact_of`."""
+    return {"format": KV_FORMAT, "kv": describe(policy), "weights": dict(weights), **text, **(behind or {})}
 
 
 def by_tokens(

@@ -1,19 +1,20 @@
 """What a quantized checkpoint brings to a run that does not say otherwise: its prefix and its calibrated KV policy."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from corpora.errors import UserError
 from intactkv.store import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import PARTS, Checkpoint
 
-__all__ = ["bound_kv", "fitting_kv", "needed_prefix", "stored_kv"]
+__all__ = ["bound_kv", "fitting_kv", "held_kv", "needed_prefix", "stored_kv"]
 
 log = logging.getLogger(__name__)
 
@@ -28,55 +29,62 @@ def needed_prefix(checkpoint: Checkpoint) -> str:
     return word
 
 
-def stored_kv(checkpoint: Checkpoint) -> Policy | None:
-    """The calibrated KV policy whose tensors a quantized checkpoint holds; None if it holds none."""
-    described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
+def held_kv(checkpoint: Checkpoint) -> Policy | None:
+    """The calibrated KV policy whose tensors a quantized checkpoint holds, in its blocks' files; None if it holds none.
+    What its weights were made of names it; the recipe may name one that was left to the run time."""
+    described = checkpoint.manifest["made_of"].get("kv_cache") if checkpoint.manifest is not None else None
     policy = None if described is None else restored(described, PARTS)
-    if policy is not None and not policy.calibrates:
+    return policy if policy is not None and policy.calibrates else None
+
+
+def stored_kv(checkpoint: Checkpoint) -> Policy | None:
+    """The same; a policy that the recipe names and the checkpoint has no tensors for is told."""
+    held = held_kv(checkpoint)
+    described = checkpoint.manifest["recipe"].get("kv_cache") if checkpoint.manifest is not None else None
+    if held is None and described is not None:
         log.info(
             "%s comes from a recipe with the KV policy %s; without --kv and --kv-bits the cache has full precision",
             checkpoint.name,
-            policy,
+            restored(described, PARTS),
         )
-        return None
-    return policy
+    return held
 
 
 def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig) -> Recipe:
-    """The recipe with its KV policy said for the model's heads; one with ranges is the checkpoint's own, if it has any
-    weights of its own. config: of the text model. Raises UserError for groups or ranges that do not fit."""
+    """The recipe with its KV policy said for the model's heads; one that a quantized checkpoint holds tensors for is
+    said as there. For a checkpoint that was calibrated behind a prefix, its text runs behind it, too.
+
+    config: of the text model. Raises UserError for groups that do not fit.
+    """
     kv = recipe.kv_cache
     if not isinstance(kv, Policy):
         return recipe
     heads = getattr(config, "num_attention_heads", None) or 1
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if checkpoint.manifest is not None and kv.calibrates:
-        return replace(recipe, kv_cache=_stored_as(kv, checkpoint, head_size))
-    return replace(recipe, kv_cache=kv.in_heads(head_size))
+    wanted, held = kv.in_heads(head_size), held_kv(checkpoint)
+    if held is not None:
+        # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
+        kind: Any = type(held)
+        short = kind(bits=held.bits, v_bits=held.v_bits)
+        if wanted in (short.in_heads(head_size), held.in_heads(head_size)):
+            return replace(recipe, kv_cache=held)
+    manifest = checkpoint.manifest
+    if kv.calibrates and manifest is not None and manifest["needs_prefix"] is not None and recipe.prefix != "none":
+        recipe = replace(recipe, kv_cache=wanted, calibrate_behind_prefix=True)
+    return replace(recipe, kv_cache=wanted)
 
 
-def _stored_as(wanted: Policy, checkpoint: Checkpoint, head_size: int) -> Policy:
-    """The checkpoint's own policy, which must be of the kind and bits that are asked for. Raises UserError."""
-    own = stored_kv(checkpoint)
-    if own is None:
-        raise UserError(
-            f"{type(wanted).__name__} needs ranges of keys and values, which {checkpoint.name} does not hold; quantize "
-            "it with that KV policy (for example --kv static --kv-bits 4), or choose another, such as --kv per_head"
-        )
-    # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
-    kind: Any = type(own)
-    short = kind(own.bits, v_bits=own.v_bits)
-    if wanted.in_heads(head_size) not in (short.in_heads(head_size), own.in_heads(head_size)):
-        raise UserError(
-            f"{checkpoint.name} holds ranges for {own}, not for {wanted}; leave the options of the KV cache out, or "
-            "quantize it anew"
-        )
-    return own
-
-
-def bound_kv(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> KVPolicy | None:
-    """The recipe's KV policy, with what the model's checkpoint holds for it if it calibrates. packed: keep codes."""
+def bound_kv(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    packed: bool = False,
+    tensors: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> KVPolicy | None:
+    """The recipe's KV policy, if it calibrates with what it was calibrated to. tensors: that, by layer; by default what
+    the model's checkpoint holds. packed: keep codes."""
     kv = recipe.kv_cache
     if kv is None or not (kv.calibrates or packed):
         return kv
-    return Bound(kv, dict(enumerate(model.__dict__["intactkv_kv"])) if kv.calibrates else {}, packed)
+    if kv.calibrates and tensors is None:
+        tensors = dict(enumerate(model.__dict__["intactkv_kv"]))
+    return Bound(kv, tensors or {}, packed)

@@ -46,7 +46,14 @@ from quantization.runs.identities import Artefact, by_tokens, identity_of_prefix
 from quantization.runs.one_block import process_block
 from quantization.runs.sums import CHECKSUMS, drop_changed, write_sums
 
-__all__ = ["check_makes_something", "check_recipe", "identity_at", "partial_of", "quantize_checkpoint"]
+__all__ = [
+    "check_makes_something",
+    "check_recipe",
+    "identity_at",
+    "partial_of",
+    "quantize_checkpoint",
+    "return_memory",
+]
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +70,7 @@ def check_makes_something(source: Path, recipe: Recipe) -> None:
     if not recipe.makes_checkpoint:
         raise UserError(
             "this recipe leaves the model as it is, so there is nothing to write; name one that quantizes weights or "
-            "activations, for example --recipe rtn"
+            "activations, for example --recipe rtn (python -m quantization kv calibrates a KV cache)"
         )
 
 
@@ -86,6 +93,7 @@ def quantize_checkpoint(
     Raises UserError if `out` holds something else, or the source is incomplete.
     """
     check_makes_something(source, recipe)
+    whole, recipe = recipe, recipe.checkpoint_part
     dense = DenseCheckpoint(source)
     fingerprint = fingerprint or checkpoint_fingerprint(source)
     if recipe.calibrates and segments is None:
@@ -103,7 +111,7 @@ def quantize_checkpoint(
         "identity": artefact.identity,
         "label": recipe.label(),
         "made_of": artefact.made_of,
-        "recipe": describe(recipe),
+        "recipe": describe(whole),
         "basis": artefact.basis,
         "source": {
             "name": model_name(source),
@@ -234,7 +242,7 @@ def _work_off(
             time.perf_counter() - started,
         )
         block.module.to_empty(device="meta")
-        _return_memory()
+        return_memory()
     write_ends(partial, _ends(weights, ends, recipe, model))
 
 
@@ -258,7 +266,7 @@ def _sizes(directory: Path, model: PreTrainedModel) -> dict[str, Any]:
     return {"bits_per_weight": 8 * size / weights if weights else None, "figures": dict(figures)}
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Hand freed pages back to the system. glibc keeps buffers of a few MB on its heap, where every block leaves holes:
     without this, memory grows by about one block per block."""
     libc = ctypes.CDLL(None)

@@ -2,44 +2,49 @@
 
 `plan_run` settles what a run is from configurations and file headers: no weights are loaded, no text is tokenized (its
 description is the identity of the run's record). `Plan.load` does the work: the discovery behind `--prefix auto`, the
-quantized checkpoint, the prefix (written by the full-precision twin, which is then dropped), each made if it is not
-there; and only then the quantized model, so that two models are never held at once.
+quantized checkpoint, the prefix (written by the full-precision twin, which is then dropped), what the KV policy
+calibrates to, each made if it is not there; and only then the quantized model, so that two models are never held at
+once.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from corpora.files import sha256_of_file
-from corpora.paths import modelzoo_dir
 from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
-from corpora.writing import drop_dead_lock
+from corpora.writing import drop_dead_lock, refuse_special
+from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
-from intactkv.prefix import Prefix
-from quantization.labels import full_label
+from intactkv.cache import IntactCache
+from intactkv.prefix import Prefix, check_owner, identity_of
+from intactkv.store import Bound
+from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
-from quantization.recipes.recipe import Recipe, describe
-from quantization.runs.auto_prefix import Search, default_search, find
+from quantization.recipes.recipe import Recipe
+from quantization.runs.auto_prefix import default_search, find
 from quantization.runs.checkpoint import PARTS, Checkpoint, dense_directory, find_checkpoint, read_cost, read_manifest
 from quantization.runs.dense import DenseCheckpoint, read_config
 from quantization.runs.fitting import (
     check_discovered,
-    check_fits,
     check_needed,
     check_prefix,
     fitting,
+    model_of,
     name_other_weights,
 )
-from quantization.runs.identities import Artefact, artefact_of, by_tokens, identity_of_prefix, identity_of_text
+from quantization.runs.identities import by_tokens
 from quantization.runs.kept import bound_kv, fitting_kv
+from quantization.runs.known import Known
+from quantization.runs.kv_artefact import AGAIN as MAKE_KV
+from quantization.runs.kv_artefact import KVArtefact, calibrate_kv
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
@@ -56,149 +61,8 @@ __all__ = ["Plan", "plan_run"]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a run that is known before a model is loaded. Made by `plan_run`.
-
-    named: the prefix, unless it is `auto`; search: what `auto` looks at. vanilla: the prefix's tokens stand in front,
-    but the quantized model computes them itself (the arm to compare with). packed: keep quantized weights packed in
-    memory.
-    """
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    named: PrefixChoice | None
-    search: Search | None
-    tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype
-    device: torch.device
-    vanilla: bool
-    packed: bool
-    context: int | None  # positions the model has, None if its configuration does not say
-    spread: bool = False  # over all GPUs, for a model larger than one
-    max_memory: int | None = None  # bytes that it may take of each of them, None for all there are
-    packed_kv: bool = False  # keep the KV cache's codes, not numbers
-
-    # What is known without running anything ---------------------------------------------------------------------------
-
-    @property
-    def has_prefix(self) -> bool:
-        """Whether tokens stand in front."""
-        return self.named is None or bool(self.named.ids)
-
-    @cached_property
-    def artefact(self) -> Artefact:
-        """The checkpoint that the recipe makes, by its identity."""
-        return self.artefact_of(self.recipe)
-
-    @property
-    def basis(self) -> str:
-        """The basis of K and V in the model that will run."""
-        if self.checkpoint.manifest is not None:
-            return str(self.checkpoint.manifest["basis"])
-        # That of a rescaled model follows from the quantizing and its text, any other from the twin, which needs none.
-        return self.artefact.basis if self.recipe.rescales else self.artefact_of(self.recipe.twin).basis
-
-    def bases_of(self, fingerprint: str) -> list[str]:
-        """Those that the keys and values of a prefix from a file may be in, if the model went by that fingerprint; the
-        one of what this plan would make first."""
-        plan = replace(self, checkpoint=replace(self.checkpoint, fingerprint=fingerprint))
-        bases, recipe = [plan.basis], plan.recipe
-        if (
-            recipe.rescales and plan.text is not None
-        ):  # a checkpoint that was named by its tokens has a basis of its own
-            made = plan.directory_of(recipe).parent.glob(f"{recipe.label()}-*")
-            bases += [read_manifest(directory)["basis"] for directory in made if identity_at(directory) is not None]
-        return bases
-
-    def directory_of(self, recipe: Recipe) -> Path:
-        """Where a recipe's checkpoint is kept: modelzoo/quantized/{model}/{label}-{identity}, where one of any label
-        is found by its identity; its own directory if it makes none."""
-        if self.checkpoint.manifest is not None or not recipe.makes_checkpoint:
-            return self.checkpoint.directory
-        return self._directory(recipe, self.artefact_of(recipe))
-
-    def describe(self) -> dict[str, Any]:
-        """What will run, for records and their identity: nothing that changes a figure is left out."""
-        manifest, recipe = self.checkpoint.manifest, self.recipe
-        if manifest is not None:
-            made_of = manifest["made_of"]
-        elif recipe.makes_checkpoint:
-            made_of = self.artefact.made_of
-        else:
-            made_of = {"source": self.checkpoint.fingerprint}
-        prefix: dict[str, Any] = {"label": "[A]", "ids": None, "file": None}
-        if self.search is not None:
-            prefix["auto"] = self._auto
-        else:
-            assert self.named is not None
-            file = self.named.file
-            prefix = {"label": self.named.label, "ids": list(self.named.ids), "file": file and sha256_of_file(file)}
-        return (
-            {
-                "model": self.checkpoint.family_name,
-                "weights": manifest["label"] if manifest is not None else self.checkpoint.exported or recipe.label(),
-                "made_of": made_of,
-                "recipe": manifest["recipe"] if manifest is not None else describe(recipe),
-                "kv": describe(recipe.kv_cache),
-                "prefix": prefix | {"intact": self.has_prefix and not self.vanilla},
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "device": self.device.type,
-                "packed": self.packed,
-            }
-            | ({"spread": True} if self.spread else {})
-            | ({"kv_storage": "packed"} if self.packed_kv else {})
-        )
-
-    def check_fits(self, option: str, tokens: int) -> None:
-        """Raise UserError if so many tokens, with what stands in front of them, are more than the model's positions.
-
-        option: which one to change, with its value.
-        """
-        check_fits(self.checkpoint, self.context, option, tokens)
-
-    def check_calibration(self, front: int) -> None:
-        """Raise UserError for calibration text that does not fit the model. front: tokens of the prefix."""
-        length, behind = self.recipe.calibration.length, self.recipe.calibrate_behind_prefix
-        self.check_fits(f"--calibration-length {length}", length + (front if behind else 0))
-
-    @cached_property
-    def _auto(self) -> str:
-        assert self.search is not None
-        return identity(self.search.made_of)
-
-    @cached_property
-    def _behind(self) -> Mapping[str, Any] | None:
-        """What identifies the prefix that calibration runs behind; None if it runs without."""
-        if not self.recipe.calibrate_behind_prefix:
-            return None
-        if self.search is not None:
-            return {"prefix": {"auto": self._auto}}
-        behind = self.behind
-        assert behind is not None
-        return identity_of_prefix(behind)
-
-    @cached_property
-    def text(self) -> Mapping[str, Any] | None:
-        """What identifies the calibration text, None if nothing calibrates. Raises UserError if it is not there; who
-        only builds a prefix may never ask."""
-        if self.checkpoint.manifest is not None or not self.recipe.calibrates:
-            return None
-        return identity_of_text(self.recipe.calibration, self.tokenizer)
-
-    def artefact_of(self, recipe: Recipe) -> Artefact:
-        """The checkpoint that a recipe makes of this model and this text, by its identity."""
-        calibrates = recipe.calibrates
-        return artefact_of(
-            self.checkpoint.fingerprint, recipe, self.text if calibrates else None, self._behind if calibrates else None
-        )
-
-    def _directory(self, recipe: Recipe, artefact: Artefact) -> Path:
-        zoo, name = modelzoo_dir() / "quantized" / self.checkpoint.name, artefact.identity
-        for known in sorted(zoo.glob(f"*-{name}")) + sorted(zoo.glob(f"*-{name}.partial")):
-            if identity_at(known) == name:  # whatever it was called in front of that
-                return known.with_name(known.name.removesuffix(".partial"))
-        return zoo / f"{full_label(recipe)}-{name}"
+class Plan(Known):
+    """What is known of a run, and what it reads and makes. Made by `plan_run`."""
 
     # What is read or made when it is asked for ------------------------------------------------------------------------
 
@@ -216,7 +80,7 @@ class Plan:
     @cached_property
     def segments(self) -> torch.Tensor | None:
         """The calibration segments that the recipe asks for, (N, T); None if nothing calibrates."""
-        if not self.recipe.calibrates or self.checkpoint.manifest is not None:
+        if self.text is None:
             return None
         self.check_calibration(len(self.choice.ids) if self.recipe.calibrate_behind_prefix else 0)
         c = self.recipe.calibration
@@ -225,19 +89,20 @@ class Plan:
 
     @cached_property
     def behind(self) -> torch.Tensor | Prefix | None:
-        """Ids of the prefix that calibration runs behind, (P,), or a trained prefix; None if it runs without."""
-        if not self.recipe.calibrate_behind_prefix:
-            return None
-        prefix = Prefix.load(self.choice.file) if self.choice.file is not None else None
-        return torch.tensor(self.choice.ids) if prefix is None or prefix.calibrated is None else prefix
+        """As `behind_of` gives it; `auto` is discovered now, if it never was."""
+        return self.behind_of(self.choice) if self.recipe.calibrate_behind_prefix else None
 
     def load(self) -> IntactModel:
         """Make what is missing (quantized checkpoint, prefix) and load the model behind its prefix."""
         intact = bool(self.choice.ids) and not self.vanilla  # `auto` is discovered before anything is quantized
         source = self.written(self.recipe)
-        prefix, built = self._prefix() if intact else (None, False)
+        prefix, built = self._prefix if intact else (None, False)
+        calibrated = self.kv_artefact() if self.kv_made_of is not None else None
+        if calibrated is not None:
+            calibrated.check_front(self.choice.ids if intact else (), prefix)
         model = self._open(source, self.packed)
-        attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv))
+        tensors = None if calibrated is None else calibrated.tensors
+        attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv, tensors))
         if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
             self._keep(prefix)
         return attached
@@ -259,9 +124,10 @@ class Plan:
             if self.search is not None:
                 check_discovered(self.choice.ids, self.search.file, target)
             return target
-        segments = self.segments if recipe.calibrates else None
-        behind = self.behind if recipe.calibrate_behind_prefix else None
-        if recipe.calibrates:  # checkpoints were once named by the tokens of their text
+        made = recipe.checkpoint_part
+        segments = self.segments if made.calibrates else None
+        behind = self.behind if made.calibrate_behind_prefix else None
+        if made.calibrates:  # checkpoints were once named by the tokens of their text
             earlier = by_tokens(self.checkpoint.fingerprint, recipe, segments, behind)
             place = out or self._directory(recipe, earlier)
             if earlier.identity in (identity_at(place), identity_at(partial_of(place))):
@@ -277,6 +143,57 @@ class Plan:
             fingerprint=self.checkpoint.fingerprint,
         )
 
+    def kv_artefact(self, out: Path | None = None) -> KVArtefact:
+        """What the KV policy calibrates to: from its file, or made now if it is not there. out: where to, in the place
+        of an older one. Raises UserError if `out` holds something else."""
+        if self.given_kv is not None:
+            return self.given_kv
+        path, made_of = out or self.kv_file, self.kv_made_of
+        assert made_of is not None
+        if (found := self._kept_kv(path, again=out is None)) is not None and found.identity == identity(dict(made_of)):
+            drop_dead_lock(path)
+            return found
+        source = self.written(self.recipe)
+        segments, front = self.segments, self._front()
+        kv = self.recipe.kv_cache
+        assert isinstance(kv, Policy)
+        assert segments is not None
+        wanted = KVArtefact(
+            kv,
+            made_of,
+            identity_of(model_of(source, (self.checkpoint.fingerprint, self._written_basis))),
+            self.weights_label,
+            self.recipe.prefix if front is not None else "none",
+            None if front is None else tuple(self.choice.ids),
+            front.digest() if isinstance(front, Prefix) and front.calibrated is not None else None,
+        )
+        return calibrate_kv(source, wanted, path, segments, front, self.device)
+
+    def _kept_kv(self, path: Path, again: bool) -> KVArtefact | None:
+        """The artefact that is there. again: a damaged one is made again, and that is told."""
+        if not os.path.lexists(path):
+            return None
+        refuse_special(path, "the KV artefact")
+        try:
+            return KVArtefact.load(path)
+        except UserError as error:
+            if not again:
+                raise
+            log.warning("the KV artefact is made again: %s", error)
+            path.unlink()
+            return None
+
+    def _front(self) -> torch.Tensor | Prefix | None:
+        """The intact prefix that text of the KV policy runs behind. A dense model's blocks write it themselves, so that
+        no model is in memory; in front of others it is the twin's, in the checkpoint's own dtype."""
+        if self.checkpoint.manifest is None and not self.recipe.makes_checkpoint:
+            return self.behind
+        if not self.recipe.calibrate_behind_prefix:
+            return None
+        own = read_config(self.checkpoint.directory).dtype
+        plan = replace(self, dtype=own) if isinstance(own, torch.dtype) and own != self.dtype else self
+        return plan._prefix[0]
+
     def outcome(self) -> dict[str, Any]:
         """What a run's record says of what it found or made: what the quantized checkpoint took (None for a dense
         one), and the tokens that `auto` stands for. Call it after `load`."""
@@ -287,11 +204,12 @@ class Plan:
 
     def intact_prefix(self) -> Prefix:
         """The intact prefix: from its file, or written now by the full-precision twin."""
-        prefix, built = self._prefix()
+        prefix, built = self._prefix
         if built:
             self._keep(prefix)
         return prefix
 
+    @cached_property
     def _prefix(self) -> tuple[Prefix, bool]:
         """The intact prefix, and whether it was built now and is not kept yet."""
         basis = self._written_basis
@@ -339,6 +257,62 @@ class Plan:
         return rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
 
+def check_kv(plan: Plan, config: PreTrainedConfig, makes: str) -> None:
+    """Raise UserError for a KV policy that the model cannot have, and for a given artefact of it that is not the run's;
+    before any work. config: of the model; makes: as `plan_run` takes it."""
+    recipe, given, kv, checkpoint = plan.recipe, plan.given_kv, plan.recipe.kv_cache, plan.checkpoint
+    if recipe.calibrate_behind_prefix and not (plan.makes_weights_of_text or plan.makes_kv):
+        raise UserError(
+            "calibrate_behind_prefix=true has nothing to act on: what the KV cache is calibrated to is there already; "
+            "leave it out"
+        )
+    if makes == "kv" and not plan.makes_kv:
+        if kv is None or not kv.calibrates:
+            what = "a KV cache in full precision" if kv is None else type(kv).__name__
+            raise UserError(
+                f"{what} calibrates on no text, so there is nothing to make; name a policy that does, for example --kv "
+                "static --kv-bits 4"
+            )
+        raise UserError(
+            f"{type(kv).__name__} is calibrated with the weights of {checkpoint.name}, whose checkpoint keeps what it "
+            "found; there is nothing to make"
+        )
+    if makes == "kv" and plan.has_prefix and not recipe.calibrate_behind_prefix:
+        raise UserError(
+            f"--prefix {recipe.prefix} has nothing to act on: the calibration text does not run behind it; add "
+            "--calibrate-behind-prefix, or leave it out"
+        )
+    if kv is None:
+        return
+    IntactCache(config, policy=Bound(kv, {} if given is None else given.tensors, plan.packed_kv))
+    if plan.makes_kv:
+        architecture_of(config)
+        if plan.vanilla and recipe.calibrate_behind_prefix:
+            raise UserError(
+                "the KV cache is calibrated behind the intact prefix, and only fits behind it; leave --vanilla or "
+                "--calibrate-behind-prefix out"
+            )
+    if given is None:
+        return
+    if checkpoint.manifest is None and recipe.trains_kv:
+        raise UserError(f"the weights of {recipe.label()} are trained with a KV cache of their own; leave {given} out")
+    if kv != given.policy:
+        raise UserError(
+            f"the KV artefact {given} is for {given.policy}, not for {kv}; leave the options of the KV cache out"
+        )
+    check_owner(
+        given.owner, model_of(checkpoint.directory, (checkpoint.fingerprint, plan.basis)), "KV artefact", MAKE_KV
+    )
+    if plan.named is not None or plan.vanilla:
+        given.check_front(() if plan.vanilla or plan.named is None else plan.named.ids)
+    calibrated, running = identity(given.made_of["weights"]), identity(plan.weights_made_of)
+    if calibrated != running:
+        log.warning(
+            "the KV artefact %s was calibrated on the weights %s (%s); those that run now are %s (%s)",
+            given, given.weights, calibrated, plan.weights_label, running,
+        )  # fmt: skip
+
+
 def plan_run(
     source: Path | Checkpoint,
     recipe: Recipe,
@@ -351,19 +325,20 @@ def plan_run(
     max_memory: int | None = None,
     packed_kv: bool = False,
     makes: str = "run",
+    given_kv: KVArtefact | None = None,
 ) -> Plan:
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
     discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV
-    cache's codes. dtype: None takes float32 on
-    a CPU and the checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a
-    run and a checkpoint need the recipe's text, and a prefix that a file holds needs no weights.
+    cache's codes. given_kv: what the KV policy is calibrated to. dtype: None takes float32 on a CPU and the
+    checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a run, a
+    checkpoint and a KV artefact need the recipe's text, and a prefix that a file holds needs no weights.
     Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
     directory, manifest = checkpoint.directory, checkpoint.manifest
-    if manifest is not None and replace(recipe, kv_cache=None).makes_checkpoint:
+    if manifest is not None and recipe.makes_checkpoint:
         raise UserError(
             f"{directory} is quantized already ({manifest['label']}); give its dense checkpoint to --recipe "
             f"{recipe.label()}, or leave --recipe out"
@@ -401,10 +376,12 @@ def plan_run(
         spread,
         max_memory,
         packed_kv and recipe.kv_cache is not None,
+        given_kv,
     )
     if named is not None:
         check_prefix(named, checkpoint, context)
-    if makes in ("run", "checkpoint") and plan.text is not None:  # which must be there
+    needs_text = plan.makes_weights_of_text and makes in ("run", "checkpoint", "kv")
+    if (needs_text or (plan.makes_kv and makes in ("run", "kv"))) and plan.text is not None:  # which must be there
         plan.check_calibration(1 if named is None else len(named.ids))
     if named is not None or vanilla:
         check_needed(named or PrefixChoice(recipe.prefix, "[A]", ()), checkpoint, recipe, vanilla)
@@ -413,4 +390,5 @@ def plan_run(
         plan = replace(plan, named=fitting(named, prefix, checkpoint, plan.bases_of))
         if makes == "run" or (makes == "checkpoint" and recipe.calibrate_behind_prefix):
             name_other_weights(prefix, named.file, plan.describe())
+    check_kv(plan, config, makes)
     return plan

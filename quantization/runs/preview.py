@@ -4,6 +4,7 @@ Nothing is run: sizes of what is there come from the disk, of what is missing fr
     to run       the model's weights in the computation's dtype (packed ones at their bits)
     to quantize  the ends, two copies of one block in float32, two of its largest Hessian, and the calibration text's
                  hidden states in float32, as often as the method reads them
+    to calibrate the ends, one block and the text's hidden states; all weights, if the KV policy needs gradients
 Activations of a pass are not in it: they grow with the batch. On a CPU the libraries take LIBRARIES besides.
 """
 
@@ -15,6 +16,7 @@ import torch
 
 from corpora.storage import weight_files
 from intactkv.architecture import architecture_of
+from quantization.kv_cache import Policy
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, is_quantized
 from quantization.runs.dense import empty_model, tied_names
@@ -76,8 +78,8 @@ def sizes_of(directory: Path, unties: bool) -> Sizes:
 def preview(plan: Plan, makes: str = "run", out: Path | None = None) -> list[Line]:
     """Every artefact that a program needs, in the order in which it needs them, then the memory that it takes, about.
 
-    makes: what the program makes of the plan: a "run", the "checkpoint" alone (at `out`, if that is given), the
-    "prefix", the "twin" or the "discovery" of a prefix alone.
+    makes: what the program makes of the plan: a "run", the "checkpoint" or what a "kv" policy calibrates to alone (at
+    `out`, if that is given), the "prefix", the "twin" or the "discovery" of a prefix alone.
     """
     recipe = plan.recipe
     sizes = sizes_of(plan.checkpoint.directory, any(step.unties for step in recipe.transforms))
@@ -87,27 +89,39 @@ def preview(plan: Plan, makes: str = "run", out: Path | None = None) -> list[Lin
         lines.append(Line("discovery of the prefix", _state(found.is_file()), None, str(found)))
     dense = plan.checkpoint.manifest is None
     intact = plan.has_prefix and not plan.vanilla and makes not in ("checkpoint", "discovery")
+    if makes == "kv":  # a dense model's blocks write the prefix themselves
+        intact = recipe.calibrate_behind_prefix and (recipe.makes_checkpoint or not dense)
     file = None
     if intact and (plan.search is None or plan.search.file.is_file()):
         file = plan.prefix_file(plan.basis)
     builds = makes == "twin" or (intact and not (file is not None and file.is_file()))
-    if dense and (makes in ("run", "checkpoint") or (builds and recipe.rescales)) and recipe.makes_checkpoint:
-        if plan.text is not None:
-            c = recipe.calibration
-            state = f"present, {c.samples} × {c.length} tokens by {c.draw}, seed {c.seed}"
-            lines.append(Line("calibration text", state, None, c.corpus))
-        lines.append(_checkpoint("quantized checkpoint", plan, recipe, sizes, out))
+    quantizes = (
+        dense and recipe.makes_checkpoint and (makes in ("run", "checkpoint", "kv") or (builds and recipe.rescales))
+    )
+    fits = plan.makes_kv and makes in ("run", "kv")
+    if (fits or (quantizes and plan.makes_weights_of_text)) and plan.text is not None:
+        c = recipe.calibration
+        state = f"present, {c.samples} × {c.length} tokens by {c.draw}, seed {c.seed}"
+        lines.append(Line("calibration text", state, None, c.corpus))
+    if quantizes:
+        lines.append(_checkpoint("quantized checkpoint", plan, recipe, sizes, out if makes == "checkpoint" else None))
     if dense and builds and recipe.twin.makes_checkpoint:
         lines.append(_checkpoint("full-precision twin", plan, recipe.twin, sizes))
     if intact and makes != "twin":
         there = file is not None and file.is_file()
         lines.append(Line("prefix", _state(there), None, str(file or "known once discovered")))
+    if fits:
+        path = out if makes == "kv" and out is not None else plan.kv_file
+        size = path.stat().st_size if path.is_file() else None
+        lines.append(Line("KV artefact", _state(size is not None), size, str(path)))
     libraries = LIBRARIES.get(plan.device.type, 0.0)
-    if makes != "checkpoint":
+    if makes not in ("checkpoint", "kv"):
         running = max(_running(plan, sizes, plan.packed and makes == "run"), _running(plan, sizes) if builds else 0)
         lines.append(Line("memory to run", "about", libraries + running, str(plan.device)))
     if any(line.what == "quantized checkpoint" and line.state != "present" for line in lines):
         lines.append(Line("memory to quantize", "about", libraries + _quantizing(plan, sizes), str(plan.device)))
+    if any(line.what == "KV artefact" and line.state != "present" for line in lines):
+        lines.append(Line("memory to calibrate", "about", libraries + _calibrating(plan, sizes), str(plan.device)))
     return lines
 
 
@@ -158,6 +172,13 @@ def _quantizing(plan: Plan, sizes: Sizes) -> float:
         copies = 1 if method is None or method.reads == "quantized" else 3
         size += copies * c.samples * c.length * sizes.width * 4 + 2 * sizes.inputs**2 * 4
     return size
+
+
+def _calibrating(plan: Plan, sizes: Sizes) -> float:
+    """Bytes that calibrating a KV policy takes, in the checkpoint's dtype."""
+    c, kv = plan.recipe.calibration, plan.recipe.kv_cache
+    numbers = sizes.ends + sizes.block + c.samples * c.length * sizes.width
+    return max(numbers, sizes.all if isinstance(kv, Policy) and kv.needs_gradients else 0) * sizes.item
 
 
 def _weights(directory: Path) -> Iterable[Path]:

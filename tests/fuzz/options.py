@@ -53,6 +53,8 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
        for kind in ("linear-input", "linear-output", "outlier-count")},
     "quantization": ("quantization", "--model", MODEL, "--recipe", "gptq", "--group-size", "32", "--calibration",
                      "text.txt", "--calibration-samples", "1", "--calibration-length", "16", "--out", "z"),
+    "kv": ("quantization", "kv", "--model", MODEL, "--kv", "static", "--kv-bits", "4", "--calibration", "text.txt",
+           "--calibration-samples", "1", "--calibration-length", "16", "--out", "k.safetensors"),
     "export": ("quantization", "export", "--model", "q", "--out", "x"),
     "build": ("intactkv", "build", "--model", MODEL, "--prefix", "hello", "--out", "p.safetensors"),
     "peft": ("intactkv", "export", "--model", MODEL, "--prefix", "hello", "--out", "a"),

@@ -60,12 +60,47 @@ def quantized(world: Path, scratch: Scratch) -> None:
     ran(world, *QUANTIZE, "q")
 
 
+TEXT = ("--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32")
+STATIC = ("--kv", "static", "--kv-bits", "4", "--prefix", "bos", "--calibrate-behind-prefix", *TEXT)
+
+
 def rotated(world: Path, scratch: Scratch) -> None:
-    """A checkpoint with rescalings, online rotations and a calibrated KV policy."""
+    """A checkpoint with rescalings, online rotations and a KV policy that it was trained with."""
     copied(world, scratch, dense)
-    ran(world, "quantization", "--model", MODEL, "--recipe", "smoothquant-w8a8", "--kv", "static", "--kv-bits",
-        "4", "--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32",
+    ran(world, "quantization", "--model", MODEL, "--recipe", "smoothquant-w8a8", "--set",
+        "tuning=zeroquant-w8a8-lkd", "--set", "tuning.steps=1", "--kv", "static", "--kv-bits", "4", *TEXT,
         "--out", "q")  # fmt: skip
+
+
+def calibrated(world: Path, scratch: Scratch) -> None:
+    """What a KV policy was calibrated to, as the programs keep it, and by itself."""
+    copied(world, scratch, dense)
+    ran(world, "eval", "ppl", "--model", MODEL, *STATIC, *WINDOW)
+    ran(world, "quantization", "kv", "--model", MODEL, *STATIC, "--out", "kv.safetensors")
+    shutil.rmtree(world / "outputs")
+
+
+def partial_kv(world: Path, scratch: Scratch) -> None:
+    """A calibration of a KV policy that was killed behind its first layer."""
+    from quantization.kv_cache import StaticPerHead
+
+    copied(world, scratch, dense)
+    fit, done = StaticPerHead.fit_block, []
+
+    def killed(self: Any, block: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return fit(self, block)
+
+    StaticPerHead.fit_block = killed  # type: ignore[method-assign]
+    try:
+        call(world, ("quantization", "kv", "--model", MODEL, *STATIC))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        StaticPerHead.fit_block = fit  # type: ignore[method-assign]
+    assert list(world.glob("modelzoo/kv/*/*.partial/layer-*")), list(world.rglob("*.partial"))
 
 
 def partial_(world: Path, scratch: Scratch) -> None:
