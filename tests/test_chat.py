@@ -125,6 +125,15 @@ def test_a_template_that_writes_the_past_otherwise_gets_it_fed_again_and_that_is
     assert caplog.text.count("fed again") == 1
 
 
+def test_a_cache_of_which_nothing_was_quantized_is_said(program, model, script, caplog):
+    words = ("--model", model, "--script", script, "--kv", "kivi", "--kv-bits", 2, "--kv-group-size", 16)
+    for residual, said in ((CONTEXT, 1), (16, 0)):
+        caplog.clear()
+        code, _, err = program(*words, "--set", f"kv_cache.residual={residual}", "--max-new-tokens", 4)
+        assert code == 0, err
+        assert caplog.text.count("none of the cache was quantized") == said
+
+
 def test_an_answer_is_the_greedy_one_of_the_plain_model(tiny_model, tiny_tokenizer):
     talk = talk_of(tiny_model, tiny_tokenizer, new=6)
     ids = talk.template.ids(LINES[:1])

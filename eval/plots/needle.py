@@ -30,8 +30,10 @@ def draw_needles(records: Sequence[Mapping[str, Any]], output: Output) -> None:
     for axes in panels[len(records) :]:
         axes.set_axis_off()
     bar = figure.colorbar(image, ax=list(panels), shrink=0.85)
-    bar.set_label("share of keys found")
-    figure.suptitle(f"{records[0]['settings']['model']}: needle in a haystack", fontsize=10)
+    bar.set_label("share of keys found", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    told = "per cent of keys found, mean log-probability of a key in nats"
+    figure.suptitle(f"{records[0]['settings']['model']}: needle in a haystack; {told}", fontsize=10)
     head = ("run", "arm", "tokens", "depth", "found", "log-probability")
     output.save(figure, head, [line for record in records for line in _lines(record)])
 
@@ -55,8 +57,8 @@ def _draw_grid(axes: Any, record: Mapping[str, Any]) -> Any:
     told = f"{100 * record['found']:.0f} % of {len(record['results'])} found, {keys} key{'s' * (keys > 1)} a cell"
     if settings["kv"] is not None:
         bits = bits_of(record)
-        told += f"; {100 * record['quantized']:.0f} % rounded, {bits[max(bits)]:.2f} bits"
-    axes.set_title(f"{fill(arm_of(settings), WIDTH)}\n{fill(told, WIDTH + 6)}", fontsize=8)
+        told += f"\n{100 * record['quantized']:.0f} % of the cache rounded, {bits[max(bits)]:.2f} bits an element"
+    axes.set_title(f"{fill(arm_of(settings), WIDTH)}\n{told}", fontsize=8)
     return image
 
 

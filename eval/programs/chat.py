@@ -246,6 +246,10 @@ def _talk(
                 log.warning("the chat template writes the past in other tokens than the model saw, so the dialogue is "
                          "fed again where that happens")  # fmt: skip
             keep.add(said)
+    if talk.model.kv is not None and keep.answers and not any(said["quantized"] for said in keep.answers):
+        log.warning(
+            "none of the cache was quantized: the KV policy keeps more of the newest tokens exact than were said"
+        )
     return talk.model.prefix
 
 
