@@ -1,6 +1,8 @@
 """KVQuant's cache against the paper's formula in float64, and its laws in models of every family."""
 
+import hashlib
 import math
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -364,6 +366,52 @@ def test_weights_of_the_text_change_levels_and_nothing_else(tiny_model, tmp_path
     for name in ("keys_levels", "values_levels"):
         assert (plain[name] - fisher[name]).abs().max() > 1e-3
         assert (ranged[name] - fisher[name]).abs().max() > 1e-3
+
+
+@pytest.fixture
+def file(tmp_path, tiny_model):
+    """A quantizer file as the published code makes it for a tiny LLaMA of 3 layers and 32 channels, 3 bits."""
+    architecture = architecture_of(tiny_model("llama").config)
+    content: dict[str, tuple[Any, ...]] = {}
+    for layer in range(3):
+        found = tensors(3, None, 32, seed=layer)
+        for linear, levels in ((architecture.rope_key, "keys_levels"), (architecture.value, "values_levels")):
+            entry = (found["keys_high"][None], found["keys_low"][None], [found[levels].flip(0)[:, None].numpy()])
+            content[f"{architecture.block_name(layer)}.{linear}"] = entry
+    path = tmp_path / "quantizers.pickle"
+    path.write_bytes(pickle.dumps(content))
+    return path
+
+
+def test_a_quantizer_file_takes_the_place_of_calibration(tiny_model, file):
+    policy = KVQuant(bits=3, file=str(file)).in_heads(16)
+    assert policy.file_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert not policy.needs_gradients
+    for layer, found in calibrated(tiny_model("llama"), policy).items():
+        expected = tensors(3, None, 32, seed=layer)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_quantizer_file_of_another_model_or_other_bits_or_that_changed_is_refused(tiny_model, file):
+    for bits, sizes, message in (
+        (2, {}, "has 8 levels of keys, and 2 bits make 4"),
+        (3, {"num_hidden_layers": 2}, "has 3 layers, and this model has 2"),
+        (3, {"num_key_value_heads": 4}, "has keys of 32 channels, and this model's have 64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            calibrated(tiny_model("llama", **sizes), KVQuant(bits=bits, file=str(file)))
+    policy = KVQuant(bits=3, file=str(file)).in_heads(16)
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(UserError, match="has changed since it was named"):
+        policy.in_heads(16)
+    with pytest.raises(UserError, match="is missing"):
+        KVQuant(bits=3, file=f"{file}.no").in_heads(16)
+
+
+def test_weights_by_gradients_that_nobody_computed_are_refused(tiny_model):
+    with pytest.raises(UserError, match="weighting=fisher needs gradients of the loss"):
+        calibrated(tiny_model("llama"), KVQuant(bits=3))
 
 
 # In a model -----------------------------------------------------------------------------------------------------------

@@ -20,12 +20,14 @@ has as many slots for outliers as a value, or `key_slots` (published: any number
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from corpora.errors import UserError
+from corpora.files import plain_file, sha256_of_file
 from intactkv.rope import Places, rope_of
 from intactkv.store import Codes, Rounding
 from quantization.grids.nonuniform import nearest
@@ -40,6 +42,7 @@ from quantization.kv_cache.dense_sparse import (
     take_out,
     value_split,
 )
+from quantization.kv_cache.kvquant_files import read_quantizers
 from quantization.kv_cache.kvquant_fit import LEVELS, WEIGHTINGS, centred, centred16, fit_keys, fit_values
 from quantization.model.blocks import DecoderBlock
 
@@ -171,7 +174,8 @@ class KVQuant(Policy):
     """2, 3 or 4 bits. outliers: their share, 0 for none. levels: nuq fits them to the layer; uniform, nf. weighting: of
     the calibration text's numbers when levels are fitted (`kvquant_fit`). sinks: first positions that stay exact; a
     prefix of as many tokens takes their place. qnorm: correct mean and spread. key_slots: outliers of a key at most;
-    none: as many as a value has.
+    none: as many as a value has. file: of KVQuant's own code (`kvquant_files`), whose levels and thresholds are taken
+    as they are; file_sha256: of its content, which `in_heads` finds out.
     """
 
     bits: int
@@ -181,6 +185,8 @@ class KVQuant(Policy):
     sinks: int = 1
     qnorm: bool = False
     key_slots: int | None = None
+    file: str | None = None
+    file_sha256: str | None = None
     space: ClassVar[str] = "pre_rope"
     calibrates: ClassVar[bool] = True
     allowed_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
@@ -197,13 +203,17 @@ class KVQuant(Policy):
                 raise UserError(f"kv_cache.{name}={number} is not allowed; give 0 or more")
 
     def in_heads(self, head_size: int) -> Self:
-        """Levels that do not depend on the text are not weighed by it. Raises UserError for heads whose codes do not
-        fill bytes."""
+        """Levels that do not depend on the text are not weighed by it, and those of a file are those of its content.
+        Raises UserError for heads whose codes do not fill bytes, and for a file that is missing or another one."""
         if head_size % 8:
             raise UserError(
                 f"kvquant packs eight channels of a head together, and this model's have {head_size}; use --kv per_head"
             )
-        return replace(super().in_heads(head_size), weighting=self.weighting if self.needs_gradients else "none")
+        found = None if self.file is None else sha256_of_file(plain_file(Path(self.file), "the quantizer file"))
+        if self.file_sha256 not in (None, found):
+            raise UserError(f"the quantizer file {self.file} has changed since it was named; name it anew")
+        weighting = self.weighting if self.needs_gradients else "none"
+        return replace(super().in_heads(head_size), weighting=weighting, file_sha256=found)
 
     def _key_slots(self, channels: int) -> int:
         slots = 2 * outliers_per_side(channels, self.outliers) if self.key_slots is None else self.key_slots
@@ -231,13 +241,16 @@ class KVQuant(Policy):
     @property
     def needs_gradients(self) -> bool:
         """Whether `fit_block` asks for those of the calibration text."""
-        return self.levels == "nuq" and self.weighting != "none"
+        return self.file is None and self.levels == "nuq" and self.weighting != "none"
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         """`keys_low`, `keys_high` (C,), `keys_levels`, `values_levels` (2^b,), and with Q-Norm `keys_qnorm` and
         `values_qnorm` (2,). Holds all tokens of the text: 8 bytes of a channel and token, 16 with gradients.
 
-        Raises UserError for a rotation that cannot be undone."""
+        Raises UserError for a rotation that cannot be undone, for weights without gradients, and for a file of another
+        model or other bits."""
+        if self.file is not None:
+            return self._read(block)
         assert block.stream is not None, "KVQuant calibrates, but no calibration text was given"
         rope, first = rope_of(block.config), block.stream.prefix_length
         skipped = max(self.sinks - first, 0)
@@ -248,7 +261,11 @@ class KVQuant(Policy):
                 vectors[name].append(split_heads(states[:, :, skipped:], -1)[0, :, 0])
         weights: dict[str, Tensor] = {}
         if self.needs_gradients:
-            assert block.squared_gradients is not None, "this KV policy weighs with gradients, but none were given"
+            if block.squared_gradients is None:
+                raise UserError(
+                    f"kv_cache.weighting={self.weighting} needs gradients of the loss, which there are none of where "
+                    "weights are trained with the KV cache; set kv_cache.weighting=none"
+                )
             for name, states in block.squared_gradients.items():
                 like = vectors[name][0]
                 weights[name] = split_heads(states[:, :, skipped:].to(like), -1)[:, :, 0].flatten(0, 1)
@@ -257,6 +274,29 @@ class KVQuant(Policy):
         found = fit_keys(torch.cat(vectors.pop("keys")), weights.get("keys"), bits=self.bits, **settings)
         all_values = torch.cat(vectors.pop("values"))
         return found | fit_values(all_values, weights.get("values"), bits=self.values_bits, **settings)
+
+    def _read(self, block: DecoderBlock) -> dict[str, Tensor]:
+        """The tensors of a block from the file, which must be this model's."""
+        layers = read_quantizers(Path(str(self.file)))
+        if len(layers) != block.config.num_hidden_layers:
+            raise UserError(
+                f"the quantizer file {self.file} has {len(layers)} layers, and this model has "
+                f"{block.config.num_hidden_layers}; give the file of this model"
+            )
+        found = layers[block.index]
+        channels = block.module.get_submodule(block.architecture.value).weight.shape[0]
+        if len(found["keys_low"]) != channels:
+            raise UserError(
+                f"the quantizer file {self.file} has keys of {len(found['keys_low'])} channels, and this model's have "
+                f"{channels}; give the file of this model"
+            )
+        for name, bits in (("keys", self.bits), ("values", self.values_bits)):
+            if len(found[f"{name}_levels"]) != 2**bits:
+                raise UserError(
+                    f"the quantizer file {self.file} has {len(found[f'{name}_levels'])} levels of {name}, and {bits} "
+                    f"bits make {2**bits}; give the file of {bits} bits"
+                )
+        return found
 
 
 def _images(tensors: Mapping[str, Tensor], name: str) -> Tensor:
