@@ -10,9 +10,10 @@ from torch.testing import assert_close
 
 from corpora.errors import UserError
 from quantization.hadamard import matrix, plan
-from quantization.kv_cache import TurboQuant
+from quantization.kv_cache import TurboQuant, kv_label
 from quantization.kv_cache.lloyd import decode_lloyd, encode_lloyd, fp8, fp8_levels, levels, rotated, signs
 from quantization.named import named_recipe
+from quantization.recipes.recipe import describe
 
 BITS = (2, 3, 4)
 # Lloyd-Max of N(0, 1): positive levels and mean squared error (Max, 1960, table I).
@@ -170,6 +171,11 @@ def test_every_field_says_something(policy, other):
     x = states(1, 2, 30, 32)
     seen = [[r.numbers(x, None) for r in p.roundings()] for p in (policy, other)]
     assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_labels_tell_levels_of_values_from_a_grid():
+    assert kv_label(describe(TurboQuant(4, v_bits=2))) == "4,2 turboquant"
+    assert kv_label(describe(TurboQuant(2, "lloyd"))) == "2 turboquant lloyd"
 
 
 def test_values_are_on_the_grid_of_their_own_range():

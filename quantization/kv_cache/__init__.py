@@ -26,6 +26,8 @@ KV_POLICIES: Mapping[str, type[Policy]] = {
     "turboquant": TurboQuant,
 }
 
+TOLD = ("convention", "values")  # fields that a label tells
+
 
 def kv_bits(kv: Mapping[str, Any]) -> str:
     """Bits and groups of a described policy in a word: `4`; of keys and values apart `4,2`; with groups `4g64`,
@@ -35,17 +37,14 @@ def kv_bits(kv: Mapping[str, Any]) -> str:
 
 
 def kv_label(kv: Mapping[str, Any] | None) -> str:
-    """`16` for a full-precision cache, else bits and word of a described policy, `4 per_head`, and a convention that is
-    not the policy's own."""
+    """`16` for a full-precision cache, else bits and word of a described policy, `4 per_head`, and those of its fields
+    in `TOLD` that are not the policy's own, `2 turboquant lloyd`."""
     if kv is None:
         return "16"
     words = {policy.__name__: word for word, policy in KV_POLICIES.items()}
-    word = words.get(kv["kind"], kv["kind"])
-    if kv["kind"] not in words:
-        return f"{kv_bits(kv)} {word}"
-    own = KV_POLICIES[word].__dataclass_fields__.get("convention")
-    if own is None:
-        return f"{kv_bits(kv)} {word}"
-    before = own.metadata.get("before", (own.default,))[0]
-    convention = kv.get("convention", before)
-    return f"{kv_bits(kv)} {word}" + ("" if convention == own.default else f" {convention}")
+    label = [kv_bits(kv), word := words.get(kv["kind"], kv["kind"])]
+    fields = KV_POLICIES[word].__dataclass_fields__ if word in KV_POLICIES else {}
+    for own in (fields[name] for name in TOLD if name in fields):
+        value = kv.get(own.name, own.metadata.get("before", (own.default,))[0])
+        label += [] if value == own.default else [value]
+    return " ".join(label)
