@@ -73,9 +73,9 @@ choose_recipe() { # METHOD BITS MODEL_DIRECTORY: sets `recipe`, the options of t
     local group file
     recipe=(--recipe "$1" ${GROUP_SIZE:+--group-size "$GROUP_SIZE"})
     case "$1:$2" in
-        fp16:16 | rotate:16 | smooth:16 | kv[0-9]:16) ;;
+        fp16:16 | rotate:16 | smooth:16 | kv[0-9]:16 | turboquant-*:16) ;;
         *:16) fail "BITS 16 is full precision, METHOD '$1' is not; give the bits of its weights, such as 3, or fp16 16" ;;
-        fp16:* | rotate:* | smooth:* | kv[0-9]:*) fail "METHOD '$1' has weights in full precision, but BITS is '$2'; give 16" ;;
+        fp16:* | rotate:* | smooth:* | kv[0-9]:* | turboquant-*:*) fail "METHOD '$1' has weights in full precision, but BITS is '$2'; give 16" ;;
         *) recipe+=(--bits "$2") ;;
     esac
     case $1 in awq*) ;; *) return ;; esac
@@ -94,7 +94,7 @@ print(model_defaults(sys.argv[1]).default_group_size)' "$3")}
 read_kv() { # METHOD KV_BITS: sets `kv`, the options of the cache, by the policy KV; 16 bits are full precision
     kv=()
     case "$1:$2" in
-        kv[0-9]:16) fail "METHOD '$1' rounds the KV cache, but KV_BITS is 16; give the method fp16, or the bits" ;;
+        kv[0-9]:16 | turboquant-*:16) fail "METHOD '$1' rounds the KV cache, but KV_BITS is 16; give the method fp16, or the bits" ;;
         quarot:16 | quarot-rtn:16 | *-w4a4kv4*:16 | *-w4a8kv4*:16 | *-qllm:16 | omniquant-w[46]a*:16) kv=(--kv none) ;;
         *:16) [ -z "${KV:-}" ] || fail "KV='$KV' rounds the KV cache, but KV_BITS is 16; give its bits, or unset KV" ;;
         *) kv=(${KV:+--kv "$KV"} --kv-bits "$2") ;;
@@ -116,12 +116,13 @@ done
 prefixes=(none bos) # the arms of every row: vanilla, and with [B]
 
 calibrates() { # a recipe's options: whether it looks at text
-    local part='(weights|transforms?|activations|attention|kv|kv_cache|tuning)'
-    [[ ! " $* " =~ (--$part[\ =]|[\ =]$part=) ]] || return 0 # the program knows, and says so
+    local part='(weights|transforms?|activations|attention|kv_cache|tuning)' cache='(static|clipped|kvquant)'
+    [[ ! " $* " =~ (--$part[\ =]|[\ =]$part=|--kv[\ =]$cache\ ) ]] || return 0 # the program knows, and says so
     case " $* " in
         *" weights.file="*) return 1 ;;
         *" activations.static=true "* | *" weights.weighted=true "* | *"-lkd "*) ;;
         *" --recipe fp16 "* | *" --recipe rotate "* | *" --recipe kv"* | *" --recipe quarot-rtn "*) return 1 ;;
+        *" --recipe turboquant"*) return 1 ;;
         *" --recipe rtn"* | *" --recipe bcq"* | *" --recipe zeroquant"*) return 1 ;;
         *" --recipe "*) ;;
         *) return 1 ;;
@@ -144,7 +145,7 @@ choose_method() { # METHOD BITS MODEL_DIRECTORY [KV_BITS]: sets `method`, all op
     choose_recipe "${@:1:3}"
     kv=()
     [ -z "${4:-}" ] || read_kv "$1" "$4"
-    choose_text "${recipe[@]}" "${options[@]}"
+    choose_text "${recipe[@]}" "${kv[@]}" "${options[@]}"
     method=("${recipe[@]}" "${kv[@]}" "${options[@]}" "${text[@]}")
 }
 

@@ -238,6 +238,13 @@ def test_kivi_lets_tasks_that_generate_see_their_prompt_as_it_is(calls: Calls) -
 def test_the_policy_of_the_cache_is_that_of_kv(calls: Calls) -> None:
     call = "eval/eval llama-2 7b rtn 3 2 ppl 29500 cpu"
     assert rows(calls(call, KV="kivi")) == arms("ppl", "rtn --bits 3 --kv kivi --kv-bits 2")
+    given, text = {"CALIBRATION_SAMPLES": "2", "BEHIND": "bos"}, "--calibration-samples"
+    both = arms("ppl", "rtn --bits 3 --kv static --kv-bits 2")
+    calibrated, plain = calls(call, KV="static", **given), calls(call, KV="kivi", **given)
+    assert rows(calibrated) == [*both, f"{both[-1]} behind"]
+    assert rows(plain) == arms("ppl", "rtn --bits 3 --kv kivi --kv-bits 2")
+    assert [text in words for words in calibrated if "--recipe" in words] == [True] * 3
+    assert not any(text in words for words in plain)
 
 
 def test_kvquant_calibrates_on_the_published_text_or_on_what_it_is_told(calls: Calls) -> None:
