@@ -141,6 +141,7 @@ def changed(**parts: Any) -> dict[str, tuple[Any, ...]]:
     (changed(entry=lambda high, low, levels: (high, low, [levels[0] * np.nan])), "levels are not finite"),
     (changed(entry=lambda high, low, levels: (high, None, levels)), "thresholds are no numbers but a NoneType"),
     (changed(entry=lambda high, low, levels: (high, 10**400, levels)), "thresholds are no numbers"),
+    (changed(entry=lambda high, low, levels: (torch.zeros(1).expand(10**13), low, levels)), "are 10{13} numbers"),
     (changed(entry=lambda high, low, levels: (high, low, [])), "levels are no numbers but a list"),
     (changed(entry=lambda high, low, levels: (high, low, levels, high, low)), "more than a scale and an offset"),
     (changed(entry=lambda high, low, levels: (high, low, [np.array(["a", "b"])])), "numbers of the type 'U1'"),

@@ -209,9 +209,12 @@ class KVQuant(Policy):
             raise UserError(
                 f"kvquant packs eight channels of a head together, and this model's have {head_size}; use --kv per_head"
             )
-        found = None if self.file is None else sha256_of_file(plain_file(Path(self.file), "the quantizer file"))
-        if self.file_sha256 not in (None, found):
-            raise UserError(f"the quantizer file {self.file} has changed since it was named; name it anew")
+        found = None
+        if self.file is not None:
+            found = sha256_of_file(plain_file(Path(self.file), "the quantizer file"))
+            if self.file_sha256 not in (None, found):
+                raise UserError(f"the quantizer file {self.file} has changed since it was named; name it anew")
+            self._layers()  # now, and not behind the first blocks
         weighting = self.weighting if self.needs_gradients else "none"
         return replace(super().in_heads(head_size), weighting=weighting, file_sha256=found)
 
@@ -275,28 +278,33 @@ class KVQuant(Policy):
         all_values = torch.cat(vectors.pop("values"))
         return found | fit_values(all_values, weights.get("values"), bits=self.values_bits, **settings)
 
+    def _layers(self) -> list[dict[str, Tensor]]:
+        """What the file says of every layer, which must be of these bits."""
+        layers = read_quantizers(Path(str(self.file)))
+        for name, bits in (("keys", self.bits), ("values", self.values_bits)):
+            for found in layers:
+                if (count := len(found[f"{name}_levels"])) != 2**bits:
+                    raise UserError(
+                        f"the quantizer file {self.file} has {count} levels of {name}, and {bits} bits make {2**bits}; "
+                        f"give the file of {bits} bits"
+                    )
+        return layers
+
     def _read(self, block: DecoderBlock) -> dict[str, Tensor]:
         """The tensors of a block from the file, which must be this model's."""
-        layers = read_quantizers(Path(str(self.file)))
-        if len(layers) != block.config.num_hidden_layers:
+        layers, count = self._layers(), block.config.num_hidden_layers
+        if len(layers) != count:
             raise UserError(
-                f"the quantizer file {self.file} has {len(layers)} layers, and this model has "
-                f"{block.config.num_hidden_layers}; give the file of this model"
+                f"the quantizer file {self.file} has {len(layers)} layers, and this model has {count}; give the file "
+                "of this model"
             )
-        found = layers[block.index]
-        channels = block.module.get_submodule(block.architecture.value).weight.shape[0]
-        if len(found["keys_low"]) != channels:
+        channels, own = block.linears()[block.architecture.value].weight.shape[0], layers[block.index]
+        if len(own["keys_low"]) != channels:
             raise UserError(
-                f"the quantizer file {self.file} has keys of {len(found['keys_low'])} channels, and this model's have "
+                f"the quantizer file {self.file} has keys of {len(own['keys_low'])} channels, and this model's have "
                 f"{channels}; give the file of this model"
             )
-        for name, bits in (("keys", self.bits), ("values", self.values_bits)):
-            if len(found[f"{name}_levels"]) != 2**bits:
-                raise UserError(
-                    f"the quantizer file {self.file} has {len(found[f'{name}_levels'])} levels of {name}, and {bits} "
-                    f"bits make {2**bits}; give the file of {bits} bits"
-                )
-        return found
+        return own
 
 
 def _images(tensors: Mapping[str, Tensor], name: str) -> Tensor:

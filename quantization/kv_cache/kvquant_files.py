@@ -27,6 +27,7 @@ from intactkv.architecture import LLAMA
 
 __all__ = ["read_quantizers"]
 
+MOST = 2**20  # channels of a layer
 WAY_OUT = "give a file that KVQuant's quantization step wrote, or calibrate here"
 
 
@@ -80,8 +81,10 @@ def _vector(value: Any, where: str) -> Tensor:
     if isinstance(value, (np.ndarray, np.generic, float, int)):
         with built(f"{where} are no numbers", WAY_OUT):
             value = torch.tensor(np.array(value, dtype=np.float64))
-    if not isinstance(value, Tensor) or not value.numel():
+    if not isinstance(value, Tensor):
         raise UserError(f"{where} are no numbers but a {type(value).__name__}; {WAY_OUT}")
+    if not 0 < value.numel() <= MOST:  # a view of one number may claim any shape
+        raise UserError(f"{where} are {value.numel()} numbers, and 1 to {MOST} are read; {WAY_OUT}")
     vector = value.detach().float().flatten().clone()
     if not torch.isfinite(vector).all():
         raise UserError(f"{where} are not finite; {WAY_OUT}")

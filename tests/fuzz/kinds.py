@@ -173,6 +173,8 @@ KINDS = {
              (ppl("--model", MODEL, *worlds.STATIC),), own=True, rewritten=r"^modelzoo/kv/"),
         Kind("partial_kv", worlds.partial_kv, ("modelzoo/kv/*/*.partial/*",),
              (ppl("--model", MODEL, *worlds.STATIC),), own=True, rewritten=r"^modelzoo/kv/"),
+        Kind("quantizers", worlds.quantizers, ("quantizers.pickle",), (ppl("--model", MODEL, *worlds.KVQUANT),),
+             rewritten=r"^modelzoo/kv/"),
         Kind("adapter", worlds.prefixed, ("adapter/*.json", "adapter/*.safetensors"),
              (ppl("--model", MODEL, *PREFIX, "adapter"),), own=True),
         Kind("token_cache", worlds.cached, ("outputs/cache/tokens/*",), (ppl("--model", MODEL),), own=True,

@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from chats import TEMPLATE
 from common import FOXES
 from conftest import _tiny_checkpoint, _tiny_tokenizer
 
 from fuzz.engine import Outcome, Scratch, call
+from intactkv.architecture import LLAMA
 
 __all__ = ["ANSWER", "CALIBRATE", "CHAT", "JUDGE", "MODEL", "NEEDLE", "QUANTIZE", "RTN", "WINDOW"]
 
@@ -78,6 +82,21 @@ def calibrated(world: Path, scratch: Scratch) -> None:
     ran(world, "eval", "ppl", "--model", MODEL, *STATIC, *WINDOW)
     ran(world, "quantization", "kv", "--model", MODEL, *STATIC, "--out", "kv.safetensors")
     shutil.rmtree(world / "outputs")
+
+
+KVQUANT = ("--kv", "kvquant", "--kv-bits", "2", "--set", "kv_cache.file=quantizers.pickle", *TEXT)
+
+
+def quantizers(world: Path, scratch: Scratch) -> None:
+    """A pickle as KVQuant's own code writes it, for the tiny LLaMA: 2 layers, 2 KV heads of 16 channels."""
+    copied(world, scratch, dense)
+    levels = np.linspace(-0.9, 0.9, 4, dtype=np.float32)[::-1, None]
+    content = {
+        f"{LLAMA.block_name(layer)}.{linear}": (torch.full((1, 32), 1.5), torch.full((1, 32), -1.5), [levels.copy()])
+        for layer in range(2)
+        for linear in (LLAMA.rope_key, LLAMA.value)
+    }
+    (world / "quantizers.pickle").write_bytes(pickle.dumps(content))
 
 
 def partial_kv(world: Path, scratch: Scratch) -> None:
