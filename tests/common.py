@@ -3,21 +3,13 @@
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
-
-from intactkv.prefix import Prefix, identity_of
-from intactkv.rope import Places
-from quantization.recipes.recipe import Recipe, describe
-from quantization.runs.checkpoint import find_checkpoint
-from quantization.runs.fitting import model_of
-from quantization.runs.kv_artefact import KVArtefact, calibrate_kv
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
@@ -103,23 +95,6 @@ class Rounds:
         return self._rounded(1, states)
 
     def _rounded(self, side: int, states: Tensor) -> Tensor:
+        from intactkv.rope import Places  # here: processes that are struck read this file without the project
+
         return self.roundings[side].numbers(states.float(), Places(0, states.shape[2])).to(states.dtype)
-
-
-def calibrated(
-    directory: Path, policy: Any, path: Path, segments: Tensor, behind: Tensor | Prefix | None = None
-) -> dict[int, dict[str, Tensor]]:
-    """What a KV policy calibrates to on the checkpoint in a directory, by layer; it is kept at a path."""
-    checkpoint = find_checkpoint(directory)
-    basis = "plain" if checkpoint.manifest is None else checkpoint.manifest["basis"]
-    owner = identity_of(model_of(directory, (checkpoint.fingerprint, basis)))
-    wanted = KVArtefact(policy, {"kv": describe(policy), "weights": {}}, owner, "full")
-    return calibrate_kv(directory, wanted, path, segments, behind).tensors
-
-
-@contextmanager
-def ranges_in_checkpoints() -> Iterator[None]:
-    """Write checkpoints as they were before what a KV policy calibrates to became an artefact of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recipe, "trains_kv", property(lambda recipe: recipe.kv_calibrates))
-        yield

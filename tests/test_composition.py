@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import calibrated
+from calibration import calibrated
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

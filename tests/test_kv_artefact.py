@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from common import calibrated, error_line, ranges_in_checkpoints, tree
+from calibration import calibrated, ranges_in_checkpoints
+from common import error_line, tree
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close

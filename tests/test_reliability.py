@@ -41,7 +41,7 @@ def scene() -> Iterator[Scene]:
 
 # Kills ----------------------------------------------------------------------------------------------------------------
 
-KILLED = ("quantize", "calibrating", "build", "adapter", "calibrate", "export", "ppl", "mtbench", "judge", "plot")
+KILLED = ("quantize", "calibrating", "kv", "build", "adapter", "calibrate", "export", "ppl", "mtbench", "judge", "plot")
 
 
 @pytest.mark.parametrize("name", KILLED)

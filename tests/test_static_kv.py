@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Rounds, every, ranges_in_checkpoints
+from calibration import ranges_in_checkpoints
+from common import Rounds, every
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.testing import assert_close

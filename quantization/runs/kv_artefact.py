@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ from quantization.runs.one_by_one import Blocks
 from quantization.runs.opening import load_model
 from quantization.runs.pipeline import return_memory
 
-__all__ = ["AGAIN", "KVArtefact", "calibrate_kv", "label_of"]
+__all__ = ["AGAIN", "KVArtefact", "calibrate_kv", "label_of", "tidy"]
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +175,17 @@ def calibrate_kv(
         made = replace(wanted, tensors={i: layer for i, layer in enumerate(done) if layer is not None})
         made.save(path)
         shutil.rmtree(work)
-    drop_dead_lock(path)
     return made
+
+
+def tidy(path: Path) -> None:
+    """Remove what a killed run left beside a finished artefact, if the system lets it."""
+    drop_dead_lock(path)
+    work = path.with_suffix(".partial")
+    if work.exists():
+        with suppress(OSError, UserError), locked(path, wait=False):  # another user's, held, or a stranger's
+            _clear(work)
+            shutil.rmtree(work)
 
 
 def _fit(

@@ -44,7 +44,7 @@ from quantization.runs.identities import by_tokens
 from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.known import Known
 from quantization.runs.kv_artefact import AGAIN as MAKE_KV
-from quantization.runs.kv_artefact import KVArtefact, calibrate_kv
+from quantization.runs.kv_artefact import KVArtefact, calibrate_kv, tidy
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
@@ -151,7 +151,7 @@ class Plan(Known):
         path, made_of = out or self.kv_file, self.kv_made_of
         assert made_of is not None
         if (found := self._kept_kv(path, again=out is None)) is not None and found.identity == identity(dict(made_of)):
-            drop_dead_lock(path)
+            tidy(path)
             return found
         source = self.written(self.recipe)
         segments, front = self.segments, self._front()
