@@ -187,6 +187,7 @@ def look_for(
         )
         new = output.sequences[0, len(ids) :].tolist()
         end = next((i for i, token in enumerate(new) if token in generation.stops), None)
+        kv = model.kv_figures(len(ids) - model.prefix_length)
         answer = tokenizer.decode(new[:end], clean_up_tokenization_spaces=False)
         yield {
             "length": cell.length,
@@ -197,5 +198,5 @@ def look_for(
             "log_likelihood": scores[0].log_likelihood,
             "answer": answer,
             "quantized": output.past_key_values.quantized_fraction,
-            "bits_per_element": None if (kv := model.kv_figures(cell.length)) is None else kv["bits_per_element"],
+            "bits_per_element": None if kv is None else kv["bits_per_element"],
         }

@@ -81,3 +81,7 @@ class Processes:
         from accelerate.utils import reduce
 
         return reduce(tensor.to(self._state.device), "sum").cpu()
+
+    def wait(self) -> None:
+        """Go on once every process has come as far; each must have called it."""
+        self.summed(torch.zeros(1))

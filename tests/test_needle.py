@@ -20,7 +20,8 @@ from eval.generation import Generation
 from eval.needle import PUBLISHED_KEYS, Cell, Grid, drawn_keys, found, look_for, prompt_ids, published_length
 from eval.runs import all_records
 from intactkv.attach import attach
-from quantization.kv_cache import PerHead
+from intactkv.prefix import build_prefix
+from quantization.kv_cache import KIVI, PerHead
 from quantization.runs.opening import load_tokenizer
 
 POSITIONS = 1024
@@ -138,6 +139,18 @@ def test_the_answer_ends_where_the_model_ends_it_and_the_cache_is_quantized(tiny
     quantized = attach(model, None, PerHead(bits=2))
     (row,) = look_for(quantized, tokenizer, every_id, [1], grid, grid.cells(), 4)
     assert (row["answer"], row["found"], row["quantized"]) == ("", False, 1.0)
+
+
+def test_bits_are_those_of_the_tokens_behind_the_prefix(tiny_model, tiny_tokenizer):
+    """KIVI's newest tokens are exact, so its mean depends on how many there are."""
+    model, tokenizer = tiny_model("llama", max_position_embeddings=POSITIONS), tiny_tokenizer()
+    grid, policy, lead = Grid((400,), (50,), ("47x291",)), KIVI(2, 8, 8), [1, 5, 7]
+    prefix = build_prefix(model, lead)
+    (row,) = look_for(attach(model, prefix, policy), tokenizer, Generation((2,), 0), lead, grid, grid.cells(), 4)
+    behind = row["tokens"] - 3
+    exact = (behind % 8, 8)  # keys behind the last whole group; the newest values
+    wanted = [(left * 16 + (behind - left) * (2 + 32 / 8)) / behind for left in exact]
+    assert row["bits_per_element"] == pytest.approx(wanted)
 
 
 @pytest.mark.slow
@@ -283,6 +296,7 @@ REFUSED = {
     "nothing in a list": (["--lengths", "400,"], "--lengths: '' is not allowed"),
     "no keys": (["--keys", "0"], "--keys: 0 is not allowed"),
     "a grid of the published keys": (["--published", "--depths", "3"], "--depths is of the grid"),
+    "a seed, the default's, of the published keys": (["--published", "--text-seed", "0"], "--text-seed is of the grid"),
     "lines of a grid": (["--lines", "3"], "--lines counts the text of the published keys"),
 }
 

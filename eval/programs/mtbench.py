@@ -278,7 +278,7 @@ def _answer(
                 old.unlink(missing_ok=True)
         write_json(_side_file(path), settings)  # before the first answer: a file without it is nobody's
         LineFile(path, ANSWERS).join()
-    _all_here(processes)
+    processes.wait()
     answers = LineFile(path, ANSWERS)
     left = [question for question in questions if question.id not in answers.rows]
     mine = [left[first : first + batch_size] for first in processes.mine(range(0, len(left), batch_size))]
@@ -300,7 +300,7 @@ def _answer(
     if processes.is_first:
         answers.join()
         answers.finish(lambda line: line["question_id"])
-    _all_here(processes)
+    processes.wait()
     answers = LineFile(path, ANSWERS)
     lines = [answers.rows[question.id] for question in questions]
     stops = [stop for line in lines for stop in line["stopped"]]
@@ -336,13 +336,6 @@ def _arm(plan: "Plan") -> str:
         label = prompt.label if prompt.ids == choice.ids else label
     trained = choice.file is not None and Prefix.load(choice.file).calibrated is not None
     return f"{label} + Cal" if trained else label
-
-
-def _all_here(processes: "Processes") -> None:
-    """Wait until every process has come as far."""
-    import torch
-
-    processes.summed(torch.zeros(1))
 
 
 def _print_table(record: dict[str, Any]) -> None:

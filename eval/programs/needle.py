@@ -60,7 +60,8 @@ def add(commands: Any) -> None:
         help=f"of the needle in the text (default: {_words(DEPTHS)})",
     )
     grid.add_argument("--keys", type=values.count(1, 1000), metavar="N", help="a cell, drawn (default: 5)")
-    add_text_seed(grid, 0, "of the keys' draw")
+    add_text_seed(grid, GRID["text_seed"], "of the keys' draw")
+    needle.set_defaults(text_seed=None)  # whether it was given counts
     grid.add_argument(
         "--max-new-tokens",
         type=values.count(),
@@ -140,7 +141,7 @@ def _check_options(options: argparse.Namespace) -> None:
     """Raise UserError for options of the one form beside the other, and fill in the defaults of the one that runs."""
     own, other = (PUBLISHED, GRID) if options.published else (GRID, PUBLISHED)
     for name in other:
-        if getattr(options, name):
+        if getattr(options, name) is not None:
             spelled = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{spelled} is of the grid, and --published has five keys at half depth; leave one of them out"
@@ -188,7 +189,6 @@ def _figures(
     import time
     from statistics import fmean
 
-    import torch
     from tqdm import tqdm
 
     from corpora.json_files import with_sum
@@ -201,7 +201,7 @@ def _figures(
             for old in (path, *parts_of(path)):
                 old.unlink(missing_ok=True)
         LineFile(path, RESULTS).join()
-    processes.summed(torch.zeros(1))  # wait for that
+    processes.wait()
     kept = _kept(LineFile(path, RESULTS), key)
     cells = grid.cells()
     left = [cell for cell in cells if cell not in kept]
@@ -217,10 +217,10 @@ def _figures(
                 file.append(with_sum({"grid": key, **row}))
                 bar.update()
     seconds = time.perf_counter() - started
-    processes.summed(torch.zeros(1))
+    processes.wait()
     if processes.is_first:
         LineFile(path, RESULTS).join()
-    processes.summed(torch.zeros(1))
+    processes.wait()
     kept = _kept(LineFile(path, RESULTS), key)
     results = [kept[cell] for cell in cells]
     return {

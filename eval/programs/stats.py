@@ -257,7 +257,7 @@ def _measure(kind: str, plan: "Plan", windows: "Windows") -> dict[str, Any]:
 
 def _conditions(settings: dict[str, Any], windows: "Windows") -> str:
     """Everything that a figure depends on and the table does not say."""
-    from quantization.kv_cache import kv_label
+    from quantization.labels import kv_label
 
     return (
         f"KV {kv_label(settings['kv'])}, prefix {settings['prefix']['label']}, {settings['corpus']}: "
