@@ -3,6 +3,7 @@
     gptq-w3g128                          methods, bits and groups: `Recipe.label`, which records are stored under
     gptq-w3g128-no-static_groups         and every other field that is not as in the first named recipe of this kind
     rtn-w8row-a8-a-gptq-asym             of several grids, with the mark of whose it is: w, a (inputs), q (attention)
+    2g32 kivi final                      a KV policy: bits, groups, word, and every field that is not its default
 
 Of a kind are recipes with the same parts; where no named recipe has them, each part is compared with the first one of
 its own kind. Works on descriptions, so that tables name the recipes of stored records, too.
@@ -14,15 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantization.kv_cache import KV_POLICIES, kv_bits
 from quantization.named import RECIPES
 from quantization.recipes.recipe import Recipe, describe
 
-__all__ = ["differences", "full_label", "told"]
+__all__ = ["differences", "full_label", "kv_label", "told"]
 
 PARTS = ("transforms", "weights", "activations", "attention", "tuning")
 MARKS = {"weights": "w", "activations": "a", "attention": "q"}
-IN_LABEL = ("bits", "group_size", "attention_bits", "groups", "static")  # fields that `Recipe.label` tells
-BY_VALUE = ("convention", "scale_dtype")  # values that need no name beside them
+# Fields that `Recipe.label` and `kv_bits` tell.
+IN_LABEL = ("bits", "v_bits", "group_size", "attention_bits", "groups", "static")
+BY_VALUE = ("convention", "scale_dtype", "values", "levels", "prefill")  # values that need no name beside them
 
 Part = Mapping[str, Any]
 
@@ -47,10 +50,25 @@ def differences(recipe: Mapping[str, Any]) -> list[str]:
         base = of_kind[i] if of_kind is not None else _first().get(_kind(part))
         if base is None:  # no named recipe has such a part: what it is stands in its label
             continue
-        usual = dict(_leaves(base))
-        words += [_word(name, value, marks[i] if several else "")
-                  for name, value in _leaves(part) if name in usual and value != usual[name]]  # fmt: skip
+        words += _other(part, base, marks[i] if several else "")
     return words
+
+
+def kv_label(kv: Mapping[str, Any] | None) -> str:
+    """`16` for a full-precision cache, else bits, groups and word of a described policy, `4 per_head`, with words for
+    its fields that are not the policy's default: `2 turboquant lloyd`, `4 kvquant outliers0`."""
+    if kv is None:
+        return "16"
+    for word, policy in KV_POLICIES.items():
+        if policy.__name__ == kv["kind"]:
+            return " ".join([kv_bits(kv), word, *_other(kv, describe(policy(bits=policy.allowed_bits[0])))])
+    return f"{kv_bits(kv)} {kv['kind']}"
+
+
+def _other(part: Part, base: Part, mark: str = "") -> list[str]:
+    """Words for the fields of a described part that are not as in another of its kind."""
+    usual = dict(_leaves(base))
+    return [_word(name, value, mark) for name, value in _leaves(part) if name in usual and value != usual[name]]
 
 
 def _marked(recipe: Mapping[str, Any]) -> list[tuple[Part, str]]:
@@ -92,11 +110,15 @@ def _first() -> dict[tuple[str, bool], Part]:
 
 @cache
 def _defaults() -> dict[str, dict[str, Any]]:
-    """Defaults of the classes that named recipes are made of: descriptions leave out fields that came later."""
+    """What descriptions leave out, by class of parts and KV policies: fields that came later, as they were before."""
     kinds: dict[str, dict[str, Any]] = {}
 
+    def keep(kind: Any) -> None:
+        kinds[kind.__name__] = {f.name: f.metadata.get("before", (f.default,))[0]
+                                for f in fields(kind) if f.init and f.default is not MISSING}  # fmt: skip
+
     def look(part: Any) -> None:
-        kinds[type(part).__name__] = {f.name: f.default for f in fields(part) if f.init and f.default is not MISSING}
+        keep(type(part))
         if hasattr(part, "grid"):
             look(part.grid)
 
@@ -105,6 +127,8 @@ def _defaults() -> dict[str, dict[str, Any]]:
             part = getattr(row.recipe, name)
             for one in part if isinstance(part, tuple) else [part] * (part is not None):
                 look(one)
+    for policy in KV_POLICIES.values():
+        keep(policy)
     return kinds
 
 
@@ -123,6 +147,8 @@ def _word(name: str, value: Any, mark: str) -> str:
         return leaf if value else f"no-{leaf}"
     if leaf in BY_VALUE:
         return f"{mark}-{value}" if mark else str(value)
+    if leaf.endswith("sha256"):
+        return str(value)[:8]
     if isinstance(value, str):  # a file by its name alone: the word becomes part of a path
         return f"{leaf}-{Path(value).stem or 'none'}"
     return f"{leaf}{value:g}"

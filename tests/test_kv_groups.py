@@ -19,7 +19,8 @@ from eval.__main__ import main as evaluate
 from eval.inside.kv_report import stored_bits
 from intactkv.architecture import architecture_of
 from quantization.__main__ import main as quantize
-from quantization.kv_cache import KV_POLICIES, ClippedPerHead, Grids, PerHead, Rotated, StaticPerHead, kv_bits, kv_label
+from quantization.kv_cache import KV_POLICIES, ClippedPerHead, Grids, PerHead, Rotated, StaticPerHead, kv_bits
+from quantization.labels import kv_label
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe, describe, with_settings

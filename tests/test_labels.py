@@ -14,7 +14,8 @@ from corpora.errors import UserError
 from eval.__main__ import main as eval_main
 from eval.tables.perplexities import weights_label
 from quantization.grids.uniform import UniformGrid
-from quantization.labels import full_label, told
+from quantization.kv_cache import KV_POLICIES
+from quantization.labels import full_label, kv_label, told
 from quantization.named import RECIPES, named_recipe, put_together
 from quantization.recipes.recipe import Recipe, describe, with_settings
 from quantization.runs.pipeline import partial_of
@@ -102,6 +103,37 @@ def test_a_label_says_whose_convention_differs() -> None:
     assert (
         full_label(with_settings(named_recipe("rtn-w4"), ["weights.grid.convention=gptq-sym"])) == "rtn-w4g128-gptq-sym"
     )
+
+
+@pytest.mark.parametrize("name", KV_POLICIES)
+def test_kv_policies_that_differ_in_any_field_read_differently(name: str) -> None:
+    recipe = Recipe(kv_cache=KV_POLICIES[name](bits=4))
+    seen = {kv_label(describe(recipe.kv_cache)): "the default"}
+    for path, value in leaves(recipe.kv_cache, "kv_cache"):
+        words = [*"2 8 64 0.3 float16 lloyd final fp nf minmax-asym x/name".split(), *others(value)]
+        words = ["0123456789abcdef" * 4] if path.endswith("sha256") else words
+        made = {other.kv_cache for word in words if (other := with_value(recipe, path, word)) is not None}
+        assert made, path
+        for policy in made:
+            label = kv_label(describe(policy))
+            assert label not in seen, (label, path, seen.get(label))
+            seen[label] = path
+
+
+def test_a_kv_policy_is_called_by_bits_groups_word_and_what_is_not_its_default() -> None:
+    def label(name: str, bits: int, *settings: str) -> str:
+        told = with_settings(Recipe(kv_cache=KV_POLICIES[name](bits=bits)), [f"kv_cache.{one}" for one in settings])
+        return kv_label(describe(told.kv_cache))
+
+    assert kv_label(None) == "16"
+    defaults = ("4 per_head", "4 rotated", "4 static", "4 clipped", "4g32 kivi", "4 kvquant", "4 turboquant")
+    assert tuple(label(name, 4) for name in KV_POLICIES) == defaults
+    assert label("kivi", 2, "prefill=final") == "2g32 kivi final"
+    assert label("kivi", 2, "residual=32") == "2g32 kivi residual32"
+    assert label("kvquant", 4, "outliers=0", "levels=uniform") == "4 kvquant outliers0 uniform"
+    assert label("rotated", 4, "keep=1") == "4 rotated keep1"
+    assert label("static", 4, "rotate_keys=true") == "4 static rotate_keys"
+    assert kv_label({"kind": "Unheard", "bits": 3}) == "3 Unheard"
 
 
 def test_no_two_named_recipes_of_different_checkpoints_have_one_label() -> None:

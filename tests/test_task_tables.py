@@ -182,6 +182,25 @@ def test_a_perplexity_among_the_metrics_is_no_percentage_and_mmlu_shows_its_cate
     assert str(table.rows[0][6]) == "25.00"
 
 
+def test_what_was_rounded_is_said_of_every_arm_and_of_all_weights():
+    kv = {"kv": {"kind": "KIVI", "bits": 2, "group_size": 32, "residual": 128, "prefill": "exact"}}
+    runs = [task("boolq", 0.5, "rtn-w3", **kv), task("boolq", 0.6, "rtn-w3", prefix=BOS, **kv),
+            task("boolq", 0.6, "rtn-w4", **kv), task("boolq", 0.7, "rtn-w4")]  # fmt: skip
+    for record, share in zip(runs, (0.25, 0.5, 0.75), strict=False):
+        record["kv_cache"] = {"rounded": share, "bits_per_element": [3.0, 3.0], "tokens": 100}
+    (table,) = task_tables(runs)
+    said = [note for note in table.notes if note.startswith("KV cache")]
+    weights = {words[0]: words[1] for words in [("3", table.rows[0][1]), ("4", table.rows[-1][1])]}
+    assert len(said) == 3
+    for share, number, arm in (("25.0", "3", "vanilla"), ("50.0", "3", "IntactKV"), ("75.0", "4", "vanilla")):
+        (note,) = (note for note in said if f"boolq {share} %" in note)
+        assert note.startswith("KV cache 2g32 kivi, ")
+        assert weights[number] in note
+        assert f", {arm}:" in note
+    (table,) = run_tables(runs[:1])
+    assert table.notes == ("KV cache 2g32 kivi: rounded of what attention read: boolq 25.0 %",)
+
+
 def test_one_run_shows_every_metric_once_and_the_averages_of_all_seven():
     (table,) = run_tables([*seven(0.25, 0.5), task("gsm8k", 0.125)])
     rows = {(row[0], row[1]): [str(cell) for cell in row[2:]] for row in table.rows}

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from corpora.errors import UserError
 from quantization.hadamard import matrix, plan
-from quantization.kv_cache import TurboQuant, kv_label
+from quantization.kv_cache import TurboQuant
 from quantization.kv_cache.lloyd import decode_lloyd, encode_lloyd, fp8, fp8_levels, levels, rotated, signs
+from quantization.labels import kv_label
 from quantization.named import named_recipe
 from quantization.recipes.recipe import describe
 

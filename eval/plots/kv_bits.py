@@ -77,8 +77,8 @@ def draw(rows: Sequence[Row], prefix: str, output: Output) -> None:
 
 
 def _policy(row: Row) -> str:
-    """The policy without its bits: `2g32 kivi` is kivi."""
-    return row.kv.partition(" ")[2] or row.kv
+    """The policy without its bits: `2g32 kivi final` is `g32 kivi final`."""
+    return row.kv.lstrip("0123456789,").strip()
 
 
 def _bits(row: Row) -> float:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eval.inside.reports import by, mean_sqnr
 from eval.plots.canvas import BEHIND, GREY, INTACT, SERIES, VANILLA, Output, plt
-from quantization.kv_cache import kv_bits
+from quantization.labels import kv_label
 
 __all__ = ["draw"]
 
@@ -26,7 +26,7 @@ def draw(kind: str, figures: Row, stem: Path) -> list[Path]:
     Returns the files."""
     drawn, head, rows = FIGURES[kind](figures)
     settings = figures["settings"]
-    kv = "" if settings["kv"] is None else f", KV {kv_bits(settings['kv'])} bits"
+    kv = "" if settings["kv"] is None else f", KV {kv_label(settings['kv'])}"
     prefix = "" if settings["prefix"]["label"] == "none" else f", prefix {settings['prefix']['label']}"
     drawn.suptitle(
         f"{settings['model']}, weights {settings['weights']}{kv}{prefix}: {figures['windows']} × {settings['window']} "

@@ -5,8 +5,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from eval.tables.render import Cell, Figure, Table, percent, signed
-from quantization.kv_cache import kv_label
-from quantization.labels import told
+from quantization.labels import kv_label, told
 
 __all__ = ["arm_of", "bits_of", "grid_of", "grid_tables", "in_order", "run_table"]
 

@@ -17,8 +17,7 @@ from corpora.storage import identity
 from corpora.text import PROTOCOLS
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of, percent
 from eval.tables.render import render as render_tables
-from quantization.kv_cache import kv_label
-from quantization.labels import told
+from quantization.labels import kv_label, told
 
 __all__ = [
     "ARMS",
@@ -167,8 +166,7 @@ def settings_of(
         vanilla, by_prefix = found.setdefault((caption(s), identity(shared)), ({}, {}))
         prefix = s["prefix"]
         arms = by_prefix.setdefault((prefix["label"], prefix["file"]), {}) if prefix["intact"] else vanilla
-        arm = BEHIND if is_behind(s) else INTACT if prefix["intact"] else VANILLA
-        arms.setdefault(arm, {}).setdefault(seed, []).append(record)
+        arms.setdefault(arm_of(s), {}).setdefault(seed, []).append(record)
     settings = []
     for (_, key), (vanilla, by_prefix) in found.items():
         for (_, file), arms in by_prefix.items():
@@ -177,6 +175,11 @@ def settings_of(
         if not by_prefix:
             settings.append(Setting(key, vanilla))
     return settings
+
+
+def arm_of(settings: dict[str, Any]) -> str:
+    """`BEHIND`, `INTACT` or `VANILLA`."""
+    return BEHIND if is_behind(settings) else INTACT if settings["prefix"]["intact"] else VANILLA
 
 
 def is_behind(settings: dict[str, Any]) -> bool:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from eval.tables.perplexities import BEHIND, INTACT, VANILLA, prefix_label, settings_of, weights_label
+from eval.tables.perplexities import BEHIND, INTACT, VANILLA, arm_of, prefix_label, settings_of, weights_label
 from eval.tables.render import Cell, Figure, Table, change_of, mean_of
-from quantization.kv_cache import kv_label
+from quantization.labels import kv_label
 
 __all__ = ["AVERAGES", "MEAN_ACC", "QA_AVERAGE", "QA_AVERAGES", "QA_METRICS", "Average", "averages", "in_percent",
            "run_tables", "task_caption", "task_tables"]  # fmt: skip
@@ -108,7 +108,7 @@ def run_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
         prefix = s["prefix"]["label"] + ("" if s["prefix"]["intact"] or s["prefix"]["label"] == "none" else ", vanilla")
         who = f"{s['model']}, weights {s['weights']}, KV bits {kv_label(s['kv'])}, prefix {prefix}"
         head = ("task", "metric", "value", "standard error", "questions", "seconds")
-        notes = tuple(_kv_notes(mine))
+        notes = tuple(_kv_notes([((*_words(one["settings"]), arm_of(one["settings"])), one) for one in mine]))
         tables.append(Table(f"{who}; accuracy in % ({caption})", head, tuple(lines), words=2, notes=notes))
     return tables
 
@@ -140,12 +140,15 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
     named = [(setting, _words(setting.settings)) for setting in settings_of(records, task_caption, over_seeds)]
     seen = Counter(words for _, words in named)
     lines: list[tuple[Cell, ...]] = []
+    by_line: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     for setting, words in named:
         if seen[words] > 1:  # they differ where no column shows it, as two files of one name do
             model, weights, *others = words
             words = (model, f"{weights}-{setting.identity}", *others)
         by_arm = {arm: {seed: scores(runs) for seed, runs in found.items()} for arm, found in setting.arms.items()}
         lines += [(*words, label, *figures) for label, figures in _lines(by_arm, heads)]
+        by_line += [((*words, arm), record)
+                    for arm, found in setting.arms.items() for runs in found.values() for record in runs]  # fmt: skip
     notes = [_sizes(records, columns)]
     errors = [100 * error for record in records for name, error in record["stderr"].items() if name.startswith("acc")]
     if errors:
@@ -154,7 +157,7 @@ def _table(caption: str, records: Sequence[dict[str, Any]], over_seeds: bool) ->
     for average in means:
         chosen = ", ".join(f"{task} {metric}" for task, metric in average.metrics.items())
         notes.append(f"{average.name}: plain mean of {chosen}; n/a unless all are there")
-    notes += _kv_notes(records)
+    notes += _kv_notes(by_line)
     return Table(f"Tasks, accuracy in %, change in points ({caption})", (*HEAD, *heads), tuple(lines), len(HEAD),
                  tuple(notes))  # fmt: skip
 
@@ -200,17 +203,19 @@ def _lines(by_arm: Mapping[str, Scores], heads: Sequence[str]) -> list[tuple[str
     return lines
 
 
-def _kv_notes(records: Sequence[dict[str, Any]]) -> list[str]:
-    """By KV policy, which share of what attention read in every task was rounded: short prompts may read none."""
-    shares: dict[str, dict[str, float]] = {}
-    for record in records:
+def _kv_notes(records: Iterable[tuple[tuple[str, ...], dict[str, Any]]]) -> list[str]:
+    """By line with a KV policy, which share of what attention read in every task was rounded: short prompts may read
+    none. records: with the words of their line, of which a note says the policy and what lines differ by."""
+    shares: dict[tuple[str, ...], dict[str, float]] = {}
+    for words, record in records:
         if (cache := record.get("kv_cache")) is not None:
-            s = record["settings"]
-            shares.setdefault(kv_label(s["kv"]), {})[s["task_name"]] = cache["rounded"]
+            shares.setdefault(words, {})[record["settings"]["task_name"]] = cache["rounded"]
+    kv = HEAD.index("KV bits")
+    apart = [i for i, column in enumerate(zip(*shares, strict=True)) if i != kv and len(set(column)) > 1]
     return [
-        f"KV cache {label}: rounded of what attention read: "
+        f"KV cache {', '.join(words[i] for i in (kv, *apart))}: rounded of what attention read: "
         + ", ".join(f"{task} {100 * share:.1f} %" for task, share in found.items())
-        for label, found in shares.items()
+        for words, found in shares.items()
     ]
 
 

@@ -13,7 +13,7 @@ from quantization.kv_cache.static import StaticPerHead
 from quantization.kv_cache.turboquant import TurboQuant
 
 __all__ = ["KIVI", "KV_POLICIES", "ClippedPerHead", "Grids", "KVQuant", "PerHead", "Policy", "Rotated", "StaticPerHead",
-           "TurboQuant", "kv_bits", "kv_label"]  # fmt: skip
+           "TurboQuant", "kv_bits"]  # fmt: skip
 
 # The words of `--kv NAME`. A new policy adds a file and a row.
 KV_POLICIES: Mapping[str, type[Policy]] = {
@@ -26,25 +26,9 @@ KV_POLICIES: Mapping[str, type[Policy]] = {
     "turboquant": TurboQuant,
 }
 
-TOLD = ("convention", "values")  # fields that a label tells
-
 
 def kv_bits(kv: Mapping[str, Any]) -> str:
     """Bits and groups of a described policy in a word: `4`; of keys and values apart `4,2`; with groups `4g64`,
     `4token`."""
     group = {None: "", -1: "token"}.get(size := kv.get("group_size"), f"g{size}")
     return f"{kv['bits']}{',' + str(v_bits) if (v_bits := kv.get('v_bits')) else ''}{group}"
-
-
-def kv_label(kv: Mapping[str, Any] | None) -> str:
-    """`16` for a full-precision cache, else bits and word of a described policy, `4 per_head`, and those of its fields
-    in `TOLD` that are not the policy's own, `2 turboquant lloyd`."""
-    if kv is None:
-        return "16"
-    words = {policy.__name__: word for word, policy in KV_POLICIES.items()}
-    label = [kv_bits(kv), word := words.get(kv["kind"], kv["kind"])]
-    fields = KV_POLICIES[word].__dataclass_fields__ if word in KV_POLICIES else {}
-    for own in (fields[name] for name in TOLD if name in fields):
-        value = kv.get(own.name, own.metadata.get("before", (own.default,))[0])
-        label += [] if value == own.default else [value]
-    return " ".join(label)
