@@ -27,6 +27,7 @@ from quantization.weights.rtn import RTN
 CPU = torch.device("cpu")
 WORDS = ("last", "skip_mse", "both", "random", "none", "hartley", "uniform", "gptq-asym", "gptq-sym", "intactkv-asym",
          "smoothquant-sym", "float16", "quant_input")  # fmt: skip
+KV_WORDS = ("2", "8", "64", "0.3", "lloyd", "final", "fp", "nf", "minmax-asym", "x/name")
 # Fields that some recipe cannot change alone: one convention fits, another field has to change with it, or a file.
 ALONE = {"grid.clip_search", "activations.grid.clip_search", "attention.grid.clip_search", "grid.convention",
          "grid.scale_dtype", "start", "static_groups", "file", "lwc", "shift", "attention.grid.group_size",
@@ -110,7 +111,7 @@ def test_kv_policies_that_differ_in_any_field_read_differently(name: str) -> Non
     recipe = Recipe(kv_cache=KV_POLICIES[name](bits=4))
     seen = {kv_label(describe(recipe.kv_cache)): "the default"}
     for path, value in leaves(recipe.kv_cache, "kv_cache"):
-        words = [*"2 8 64 0.3 float16 lloyd final fp nf minmax-asym x/name".split(), *others(value)]
+        words = [*KV_WORDS, *others(value)]
         words = ["0123456789abcdef" * 4] if path.endswith("sha256") else words
         made = {other.kv_cache for word in words if (other := with_value(recipe, path, word)) is not None}
         assert made, path
