@@ -95,9 +95,11 @@ read_kv() { # METHOD KV_BITS: sets `kv`, the options of the cache, by the policy
     kv=()
     case "$1:$2" in
         kv[0-9]:16 | turboquant-*:16) fail "METHOD '$1' rounds the KV cache, but KV_BITS is 16; give the method fp16, or the bits" ;;
-        quarot:16 | quarot-rtn:16 | *-w4a4kv4*:16 | *-w4a8kv4*:16 | *-qllm:16 | omniquant-w[46]a*:16) kv=(--kv none) ;;
         *:16) [ -z "${KV:-}" ] || fail "KV='$KV' rounds the KV cache, but KV_BITS is 16; give its bits, or unset KV" ;;
-        *) kv=(${KV:+--kv "$KV"} --kv-bits "$2") ;;
+        *) kv=(${KV:+--kv "$KV"} ${2:+--kv-bits "$2"}) ;; # a file says its bits itself
+    esac
+    case "$1:$2" in
+        :16 | quarot:16 | quarot-rtn:16 | *-w4a4kv4*:16 | *-w4a8kv4*:16 | *-qllm:16 | omniquant-w[46]a*:16) kv=(--kv none) ;;
     esac
 }
 
@@ -142,9 +144,10 @@ choose_text() { # a recipe's options: sets `text` and `behind`, what the environ
 }
 
 choose_method() { # METHOD BITS MODEL_DIRECTORY [KV_BITS]: sets `method`, all options of what is run once, without arms
-    choose_recipe "${@:1:3}"
-    kv=()
-    [ -z "${4:-}" ] || read_kv "$1" "$4"
+    # METHOD may be empty: the model as it is. Whoever gives KV_BITS, empty or not, runs with the cache that KV names.
+    recipe=() kv=()
+    [ -z "$1" ] || choose_recipe "${@:1:3}"
+    [ $# -lt 4 ] || read_kv "$1" "$4"
     choose_text "${recipe[@]}" "${kv[@]}" "${options[@]}"
     method=("${recipe[@]}" "${kv[@]}" "${options[@]}" "${text[@]}")
 }

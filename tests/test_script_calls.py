@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from common import ROOT, every, refusals
 from corpora.catalog import FAMILIES, model_defaults
 from eval.__main__ import parser as eval_parser
 from eval.tables.paper_runs import departures
+from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.programs.options import chosen_recipe
 from quantization.programs.quantize import quantize_parser
@@ -101,10 +102,10 @@ def protocols(made: list[Call]) -> set[str]:
     return {f"{call[1]} {call[call.index('--protocol') + 1]}" for call in made if "--protocol" in call}
 
 
-def said_of_recipes(project: Path, test: str) -> list[str]:
-    """The recipes, as $name, of which a line of bash with the scripts' functions is true."""
+def said_of(project: Path, names: Iterable[str], test: str) -> list[str]:
+    """The names, as $name, of which a line of bash with the scripts' functions is true."""
     source = f"source scripts/common.sh; for name in $NAMES; do ({test}) 2> /dev/null && echo $name; done; true"
-    done = subprocess.run(["bash", "-c", source], cwd=project, env=os.environ | {"NAMES": " ".join(RECIPES)},
+    done = subprocess.run(["bash", "-c", source], cwd=project, env=os.environ | {"NAMES": " ".join(names)},
                           capture_output=True, text=True, check=True)  # fmt: skip
     return done.stdout.split()
 
@@ -113,14 +114,16 @@ def test_the_scripts_know_which_methods_have_weights_and_look_at_text_as_the_tab
     project: Path,
 ) -> None:
     calibrating = [name for name, row in RECIPES.items() if row.recipe.calibrates]
-    assert said_of_recipes(project, "calibrates --recipe $name --bits 3") == calibrating
+    assert said_of(project, RECIPES, "calibrates --recipe $name --bits 3") == calibrating
     whole = [name for name, row in RECIPES.items() if row.recipe.weights is None]
-    assert said_of_recipes(project, "choose_recipe $name 16 model") == whole
+    assert said_of(project, RECIPES, "choose_recipe $name 16 model") == whole
     rounding = [name for name, row in RECIPES.items() if row.recipe.kv_cache is not None]
-    said = said_of_recipes(
-        project, "! (read_kv $name 16) || (read_kv $name 16; [ ${#kv[@]} -gt 0 ])"
+    said = said_of(
+        project, RECIPES, "! (read_kv $name 16) || (read_kv $name 16; [ ${#kv[@]} -gt 0 ])"
     )  # refused, or --kv none
     assert said == rounding
+    calibrating = [name for name, policy in KV_POLICIES.items() if policy.calibrates]
+    assert said_of(project, KV_POLICIES, "calibrates --kv $name --kv-bits 3") == calibrating
 
 
 @pytest.mark.parametrize(
@@ -543,6 +546,28 @@ def test_what_is_said_of_calibration_reaches_methods_that_calibrate_and_no_other
         ran = [" ".join(words) for words in calls(call, **given) if "--recipe" in words]
         assert {"--calibration-samples 2 --seed 7" in words for words in ran} == {reached}
         assert (f"do not reach {method}: it looks at no text" in run(project, call, **given).stderr) is not reached
+
+
+@pytest.mark.parametrize("script", ["eval/chat", "eval/needle"])
+def test_what_is_said_of_calibration_reaches_a_cache_that_calibrates(calls: Calls, script: str) -> None:
+    given = {"KV": "static", "KV_BITS": "4", "CALIBRATION_SAMPLES": "2", "SEED": "7"}
+    for kv, reached in (("static", True), ("kivi", False)):
+        ran = [one for one in parsed(calls(f"{script} cpu {MODEL}", **(given | {"KV": kv}))) if hasattr(one, "kv")]
+        assert {(one.kv, one.kv_bits) for one in ran} == {(kv, 4)}
+        assert {(one.calibration_samples, one.seed) for one in ran} == {(2, 7) if reached else (None, None)}
+
+
+@every("given", [{"METHOD": "kv4"}, {"KV": "kivi"}])
+def test_a_chat_whose_method_rounds_the_cache_refuses_sixteen_bits(project: Path, given: dict[str, str]) -> None:
+    done = run(project, f"eval/chat cpu {MODEL}", KV_BITS="16", **given)
+    assert done.returncode == 2
+    assert "rounds the KV cache, but KV_BITS is 16" in done.stderr
+    assert not (project / "calls").exists()
+
+
+def test_a_chat_takes_the_file_of_a_calibrated_cache_without_bits(calls: Calls) -> None:
+    (one,) = parsed(calls(f"eval/chat cpu {MODEL}", KV="made.safetensors", METHOD="rtn-w4", BITS="4"))
+    assert (one.kv, one.kv_bits) == ("made.safetensors", None)
 
 
 def test_figures_take_a_quantized_model_its_cache_and_its_text(calls: Calls) -> None:

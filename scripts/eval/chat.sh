@@ -5,7 +5,7 @@
 # Environment: METHOD and BITS (a recipe and the bits of its weights), KV_BITS (16 is full precision) of the policy KV,
 # PREFIX=prompt|bos|…; SCRIPT=FILE or PROMPTS="riddle distillation" in place of a terminal, MAX_NEW_TOKENS of an answer,
 # OUT=FILE.json for the transcript, COMPARE=1 for the first token that full precision says otherwise; GROUP_SIZE,
-# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the method; OPTIONS, MAX_MEMORY: see common.sh.
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of a method or policy; OPTIONS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 2 ] || fail "usage: chat.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
@@ -14,13 +14,10 @@ model=$(model_path "$2")
 [ -z "${SCRIPT:-}" ] || SCRIPT=$(realpath -m -- "$SCRIPT")
 [ -z "${OUT:-}" ] || OUT=$(realpath -ms -- "$OUT")
 enter_project
-method=("${options[@]}")
-[ -z "${METHOD:-}${BITS:-}" ] || choose_method "${METHOD:-fp16}" "${BITS:-16}" "$model"
-kv=(${KV:+--kv "$KV"} ${KV_BITS:+--kv-bits "$KV_BITS"})
-[ "${KV_BITS:-}" != 16 ] || kv=(--kv none)
+choose_method "${METHOD:-${BITS:+fp16}}" "${BITS:-16}" "$model" "${KV_BITS:-}"
 words prompts PROMPTS
 compare=()
 ! flag COMPARE 0 || compare=(--compare)
-run_eval "$1" 29500 chat --model "$model" "${method[@]}" "${kv[@]}" ${PREFIX:+--prefix "$PREFIX"} \
+run_eval "$1" 29500 chat --model "$model" "${method[@]}" ${PREFIX:+--prefix "$PREFIX"} \
     "${prompts[@]/#/--prompt=}" ${SCRIPT:+--script "$SCRIPT"} ${MAX_NEW_TOKENS:+--max-new-tokens "$MAX_NEW_TOKENS"} \
     ${OUT:+--out "$OUT"} "${compare[@]}"

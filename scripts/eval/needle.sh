@@ -4,8 +4,8 @@
 #   DEVICE  cpu, a GPU index, several joined by commas, which share the questions, or all
 # Environment: KV_BITS (default "16 4 2"; 16 is full precision) of the policy KV (default per_head), PREFIXES (default
 # "none bos"); LENGTHS=1024,2048 tokens, DEPTHS=0,50,100 per cent, KEYS of a cell, TEXT_SEED of their draw; or
-# PUBLISHED=1: the five published keys in UNITS of UNIT_LINES lines on each side; OPTIONS (a recipe, …), MAX_MEMORY:
-# see common.sh.
+# PUBLISHED=1: the five published keys in UNITS of UNIT_LINES lines on each side; CALIBRATION, CALIBRATION_SAMPLES,
+# CALIBRATION_LENGTH, SEED of a policy or recipe that calibrates; OPTIONS (a recipe, …), MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 2 ] || fail "usage: needle.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
@@ -20,8 +20,10 @@ grid=(
 for bits in ${KV_BITS:-16 4 2}; do
     kv=(--kv "${KV:-per_head}" --kv-bits "$bits")
     [ "$bits" != 16 ] || kv=(--kv none)
+    choose_text "${kv[@]}" "${options[@]}"
     for prefix in "${prefixes[@]}"; do
-        run_eval "$device" 29500 needle --model "$model" "${options[@]}" "${kv[@]}" --prefix "$prefix" "${grid[@]}"
+        run_eval "$device" 29500 needle --model "$model" "${options[@]}" "${kv[@]}" "${text[@]}" --prefix "$prefix" \
+            "${grid[@]}"
     done
 done
 python -m eval table needle --model "$(basename "$model")"
