@@ -120,7 +120,8 @@ class IntactModel:
         config = self.model.config.get_text_config(decoder=True)
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        bits = self.kv.bits_per_element(tokens, size, getattr(config, "num_key_value_heads", None) or heads)
+        kv = self.kv.behind(self.prefix_length)
+        bits = kv.bits_per_element(tokens, size, getattr(config, "num_key_value_heads", None) or heads)
         return {"rounded": self.usage.share, "bits_per_element": list(bits), "tokens": tokens}
 
     def _stores(self) -> list[Store]:

@@ -51,7 +51,7 @@ class _Intact(CacheLayerMixin):
 
     def _places(self, first: int, last: int) -> Places:
         length = self.prefix_length
-        return Places(first + length, last - first, self.rows.pads, self.rope, length)
+        return Places(first + length, last - first, self.rows.pads, self.rope)
 
     def _handed(self, keys: Tensor, read: Read) -> None:
         """Let the keys bring `read` to attention. Raises RuntimeError where the last pass's never arrived."""
@@ -108,7 +108,7 @@ class IntactLayer(_Intact, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if self.single_pass:
             self._single(key_states.shape[-2])
-        direct = self.store.answers(key_states)
+        direct = not self.single_pass and self.store.answers(key_states)  # a single pass leaves nothing to ask
         (keys, values), forms = self.store.append(key_states, value_states, decode=not direct)
         if keys is key_states:
             keys = keys.view_as(keys)  # the model's own tensor shall not carry anything

@@ -19,6 +19,8 @@ class Rooms:
         the last result may be in use."""
         if held is None:
             return new
+        if not new.shape[2]:
+            return held
         count = held.shape[2] + new.shape[2]
         if new.shape[2] > 1:
             return torch.cat([held, new], dim=2)

@@ -66,17 +66,11 @@ class Places:
     count: int
     pads: Tensor | None = None
     rope: Rope | None = None
-    prefix: int = 0
 
     def positions(self, device: torch.device) -> Tensor:
         """Absolute positions, (B or 1, n); those of pads mean nothing."""
         slots = torch.arange(self.first, self.first + self.count, device=device)[None]
         return slots if self.pads is None else (slots - self.pads.to(device)[:, None]).clamp_min(0)
-
-    def behind(self, device: torch.device) -> Tensor:
-        """How many tokens of its own row's text stand before each, (B or 1, n); negative at pads."""
-        slots = torch.arange(self.first, self.first + self.count, device=device)[None] - self.prefix
-        return slots if self.pads is None else slots - self.pads.to(device)[:, None]
 
     def turned(self, keys: Tensor) -> Tensor:
         """`Rope.turned` at these places."""

@@ -13,8 +13,8 @@ which are decoded for every read, one layer at a time. Both give the same bits.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -346,6 +346,10 @@ class KVPolicy(Protocol):
         """What one layer of one call keeps. tensors: what the layer was calibrated to, None where nothing is."""
         ...
 
+    def behind(self, prefix: int) -> Self:
+        """The policy for tokens behind so many of an intact prefix."""
+        ...
+
     def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
         """Bits that an element of keys, and of values, takes in packed storage once so many tokens are held, in a
         model of 16-bit numbers; scales and everything else that is stored for it included."""
@@ -360,7 +364,7 @@ class Bound:
     full precision. packed: keep codes. It is a policy itself, and needs nothing more."""
 
     policy: KVPolicy
-    tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
     packed: bool = False
     calibrates: ClassVar[bool] = False
 
@@ -377,8 +381,12 @@ class Bound:
         """What one layer of one call keeps."""
         own = self.tensors.get(layer)
         if self.policy.calibrates and own is None:
-            return Store(Exact(), Exact())
+            return Store(Exact(), Exact(), packed=packed or self.packed)
         return self.policy.store(layer, own, packed or self.packed)
+
+    def behind(self, prefix: int) -> "Bound":
+        """See `KVPolicy`."""
+        return replace(self, policy=self.policy.behind(prefix))
 
     def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
         """See `KVPolicy`."""

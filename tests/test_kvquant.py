@@ -58,7 +58,7 @@ def tensors(bits: int, v_bits: int | None = None, channels: int = HEADS * SIZE, 
 
 
 def places(first: int, count: int, pads: Tensor | None = None, prefix: int = 0) -> Places:
-    return Places(first, count, pads, Rope(10000.0 ** -(torch.arange(0, SIZE, 2) / SIZE), 1.0), prefix)
+    return Places(first, count, pads, Rope(10000.0 ** -(torch.arange(0, SIZE, 2) / SIZE), 1.0))
 
 
 def turned(key: "np.ndarray", position: int, back: bool = False) -> "np.ndarray":

@@ -33,6 +33,7 @@ POLICIES: dict[str, Policy] = {
     "per_head, by token": PerHead(5, group_size=-1),
     "rotated": Rotated(4),
     "static": StaticPerHead(4, rotate_keys=True, group_size=8),
+    "static, by token": StaticPerHead(4, group_size=-1),
     "clipped": ClippedPerHead(4),
     "kivi": KIVI(2, group_size=8, residual=16),
     "kivi, v4": KIVI(8, group_size=16, residual=16, v_bits=4),
@@ -166,3 +167,14 @@ def test_attention_that_gives_its_rows_decodes_the_codes(
             logits.append(intact.feed(ids[:, :1], cache=cache).logits)
             assert bool(calls) == (on and called)
         assert_close(logits[0], logits[1], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_one_token_that_nothing_follows_is_scored_as_in_numbers(
+    prefix: bool, direct: Callable[[bool], list[int]], tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = tiny_model("llama")
+    direct(True)
+    row = torch.cat([IDS, torch.tensor([9])])[None] if prefix else torch.tensor([[9]])
+    intact = packed(model, PerHead(4), prefix)
+    assert torch.equal(intact.score(row), attach(model, intact.prefix, PerHead(4)).score(row))

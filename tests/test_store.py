@@ -271,3 +271,30 @@ def test_a_padded_batch_is_refused_where_tokens_share_a_grid(llama: PreTrainedMo
         assert_close(logits[mask[i].bool()], intact.score(rows[i][None])[0], **SAME)
     with pytest.raises(UserError, match="pads"):
         intact.generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
+def test_bytes_behind_a_prefix_have_no_sinks_that_stand_in_it(llama: PreTrainedModel) -> None:
+    policy, prefix = KVQuant(4, weighting="none", sinks=2), build_prefix(llama, IDS[:1])
+    tensors = calibrated(llama, policy)
+    intact = attach(llama, prefix, Bound(policy, tensors, True))
+    cache = fed(intact, TEXT[None], 45)[1]
+    told = intact.kv_figures(45)
+    assert told is not None
+    for side, bits in zip(("keys", "values"), told["bits_per_element"], strict=True):
+        memory = cache.memory()[side]
+        assert isinstance(memory, Memory)
+        assert memory.bytes * 8 / memory.elements == pytest.approx(bits, rel=1e-12)
+
+
+def test_no_room_is_made_for_tokens_that_never_come(llama: PreTrainedModel) -> None:
+    policy = KVQuant(4, weighting="none", sinks=1)
+    cache = fed(attach(llama, None, Bound(policy, calibrated(llama, policy), True)), TEXT[None], 1)[1]
+    for layer in cache.intact_layers:
+        for side in layer.store.sides:
+            assert side.codes["sinks"].untyped_storage().nbytes() == 2 * 16 * 4  # KV heads, channels, float32
+
+
+def test_packed_storage_in_a_window_is_refused_before_anything_is_calibrated(tiny_model: Any) -> None:
+    config = tiny_model("mistral", sliding_window=16).config
+    with pytest.raises(UserError, match="attends to a window of 16 tokens"):
+        IntactCache(config, policy=Bound(KV_POLICIES["static"](bits=4), {}, True))

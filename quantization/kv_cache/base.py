@@ -98,6 +98,15 @@ class Policy(ABC):
         are not said apart. Raises UserError for what does not fit."""
         return replace(self, v_bits=None if self.v_bits == self.bits else self.v_bits)
 
+    @property
+    def what_passes_see(self) -> str:
+        """One of `PREFILLS`; policies that round every token at once have no choice."""
+        return "exact"
+
+    def behind(self, prefix: int) -> Self:
+        """The policy for tokens behind so many of an intact prefix."""
+        return self
+
     @abstractmethod
     def roundings(self, tensors: Mapping[str, Tensor] | None = None) -> tuple[Rounding, Rounding]:
         """How the keys and the values of a layer are rounded. tensors: what it was calibrated to."""
@@ -114,7 +123,7 @@ class Policy(ABC):
         """What one layer of one call keeps."""
         roundings = self.roundings(tensors)
         direct = _attended if packed and all(hasattr(rounding, "products") for rounding in roundings) else None
-        return Store(*roundings, getattr(self, "prefill", "exact"), packed, direct)
+        return Store(*roundings, self.what_passes_see, packed, direct)
 
 
 def _attended(query: Tensor, keys: Held, values: Held, scaling: float, mask: Tensor | None) -> Tensor:
@@ -201,7 +210,7 @@ class Grids(Policy):
 class OnGrids(Rounding, ABC):
     """Keys or values on grids per token and group of channels. policy: whose they are. grid: of the levels.
 
-    rotate: round behind the Hadamard rotation of a head. stored: what `fit` gives is the model's, and not a token's.
+    rotate: round behind the Hadamard rotation of a head.
     """
 
     policy: Grids
@@ -239,8 +248,7 @@ class OnGrids(Rounding, ABC):
         kept = {"codes": pack_codes(codes.to(torch.uint8), self.grid.bits)}
         if self.policy.stores_grids:
             return kept
-        dtype = self.policy.zero_dtype(self.grid)
-        heads = 1 if self.policy.group_size == -1 else states.shape[1]
+        dtype, heads = self.policy.zero_dtype(self.grid), self._heads(states)
         kept["scale"] = _by_head(fitted.scale, heads).to(SCALE_DTYPES[self.policy.scale_dtype])
         return kept if dtype is None else kept | {"zero_point": _by_head(fitted.zero_point, heads).to(dtype)}
 
@@ -256,13 +264,17 @@ class OnGrids(Rounding, ABC):
         """What attention's products take; the query is rotated in place of keys that were."""
         packed = codes["codes"]
         if self.policy.stores_grids:
-            scale, zero_point = (_by_head(x[None, None], packed.shape[1]) for x in self.fitted(packed))
+            scale, zero_point = (_by_head(x[None, None], self._heads(packed)) for x in self.fitted(packed))
         elif "zero_point" in codes:
             scale, zero_point = codes["scale"], codes["zero_point"]
         else:
             scale = codes["scale"]
             zero_point = constant_zero_point(self.grid).to(scale.device).view(1, 1, 1, 1)
         return Coded(self.grid.bits, packed, scale, zero_point=zero_point, turn=_turned if self.rotate else None)
+
+    def _heads(self, states: Tensor) -> int:
+        """Heads of stored grids: one for groups over all heads of a token."""
+        return 1 if self.policy.group_size == -1 else states.shape[1]
 
     def restored(self, codes: Codes, groups: Tensor) -> Fit:
         """Scale and zero point of stored groups, as `fitted` gave them."""

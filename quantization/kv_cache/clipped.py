@@ -43,10 +43,10 @@ class ClippedKeys(WholeRange):
 
 @dataclass(frozen=True)
 class ClippedPerHead(Grids):
-    """A grid per token and head, 2 to 8 bits; a share of the values' range, found for every layer. rotate_keys: round
-    keys behind a Hadamard rotation of each head.
+    """A grid per token and head, 2 to 8 bits; a share of the values' range, of every layer. rotate_keys: round keys
+    behind a Hadamard rotation of each head.
 
-    keep: the share that a search or training starts from.
+    keep: the share; PrefixQuant's search and training (`quantization.tuning`) start from it.
     """
 
     bits: int

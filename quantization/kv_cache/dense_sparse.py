@@ -8,7 +8,8 @@ of distinct values has the same number of outliers on both sides: 6 + 6 of 1024,
 
 An outlier is a value and the number of its channel, 16 bits each (32 for a number above 32767). A token has a fixed
 number of slots for them; an empty slot holds the number C. Keys of one token may have more outliers than slots: those
-that lie farthest outside, in units of their channel's range, are kept, as KVQuant's "capped" form does.
+that lie farthest outside, in units of their channel's range, are kept. KVQuant's scores keep all, its kernels 21 on
+either side.
 """
 
 import math

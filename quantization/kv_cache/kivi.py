@@ -9,7 +9,7 @@ the value at j iff i − j > R. Indices count from the first token behind the pr
 minimum are float16, rounded before codes are computed. Keys come after RoPE.
 
 Departs from the reference: what the tokens of one pass see is a choice (`prefill`), and by default the same as token by
-token, so a pass may come in any parts; a group whose values are all the same is exact (there: 0/0); a padded batch is
+token, so a pass may come in any parts; a group of one value is that value in float16 (there: 0/0); a padded batch is
 refused, because its pads would shift the groups (there: they count).
 """
 
@@ -140,6 +140,11 @@ class KIVI(Policy):
                 f"kv_cache.residual={self.residual} is not allowed; give a multiple of the {self.group_size} tokens of "
                 "a group"
             )
+
+    @property
+    def what_passes_see(self) -> str:
+        """Its own choice."""
+        return self.prefill
 
     def in_heads(self, head_size: int) -> Self:
         """Raises UserError if groups do not fill a head."""

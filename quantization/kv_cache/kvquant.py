@@ -230,6 +230,10 @@ class KVQuant(Policy):
         keys = Keys(self.bits, *levels[0], low, high, self._key_slots(len(low)))
         return keys, Values(self.values_bits, *levels[1], self.outliers)
 
+    def behind(self, prefix: int) -> Self:
+        """The first of them are the prefix's."""
+        return replace(self, sinks=max(self.sinks - prefix, 0))
+
     def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
         """b; value and number of every outlier; of values middle and half width. Sinks are kept beside their codes."""
         channels = head_size * heads
@@ -259,7 +263,7 @@ class KVQuant(Policy):
         skipped = max(self.sinks - first, 0)
         vectors: dict[str, list[Tensor]] = {"keys": [], "values": []}
         for keys, values in block.keys_and_values():
-            before = Places(first, keys.shape[2], None, rope, first).unturned(keys.float())
+            before = Places(first, keys.shape[2], None, rope).unturned(keys.float())
             for name, states in (("keys", before), ("values", values.float())):
                 vectors[name].append(split_heads(states[:, :, skipped:], -1)[0, :, 0])
         weights: dict[str, Tensor] = {}

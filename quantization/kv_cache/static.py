@@ -6,6 +6,9 @@ A group is a KV head, or as `base` says.
 
 Fixed grids only work if no token is an outlier: calibrate behind the prefix that holds the pivot tokens. Keys may be
 rounded in a rotated basis (`base`).
+
+Departs from PrefixQuant: its search for better scales belongs to its recipes (`quantization.tuning.search`); by itself
+the policy takes min-max ranges.
 """
 
 from collections.abc import Mapping

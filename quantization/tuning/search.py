@@ -15,7 +15,7 @@ each is weighed by channels of others (ours makes 0.22 to 0.43 × its error).
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -276,6 +276,9 @@ class _ValuesOnly:
 
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         return self.policy.fit_block(block)
+
+    def behind(self, prefix: int) -> Self:
+        return self
 
     def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
         return 16.0, self.policy.bits_per_element(tokens, head_size, heads)[1]
