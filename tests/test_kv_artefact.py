@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from calibration import calibrated, ranges_in_checkpoints
-from common import error_line, tree
+from common import error_line, every, tree
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from corpora.errors import UserError
+from corpora.json_files import identity
 from corpora.storage import read_artefact, write_artefact
 from eval.__main__ import main as evaluate
 from intactkv.prefix import Prefix, build_prefix
@@ -29,7 +30,7 @@ from quantization.kv_cache.base import Policy
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import DecoderBlock
-from quantization.recipes.recipe import Calibration, Recipe
+from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs import kv_artefact
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.kv_artefact import KIND, KVArtefact
@@ -422,10 +423,36 @@ def test_what_is_no_whole_artefact_is_refused(plan: Plan, dense: Path, intactkv_
     refused("has format 2, this version reads 1")
     write_artefact(file, KIND, header | {"made_of": header["made_of"] | {"kv": {"kind": "Mine", "bits": 4}}}, tensors)
     refused("names the part 'Mine', which is not known here")
+    for changed, match in (
+        ({"layers.0.keys_scale.more": torch.zeros(())}, "it has a tensor 'layers.0.keys_scale.more' beyond its own"),
+        ({"layers.x.keys_scale": torch.zeros(())}, "it has a tensor 'layers.x.keys_scale' beyond its own"),
+        ({"keys_scale": torch.zeros(())}, "it has a tensor 'keys_scale' beyond its own"),
+        ({"layers.3.keys_scale": torch.zeros(2, 1, 1)}, "it has a tensor 'layers.3.keys_scale' beyond its own"),
+        (
+            {"layers.1.keys_scale": torch.zeros(1, 1, 1)},
+            r"is float32 of shape \(1, 1, 1\), expected floats of \(2, 1, 1\)",
+        ),
+        ({"layers.1.keys_scale": torch.zeros(2, 1, 1, dtype=torch.int32)}, "is int32 of shape"),
+        ({"layers.2.values_zero_point": None}, "it lacks the tensor 'layers.2.values_zero_point'"),
+    ):
+        write_artefact(file, KIND, header, {name: x for name, x in (tensors | changed).items() if x is not None})
+        refused(f"is damaged: .*{match}.*; make it again with `python -m quantization kv`")
+    write_artefact(file, KIND, header | {"identity": "01234567"}, tensors)
+    refused("its identity is not that of what made it")
+    write_artefact(file, KIND, header, tensors)
+    assert KVArtefact.load(file).identity == made.identity
     save_file(tensors, file, {KIND: json.dumps(header)})
     refused("has changed since it was written")  # no file of this kind is without a sum
     build_prefix(open_model(dense), PREFIX).save(file)
     refused("is another kind of file")
+
+
+@every("policy", [StaticPerHead(4), StaticPerHead(4, group_size=-1), StaticPerHead(4, group_size=8), ClippedPerHead(4),
+                  KVQuant(3, v_bits=2, weighting="none"), KVQuant(2, qnorm=True, weighting="none")])  # fmt: skip
+def test_what_a_policy_keeps_has_the_shapes_that_it_tells(policy: Policy, dense: Path, intactkv_root: Path) -> None:
+    kept = calibrated(dense, policy, intactkv_root / f"{identity(describe(policy))}.safetensors", SEGMENTS)
+    for tensors in kept.values():
+        assert {name: tuple(x.shape) for name, x in tensors.items()} == policy.shapes(16, 2, tensors)
 
 
 def test_a_policy_that_the_model_cannot_have_is_refused_by_the_plan(
@@ -466,6 +493,9 @@ class BeforeRope(Policy):
     def fit_block(self, block: DecoderBlock) -> dict[str, Tensor]:
         assert block.squared_gradients is not None
         return {name: x.sum() for name, x in block.squared_gradients.items()}
+
+    def shapes(self, head_size: int, heads: int, names: Any = ()) -> dict[str, tuple[int, ...]]:
+        return {"keys": (), "values": ()}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ q·k needs no rotation of q then (PrefixQuant rotates both).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -117,6 +117,10 @@ class Policy(ABC):
 
     def fit_block(self, block: "DecoderBlock") -> dict[str, Tensor]:
         """The tensors of one block, by names without a dot, from its calibration text."""
+        raise NotImplementedError(f"{type(self).__name__} calibrates nothing")
+
+    def shapes(self, head_size: int, heads: int, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Of what `fit_block` gives, by name; all are floats. names: that are there, where some may be or not."""
         raise NotImplementedError(f"{type(self).__name__} calibrates nothing")
 
     def store(self, layer: int, tensors: Mapping[str, Tensor] | None = None, packed: bool = False) -> Store:

@@ -5,7 +5,7 @@
 Keys keep their whole range, values the shares of it that training or a search found for the layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,6 +69,10 @@ class ClippedPerHead(Grids):
         """The shares of the values' range, both `keep`, scalars."""
         device = next(block.module.parameters()).device
         return {f"values_{end}": torch.tensor(self.keep, device=device) for end in ("low", "high")}
+
+    def shapes(self, head_size: int, heads: int, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """See `Policy.shapes`."""
+        return {"values_low": (), "values_high": ()}
 
     def learned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those tensors of a block that training may move: both shares, or one of a symmetric grid."""

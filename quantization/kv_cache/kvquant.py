@@ -18,7 +18,7 @@ has as many slots for outliers as a value, or `key_slots` (published: any number
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -281,6 +281,14 @@ class KVQuant(Policy):
         found = fit_keys(torch.cat(vectors.pop("keys")), weights.get("keys"), bits=self.bits, **settings)
         all_values = torch.cat(vectors.pop("values"))
         return found | fit_values(all_values, weights.get("values"), bits=self.values_bits, **settings)
+
+    def shapes(self, head_size: int, heads: int, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """See `Policy.shapes`; a file of KVQuant's own code may have a Q-Norm or not."""
+        channels = (head_size * heads,)
+        levels = {"keys_levels": (2**self.bits,), "values_levels": (2**self.values_bits,)}
+        qnorms = [name for name in ("keys_qnorm", "values_qnorm")
+                  if (self.qnorm if self.file is None else name in names)]  # fmt: skip
+        return {"keys_low": channels, "keys_high": channels, **levels, **dict.fromkeys(qnorms, (2,))}
 
     def _layers(self) -> list[dict[str, Tensor]]:
         """What the file says of every layer, which must be of these bits."""

@@ -11,7 +11,7 @@ Departs from PrefixQuant: its search for better scales belongs to its recipes (`
 the policy takes min-max ranges.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from intactkv.store import Rounding
 from quantization.grids.straight_through import straight
 from quantization.grids.uniform import Fit
-from quantization.kv_cache.base import Grids, OnGrids, split_heads, turned
+from quantization.kv_cache.base import Grids, OnGrids, channels_of, split_heads, turned
 from quantization.model.blocks import DecoderBlock
 
 __all__ = ["StaticPerHead"]
@@ -75,6 +75,11 @@ class StaticPerHead(Grids):
             scale, zero_point = grid.rule.fit(low, high, grid.bits)
             tensors |= {f"{name}_scale": scale[:, None, None], f"{name}_zero_point": zero_point[:, None, None]}
         return tensors
+
+    def shapes(self, head_size: int, heads: int, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """See `Policy.shapes`."""
+        groups = head_size * heads // channels_of(self.group_size, head_size, heads)
+        return {f"{side}_{part}": (groups, 1, 1) for side in ("keys", "values") for part in ("scale", "zero_point")}
 
     def learned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those tensors of a block that training may move: scales, and zero points where the grid has free ones."""

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -111,21 +111,19 @@ class KVArtefact:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises UserError if the file is missing, truncated, of another kind, or has changed
-        since it was written."""
+        """Read what `save` wrote. Raises UserError if the file is missing, truncated, of another kind, has changed
+        since it was written, or holds other tensors than its policy keeps for its model."""
         header, tensors = read_artefact(path, KIND, _Header, WHAT, AGAIN, summed=True)
         if header["format"] != KV_FORMAT:
             raise UserError(f"{WHAT} {path} has format {header['format']}, this version reads {KV_FORMAT}; {AGAIN}")
         made_of = header["made_of"]
         policy = restored(made_of["kv"], PARTS, f"{WHAT} {path}")
-        layers: dict[int, dict[str, Tensor]] = {index: {} for index in range(header["model"]["layers"])}
-        for name, tensor in tensors.items():
-            _, index, part = name.split(".")
-            layers[int(index)][part] = tensor
-        needs = header["needs_prefix"]
+        if header["identity"] != identity(dict(made_of)):
+            _refuse(path, "its identity is not that of what made it")
+        owner, needs = ModelIdentity.restore(header["model"]), header["needs_prefix"]
         return cls(
-            policy, made_of, ModelIdentity.restore(header["model"]), header["weights"], header["prefix"],
-            None if needs is None else tuple(needs), header["needs_kv"], layers,
+            policy, made_of, owner, header["weights"], header["prefix"], None if needs is None else tuple(needs),
+            header["needs_kv"], _by_layer(path, policy, owner, tensors),
         )  # fmt: skip
 
     def check_front(self, ids: Sequence[int], prefix: Prefix | None = None) -> None:
@@ -146,6 +144,33 @@ class KVArtefact:
 
     def __str__(self) -> str:
         return f"{label_of(self.policy, self.weights)}-{self.identity}"
+
+
+def _by_layer(
+    path: Path, policy: Policy, owner: ModelIdentity, tensors: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """The tensors of a file by layer. Raises UserError unless they are what the policy keeps for such a model."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for index in range(owner.n_layers):
+        front = f"layers.{index}."
+        mine = layers[index] = {name[len(front) :]: x for name, x in tensors.items() if name.startswith(front)}
+        shapes = policy.shapes(owner.head_dim, owner.kv_heads, mine) if policy.calibrates else {}
+        if found := sorted(shapes.keys() ^ mine.keys()):
+            more = found[0] in mine
+            _refuse(
+                path, f"it {'has a' if more else 'lacks the'} tensor {front + found[0]!r}" + " beyond its own" * more
+            )
+        for name, shape in shapes.items():
+            if mine[name].shape != shape or not mine[name].is_floating_point():
+                held = f"{str(mine[name].dtype).removeprefix('torch.')} of shape {tuple(mine[name].shape)}"
+                _refuse(path, f"its {front + name!r} is {held}, expected floats of {shape}")
+    if strange := sorted(tensors.keys() - {f"layers.{i}.{name}" for i, layer in layers.items() for name in layer}):
+        _refuse(path, f"it has a tensor {strange[0]!r} beyond its own")
+    return layers
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise UserError(f"{WHAT} {path} is damaged: {what}; {AGAIN}")
 
 
 def calibrate_kv(
