@@ -22,6 +22,7 @@ __all__ = [
     "Feed",
     "architecture_of",
     "decoder_of",
+    "heads_of",
     "pads_shift",
 ]
 
@@ -186,6 +187,13 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
             f"{', '.join(ARCHITECTURES)}. A new type is a row in intactkv/architecture.py"
         )
     return ARCHITECTURES[config.model_type]
+
+
+def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
+    """KV heads, and the channels of a head: of any model type, in the table or not."""
+    config = config.get_text_config(decoder=True)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, size
 
 
 def decoder_of(model: "PreTrainedModel") -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import decoder_of, pads_shift
+from intactkv.architecture import decoder_of, heads_of, pads_shift
 from intactkv.attention import take_over
 from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
@@ -117,11 +117,8 @@ class IntactModel:
         element of keys and of values in packed storage once so many tokens are held. None for full precision."""
         if self.kv is None:
             return None
-        config = self.model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv = self.kv.behind(self.prefix_length)
-        bits = kv.bits_per_element(tokens, size, getattr(config, "num_key_value_heads", None) or heads)
+        heads, size = heads_of(self.model.config)
+        bits = self.kv.behind(self.prefix_length).bits_per_element(tokens, size, heads)
         return {"rounded": self.usage.share, "bits_per_element": list(bits), "tokens": tokens}
 
     def _stores(self) -> list[Store]:

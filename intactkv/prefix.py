@@ -23,7 +23,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 from corpora.errors import UserError
 from corpora.json_files import Size
 from corpora.storage import checkpoint_fingerprint, is_finite, read_artefact, sha256_of_tensor, write_artefact
-from intactkv.architecture import ARCHITECTURES
+from intactkv.architecture import ARCHITECTURES, heads_of
 from intactkv.cache import IntactCache
 from intactkv.store import KVPolicy
 
@@ -121,12 +121,12 @@ def identity_of(model: PreTrainedModel, stored: str | None = None) -> ModelIdent
         quantized = getattr(model.config, "quantization_config", None) is not None
         local = bool(model.name_or_path) and (directory / "config.json").is_file() and not quantized
         source = (checkpoint_fingerprint(directory, stored) if local else None, PLAIN_BASIS)
-    heads = config.num_attention_heads
+    kv_heads, head_dim = heads_of(config)
     return ModelIdentity(
         model_type=config.model_type,
         n_layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocabulary=config.vocab_size,
         rope=json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str),
         fingerprint=source[0],

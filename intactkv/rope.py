@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from corpora.errors import UserError
-from intactkv.architecture import architecture_of
+from intactkv.architecture import architecture_of, heads_of
 
 __all__ = ["Places", "Rope", "rope_of"]
 
@@ -100,7 +100,6 @@ def rope_of(config: PreTrainedConfig) -> Rope | None:
     if kind != "default":
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return Rope(frequencies.float(), float(factor))
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotary = int(size * (told.get("partial_rotary_factor") or 1.0))
+    rotary = int(heads_of(config)[1] * (told.get("partial_rotary_factor") or 1.0))
     exponents = torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary
     return Rope(1.0 / told["rope_theta"] ** exponents, 1.0)

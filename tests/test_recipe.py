@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import ARCHITECTURES, architecture_of
+from intactkv.architecture import ARCHITECTURES, architecture_of, heads_of
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead, StaticPerHead
 from quantization.model.blocks import DecoderBlock
@@ -296,6 +296,19 @@ def test_every_architecture_lists_the_linears_in_the_order_of_computation(
     firsts = [inputs[group[0]] for group in architecture.linears]
     assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
     torch.testing.assert_close(heads[0], decoded)  # the decoder returns what the head reads
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [*((kind, {}) for kind in ARCHITECTURES), ("llama", {"num_key_value_heads": 4, "head_dim": 8})],
+)
+def test_heads_are_those_of_the_keys_that_the_model_writes(
+    model_type: str, sizes: dict[str, int], tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = tiny_model(model_type, **sizes)
+    with torch.no_grad():
+        keys = model(torch.tensor([[1, 5, 7]]), use_cache=True).past_key_values.layers[0].keys
+    assert (1, heads_of(model.config)[0], 3, heads_of(model.config)[1]) == keys.shape
 
 
 def test_an_unknown_model_type_is_refused_with_the_types_there_are(tiny_config: Callable[..., Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import Architecture, Feed
+from intactkv.architecture import Architecture, Feed, heads_of
 from intactkv.cache import IntactCache
 from intactkv.observe import hooked, on_input
 from intactkv.prefix import Prefix, input_embeddings
@@ -217,9 +217,7 @@ class CalibrationStream:
             self._values = [x.to(like) for x in behind.values]
         elif behind is not None:
             self._prefix, self._prefix_arguments = self._enter(model, behind[None], IntactCache(model.config))
-            text = model.config.get_text_config(decoder=True)
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            heads, size = heads_of(model.config)
             # Masks and positions need only the prefix's length; its values come when a block is seeded.
             blank = self._prefix.new_zeros(1, heads, behind.numel(), size)
             self._keys = self._values = [blank] * len(self._blocks)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from intactkv.architecture import heads_of
 from intactkv.store import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
@@ -59,8 +60,7 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
     kv = recipe.kv_cache
     if not isinstance(kv, Policy):
         return recipe
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    _, head_size = heads_of(config)
     wanted, held = kv.in_heads(head_size), held_kv(checkpoint)
     if held is not None:
         # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
