@@ -55,7 +55,7 @@ def test_keys_are_recovered_from_before_their_rotation_and_go_back(name, dtype, 
 
 
 def test_positions_leave_out_the_pads_of_a_row():
-    places = Places(5, 4, torch.tensor([0, 2]), prefix=3)  # behind a prefix of 3: the slots 5 to 8
+    places = Places(5, 4, torch.tensor([0, 2]))  # behind a prefix of 3: the slots 5 to 8
     assert places.positions(torch.device("cpu")).tolist() == [[5, 6, 7, 8], [3, 4, 5, 6]]
 
 
