@@ -51,7 +51,8 @@ class Reference(TypedDict):
 class Said(TypedDict):
     """One answer. dialogue: how many times the conversation began anew, from 1; prompt, fed: tokens of the rendered
     dialogue, and those of them that the model had to read; seconds_to_first: until the first token of the answer;
-    quantized: share of the cache behind the prefix, once all is said; cache_bytes: of all it holds."""
+    quantized: of the elements behind the prefix those that the cache holds rounded, once all is said (not of what
+    attention read); cache_bytes: of all it holds."""
 
     dialogue: Count
     user: str

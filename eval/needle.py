@@ -197,6 +197,6 @@ def look_for(
             "found": found(cell.key, answer),
             "log_likelihood": scores[0].log_likelihood,
             "answer": answer,
-            "quantized": output.past_key_values.quantized_fraction,
+            "quantized": output.past_key_values.rounded_share,
             "bits_per_element": None if kv is None else kv["bits_per_element"],
         }

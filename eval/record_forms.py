@@ -182,8 +182,9 @@ class _Answers(TypedDict):
 
 
 class NeedleResult(TypedDict):
-    """One question of a grid of needles. log_likelihood: of the key behind the prompt, in nats; quantized: share
-    rounded of what attention read; bits_per_element: of keys and of values in packed storage at that length."""
+    """One question of a grid of needles. log_likelihood: of the key behind the prompt, in nats; quantized: what other
+    records call rounded, the share of what attention read; bits_per_element: of keys and of values in packed storage
+    once the prompt is held."""
 
     length: Count
     depth: Annotated[int, Field(ge=0, le=100)]

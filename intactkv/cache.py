@@ -329,7 +329,7 @@ class IntactCache(Cache):
         return max(0, self._told[0] - before[0]), max(0, self._told[1] - before[1])
 
     @property
-    def quantized_fraction(self) -> float:
+    def rounded_share(self) -> float:
         """Share of what attention read behind the prefix that was rounded, in [0, 1]; 0 before it has read anything.
 
         Over all pairs of a query and a token that it may see, mean of keys and values. Raises RuntimeError if

@@ -131,7 +131,7 @@ def test_a_cache_of_which_nothing_was_quantized_is_said(program, model, script, 
         caplog.clear()
         code, _, err = program(*words, "--set", f"kv_cache.residual={residual}", "--max-new-tokens", 4)
         assert code == 0, err
-        assert caplog.text.count("none of the cache was quantized") == said
+        assert caplog.text.count("none of the cache was rounded") == said
 
 
 def test_an_answer_is_the_greedy_one_of_the_plain_model(tiny_model, tiny_tokenizer):
@@ -250,7 +250,7 @@ def test_a_script_is_answered_line_by_line_and_its_commands_are_obeyed(program, 
         assert f"> {line}\n" in printed
     assert "never read" not in printed
     assert f"weights  {transcript['weight_bytes'] / 1e6:,.1f} MB" in printed
-    assert "100.0% quantized, behind 1 of the prefix" in printed
+    assert "100.0% of the elements rounded, behind 1 of the prefix" in printed
     assert "tokens per second" in printed
     assert "/exit   leave" in printed
     assert str(out) in printed

@@ -227,9 +227,9 @@ def test_after_a_reset_only_the_prefix_is_left(model, prefix, policy):
     run(model, cache, batch(4, 9, seed=1))
     cache.reset()
     assert cache.get_seq_length() == P
-    assert cache.quantized_fraction == 0
+    assert cache.rounded_share == 0
     assert torch.equal(run(model, cache, batch(2, 5)), expected)
-    assert cache.quantized_fraction == (0 if policy is None else 1)
+    assert cache.rounded_share == (0 if policy is None else 1)
 
 
 def test_sequences_of_a_batch_do_not_read_each_other(model, prefix):
@@ -243,19 +243,19 @@ def test_sequences_of_a_batch_do_not_read_each_other(model, prefix):
 # What it says about itself --------------------------------------------------------------------------------------------
 
 
-def test_the_quantized_fraction_counts_the_tokens_that_the_policy_saw(model, prefix):
+def test_the_rounded_share_counts_the_tokens_that_the_policy_saw(model, prefix):
     full, quantized = prefix.cache(model.config), prefix.cache(model.config, PerHead(4))
-    assert quantized.quantized_fraction == 0  # nothing seen yet: the prefix does not count
+    assert quantized.rounded_share == 0  # nothing seen yet: the prefix does not count
     for chunk in (batch(1, 5), batch(1, 1)):
         run(model, full, chunk)
         run(model, quantized, chunk)
-        assert (full.quantized_fraction, quantized.quantized_fraction) == (0, 1)
+        assert (full.rounded_share, quantized.rounded_share) == (0, 1)
     quantized.crop(-2)
-    assert quantized.quantized_fraction == 1
+    assert quantized.rounded_share == 1
     run(model, quantized, batch(1, 3))
-    assert quantized.quantized_fraction == 1
+    assert quantized.rounded_share == 1
     quantized.crop(-7)
-    assert quantized.quantized_fraction == 0
+    assert quantized.rounded_share == 0
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -163,7 +163,7 @@ def test_the_three_kinds_of_prefill(tiny_model: Callable[..., PreTrainedModel]) 
         intact = attach(model, prefix, KIVI(2, group_size=G, residual=R, prefill=prefill))
         cache = intact.new_cache()
         logits[prefill] = intact.feed(ids[:, :-1], cache=cache).logits
-        share = cache.quantized_fraction
+        share = cache.rounded_share
         after = intact.feed(ids[:, -1:], cache=cache).logits
         assert (share > 0) == (prefill != "fp")
         assert not torch.allclose(after, exact[:, -1:], atol=1e-3)  # decoding reads what is rounded

@@ -202,7 +202,7 @@ def test_the_prefix_is_exact_under_any_number_of_bits(model):
     behind = attach(model, prefix, PerHead(2))
     cache = behind.new_cache()
     behind.feed(random_ids(9)[None], cache=cache)
-    assert cache.quantized_fraction == 1
+    assert cache.rounded_share == 1
     for layer, keys, values in zip(cache.intact_layers, prefix.keys, prefix.values, strict=True):
         assert torch.equal(layer.held[0][:, :, :3], keys)
         assert torch.equal(layer.held[1][:, :, :3], values)

@@ -136,7 +136,7 @@ def test_the_prefix_in_the_cache_is_not_touched(tiny_model):
         assert torch.equal(held[0][:, :, :2], keys)
         assert torch.equal(held[1][:, :, :2], values)
         assert held[0].shape[2] == 11
-    assert cache.quantized_fraction == 1
+    assert cache.rounded_share == 1
 
 
 def test_it_is_chosen_by_name():

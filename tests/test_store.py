@@ -239,7 +239,7 @@ def test_a_residual_longer_than_the_text_is_the_full_precision_cache(bits: int, 
     cache = intact.new_cache()
     logits = intact.feed(TEXT[None], cache=cache).logits
     assert torch.equal(logits, attach(llama, None).feed(TEXT[None]).logits)
-    assert cache.quantized_fraction == 0
+    assert cache.rounded_share == 0
 
 
 def test_what_comes_one_by_one_is_written_into_room_and_copied_seldom() -> None:

@@ -46,7 +46,8 @@ def kv_report(
     """Rows of arm, group, block, k_sqnr, v_sqnr, attention_sqnr, tokens, quantized_fraction, bits_per_element; and by
     group the figures of `LogitLoss`. A group without tokens has no rows; one without queries has attention_sqnr nan.
 
-    Errors are summed over the windows. quantized_fraction: of the group's cached elements, 0…1. bits_per_element: mean.
+    Errors are summed over the windows. quantized_fraction: of the group's elements, those that the cache holds rounded
+    at a window's end, 0…1 (not of what attention read, which records call rounded). bits_per_element: mean.
     Memory: two models, and of one window both caches and the twin's attention outputs. report: called after a window.
     """
     layers = range(len(pair.blocks(pair.reference)))

@@ -57,7 +57,7 @@ def _draw_grid(axes: Any, record: Mapping[str, Any]) -> Any:
     told = f"{100 * record['found']:.0f} % of {len(record['results'])} found, {keys} key{'s' * (keys > 1)} a cell"
     if settings["kv"] is not None:
         bits = bits_of(record)
-        told += f"\n{100 * record['quantized']:.0f} % of the cache rounded, {bits[max(bits)]:.2f} bits an element"
+        told += f"\n{100 * record['quantized']:.0f} % rounded of what was read, {bits[max(bits)]:.2f} bits an element"
     axes.set_title(f"{fill(arm_of(settings), WIDTH)}\n{told}", fontsize=8)
     return image
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 COMMANDS = {
     "/reset": "begin a new dialogue",
-    "/stats": "speed, memory, and the share of the cache that is quantized",
+    "/stats": "speed, memory, and the share of the cache's elements that is rounded",
     "/exit": "leave (or the end of the input)",
     "/help": "this list",
 }
@@ -247,9 +247,7 @@ def _talk(
                          "fed again where that happens")  # fmt: skip
             keep.add(said)
     if talk.model.kv is not None and keep.answers and not any(said["quantized"] for said in keep.answers):
-        log.warning(
-            "none of the cache was quantized: the KV policy keeps more of the newest tokens exact than were said"
-        )
+        log.warning("none of the cache was rounded: the KV policy keeps more of the newest tokens exact than were said")
     return talk.model.prefix
 
 
@@ -300,7 +298,7 @@ def _stats(talk: "Conversation", keep: "_Keeper") -> str:
     else:
         front = talk.model.prefix_length
         held, rounded = cache_state(cache)
-        share = f"{rounded:.1%} quantized" if talk.model.kv is not None else "full precision"
+        share = f"{rounded:.1%} of the elements rounded" if talk.model.kv is not None else "full precision"
         size = f"{held / 1e6:,.3f} MB"
         told.append(f"cache    {size}: {cache.get_seq_length() - front} tokens, {share}, behind {front} of the prefix")
     for name, answers in (("last", keep.answers[-1:]), ("all", keep.answers)):
