@@ -26,6 +26,7 @@ POLICIES: dict[str, Policy] = {
     "kvquant": KVQuant(3, weighting="none", sinks=0),
     "turboquant": TurboQuant(3),
 }
+FINER = {"kvquant": (4, 0.5)}  # bits, and how much of the logits may still move; others: 8 bits
 SMALL = {"rtn": "weights.grid.group_size=32", "gptq": "weights.grid.group_size=32", "omni": "weights.epochs=1"}
 WEIGHTS = ("fp16", "rtn-w4", "gptq-w4", "smoothquant-w8a8-qllm", "quarot", "omniquant-w4a4")
 
@@ -65,7 +66,13 @@ def test_policies_go_with_weights_and_prefixes(
             assert scores[word].isfinite().all()
             exact = attach(fake.model, fake.prefix).score(TEXT)
             moved = float((scores[word] - exact)[:, 1:].norm() / exact[:, 1:].norm())
-            assert 1e-3 < moved < 1.5, (name, word, moved)
+            assert 1e-3 < moved < 0.9, (name, word, moved)  # unrelated logits: √2
+            if word == "bos" and (base.activations is None or base.activations.grid.bits >= 8):
+                # Inputs of 4 bits make much of any change, and a policy that weights are trained with makes others.
+                finer, limit = FINER.get(name, (8, 0.3))
+                fine = plan_run(source, replace(recipe, kv_cache=replace(policy, bits=finer)), device=CPU).load()
+                left = float((fine.score(TEXT) - exact)[:, 1:].norm() / exact[:, 1:].norm())
+                assert left < min(limit, 0.8 * moved), (name, left, moved)
             answer = packed.generate(TEXT[:, :20], max_new_tokens=12, min_new_tokens=12, do_sample=False)
             assert answer.shape == (1, 32)
         assert not torch.equal(scores["none"], scores["bos"])

@@ -72,6 +72,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+# By bits, how far a small model's logits may move, as a share of them; unrelated ones are √2 away.
+MOVED = {2: 1.0, 3: 0.6, 4: 0.6, 8: 0.03}
+
+
 def calibrated(model: PreTrainedModel, policy: Policy) -> dict[int, dict[str, Tensor]]:
     """What the layers of a policy that calibrates have, from a little text."""
     if not policy.calibrates:
@@ -180,8 +184,8 @@ def test_rows_do_not_see_each_other_and_edits_follow_them(name: str, packed: boo
             assert_close(a, b, atol=0.3, rtol=0)  # a code may flip by 1e-7 of its input
             assert ((a - b).abs() > 1e-4).float().mean() < 0.05
         assert torch.equal(ours.held[0][:, :, :P], key)
-    assert_close(intact.feed(ids[1:, :1], cache=cache).logits, intact.feed(ids[1:, :1], cache=alone).logits,
-                 atol=0.5, rtol=0.1)  # fmt: skip
+    mine, its = (intact.feed(ids[1:, :1], cache=held).logits for held in (cache, alone))
+    assert float((mine - its).norm() / its.norm()) < 0.2  # behind the other row: 1.5 to 1.8
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -225,7 +229,8 @@ def test_every_policy_runs_in_every_family_or_is_refused(
     intact = behind(model, policy, prefix)
     text = torch.cat([IDS, TEXT])
     logits, truth = intact.score(text[None])[0], plain_logits(model, text)
-    assert 0 < float((logits - truth)[P:].norm() / truth[P:].norm()) < 1.2
+    moved = float((logits - truth)[P:].norm() / truth[P:].norm())
+    assert 0 < moved < MOVED[min(policy.bits, policy.values_bits)]
     answer = intact.generate(text[None, :20], max_new_tokens=30, min_new_tokens=30, do_sample=False)
     beams = intact.generate(text[None, :20], max_new_tokens=30, min_new_tokens=30, do_sample=False, num_beams=2)
     assert answer.shape == beams.shape == (1, 50)
