@@ -20,9 +20,10 @@ from intactkv.architecture import decoder_of, pads_shift
 from intactkv.attention import take_over
 from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
+from intactkv.policy import KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
 from intactkv.rows import FedRows, left_padded, refuse_holes, to_columns
-from intactkv.store import KVPolicy, Store
+from intactkv.store import Store
 from intactkv.vocabulary import known_ids
 
 __all__ = ["IntactModel", "attach", "default_batch_size"]
@@ -37,7 +38,7 @@ ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_toke
 def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = None) -> "IntactModel":
     """Put an intact prefix in front of a model, and a KV policy on its cache; both are optional.
 
-    kv: one that calibrates comes with its tensors (`intactkv.store.Bound`), which also says whether codes are kept. The
+    kv: one that calibrates comes with its tensors (`intactkv.policy.Bound`), which also says what is kept. The
     model's attention runs through `intactkv.attention` from now on; else it is not changed. Raises UserError if the
     prefix belongs to another model or another basis.
     """
@@ -118,10 +119,9 @@ class IntactModel:
         if self.kv is None:
             return None
         config = self.model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv = self.kv.behind(self.prefix_length)
-        bits = kv.bits_per_element(tokens, size, getattr(config, "num_key_value_heads", None) or heads)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        bits = self.kv.behind(self.prefix_length).bits_per_element(tokens, size, heads)
         return {"rounded": self.usage.share, "bits_per_element": list(bits), "tokens": tokens}
 
     def _stores(self) -> list[Store]:
@@ -167,7 +167,12 @@ class IntactModel:
         that wants to look at it afterwards, or to feed a text in several calls; by default nothing is kept.
         """
         cache = self.new_cache(single_pass=True) if cache is None else cache
-        full, positions = None, None
+        full, positions, held = None, None, cache.get_seq_length() - self.prefix_length
+        if not held:
+            cache.rows.pads = None
+        elif mask is None and cache.rows.pads is not None:  # those of earlier calls are still there
+            columns = torch.arange(held + ids.shape[1], device=cache.rows.pads.device)
+            mask = (columns >= cache.rows.pads[:, None]).long().to(ids.device)
         if mask is not None and not bool(mask.all()):
             full = torch.cat([mask.new_ones(mask.shape[0], self.prefix_length), mask], dim=1)
             if full.shape[1] != cache.get_seq_length() + ids.shape[1]:
@@ -183,7 +188,9 @@ class IntactModel:
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None:
             arguments["position_ids"] = positions
-        return (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
+        output = (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
+        cache.check_read()
+        return output
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
@@ -363,6 +370,11 @@ class IntactModel:
         if given is False:
             raise UserError("use_cache=False cannot be combined with a prefix: the prefix is in the cache")
         for name in ASSISTANTS:
+            if self.waits and self._option(options, name):
+                raise UserError(
+                    f"{name} cannot be combined with a KV policy that keeps its newest tokens exact: it takes tokens "
+                    "back, and what is rounded stays so; choose another policy, such as --kv per_head"
+                )
             if self.prefix is not None and self._option(options, name):
                 raise UserError(
                     f"{name} cannot be combined with a prefix: assisted decoding starts with an empty cache"

@@ -101,6 +101,5 @@ def rope_of(config: PreTrainedConfig) -> Rope | None:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return Rope(frequencies.float(), float(factor))
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotary = int(size * (told.get("partial_rotary_factor") or 1.0))
-    exponents = torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size  # these families turn whole heads
     return Rope(1.0 / told["rope_theta"] ** exponents, 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from intactkv.store import Bound, KVPolicy
+from intactkv.policy import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
