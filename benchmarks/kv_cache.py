@@ -24,8 +24,9 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from benchmarks.measure import report
 from corpora.text import evaluation_stream, protocol
 from intactkv.attach import IntactModel, attach
+from intactkv.policy import Bound
 from intactkv.prefix import build_prefix
-from intactkv.store import Bound, Memory
+from intactkv.store import Memory
 from quantization.kv_cache import KV_POLICIES
 
 Arm = tuple[Callable[[Tensor], Tensor], Callable[[], int], Any]  # logits of a token, 16-bit bytes held, the cache

@@ -20,9 +20,10 @@ from intactkv.architecture import decoder_of, heads_of, pads_shift
 from intactkv.attention import take_over
 from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
+from intactkv.policy import KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
 from intactkv.rows import FedRows, left_padded, refuse_holes, to_columns
-from intactkv.store import KVPolicy, Store
+from intactkv.store import Store
 from intactkv.vocabulary import known_ids
 
 __all__ = ["IntactModel", "attach", "default_batch_size"]
@@ -37,7 +38,7 @@ ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_toke
 def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = None) -> "IntactModel":
     """Put an intact prefix in front of a model, and a KV policy on its cache; both are optional.
 
-    kv: one that calibrates comes with its tensors (`intactkv.store.Bound`), which also says whether codes are kept. The
+    kv: one that calibrates comes with its tensors (`intactkv.policy.Bound`), which also says what is kept. The
     model's attention runs through `intactkv.attention` from now on; else it is not changed. Raises UserError if the
     prefix belongs to another model or another basis.
     """
@@ -164,7 +165,12 @@ class IntactModel:
         that wants to look at it afterwards, or to feed a text in several calls; by default nothing is kept.
         """
         cache = self.new_cache(single_pass=True) if cache is None else cache
-        full, positions = None, None
+        full, positions, held = None, None, cache.get_seq_length() - self.prefix_length
+        if not held:
+            cache.rows.pads = None
+        elif mask is None and cache.rows.pads is not None:  # those of earlier calls are still there
+            columns = torch.arange(held + ids.shape[1], device=cache.rows.pads.device)
+            mask = (columns >= cache.rows.pads[:, None]).long().to(ids.device)
         if mask is not None and not bool(mask.all()):
             full = torch.cat([mask.new_ones(mask.shape[0], self.prefix_length), mask], dim=1)
             if full.shape[1] != cache.get_seq_length() + ids.shape[1]:
@@ -180,7 +186,9 @@ class IntactModel:
         arguments: dict[str, Any] = {"attention_mask": full, "use_cache": True}
         if positions is not None:
             arguments["position_ids"] = positions
-        return (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
+        output = (through or self.model)(input_ids=known_ids(ids, self.model), past_key_values=cache, **arguments)
+        cache.check_read()
+        return output
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits for every column of `input_ids`: (B, L, vocabulary), float32.
@@ -360,6 +368,11 @@ class IntactModel:
         if given is False:
             raise UserError("use_cache=False cannot be combined with a prefix: the prefix is in the cache")
         for name in ASSISTANTS:
+            if self.waits and self._option(options, name):
+                raise UserError(
+                    f"{name} cannot be combined with a KV policy that keeps its newest tokens exact: it takes tokens "
+                    "back, and what is rounded stays so; choose another policy, such as --kv per_head"
+                )
             if self.prefix is not None and self._option(options, name):
                 raise UserError(
                     f"{name} cannot be combined with a prefix: assisted decoding starts with an empty cache"

@@ -177,7 +177,10 @@ def _explicit(
     outputs, seen = [], []
     for start in range(0, tokens, at_once):
         part = slice(start, start + at_once)
-        scores = _two(query[:, :, part], key.transpose(2, 3), read.keys, part, of_columns=True) * scaling
+        # In float32, as torch's own: products of float16 overflow before they are scaled.
+        scores = (
+            _two(query[:, :, part].float(), key.float().transpose(2, 3), read.keys, part, of_columns=True) * scaling
+        )
         softmax = torch.softmax(masked(scores, mask[:, :, part]), dim=-1, dtype=torch.float32)
         if products is not None:
             softmax = products.softmax(softmax, read.prefix)
@@ -198,7 +201,7 @@ def _two(left: Tensor, right: Tensor, forms: TwoForms | None, part: slice, of_co
     limits = torch.tensor(forms.limits[part], device=left.device)
     rounded = torch.arange(forms.exact.shape[2], device=left.device) < limits[:, None]  # (T, tokens)
     if of_columns:
-        return torch.where(rounded, _product(left, right), _product(left, forms.exact.transpose(2, 3)))
+        return torch.where(rounded, _product(left, right), _product(left, forms.exact.to(left).transpose(2, 3)))
     return _product(left * rounded, right) + _product(left * ~rounded, forms.exact)
 
 

@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from corpora.errors import UserError
 from intactkv.attention import Read
+from intactkv.policy import KVPolicy
 from intactkv.rope import Places, Rope, rope_of
-from intactkv.store import Exact, KVPolicy, Memory, Store
+from intactkv.store import Exact, Memory, Store
 
 __all__ = ["IntactCache", "KVPolicy"]
 
@@ -272,7 +273,7 @@ class IntactCache(Cache):
                     raise UserError(
                         f"layer {index} of this {config.model_type} model attends to a window of "
                         f"{plain.sliding_window} tokens, where a KV policy must round every token by itself and keep "
-                        "numbers; choose per_head, rotated, static or clipped, without packed storage"
+                        "numbers; choose one that does, such as --kv per_head, without packed storage"
                     )
                 layers.append(IntactSlidingLayer(prefix, store, self.rows, rope, single_pass, plain.sliding_window))
             elif type(plain) is DynamicLayer:
@@ -317,9 +318,32 @@ class IntactCache(Cache):
         super().batch_select_indices(indices)
         self.rows.edit(lambda x: x[indices.to(x.device)])
 
-    def _reads(self) -> tuple[int, int]:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last −tokens_to_remove tokens of every layer. Raises ValueError where that cannot be exact."""
+        now = self._reads()
+        untold = now[0] - self._told[0], now[1] - self._told[1]
+        super().crop(tokens_to_remove)
+        self._edited(untold)
+
+    def reset(self) -> None:
+        """Back to the prefix alone."""
+        super().reset()
+        self._edited((0, 0))
+
+    def _edited(self, untold: tuple[int, int]) -> None:
+        """Tokens were forgotten. untold: what `reads` has not told yet, which it still will."""
+        if not self.intact_layers[0].tokens_behind:
+            self.rows.pads = None
+        left = self._reads()
+        self._told = left[0] - untold[0], left[1] - untold[1]
+
+    def check_read(self) -> None:
+        """Raise RuntimeError if attention has not looked at all that it was handed."""
         for layer in self.intact_layers:
             layer.check_read()
+
+    def _reads(self) -> tuple[int, int]:
+        self.check_read()
         sides = [side for layer in self.intact_layers for side in layer.store.sides]
         return sum(side.read for side in sides), sum(side.pairs for side in sides)
 

@@ -31,8 +31,8 @@ from intactkv.architecture import decoder_of
 from intactkv.attach import IntactModel
 from intactkv.cache import IntactCache
 from intactkv.observe import outputs_of
+from intactkv.policy import KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
-from intactkv.store import KVPolicy
 from intactkv.training import Descent, Group, Report, Schedule, check_settings, every, masters, shuffled
 from intactkv.vocabulary import known_ids
 

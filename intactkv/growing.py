@@ -5,13 +5,14 @@ from torch import Tensor
 
 __all__ = ["ROOM", "Rooms"]
 
-ROOM = 256  # entries of axis 2, of which there is always a multiple: fewer are empty
+ROOM = 256  # tokens, of which there is always a multiple: fewer are empty
 
 
 class Rooms:
-    """Room behind tensors, by their names."""
+    """Room behind tensors, by their names. block: tokens that one entry of axis 2 stands for."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = 1) -> None:
+        self._step = max(1, ROOM // block)
         self._rooms: dict[str, Tensor] = {}
 
     def joined(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
@@ -26,7 +27,9 @@ class Rooms:
             return torch.cat([held, new], dim=2)
         room = self._rooms.get(name)
         if room is None or not _behind(held, room, count):
-            room = self._rooms[name] = held.new_empty(*held.shape[:2], -(-count // ROOM) * ROOM, *held.shape[3:])
+            room = self._rooms[name] = held.new_empty(
+                *held.shape[:2], -(-count // self._step) * self._step, *held.shape[3:]
+            )
             room[:, :, : held.shape[2]] = held
         room[:, :, held.shape[2] : count] = new
         return room[:, :, :count]

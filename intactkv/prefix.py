@@ -25,7 +25,7 @@ from corpora.json_files import Size
 from corpora.storage import checkpoint_fingerprint, is_finite, read_artefact, sha256_of_tensor, write_artefact
 from intactkv.architecture import ARCHITECTURES, heads_of
 from intactkv.cache import IntactCache
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

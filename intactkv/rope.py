@@ -100,6 +100,6 @@ def rope_of(config: PreTrainedConfig) -> Rope | None:
     if kind != "default":
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return Rope(frequencies.float(), float(factor))
-    rotary = int(heads_of(config)[1] * (told.get("partial_rotary_factor") or 1.0))
-    exponents = torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary
+    size = heads_of(config)[1]
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size  # these families turn whole heads
     return Rope(1.0 / told["rope_theta"] ** exponents, 1.0)

@@ -28,6 +28,10 @@ class Rounding:
         all, its own one included."""
         return query + 1
 
+    def exact_first(self, prefix: int) -> int:
+        """How many of the first tokens behind a prefix of that length stay exact, although they have codes."""
+        return 0
+
     def encode(self, states: Tensor, places: Places) -> Codes:
         """What is stored of some consecutive tokens (B, KV heads, n, D), float32; keys come after RoPE."""
         raise UserError(f"{type(self).__name__} rounds numbers but has no codes; leave packed storage out")

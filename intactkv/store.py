@@ -12,18 +12,19 @@ In `fake` storage rounded tokens are numbers in the model's dtype, in `packed` s
 which are decoded for every read, one layer at a time. Both give the same bits.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from corpora.errors import UserError
 from intactkv.growing import Rooms
 from intactkv.rope import Places
 from intactkv.rounding import Codes, Exact, Rounding
 
-__all__ = ["Bound", "Codes", "Direct", "Exact", "KVPolicy", "Memory", "Rounding", "Side", "Store", "TwoForms"]
+__all__ = ["Codes", "Direct", "Exact", "Memory", "Rounding", "Side", "Store", "TwoForms"]
 
 FAR = 1 << 40  # tokens, more than any text has
 PREFILLS = ("exact", "final", "fp")
@@ -92,7 +93,7 @@ class Side:
         # Fake: prefix, rounded and exact tokens in one; packed: the exact ones alone.
         self._states: Tensor | None = None
         self.codes: dict[str, Tensor] = {}
-        self._rooms = Rooms()
+        self._rooms = Rooms(rounding.block)
 
     @property
     def _front(self) -> int:
@@ -112,7 +113,8 @@ class Side:
         else:
             upto = min(sees(last - 1), last)
             two = any(limit < min(upto, i + 1) for limit, i in zip(limits, queries, strict=True))
-        self.read, self.pairs = self.read + sum(limits), self.pairs + sum(i + 1 for i in queries)
+        self.read += sum(self._lossy(limit) for limit in limits)
+        self.pairs += sum(i + 1 for i in queries)
         exact = self._joined([*self._parts(new), new]) if two else None
         self._take(new, upto)
         self.length = last
@@ -139,7 +141,7 @@ class Side:
         self.pairs += pairs
         if not self.rounding.rounded(0):
             return new
-        self.read, self.coded = self.read + pairs, first
+        self.read, self.coded = self.read + sum(map(self._lossy, range(first + 1, self.length + 1))), first
         seen = self._numbers(new)
         self.coded = self.length
         return seen
@@ -164,8 +166,9 @@ class Side:
             self.codes = {name: x[:, :, : upto // self.rounding.block] for name, x in self.codes.items()}
             self.coded = upto
         self.length = length
-        if not length:
-            self.read = self.pairs = 0
+        # As if what is left had come token by token.
+        self.read = sum(self._lossy(min(self.rounding.rounded(i), i + 1)) for i in range(length))
+        self.pairs = length * (length + 1) // 2
 
     def select(self, rows: Callable[[Tensor], Tensor]) -> None:
         """Edit the batch: `rows` takes a tensor with the batch on axis 0. The prefix is shared by all rows."""
@@ -185,8 +188,15 @@ class Side:
         if not self.packed:
             codes, tokens = self.coded * of_token * self._states.element_size(), tokens - self.coded
         return Memory(
-            codes, tokens * of_token * self._states.element_size(), self.coded * of_token, self.length * of_token
+            codes,
+            tokens * of_token * self._states.element_size(),
+            self._lossy(self.coded) * of_token,
+            self.length * of_token,
         )
+
+    def _lossy(self, count: int) -> int:
+        """Of so many leading tokens with codes, those that are not exact all the same."""
+        return max(count - self.rounding.exact_first(0 if self.prefix is None else self.prefix.shape[2]), 0)
 
     def _upto(self, length: int) -> int:
         return min(self.rounding.rounded(length), length)
@@ -196,7 +206,8 @@ class Side:
         if self._states is None or upto <= self.coded:
             return
         states, start = self._states, self._front + self.coded
-        if self.packed or states.requires_grad or (states.is_inference() and not torch.is_inference_mode_enabled()):
+        closed = states.is_inference() and not torch.is_inference_mode_enabled()
+        if self.packed or closed or torch.is_grad_enabled():
             self._take(states[:, :, :0], upto)
         else:  # attention has read it; a copy of the whole for every token would cost as much as attention
             states[:, :, start : self._front + upto] = self._numbers(states[:, :, start : self._front + upto])
@@ -221,6 +232,8 @@ class Side:
         if self.packed:
             exact = new if self._states is None else self._joined([self._states, new])
             if count:
+                if torch.is_grad_enabled() and exact.requires_grad:
+                    raise UserError("packed storage of the KV cache passes no gradients; train with --kv-storage fake")
                 part = exact[:, :, :count]
                 codes = self.rounding.encode(part.float(), self._places(self.coded, upto))
                 self.codes = {name: self._rooms.joined(name, self.codes.get(name), x) for name, x in codes.items()}
@@ -322,81 +335,3 @@ class Store:
             for side, before in zip(self.sides, kept, strict=True):
                 vars(side).update(before)
             raise
-
-
-class KVPolicy(Protocol):
-    """How a KV cache is rounded: a frozen dataclass, part of a run's identity.
-
-    space: where keys are rounded, after RoPE or before. calibrates: whether a layer has tensors of its own, from
-    calibration text.
-    """
-
-    calibrates: ClassVar[bool]
-
-    @property
-    def space(self) -> str:
-        """`post_rope` or `pre_rope`."""
-        ...
-
-    def fit_block(self, block: Any) -> dict[str, Tensor]:
-        """The tensors of one block, by names without a dot, from its calibration text."""
-        ...
-
-    def store(self, layer: int, tensors: Mapping[str, Tensor] | None, packed: bool = False) -> Store:
-        """What one layer of one call keeps. tensors: what the layer was calibrated to, None where nothing is."""
-        ...
-
-    def behind(self, prefix: int) -> Self:
-        """The policy for tokens behind so many of an intact prefix."""
-        ...
-
-    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
-        """Bits that an element of keys, and of values, takes in packed storage once so many tokens are held, in a
-        model of 16-bit numbers; scales and everything else that is stored for it included."""
-        ...
-
-    def __eq__(self, other: Any) -> bool: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """A KV policy with what the layers of one model were calibrated to, by their index; a layer without tensors keeps
-    full precision. packed: keep codes. It is a policy itself, and needs nothing more."""
-
-    policy: KVPolicy
-    tensors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
-    packed: bool = False
-    calibrates: ClassVar[bool] = False
-
-    @property
-    def space(self) -> str:
-        """Where keys are rounded."""
-        return self.policy.space
-
-    def fit_block(self, block: Any) -> dict[str, Tensor]:
-        """See `KVPolicy`."""
-        return self.policy.fit_block(block)
-
-    def store(self, layer: int, tensors: Mapping[str, Tensor] | None = None, packed: bool = False) -> Store:
-        """What one layer of one call keeps."""
-        own = self.tensors.get(layer)
-        if self.policy.calibrates and own is None:
-            return Store(Exact(), Exact(), packed=packed or self.packed)
-        return self.policy.store(layer, own, packed or self.packed)
-
-    def behind(self, prefix: int) -> "Bound":
-        """See `KVPolicy`."""
-        return replace(self, policy=self.policy.behind(prefix))
-
-    def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
-        """See `KVPolicy`."""
-        return self.policy.bits_per_element(tokens, head_size, heads)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Bound) and (
-            (self.policy, self.packed) == (other.policy, other.packed)
-            and self.tensors.keys() == other.tensors.keys()
-            and all(self.tensors[layer] is other.tensors[layer] for layer in self.tensors)
-        )
-
-    __hash__ = None  # type: ignore[assignment]

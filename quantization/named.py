@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from corpora.errors import UserError
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from quantization.grids.binary_coding import BinaryGrid
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES, ClippedPerHead, PerHead, Rotated, StaticPerHead, TurboQuant

@@ -284,7 +284,7 @@ rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names; what OPTIONS say 
     for ((i = 0; i < ${#given[@]}; i++)); do
         case ${given[i]%%=*} in
             --recipe | --set | --weights | --transform | --activations | --bits | --group-size | --kv | --kv-bits | \
-                --k-bits | --v-bits | --kv-group-size) [[ ${given[i]} = *=* ]] || i=$((i + 1)) ;; # and its value
+                --k-bits | --v-bits | --kv-group-size | --kv-storage) [[ ${given[i]} = *=* ]] || i=$((i + 1)) ;; # and its value
             *) options+=("${given[i]}") ;;
         esac
     done

@@ -5,8 +5,8 @@ import torch
 
 from eval.tasks.lm import IntactLM
 from intactkv.attach import attach
+from intactkv.policy import Bound
 from intactkv.prefix import build_prefix
-from intactkv.store import Bound
 from quantization.grids.uniform import UniformGrid, quantize
 from quantization.kv_cache import KIVI, PerHead, Rotated, TurboQuant
 from quantization.model.placement import spread

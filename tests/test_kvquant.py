@@ -23,9 +23,9 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
 from intactkv.observe import outputs_of
+from intactkv.policy import Bound
 from intactkv.prefix import Prefix, build_prefix
 from intactkv.rope import Places, Rope, rope_of
-from intactkv.store import Bound
 from quantization.kv_cache import KV_POLICIES, KVQuant
 from quantization.kv_cache.fisher import gradients_of, squared_gradients
 from quantization.model.blocks import CalibrationStream, DecoderBlock

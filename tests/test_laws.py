@@ -28,8 +28,8 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.observe import outputs_of
+from intactkv.policy import Bound, KVPolicy
 from intactkv.prefix import Prefix, build_prefix
-from intactkv.store import Bound, KVPolicy
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear

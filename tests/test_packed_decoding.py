@@ -17,8 +17,8 @@ from intactkv import store
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactLayer
+from intactkv.policy import Bound
 from intactkv.prefix import build_prefix
-from intactkv.store import Bound
 from quantization.kernels import kv_attention
 from quantization.kv_cache import KIVI, ClippedPerHead, PerHead, Policy, Rotated, StaticPerHead, TurboQuant, base
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
+from intactkv.policy import Bound
 from intactkv.prefix import build_prefix
-from intactkv.store import Bound, Exact, Store
+from intactkv.store import Exact, Store
 from intactkv.training import train
 from quantization.grids.uniform import Fit, UniformGrid, fit, split_groups
 from quantization.kv_cache import ClippedPerHead, Policy, StaticPerHead

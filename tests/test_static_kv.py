@@ -16,7 +16,7 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.cache import IntactCache
-from intactkv.store import Bound
+from intactkv.policy import Bound
 from quantization.__main__ import main
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import ClippedPerHead, PerHead, StaticPerHead

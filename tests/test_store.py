@@ -17,8 +17,9 @@ from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache, IntactLayer
 from intactkv.growing import ROOM, Rooms
+from intactkv.policy import Bound
 from intactkv.prefix import Prefix, build_prefix
-from intactkv.store import Bound, Memory
+from intactkv.store import Memory
 from quantization.kv_cache import KIVI, KV_POLICIES, KVQuant, PerHead, Policy, TurboQuant
 from quantization.kv_cache.per_head import WholeRange
 from quantization.model.blocks import CalibrationStream, DecoderBlock

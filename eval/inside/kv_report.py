@@ -23,7 +23,8 @@ from eval.perplexity import Windows
 from intactkv.cache import IntactCache
 from intactkv.observe import inputs_of
 from intactkv.pivots import hidden_magnitudes
-from intactkv.store import FAR, KVPolicy
+from intactkv.policy import KVPolicy
+from intactkv.store import FAR
 
 __all__ = ["GROUPS", "kv_report", "stored_bits"]
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from corpora.errors import UserError
 from corpora.sharegpt import Chat
 from intactkv.calibrate import Sample, block_losses, block_targets
+from intactkv.policy import KVPolicy
 from intactkv.prefix import Prefix
-from intactkv.store import KVPolicy
 
 __all__ = ["losses_by_size"]
 

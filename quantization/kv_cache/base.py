@@ -113,7 +113,7 @@ class Policy(ABC):
 
     @abstractmethod
     def bits_per_element(self, tokens: int, head_size: int, heads: int) -> tuple[float, float]:
-        """See `intactkv.store.KVPolicy`."""
+        """See `intactkv.policy.KVPolicy`."""
 
     def fit_block(self, block: "DecoderBlock") -> dict[str, Tensor]:
         """The tensors of one block, by names without a dot, from its calibration text."""
@@ -246,6 +246,11 @@ class OnGrids(Rounding, ABC):
     def encode(self, states: Tensor, places: Places) -> Codes:
         """codes (batch, KV heads, n, D·b/8) uint8; scale and zero_point (batch, KV heads, n, groups of a head), with
         one head for groups over all."""
+        if states.shape[-1] % 8:
+            raise UserError(
+                f"packed storage puts the codes of eight channels of a head together, and this model's heads have "
+                f"{states.shape[-1]}; use --kv-storage fake"
+            )
         groups = split_heads(turned(states, self.rotate), self.policy.group_size)
         fitted = self.fitted(groups)
         codes = merge_heads(encode(groups, fitted, self.grid), states.shape[-1])

@@ -68,6 +68,10 @@ class OnLevels(Rounding, ABC):
     images: Tensor
     sinks: int
 
+    def exact_first(self, prefix: int) -> int:
+        """The sinks that do not stand in the prefix."""
+        return max(self.sinks - prefix, 0)
+
     @abstractmethod
     def flat(self, states: Tensor, places: Places, back: bool = False) -> Tensor:
         """(B, H, n, D) as attention reads them, in the basis that they are rounded in; or from there back."""
@@ -278,6 +282,11 @@ class KVQuant(Policy):
                 weights[name] = split_heads(states[:, :, skipped:].to(like), -1)[:, :, 0].flatten(0, 1)
         settings: Any = {"share": self.outliers, "levels": self.levels, "qnorm": self.qnorm}
         settings["ranged"] = self.weighting == "fisher_range"
+        if not sum(map(len, vectors["keys"])):
+            raise UserError(
+                f"kv_cache.sinks={self.sinks} leaves nothing of the calibration text, whose pieces are no longer; give "
+                "fewer, or more with --calibration-length"
+            )
         found = fit_keys(torch.cat(vectors.pop("keys")), weights.get("keys"), bits=self.bits, **settings)
         all_values = torch.cat(vectors.pop("values"))
         return found | fit_values(all_values, weights.get("values"), bits=self.values_bits, **settings)

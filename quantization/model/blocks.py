@@ -20,8 +20,8 @@ from corpora.errors import UserError
 from intactkv.architecture import Architecture, Feed, heads_of
 from intactkv.cache import IntactCache
 from intactkv.observe import hooked, on_input
+from intactkv.policy import Bound, KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
-from intactkv.store import Bound, KVPolicy
 from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale

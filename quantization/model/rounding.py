@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from quantization.model.activations import at_work
 from quantization.model.attention import AttentionProducts
 from quantization.model.blocks import DecoderBlock

@@ -85,6 +85,8 @@ def with_kv(recipe: "Recipe", options: argparse.Namespace, checkpoint: "Checkpoi
     elif name is not None and type(held := stored_kv(checkpoint)) is KV_POLICIES.get(name):
         policy = held if bits is None else replace(held, bits=bits, v_bits=None)
     elif name is not None or bits is not None:
+        if bits is None and name not in (None, "none") and len({"k_bits", "v_bits"} & given.keys()) == 1:
+            raise UserError(f"--kv {name} needs the bits of keys and of values: give --kv-bits N, or both apart")
         policy = kv_policy(name or "per_head", given.get("k_bits") if bits is None else bits)
     elif policy is None and not chosen:
         policy = stored_kv(checkpoint)

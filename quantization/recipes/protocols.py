@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from corpora.errors import UserError, said_by
 from corpora.json_files import fitted
 from intactkv.architecture import Feed
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from quantization.grids.stored import Grid, StoredWeight
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer

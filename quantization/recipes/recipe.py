@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from corpora import values
 from corpora.errors import UserError
 from corpora.files import plain_file, sha256_of_file
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
 from quantization.recipes.protocols import BlockTuning, Transform, WeightQuantizer

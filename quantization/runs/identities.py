@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from corpora.storage import identity, sha256_of_tensor
 from corpora.text import text_identity
+from intactkv.policy import KVPolicy
 from intactkv.prefix import PLAIN_BASIS, Prefix
-from intactkv.store import KVPolicy
 from quantization.recipes.recipe import Calibration, Recipe, describe
 from quantization.runs.checkpoint import FORMAT
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from intactkv.architecture import heads_of
-from intactkv.store import Bound, KVPolicy
+from intactkv.policy import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe

@@ -24,8 +24,8 @@ from corpora.writing import drop_dead_lock, refuse_special
 from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
 from intactkv.cache import IntactCache
+from intactkv.policy import Bound
 from intactkv.prefix import Prefix, check_owner, identity_of
-from intactkv.store import Bound
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
@@ -346,6 +346,11 @@ def plan_run(
     if vanilla and recipe.prefix == "none":
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
+        )
+    if packed_kv and recipe.kv_cache is None:
+        raise UserError(
+            "--kv-storage packed has nothing to act on: the KV cache has full precision; add --kv-bits N, or leave "
+            "it out"
         )
     config = read_config(directory)
     text_config = config.get_text_config(decoder=True)

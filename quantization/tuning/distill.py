@@ -25,7 +25,7 @@ from torch.nn.functional import mse_loss
 
 from corpora.errors import UserError
 from intactkv.observe import change_input
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from intactkv.training import (
     Schedule,
     in_order,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from corpora.errors import UserError
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, split_samples, train
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.model.blocks import DecoderBlock

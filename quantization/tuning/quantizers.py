@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from intactkv.store import KVPolicy
+from intactkv.policy import KVPolicy
 from quantization.grids.straight_through import on_grid, straight
 from quantization.grids.uniform import (
     Fit,
