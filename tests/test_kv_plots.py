@@ -75,8 +75,9 @@ def test_a_full_precision_cache_has_no_error_to_draw(program, model, text):
 def test_perplexities_stand_over_the_bits_that_records_say(program, model, text, intactkv_root):
     measured = ("--model", model, "--corpus", text, "--window", 24, "--limit", 2)
     assert program(plot, "kv-bits", "--model", "tiny-llama")[0] == 2  # there are no runs
-    for kv in ((), ("--kv", "per_head", "--kv-bits", 2), ("--kv", "per_head", "--kv-bits", 4),
-               ("--kv", "kivi", "--kv-bits", 2, "--kv-group-size", 8, "--set", "kv_cache.residual=8")):  # fmt: skip
+    kivi = ("--kv", "kivi", "--kv-bits", 2, "--kv-group-size", 8, "--set", "kv_cache.residual=8")
+    for kv in ((), ("--kv", "per_head", "--kv-bits", 2), ("--kv", "per_head", "--kv-bits", 4), kivi,
+               (*kivi, "--set", "kv_cache.prefill=final")):  # fmt: skip
         for prefix in ("none", "bos"):
             code, _, stderr = program(ppl, *measured, *kv, "--prefix", prefix)
             assert code == 0, stderr
@@ -90,5 +91,8 @@ def test_perplexities_stand_over_the_bits_that_records_say(program, model, text,
     assert found == {
         ("16", "none"): 16,
         **{(f"{bits} per_head", prefix): bits + 64 / 16 for bits in (2, 4) for prefix in ("none", "[B]")},
-        **{("2g8 kivi residual8", prefix): pytest.approx((keys + values) / 2, abs=1e-3) for prefix in ("none", "[B]")},
-    }
+        **{(f"2g8 kivi residual8{prefill}", prefix): pytest.approx((keys + values) / 2, abs=1e-3)
+           for prefill in ("", " final") for prefix in ("none", "[B]")},
+    }  # fmt: skip
+    lines = {(row["policy"], row["prefix"]) for row in rows_of(table)}  # one for every policy, whatever its bits
+    assert {policy for policy, _ in lines} == {"16", "per_head", "g8 kivi residual8", "g8 kivi residual8 final"}
