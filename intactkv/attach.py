@@ -86,10 +86,7 @@ class Usage:
 
 @dataclass(frozen=True, eq=False)
 class IntactModel:
-    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own.
-
-    usage: of the passes that were told to `count`.
-    """
+    """A causal LM behind a prefix. Made by `attach`; `model` stays usable on its own. usage: of passes that `count`."""
 
     model: PreTrainedModel
     prefix: Prefix | None
@@ -104,11 +101,15 @@ class IntactModel:
         """Whether the KV policy keeps the newest tokens exact for a while."""
         return any(store.waits for store in self._stores())
 
+    @cached_property
+    def _first_exact(self) -> bool:
+        return any(r.exact_first(self.prefix_length) for store in self._stores() for r in store.roundings)
+
     def count(self, cache: IntactCache) -> None:
-        """Add what attention read of a cache, which is counted once. Raises RuntimeError if a policy that rounds every
-        token at once has rounded none: then the model does not use the cache."""
+        """Add what attention read of a cache, once. Raises RuntimeError if a policy that rounds every token at once has
+        rounded none: then the model does not use the cache."""
         rounded, pairs = cache.reads()
-        if self.kv is not None and not rounded and not self.waits:
+        if self.kv is not None and not rounded and not self.waits and not self._first_exact:
             raise RuntimeError(f"{self.kv} was asked for, but no token of the cache went through it")
         self.usage.rounded += rounded
         self.usage.pairs += pairs

@@ -98,6 +98,7 @@ def test_sinks_are_exact_and_counted_so(llama: PreTrainedModel) -> None:
     _, cache = fed(intact, IDS[:, :30], 30)
     assert cache.rounded_share == 0
     assert cache.memory()["keys"].rounded_elements == 0  # type: ignore[union-attr]
+    intact.count(cache)  # no token was rounded, and none should have been
     _, cache = fed(intact, IDS, 40)
     assert cache.rounded_share == pytest.approx(sum(range(1, 11)) / (40 * 41 / 2))
 
