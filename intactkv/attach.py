@@ -22,7 +22,7 @@ from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
 from intactkv.policy import KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
-from intactkv.rows import FedRows, left_padded, refuse_holes, to_columns
+from intactkv.rows import FedRows, Usage, left_padded, refuse_holes, to_columns
 from intactkv.store import Store
 from intactkv.vocabulary import known_ids
 
@@ -65,23 +65,6 @@ def attach(model: PreTrainedModel, prefix: Prefix | None, kv: KVPolicy | None = 
 def default_batch_size(window: int, device_type: str) -> int:
     """Sequences per forward pass: as many as make about `TOKENS_AT_ONCE` tokens, at least one."""
     return max(1, TOKENS_AT_ONCE[device_type] // window)
-
-
-@dataclass
-class Usage:
-    """How much of what attention read behind the prefix was rounded, in pairs of a query and a token that it saw."""
-
-    rounded: int = 0
-    pairs: int = 0
-
-    @property
-    def share(self) -> float:
-        """In [0, 1]; 0 while nothing was read."""
-        return self.rounded / self.pairs if self.pairs else 0.0
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.rounded = self.pairs = 0
 
 
 @dataclass(frozen=True, eq=False)

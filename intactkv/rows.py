@@ -1,4 +1,5 @@
-"""A batch of prompts taken apart behind a prefix, and its logits brought back to the columns of the given rows."""
+"""A batch of prompts taken apart behind a prefix, its logits brought back to the columns of the given rows, and what
+attention read of it."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +8,24 @@ from torch import Tensor
 
 from corpora.errors import UserError
 
-__all__ = ["FedRows", "left_padded", "refuse_holes", "to_columns"]
+__all__ = ["FedRows", "Usage", "left_padded", "refuse_holes", "to_columns"]
+
+
+@dataclass
+class Usage:
+    """How much of what attention read behind the prefix was rounded, in pairs of a query and a token that it saw."""
+
+    rounded: int = 0
+    pairs: int = 0
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]; 0 while nothing was read."""
+        return self.rounded / self.pairs if self.pairs else 0.0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.rounded = self.pairs = 0
 
 
 @dataclass(frozen=True, eq=False)
