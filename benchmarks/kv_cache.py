@@ -1,6 +1,6 @@
 """KV caches beside each other at one length: bytes, the error of the logits, and decoding speed.
 
-    python -m benchmarks.kv_cache [--tokens 4096] [--decode 32]
+    python -m benchmarks.kv_cache [--tokens 4096] [--decode 32] [--policies kivi per_head]
 
 One full-precision pass writes the keys and values of a text; every cache is given the same ones, as after an exact
 prefill, and then decodes the same following tokens, in turn, token by token. Ours keep codes (packed storage), without
@@ -29,6 +29,7 @@ from intactkv.prefix import build_prefix
 from intactkv.store import Memory
 from quantization.kv_cache import KV_POLICIES
 
+GROUP = 64  # of QuantizedCache, by default
 Arm = tuple[Callable[[Tensor], Tensor], Callable[[], int], Any]  # logits of a token, 16-bit bytes held, the cache
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the text before decoding, [BOS] included")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode, the same for all")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--policies", nargs="+", default=list(KV_POLICIES), help="of ours (default: all without text)")
     options = parser.parse_args()
     model: Any = AutoModelForCausalLM.from_pretrained(options.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -47,30 +49,33 @@ def main() -> None:
     if ids.shape[1] < options.tokens + options.decode:
         raise SystemExit(f"error: the text has {ids.shape[1]} tokens; give fewer with --tokens")
     with torch.inference_mode():
-        run(model, ids, options.tokens, options.bits)
+        run(model, ids, options.tokens, options.bits, options.policies)
 
 
-def run(model: Any, ids: Tensor, tokens: int, bits: list[int]) -> None:
+def run(model: Any, ids: Tensor, tokens: int, bits: list[int], policies: list[str]) -> None:
     """ids: (1, tokens + decode)."""
     dense = DynamicCache(config=model.config)
     model.model(ids[:, :tokens], past_key_values=dense, use_cache=True)
     layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in dense.layers]  # type: ignore[misc]
     whole = sum(x.numel() * 2 for pair in layers for x in pair)
     arms = {"dense": _theirs(model, _filled(DynamicCache(config=model.config), layers))}
-    for word, kind in KV_POLICIES.items():
+    for word in policies:
         for b in bits:
+            kind = KV_POLICIES[word]
             if kind.calibrates or b not in kind.allowed_bits:
                 continue
-            more = {"prefill": "fp"} if "prefill" in kind.__dataclass_fields__ else {}
-            for prefix in (None, build_prefix(model, ids[0, :1])):
-                name = f"{word} {b} bits" + (", [B] intact" if prefix else "")
-                arms[name] = _ours(attach(model, prefix, Bound(kind(bits=b, **more), {}, packed=True)), layers)
+            plain: dict[str, Any] = {"prefill": "fp"} if "prefill" in kind.__dataclass_fields__ else {}
+            wide = plain | {"group_size": GROUP}  # whose elements take as many bits as those of QuantizedCache
+            for more in (plain, wide) if word == "kivi" else (plain,):
+                for prefix in (None, build_prefix(model, ids[0, :1])):
+                    name = f"{word} {b} bits" + f", groups of {GROUP}" * (more is wide) + ", [B]" * (prefix is not None)
+                    arms[name] = _ours(attach(model, prefix, Bound(kind(bits=b, **more), {}, packed=True)), layers)
     for backend, there in (("quanto", is_optimum_quanto_available()), ("hqq", is_hqq_available())):
         # quanto: axis 0 makes groups along tokens and channels of a head, as its users run it; hqq: its default, 1.
         axis = {"quanto": 0, "hqq": 1}[backend]
         for b in bits if there else ():
             cache = QuantizedCache(
-                backend, model.config, nbits=b, axis_key=axis, axis_value=axis, q_group_size=64, residual_length=128
+                backend, model.config, nbits=b, axis_key=axis, axis_value=axis, q_group_size=GROUP, residual_length=128
             )
             arms[f"QuantizedCache {backend} {b} bits"] = _theirs(model, _filled(cache, layers))
     logits: dict[str, list[Tensor]] = {name: [] for name in arms}
