@@ -1,6 +1,7 @@
 """Prefill and decode time with an intact [BOS] beside the plain model, on the same tokens."""
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -24,8 +25,10 @@ def main() -> None:
     options = parser.parse_args()
     device = chosen_device(options.device)
     plan = plan_run(options.model, named_recipe("fp16"), device=device)
-    plain = plan.load().model
-    intact = attach(plain, build_prefix(plain, [start_token_id(plan.tokenizer)]))
+    model = plan.load().model
+    intact = attach(model, build_prefix(model, [start_token_id(plan.tokenizer)]))
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("sdpa")  # as transformers runs it; an attached model has ours
     stream = evaluation_stream(plan.tokenizer, options.corpus, window=2048, protocol=protocol("intactkv"))
     pad = plain.generation_config.pad_token_id or 0
 
