@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
+from transformers import DynamicCache, QuantizedCache
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from benchmarks.measure import report
@@ -28,6 +28,7 @@ from intactkv.policy import Bound
 from intactkv.prefix import build_prefix
 from intactkv.store import Memory
 from quantization.kv_cache import KV_POLICIES
+from quantization.runs.opening import load_model, load_tokenizer
 
 GROUP = 64  # of QuantizedCache, by default
 Arm = tuple[Callable[[Tensor], Tensor], Callable[[], int], Any]  # logits of a token, 16-bit bytes held, the cache
@@ -42,8 +43,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--policies", nargs="+", default=list(KV_POLICIES), help="of ours (default: all without text)")
     options = parser.parse_args()
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model: Any = load_model(options.model, torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(options.model)
     stream = evaluation_stream(tokenizer, "sample", window=512, protocol=protocol("gptq"))
     ids = stream.ids[: options.tokens + options.decode][None]
     if ids.shape[1] < options.tokens + options.decode:

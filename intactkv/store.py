@@ -224,7 +224,8 @@ class Side:
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         parts = [x for x in parts if x.shape[2]] or parts[:1]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        # As `cat` leaves it: sums over a model's transposed states come in another order.
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _take(self, new: Tensor, upto: int) -> None:
         """Add new tokens behind those that are held, and let the first `upto` of all be rounded."""

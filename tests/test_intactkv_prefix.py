@@ -453,3 +453,12 @@ def test_a_model_whose_embedding_was_rounded_is_still_the_same_model(model, roun
 def test_a_half_precision_model_accepts_the_prefix_of_its_full_precision_twin(model, dtype):
     prefix = build_prefix(model, IDS)
     attach(model.to(dtype), prefix)
+
+
+def test_a_prefix_is_laid_out_as_one_that_was_read_from_its_file(tiny_model, tmp_path):
+    """Else training it from the one or the other differs in the last bits."""
+    built = build_prefix(tiny_model("llama"), IDS[:3])
+    built.save(tmp_path / "prefix.safetensors")
+    read = Prefix.load(tmp_path / "prefix.safetensors")
+    for ours, theirs in zip((*built.keys, *built.values), (*read.keys, *read.values), strict=True):
+        assert ours.stride() == theirs.stride()
