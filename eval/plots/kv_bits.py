@@ -14,6 +14,7 @@ __all__ = ["draw"]
 # Okabe and Ito's purple, sky blue and yellow-brown behind the other figures' four colours; a marker each.
 STYLES = tuple(zip((INTACT, VANILLA, BEHIND, ORANGE, "#cc79a7", "#56b4e9", "#8c6d31", "0.2"), "osD^vP*X", strict=True))
 FULL = "16"
+LARGEST_RATIO = 12  # of the axis: what is worse is no text any more
 
 
 def draw(rows: Sequence[Row], prefix: str, output: Output) -> None:
@@ -57,10 +58,15 @@ def draw(rows: Sequence[Row], prefix: str, output: Output) -> None:
     full = [row.vanilla.perplexity for row in rows if row.kv == FULL and row.vanilla.perplexity is not None]
     if full:
         axes.axhline(full[0], color=GREY, linewidth=0.8, linestyle=":")
-        axes.text(0.99, full[0], "full-precision cache ", color=GREY, fontsize=8, va="bottom", ha="right",
+        axes.text(0.01, full[0], "full-precision cache", color=GREY, fontsize=8, va="top", ha="left",
                   transform=axes.get_yaxis_transform())  # fmt: skip
         table.append((FULL, FULL, "none", "16", full[0]))
     axes.set_yscale("log")
+    shown = [float(line[-1]) for line in table]
+    highest = LARGEST_RATIO * min(shown)
+    if max(shown) > highest:
+        axes.set_ylim(top=highest)
+    axes.set_ylim(bottom=min(shown) / 1.25)
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter(FuncFormatter(lambda perplexity, _: "" if f"{perplexity:g}"[0] in "789" else f"{perplexity:g}"))
     axes.tick_params(axis="y", which="both", labelsize=8)
@@ -68,7 +74,8 @@ def draw(rows: Sequence[Row], prefix: str, output: Output) -> None:
     axes.set_ylabel(f"perplexity on {rows[0].corpus} (log scale)")
     axes.set_title(
         f"{rows[0].model}, weights {rows[0].weights}: {rows[0].caption}\n"
-        f"filled: behind the intact prefix {literal(prefix)}; open: without",
+        f"filled: behind the intact prefix {literal(prefix)}; open: without"
+        + (f"; above {highest:.0f}: only in the CSV" if max(shown) > highest else ""),
         fontsize=9,
     )
     axes.spines[["top", "right"]].set_visible(False)
