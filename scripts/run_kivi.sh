@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # KIVI as in qllm's tables: KV cache of 4 and 2 bits, groups of 32, the newest 128 tokens exact; vanilla and with [B].
-# Usage: run_kivi.sh DEVICE MODEL_PATH      for example: run_kivi.sh 0 modelzoo/llama-3/llama-3.1-8b-instruct
+# Usage: run_kivi.sh DEVICE MODEL_PATH      for example: run_kivi.sh 0 modelzoo/llama-2/llama-2-7b
 #   DEVICE  cpu, a GPU index, several joined by commas, or all
 # Environment: BITS="4 2", GROUP_SIZE=32 and RESIDUAL=128; PREFILL=exact|final|fp is what the tokens of one pass see of
 # each other (default: final for perplexity and tasks that score, fp for tasks that generate, as the published figures

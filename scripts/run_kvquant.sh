@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # KVQuant as in qllm's tables: KV cache of 4, 3 and 2 bits, 1 % of outliers, first token exact; vanilla and with [B].
-# Usage: run_kvquant.sh DEVICE MODEL_PATH      for example: run_kvquant.sh 0 modelzoo/llama-3/llama-3.1-8b-instruct
+# Usage: run_kvquant.sh DEVICE MODEL_PATH      for example: run_kvquant.sh 0 modelzoo/llama-2/llama-2-7b
 #   DEVICE  cpu, a GPU index, several joined by commas, or all
 # Environment: BITS="4 3 2", OUTLIERS=0.01 (0: none), SINKS=1, LEVELS=nuq|uniform|nf, QNORM=0|1 (published at 2 bits for
 # DBRX) and WEIGHTING=fisher|fisher_range|none, which is how the text weighs when levels are fitted (all but none hold the

@@ -217,6 +217,7 @@ class Plan(Known):
 
     def _keep(self, prefix: Prefix) -> None:
         keep_prefix(prefix, self.choice, self.prefix_file(self._written_basis))
+        self.__dict__["_prefix"] = prefix, False  # which is kept once
 
     @property
     def _written_basis(self) -> str:
