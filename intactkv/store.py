@@ -105,16 +105,18 @@ class Side:
         self._settle()
         first, last = self.length, self.length + new.shape[2]
         queries, sees = range(first, last), self.rounding.rounded
-        limits = [min(sees(i), i + 1) for i in queries]
+        limits: list[int] = []  # what every query sees rounded; left empty where none does
         two = False
         if len(queries) > 1 and prefill != "exact":
             upto = self._upto(last) if prefill == "final" else self.coded
-            limits = [min(upto, i + 1) for i in queries]
+            limits = [min(upto, i + 1) for i in queries] if upto else []
         else:
             upto = min(sees(last - 1), last)
-            two = any(limit < min(upto, i + 1) for limit, i in zip(limits, queries, strict=True))
-        self.read += sum(self._lossy(limit) for limit in limits)
-        self.pairs += sum(i + 1 for i in queries)
+            if upto:
+                limits = [min(sees(i), i + 1) for i in queries]
+                two = any(limit < min(upto, i + 1) for limit, i in zip(limits, queries, strict=True))
+        self.read += sum(map(self._lossy, limits))
+        self.pairs += (first + 1 + last) * len(queries) // 2
         exact = self._joined([*self._parts(new), new]) if two else None
         self._take(new, upto)
         self.length = last
@@ -243,8 +245,10 @@ class Side:
         else:
             held = self._joined([*self._parts(new), new]) if self.coded < self.length and count else None
             if held is None:  # nothing waits: the new tokens are rounded on their way in
-                parts = [*self._parts(new), self._numbers(new[:, :, :count]) if count else new[:, :, :0]]
-                self._states = self._joined([*parts, new[:, :, count:]])
+                parts = self._parts(new)
+                if count:
+                    parts.append(self._numbers(new[:, :, :count]))
+                self._states = self._joined([*parts, new[:, :, count:] if count else new])
             else:
                 start = self._front + self.coded
                 rounded = self._numbers(held[:, :, start : start + count])
