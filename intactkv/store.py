@@ -102,7 +102,7 @@ class Side:
     def append(self, new: Tensor, prefill: str, decode: bool = True) -> tuple[Tensor, TwoForms | None]:
         """Take new tokens (B, KV heads, t, D). Returns what attention shall read, (B, KV heads, P + T, D); unless
         `decode`, something of that shape alone."""
-        self._settle()
+        self.settle()
         first, last = self.length, self.length + new.shape[2]
         queries, sees = range(first, last), self.rounding.rounded
         limits: list[int] = []  # what every query sees rounded; left empty where none does
@@ -148,10 +148,6 @@ class Side:
         self.coded = self.length
         return seen
 
-    def settle(self) -> None:
-        """Round what the next query will see rounded."""
-        self._settle()
-
     def crop(self, length: int) -> None:
         """Keep only the first `length` tokens. Raises ValueError where tokens that are rounded would have to become
         exact again."""
@@ -182,7 +178,7 @@ class Side:
         """What is held behind the prefix now."""
         if self._states is None:
             return Memory()
-        self._settle()
+        self.settle()
         rows, heads, tokens, size = self._states.shape
         of_token = rows * heads * size
         tokens -= self._front
@@ -203,7 +199,8 @@ class Side:
     def _upto(self, length: int) -> int:
         return min(self.rounding.rounded(length), length)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Round what the next query will see rounded."""
         upto = self._upto(self.length)
         if self._states is None or upto <= self.coded:
             return
