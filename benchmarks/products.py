@@ -32,7 +32,15 @@ BOUNDS = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
 }  # of an error, to the largest sum there could be
-VARIANTS = tuple((outputs, tiles, warps) for outputs in (8, 16, 32) for tiles in (1, 2, 4) for warps in (4, 8, 16))
+TILES = tuple((*tile, stages) for stages in (1, 3) for tile in (
+    (8, 2, 8), (16, 1, 8), (16, 2, 4), (16, 2, 8), (16, 2, 16), (16, 4, 4), (16, 4, 8), (32, 1, 8), (32, 2, 4),
+    (32, 2, 8), (32, 2, 16), (32, 4, 8), (64, 1, 8), (64, 2, 8),
+))  # fmt: skip
+DOT_TILES = tuple(
+    (outputs, units, warps, stages, programs)
+    for outputs, units, warps in ((64, 16, 4), (64, 32, 4), (128, 16, 4), (128, 16, 8))
+    for stages in (1, 2) for programs in (264, 792)
+)  # fmt: skip
 
 
 def stored(weight: QuantizedTensor) -> Stored:
@@ -160,43 +168,58 @@ def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed
         )  # fmt: skip
 
 
-def variants(bits: int, outputs: int, channels: int, speed: float, device: str) -> None:
-    """One row by every tile of `VARIANTS`: microseconds, the fastest first."""
-    from quantization.kernels.uniform_triton import Codes, Tile, few_rows
+def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, device: str) -> None:
+    """A few rows by every tile: microseconds, the fastest first."""
+    from quantization.kernels.uniform_triton import Codes
 
     codes, first = Codes(bits, channels, outputs, GROUP // 32, None), random_tensors(bits, outputs, channels, device)
     size = sum(tensor.nbytes for tensor in first.values())
     copies = max(1, -(-int(CACHE) // size))
     weights = [first, *({name: t.clone() for name, t in first.items()} for _ in range(copies - 1))]
-    x = torch.randn(1, channels, device=device, dtype=torch.bfloat16)
-    y = torch.empty(1, outputs, device=device, dtype=torch.bfloat16)
+    x = torch.randn(rows, channels, device=device, dtype=torch.bfloat16)
+    y = torch.empty(rows, outputs, device=device, dtype=torch.bfloat16)
     found = []
-    for variant in VARIANTS:
-        tile = Tile(*variant)
-        calls = in_turn(lambda i, t=tile: few_rows(x, weights[i], None, y, codes, t), copies, 20 if size < 1e8 else 5)
+    for tile in tiles_for(rows):
+        calls = in_turn(lambda i, t=tile: start(x, weights[i], y, codes, t), copies, 20 if size < 1e8 else 5)
         try:
-            found.append((graph_time(calls, 5), "/".join(map(str, variant))))
+            found.append((graph_time(calls, 5), "/".join(map(str, tile))))
         except Exception as error:  # of a tile that takes too much of the GPU
-            print(f"variant {variant}: {str(error).splitlines()[0][:100]}", flush=True)
-    print(f"variants {bits} bits {outputs} x {channels} (outputs/tiles/warps):",
+            print(f"tile {tile}: {str(error).splitlines()[0][:100]}", flush=True)
+    names = "outputs/tiles/warps/stages" if len(tiles_for(rows)[0]) == 4 else "outputs/units/warps/stages/programs"
+    print(f"tiles {bits} bits, {rows} rows, {outputs} x {channels} ({names}):",
           ", ".join(f"{name} {time:.1f}" for time, name in sorted(found)),
-          f"share {size / (min(found)[0] * 1e-6) / speed:.2f}", flush=True)  # fmt: skip
+          f"best share {size / (min(found)[0] * 1e-6) / speed:.2f}", flush=True)  # fmt: skip
 
 
-def compile_one(job: tuple[int, int, tuple[int, int, int] | None]) -> None:
-    """Compile what a number of bits, of rows, or a variant takes, into Triton's own cache."""
-    from quantization.kernels.uniform_triton import Codes, Tile, few_rows, multiply
+def tiles_for(rows: int) -> tuple[tuple[int, ...], ...]:
+    """The tiles that are tried with so many rows."""
+    return TILES if rows <= 4 else DOT_TILES
 
-    bits, rows, variant = job
+
+def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tuple[int, ...]) -> None:
+    """The product by one tile."""
+    from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
+
+    if len(tile) == 4:
+        few_rows(x, tensors, None, y, codes, Tile(*tile))
+    else:
+        some_rows(x, tensors, None, y, codes, DotTile(*tile))
+
+
+def compile_one(job: tuple[int, int, tuple[int, ...] | None]) -> None:
+    """Compile what a number of bits, of rows, or a tile takes, into Triton's own cache."""
+    from quantization.kernels.uniform_triton import Codes, multiply
+
+    bits, rows, tile = job
     codes, tensors = Codes(bits, 1024, 256, GROUP // 32, None), random_tensors(bits, 256, 1024, "cuda")
     x = torch.zeros(rows, 1024, device="cuda", dtype=torch.bfloat16)
-    if variant is None:
+    if tile is None:
         multiply(x, tensors, None, codes)
     else:
-        few_rows(x, tensors, None, x.new_empty(rows, 256), codes, Tile(*variant))
+        start(x, tensors, x.new_empty(rows, 256), codes, tile)
 
 
-def compile_all(jobs: list[tuple[int, int, tuple[int, int, int] | None]], workers: int) -> None:
+def compile_all(jobs: list[tuple[int, int, tuple[int, ...] | None]], workers: int) -> None:
     """Compile in several processes; what fails is left to the measurement."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(compile_one, job) for job in jobs]:
@@ -208,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
     parser.add_argument("--quick", action="store_true", help="fewer shapes, bits and rows; no check")
-    parser.add_argument("--variants", action="store_true", help="time other tiles of the product with one row")
+    parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1 and 16 rows")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile ahead")
     parser.add_argument("--bits", type=int, nargs="+", default=None)
     options = parser.parse_args()
@@ -220,7 +243,7 @@ def main() -> None:
     rows = (1, 16) if options.quick else ROWS
     jobs: list[Any] = [(b, r, None) for b in bits for r in rows]
     if options.variants:
-        jobs += [(b, 1, variant) for b in (3, 4) for variant in VARIANTS]
+        jobs += [(b, r, tile) for b in (3, 4) for r in (1, 16) for tile in tiles_for(r)]
     with torch.inference_mode():
         compile_all(jobs, options.workers)
         if not options.quick and not check(options.device):
@@ -233,8 +256,9 @@ def main() -> None:
                 measure(b, outputs, channels, rows, speed, options.device, dense_times)
         if options.variants:
             for b in (3, 4):
-                for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
-                    variants(b, outputs, channels, speed, options.device)
+                for r in (1, 16):
+                    for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
+                        variants(b, r, outputs, channels, speed, options.device)
 
 
 if __name__ == "__main__":
