@@ -28,6 +28,8 @@ from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.stages import stage
+from quantization.model.text import said_when_full
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
     FORMAT,
@@ -224,15 +226,19 @@ def _work_off(
         for name, tensor in _ends(weights, ends, recipe, model).items():
             owner, _, parameter = name.rpartition(".")
             setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
-        stream = CalibrationStream(model, architecture, segments, behind)
+        with said_when_full(device):
+            stream = CalibrationStream(model, architecture, segments, behind)
     method = recipe.label()
+    batch = stream.batch if stream is not None else None
     for index in tqdm(range(count), desc=f"quantize {method}", unit="block"):
         block = DecoderBlock(index, blocks[index], architecture, model.config, stream)
         if stream is None and block_file(partial, index).is_file():
             continue
         started = time.perf_counter()
-        weights.load_into(block.module, block.name, device)
-        error = process_block(block, recipe, partial)
+        with said_when_full(device, batch):
+            with stage("read"):
+                weights.load_into(block.module, block.name, device)
+            error = process_block(block, recipe, partial)
         log.info(
             "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
             index + 1,

@@ -284,7 +284,7 @@ class AWQ(GridQuantizer):
             calls[inside].append(Call(args, keywords, _output(output)))
 
         with hooked(after(block.module.get_submodule(inside), partial(note, inside)) for inside in calls):
-            block.observe(lambda name, x: inputs[name].add(x[0]) if name in inputs else None)
+            block.observe(lambda name, x: inputs[name].add(x.flatten(0, 1)) if name in inputs else None)
         return {name: inputs[names[0]] for names in block.architecture.linears for name in names}, calls
 
     def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: list[Call]) -> Callable[[Tensor], float]:

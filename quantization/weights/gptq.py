@@ -32,6 +32,8 @@ from quantization.grids.uniform import (
     split_groups,
 )
 from quantization.model.blocks import DecoderBlock
+from quantization.model.stages import stage
+from quantization.model.walk import Walk
 from quantization.weights.base import GridQuantizer
 
 __all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]
@@ -52,12 +54,12 @@ class Hessian:
         self._samples = 0
 
     def add(self, x: Tensor) -> None:
-        """Take the inputs of one sample, (tokens, channels)."""
-        x = x.float()
+        """Take the inputs of one sample, (tokens, channels), or of several, (samples, tokens, channels)."""
+        self._samples += len(x) if x.dim() == 3 else 1
+        x = x.flatten(0, -2).float()
         if self._sum is None:
             self._sum = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
         self._sum.addmm_(x.T, x)
-        self._samples += 1
 
     def take(self) -> Tensor:
         """H, with n counting samples; the memory is the caller's from then on."""
@@ -200,14 +202,23 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
     """
     sets = block.architecture.linears
     if true_sequential:
+        walk = Walk(block)
         for names in sets:
             hessian = Hessian()
-            for x in block.inputs(names[0]):
-                hessian.add(x)
+            for x in walk.inputs(names[0]):
+                with stage("Hessians"):
+                    hessian.add(x)
             yield names, hessian.take()
+        walk.end()
         return
     hessians = {names[0]: Hessian() for names in sets}
-    block.observe(lambda name, x: hessians[name].add(x[0]) if name in hessians else None)
+
+    def look(name: str, x: Tensor) -> None:
+        if name in hessians:
+            with stage("Hessians"):
+                hessians[name].add(x)
+
+    block.observe(look)
     for names in sets:
         yield names, hessians.pop(names[0]).take()
 
@@ -227,7 +238,8 @@ def quantize_sets(
     quantized: dict[str, Weight] = {}
     for names, hessian in shared_hessians(block, true_sequential):
         stacked = torch.cat([full[name] for name in names])
-        chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
+        with stage("columns"):
+            chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
         quantized |= chosen
         if true_sequential:  # the next Hessians see these
             for name in names:
