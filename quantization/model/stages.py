@@ -1,7 +1,7 @@
 """Where the seconds of a run go: reading, passes, Hessians, rounding, writing. Costs nothing unless somebody asks."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["seconds_by_stage", "stage"]
 
-_asked: list[Counter[str]] = []  # at most one
+_asked: list[dict[str, float]] = []  # at most one
 _open: list[float] = []  # seconds that inner stages took, of every stage that has begun
 
 
@@ -31,9 +31,9 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def seconds_by_stage() -> Iterator[Counter[str]]:
+def seconds_by_stage() -> Iterator[dict[str, float]]:
     """Seconds by stage of what is done inside. A GPU is waited for at both ends of every stage, which takes time."""
-    _asked.append(Counter())
+    _asked.append(defaultdict(float))
     try:
         yield _asked[0]
     finally:
