@@ -119,7 +119,8 @@ def main() -> None:
     if options.child:
         quantize(options, *options.child)
         return
-    alone = peak_unshared_mb([sys.executable, "-c", "import benchmarks.memory"])
+    on_gpu, limits = options.device != "cpu", {}
+    alone = 0.0 if on_gpu else peak_unshared_mb([sys.executable, "-c", "import benchmarks.memory"])
     for shape, usual in BLOCKS[options.device].items() if not options.shape else [(options.shape, (1, 2))]:
         counts = options.blocks or BLOCKS[options.device].get(shape, usual)
         for recipe in options.recipe or ["rtn"]:
@@ -137,9 +138,12 @@ def main() -> None:
                     took.append(json.loads(out.with_suffix(".json").read_text(encoding="utf-8")))
             calibrates = named_recipe(recipe).checkpoint_part.calibrates
             figures: dict[str, Any] = {name: [round(x[name], 1) for x in took] for name in took[0]}
-            if options.device != "cpu" and shape in WHOLE:
+            if on_gpu and shape in WHOLE:
                 host = peaks[-1] + took[-1]["pinned_mb"]
-                figures["whole_model"] = whole_model(shape, took[-1]["gpu_reserved_mb"], host)
+                limits = {"whole_model": whole_model(shape, took[-1]["gpu_reserved_mb"], host)}
+            elif not on_gpu:
+                limit = alone + limit_mb(shape, options.samples, options.length, calibrates)
+                limits = {"imports_mb": round(alone), "limit_mb": round(limit)}
             report(
                 benchmark="memory",
                 recipe=recipe,
@@ -147,10 +151,9 @@ def main() -> None:
                 blocks=list(counts),
                 tokens=[options.samples, options.length] if calibrates else None,
                 peak_mb=[round(p) for p in peaks],
-                imports_mb=round(alone),
-                limit_mb=round(alone + limit_mb(shape, options.samples, options.length, calibrates)),
                 growth=round(peaks[1] / peaks[0] - 1, 4),
                 **figures,
+                **limits,
             )
 
 

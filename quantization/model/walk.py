@@ -6,7 +6,7 @@ again, and the result is what a pass from the beginning gives. Families without 
 beginning there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from intactkv.observe import after, hooked, on_input, on_output
+from quantization.grids.stored import StoredWeight
 from quantization.model.blocks import DecoderBlock, FiniteCheck, Reached
 from quantization.model.text import Text, TextWriter, fits
 
@@ -47,6 +48,14 @@ class Walk:
         assert block.stream is not None, "this quantizer calibrates, but no calibration text was given"
         self._block, self._stream = block, block.stream
         self._kept: list[_Kept] = []
+        self._weights: dict[str, StoredWeight] = {}
+
+    @classmethod
+    def begin(cls, block: DecoderBlock) -> "Walk":
+        """A walk that the block's stream knows, until it passes the text on."""
+        walk = cls(block)
+        walk._stream.walk = walk
+        return walk
 
     def inputs(self, linear: str) -> Iterator[Tensor]:
         """The input of one linear for all samples, in batches (samples, tokens, channels), with the weights that the
@@ -77,9 +86,15 @@ class Walk:
         if writer is not None and module is not None and values is not None:
             self._kept.append(_Kept(module, reader, writer.text, values))
 
-    def end(self) -> None:
-        """All sets have been asked for: let the text be passed on from here (`runs.one_block`)."""
-        self._stream.walk = self
+    def end(self, weights: Mapping[str, StoredWeight]) -> None:
+        """All linears have these weights: let the text be passed on from here (`runs.one_block`)."""
+        self._weights = dict(weights)
+
+    def led_to(self, weights: Mapping[str, StoredWeight]) -> bool:
+        """Whether these are the weights that it was walked with, the objects themselves: what was made of them, such as
+        another coding, may differ in the last bit."""
+        same = weights.keys() == self._weights.keys()
+        return same and bool(weights) and all(weights[n] is w for n, w in self._weights.items())
 
     @torch.no_grad()
     def outputs(self) -> Sequence[Tensor]:

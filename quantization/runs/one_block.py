@@ -75,7 +75,7 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
         policy = recipe.kv_cache if passes_rounded else None
         products = recipe.attention if recipe.trains_rounded else None
         following = stream.targets if reads == "full" else None
-        if stream.walk is not None and not passes_rounded:
+        if stream.walk is not None and stream.walk.led_to(quantized) and not passes_rounded:
             following = stream.walk.outputs()
         with nullcontext() if products is None else products.at_work(block):
             stream.advance(block, following, policy)

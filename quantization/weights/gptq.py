@@ -202,14 +202,13 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
     """
     sets = block.architecture.linears
     if true_sequential:
-        walk = Walk(block)
+        walk = Walk.begin(block)
         for names in sets:
             hessian = Hessian()
             for x in walk.inputs(names[0]):
                 with stage("Hessians"):
                     hessian.add(x)
             yield names, hessian.take()
-        walk.end()
         return
     hessians = {names[0]: Hessian() for names in sets}
 
@@ -247,6 +246,8 @@ def quantize_sets(
         block.report(loss=loss, repaired_hessians=repairs > 0)
     for name, linear in linears.items():
         linear.weight.data = full[name]
+    if block.stream is not None and block.stream.walk is not None:
+        block.stream.walk.end(quantized)
     return quantized
 
 
