@@ -66,7 +66,8 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
             block.kv.update(recipe.kv_cache.fit_block(block))
         if tuning is not None:
             quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
-    error = _relative_error(block, quantized)
+    with stage("error"):
+        error = _relative_error(block, quantized)
     _set_weights(block.linears(), quantized)
     # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
     if passes_rounded:
