@@ -99,7 +99,7 @@ def _centres(block: DecoderBlock) -> dict[str, Tensor]:
 
     def look(name: str, x: Tensor) -> None:
         for sample in x:
-            low, high = sample.float().aminmax(dim=0)
+            low, high = sample.amin(0).float(), sample.amax(0).float()
             middle = (high + low) / 2
             centres[name] = REMEMBER * centres.get(name, middle) + (1 - REMEMBER) * middle
 
