@@ -31,7 +31,8 @@ class Plan:
     """How the table product is cut up.
 
     rows: of a tile. inputs: of a table, 4 or 8; 0 flips signs instead of looking up. copies: of every table, 1 or 32.
-    together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a program. splits: runs of words.
+    together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a program. splits: runs of
+    words.
     """
 
     rows: int
@@ -46,7 +47,7 @@ class Plan:
 def _index(word, table: tl.constexpr, slot: tl.constexpr, column, INPUTS: tl.constexpr, COPIES: tl.constexpr):
     """Where the entries that table number `table` of a word has for some rows lie, being the slot-th in memory."""
     entries: tl.constexpr = 2**INPUTS
-    return ((word >> (table * INPUTS)) & (entries - 1)) * COPIES | column | (slot * entries * COPIES)
+    return ((word >> (table * INPUTS)) & (entries - 1)) * COPIES + (column + slot * entries * COPIES)
 
 
 @triton.jit
@@ -200,7 +201,8 @@ def _dequantize_kernel(
 
 def plan_for(rows: int, words: int, device: torch.device) -> Plan:
     """A plan that fills the GPU: tiles as large as that allows, since every program writes the tables for itself."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+    gpu = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else PROCESSORS
     tile = 4096
     while tile > 512 and -(-rows // tile) * (words // 4) < processors:
         tile //= 2
@@ -209,7 +211,12 @@ def plan_for(rows: int, words: int, device: torch.device) -> Plan:
 
 
 def product(
-    x: Tensor, planes: Tensor, alpha: Tensor, offset: Tensor | None, bias: Tensor | None = None, plan: Plan | None = None
+    x: Tensor,
+    planes: Tensor,
+    alpha: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """x Ŵᵀ + b by tables: x (batch, 32·words), zero where a group fills no word; the rest as in `BinaryCoded`."""
     words, bits, outputs = planes.shape
