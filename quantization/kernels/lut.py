@@ -93,6 +93,6 @@ class Lut:
             if len(rows) > ROWS:
                 return nn.functional.linear(x, dequantized(*parts, channels, size, x.dtype), bias)
             rows = rows if size % WORD == 0 else pad_groups(rows, size).flatten(1)
-            return product(rows, *parts, bias).view(*x.shape[:-1], -1)
+            return product(rows, *parts, bias).view(*x.shape[:-1], parts[0].shape[2])
 
         return Prepared({name: part.contiguous() for name, part in stored.parts.items()}, multiply)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Plan", "dequantized", "plan_for", "product"]
+__all__ = ["Plan", "dequantized", "plan_for", "product", "tables"]
 
 WORD = tl.constexpr(32)  # inputs of a word
 LONGEST = 16  # words that α is multiplied with at a time, at most
@@ -210,6 +210,17 @@ def plan_for(rows: int, words: int, device: torch.device) -> Plan:
     return Plan(tile, warps=max(4, tile // 512), splits=max(1, min(words // 4, 2 * processors // tiles)))
 
 
+def tables(x: Tensor, inputs: int) -> Tensor:
+    """All signed sums of every `inputs` neighbours: (..., n·inputs) to (..., n, 2^inputs), float32.
+
+    Bit s of an entry's number is 1 where the s-th neighbour is added.
+    """
+    found = torch.empty(*x.shape[:-1], x.shape[-1] // inputs, 2**inputs, device=x.device)
+    count, some = x.numel() // inputs, max(1, 2048 >> inputs)
+    _tables_kernel[(-(-count // some),)](x, found, count, INPUTS=inputs, TABLES=some)
+    return found
+
+
 def product(
     x: Tensor,
     planes: Tensor,
@@ -233,15 +244,9 @@ def product(
         return y
     with torch.cuda.device_of(x):  # Triton starts kernels on the current device
         x = x.contiguous()
-        tables = None
-        if plan.inputs:
-            count = x.numel() // plan.inputs
-            tables = torch.empty(count, 2**plan.inputs, device=x.device)
-            some = max(1, 2048 >> plan.inputs)
-            _tables_kernel[(-(-count // some),)](x, tables, count, INPUTS=plan.inputs, TABLES=some)
         _rows_kernel[(-(-rows // plan.rows), splits, batch)](
             x,
-            tables,
+            tables(x, plan.inputs) if plan.inputs else None,
             planes,
             alpha,
             offset,
