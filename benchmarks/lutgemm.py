@@ -199,7 +199,7 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
     copies = copied(tensors, max(1, round(CACHE / size)))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     dense = stored.weight.dequantize()
-    found = []
+    found: list[tuple[float, Plan]] = []
 
     def call(x: Tensor, i: int, plan: Plan | None) -> Tensor:
         return product(x, copies[i]["planes"], copies[i]["alpha"], None, None, plan)
