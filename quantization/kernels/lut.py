@@ -90,7 +90,7 @@ class Lut:
 
             parts = tensors["planes"], tensors["alpha"], tensors.get("offset")
             rows = x.reshape(-1, channels)
-            if len(rows) > ROWS:
+            if not 0 < len(rows) <= ROWS or (x.requires_grad and torch.is_grad_enabled()):
                 return nn.functional.linear(x, dequantized(*parts, channels, size, x.dtype), bias)
             rows = rows if size % WORD == 0 else pad_groups(rows, size).flatten(1)
             return product(rows, *parts, bias).view(*x.shape[:-1], parts[0].shape[2])

@@ -14,6 +14,7 @@ from corpora.errors import UserError
 from quantization.grids.stored import restore
 from quantization.kernels.lut import Lut
 from quantization.kernels.protocols import Prepared, Product, Stored
+from quantization.kernels.sparse import Sparse
 
 __all__ = ["AUTO", "PRODUCTS", "check_kernel", "choose"]
 
@@ -39,7 +40,9 @@ class Unpack:
         return Prepared(stored.parts, multiply)
 
 
-PRODUCTS: Mapping[str, Product] = {product.name: product for product in (Lut(), Unpack())}  # the faster ones first
+PRODUCTS: Mapping[str, Product] = {
+    product.name: product for product in (Lut(), Sparse(), Unpack())
+}  # the faster ones first
 
 
 def check_kernel(kernel: str) -> None:
