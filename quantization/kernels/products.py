@@ -15,6 +15,7 @@ from quantization.grids.stored import restore
 from quantization.kernels.lut import Lut
 from quantization.kernels.protocols import Prepared, Product, Stored
 from quantization.kernels.sparse import Sparse
+from quantization.kernels.uniform import Uniform
 
 __all__ = ["AUTO", "PRODUCTS", "check_kernel", "choose"]
 
@@ -40,9 +41,8 @@ class Unpack:
         return Prepared(stored.parts, multiply)
 
 
-PRODUCTS: Mapping[str, Product] = {
-    product.name: product for product in (Lut(), Sparse(), Unpack())
-}  # the faster ones first
+ROWS = (Uniform(), Lut(), Sparse(), Unpack())  # the faster ones first
+PRODUCTS: Mapping[str, Product] = {product.name: product for product in ROWS}
 
 
 def check_kernel(kernel: str) -> None:
