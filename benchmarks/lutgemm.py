@@ -5,20 +5,20 @@ which every call reads another copy of the weights, so that no cache holds them.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import report
+from benchmarks.products import CACHE, bandwidth, eager_time, graph_time, in_turn
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
-from quantization.kernels.products import PRODUCTS, choose
+from quantization.kernels.products import choose
 from quantization.kernels.protocols import Stored
 
 GROUP = 128
@@ -32,51 +32,8 @@ PUBLISHED = {
     (8192, 32768): (1.64, 2.00, 2.43),
     (12288, 49152): (1.69, 2.10, 2.58),
 }
-CACHE = 192e6  # bytes that a graph reads at least: several times what a GPU's cache holds
 SLACK = 2e-3  # of the norm: half precision of x and y, four times
-Call = Callable[[Tensor, int], Tensor]  # of x and the number of the copy
-
-
-def seconds(call: Call, x: Tensor, copies: int, replays: int = 7) -> float:
-    """Of one call, the median over replays of a graph of `copies` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(x, 0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    calls = max(copies, 4)
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(x, i % copies)
-    times = []
-    graph.replay()
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
-
-
-def eager_seconds(call: Call, x: Tensor, copies: int, calls: int = 50) -> float:
-    """Of one call among many that the host starts one by one."""
-    call(x, 0)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for i in range(calls):
-        call(x, i % copies)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, reading and writing."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda x, _: target.copy_(x), source, 1)
+CALLS = 10  # of a graph, at least
 
 
 def binary(out: int, channels: int, bits: int, generator: torch.Generator) -> Stored:
@@ -111,7 +68,18 @@ def error(y: Tensor, x: Tensor, dense: Tensor) -> float:
     return float((y.double() - truth).norm() / truth.norm())
 
 
-def packed(name: str, stored: Stored, x: Tensor, limit: float, dense_time: float) -> dict[str, Any] | None:
+def timed(call: Callable[[int], Tensor], copies: int, size: int, limit: float) -> tuple[float, dict[str, Any]]:
+    """Microseconds of a call that reads so many bytes of one of the copies, and the figures of it."""
+    calls = in_turn(call, copies, CALLS)
+    found = graph_time(calls)
+    return found, {
+        "us": round(found, 2),
+        "eager_us": round(eager_time(calls), 2),
+        "share_of_copy": round(size / (found * 1e-6) / limit, 3),
+    }
+
+
+def packed(name: str, stored: Stored, x: Tensor, limit: float, dense_us: float) -> dict[str, Any] | None:
     """Figures of one product, after its check; None where no product but `unpack` takes the weight."""
     product = choose(stored, "auto", x.device)
     if product.name == "unpack":
@@ -119,48 +87,27 @@ def packed(name: str, stored: Stored, x: Tensor, limit: float, dense_time: float
     prepared = product.prepare(stored)
     tensors = dict(prepared.tensors)
     size = sum(t.nbytes for t in tensors.values())
-    y = prepared.multiply(x, tensors, None)
-    off = error(y, x, stored.weight.dequantize())
+    off = error(prepared.multiply(x, tensors, None), x, stored.weight.dequantize())
     assert off < SLACK, f"{name}: the product is {off:.1e} of its norm away from float64"
-    copies = copied(tensors, max(1, round(CACHE / size)))
-
-    def call(x: Tensor, i: int) -> Tensor:
-        return prepared.multiply(x, copies[i], None)
-
-    found = seconds(call, x, len(copies))
-    return {
-        "kernel": product.name,
-        "milliseconds": round(1e3 * found, 5),
-        "eager_milliseconds": round(1e3 * eager_seconds(call, x, len(copies)), 4),
-        "speedup": round(dense_time / found, 3),
-        "bandwidth_share": round((size + x.nbytes + y.nbytes) / found / limit, 3),
-        "error": off,
-    }
+    copies = copied(tensors, -(-int(CACHE) // size))
+    found, figures = timed(lambda i: prepared.multiply(x, copies[i], None), len(copies), size, limit)
+    return {"kernel": product.name, **figures, "speedup": round(dense_us / found, 2), "error": float(f"{off:.1e}")}
 
 
-def half(out: int, channels: int, x: Tensor, generator: torch.Generator, limit: float) -> tuple[dict[str, Any], float]:
-    """Figures and seconds of cuBLAS over a matrix in half precision."""
+def half(out: int, channels: int, x: Tensor, generator: torch.Generator, limit: float) -> tuple[float, dict[str, Any]]:
+    """Microseconds and figures of cuBLAS over a matrix in half precision."""
     dense = torch.randn(out, channels, generator=generator, device=x.device, dtype=x.dtype)
-    weights = [dense, *(dense.clone() for _ in range(round(CACHE / dense.nbytes) - 1))]
-
-    def call(x: Tensor, i: int) -> Tensor:
-        return torch.nn.functional.linear(x, weights[i])
-
-    found = seconds(call, x, len(weights))
-    figures = {
-        "milliseconds": round(1e3 * found, 5),
-        "eager_milliseconds": round(1e3 * eager_seconds(call, x, len(weights)), 4),
-        "bandwidth_share": round((dense.nbytes + x.nbytes + 2 * out) / found / limit, 3),
-    }
-    return figures, found
+    weights = [dense, *(dense.clone() for _ in range(int(CACHE) // dense.nbytes))]
+    found, figures = timed(lambda i: torch.nn.functional.linear(x, weights[i]), len(weights), dense.nbytes, limit)
+    return found, figures | {"speedup": 1.0}
 
 
 def measure(out: int, channels: int, device: torch.device, limit: float) -> dict[str, Any]:
-    """All products of one shape by name: milliseconds, and what they are beside cuBLAS and the bandwidth."""
+    """All products of one shape by name: times, and what they are beside cuBLAS and the bandwidth."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, channels, generator=generator, device=device, dtype=torch.float16)
-    figures = {}
-    figures["cuBLAS"], found = half(out, channels, x, generator, limit)
+    figures: dict[str, Any] = {}
+    found, figures["cuBLAS"] = half(out, channels, x, generator, limit)
     for name, make, bits in (("W3", uniform, 3), ("W4", uniform, 4), ("LUT4", binary, 4), ("LUT3", binary, 3)):
         result = packed(f"{name} {out} × {channels}", make(out, channels, bits, generator), x, limit, found)
         if result is not None:
@@ -169,19 +116,17 @@ def measure(out: int, channels: int, device: torch.device, limit: float) -> dict
 
 
 def table(results: dict[tuple[int, int], dict[str, Any]]) -> None:
-    """Milliseconds, and in brackets the speed-up over cuBLAS and the share of the copy's bandwidth."""
+    """Microseconds, and in brackets the speed-up over cuBLAS and the share of a copy's bandwidth."""
     names = ["cuBLAS", "W3", "W4", "LUT4", "LUT3"]
-    print(f"{'out':>6} {'in':>6} " + "".join(f"{name:>24}" for name in names) + "   published GPTQ3 LUT4 LUT3")
+    print(f"{'out':>6} {'in':>6} " + "".join(f"{name:>22}" for name in names) + "   published GPTQ3 LUT4 LUT3")
     for (out, channels), figures in results.items():
         cells = []
         for name in names:
             f = figures.get(name)
-            text = (
-                "–" if f is None else f"{f['milliseconds']:.4f} ({f.get('speedup', 1):.2f}, {f['bandwidth_share']:.0%})"
-            )
-            cells.append(f"{text:>24}")
+            cells.append("–" if f is None else f"{f['us']:.1f} ({f['speedup']:.2f}, {f['share_of_copy']:.0%})")
         shape = min(out, channels), max(out, channels)
-        print(f"{out:>6} {channels:>6} " + "".join(cells) + "   " + " ".join(f"{s:.2f}" for s in PUBLISHED[shape]))
+        published = " ".join(f"{speedup:.2f}" for speedup in PUBLISHED[shape])
+        print(f"{out:>6} {channels:>6} " + "".join(f"{cell:>22}" for cell in cells) + "   " + published)
 
 
 # variants -------------------------------------------------------------------------------------------------------------
@@ -196,47 +141,63 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
     x = torch.randn(16, channels, generator=generator, device=device, dtype=torch.float16)
     tensors = dict(stored.parts)
     size = sum(t.nbytes for t in tensors.values())
-    copies = copied(tensors, max(1, round(CACHE / size)))
+    copies = copied(tensors, -(-int(CACHE) // size))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     dense = stored.weight.dequantize()
     found: list[tuple[float, Plan]] = []
 
-    def call(x: Tensor, i: int, plan: Plan | None) -> Tensor:
-        return product(x, copies[i]["planes"], copies[i]["alpha"], None, None, plan)
+    def call(rows: int, i: int, plan: Plan | None) -> Tensor:
+        return product(x[:rows], copies[i]["planes"], copies[i]["alpha"], None, None, plan)
 
-    for rows, inputs, copied_tables, together, warps in PLANS:
+    for variant in VARIANTS:
         for waves in (1, 2, 4):
-            splits = min(channels // GROUP, waves * processors // -(-bits * out // rows))
-            plan = Plan(rows, inputs, copied_tables, together, warps, max(1, splits))
+            splits = min(channels // GROUP, waves * processors // -(-bits * out // variant[0]))
+            plan = Plan(*variant[:5], splits=max(1, splits), ready=bool(variant[5]))
             if any(plan == other for _, other in found):
                 continue
-            off = error(call(x[:1], 0, plan), x[:1], dense)
-            assert off < SLACK, f"{plan} is {off:.1e} away"
-            found.append((seconds(partial(call, plan=plan), x[:1], len(copies), 5), plan))
+            try:
+                off = error(call(1, 0, plan), x[:1], dense)
+                assert off < SLACK, f"wrong, {off:.1e} of the norm away from float64"
+                calls = in_turn(lambda i, plan=plan: call(1, i, plan), len(copies), CALLS)
+                found.append((graph_time(calls, 5), plan))
+            except Exception as failed:  # of a plan that takes too much of the GPU, or is wrong
+                print(f"{plan}: {str(failed).splitlines()[0][:100]}", flush=True)
     print(f"{out} × {channels}, {bits} bits, {size / 1e6:.0f} MB, at the copy's bandwidth {1e6 * size / limit:.1f} µs")
     for took, plan in sorted(found, key=lambda pair: pair[0]):
-        print(f"  {1e6 * took:8.1f} µs  {size / took / limit:4.0%}  {plan}")
-    usual = {b: 1e6 * seconds(partial(call, plan=None), x[:b], len(copies), 5) for b in (1, 2, 4, 8)}
+        print(f"  {took:8.1f} µs  {size / (took * 1e-6) / limit:4.0%}  {plan}", flush=True)
 
-    def made(x: Tensor, i: int) -> Tensor:
+    def made(rows: int, i: int) -> Tensor:
         weight = dequantized(copies[i]["planes"], copies[i]["alpha"], None, channels, GROUP, x.dtype)
-        return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(x[:rows], weight)
 
-    whole = {b: 1e6 * seconds(made, x[:b], len(copies), 5) for b in (1, 16)}
-    print("  batch by tables, µs:", {b: round(t, 1) for b, t in usual.items()})
-    print("  by the matrix, µs:", {b: round(t, 1) for b, t in whole.items()})
+    def batches(name: str, sizes: tuple[int, ...], by: Callable[[int, int], Tensor]) -> None:
+        times = {b: graph_time(in_turn(lambda i, b=b: by(b, i), len(copies), CALLS), 5) for b in sizes}
+        print(f"  batch by {name}: " + ", ".join(f"{b}: {took:.1f} µs" for b, took in times.items()), flush=True)
+
+    batches("tables", (1, 2, 4, 8), lambda rows, i: call(rows, i, None))
+    batches("the matrix", (1, 16), made)
 
 
-# rows of a tile, inputs of a table, copies of it, tables written together, warps
-PLANS = [
-    *((rows, 4, 32, 1, warps) for rows, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))),
-    *((rows, 4, 32, 4, warps) for rows, warps in ((512, 4), (1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 32))),
-    *((rows, 8, 1, 4, warps) for rows, warps in ((512, 4), (1024, 4), (2048, 8), (4096, 16), (4096, 8))),
-    *((rows, 8, 32, 1, warps) for rows, warps in ((4096, 16), (8192, 16), (8192, 32))),
-    (4096, 8, 4, 4, 16),
-    (2048, 4, 1, 4, 8),
-    (1024, 0, 1, 1, 4),
-    (2048, 0, 1, 1, 8),
+def compile_one(variant: tuple[int, ...]) -> None:
+    """Compile a variant into Triton's own cache."""
+    from quantization.kernels.lut_triton import Plan, product
+
+    stored = binary(256, 256, 3, torch.Generator("cuda").manual_seed(0))
+    x = torch.zeros(1, 256, device="cuda", dtype=torch.float16)
+    product(x, stored.parts["planes"], stored.parts["alpha"], None, None, Plan(*variant[:5], ready=bool(variant[5])))
+
+
+# rows of a tile, inputs of a table, copies of it, tables written together, warps, whether the tables are ready
+VARIANTS: list[tuple[int, ...]] = [
+    *((rows, 4, 32, 1, w, True) for rows, w in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))),
+    *((rows, 4, 32, 4, w, True) for rows, w in ((512, 4), (1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 32))),
+    *((rows, 4, 32, 4, w, False) for rows, w in ((512, 4), (1024, 4), (2048, 8), (4096, 16))),
+    *((rows, 8, 1, 4, w, True) for rows, w in ((512, 4), (1024, 4), (2048, 8), (4096, 16), (4096, 8))),
+    *((rows, 8, 32, 1, w, True) for rows, w in ((4096, 16), (8192, 16), (8192, 32))),
+    (4096, 8, 4, 4, 16, True),
+    (2048, 4, 1, 4, 8, True),
+    (1024, 0, 1, 1, 4, True),
+    (2048, 0, 1, 1, 8, True),
 ]
 
 
@@ -251,9 +212,12 @@ def main() -> None:
         return
     device = torch.device(options.device)
     with torch.inference_mode():
-        limit = bandwidth(device)
-        print(f"copy bandwidth {limit / 1e12:.2f} TB/s; products: {', '.join(PRODUCTS)}")
+        limit = bandwidth(options.device)
+        print(f"copy bandwidth {limit / 1e12:.2f} TB/s, read and written", flush=True)
         if options.variants:
+            with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+                for job in [pool.submit(compile_one, variant) for variant in VARIANTS]:
+                    job.exception()
             for out, channels, bits in ((12288, 49152, 3), (49152, 12288, 3), (4096, 16384, 3), (4096, 4096, 4)):
                 variants(out, channels, bits, device, limit)
             return

@@ -27,10 +27,10 @@ from quantization.weights.gptq import GPTQ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 CLOSE = 1e-6  # of the norm: float32 sums of some hundred terms
 SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_seed(5))
-# Tables of both sizes, alone and for every lane, written one by one and together; signs without tables.
+# Tables of both sizes, once and for every lane, written one by one and together, ready or not; signs without any.
 PLANS = [
-    None, Plan(64, 4, 32, 4, 4, 3), Plan(64, 4, 32, 2, 4, 1), Plan(128, 4, 1, 1, 4, 7), Plan(64, 8, 1, 4, 4, 2),
-    Plan(64, 8, 32, 1, 4, 50), Plan(64, 0, 1, 1, 4, 4),
+    None, Plan(64, 4, 32, 4, 4, 3), Plan(64, 4, 32, 2, 4, 1, ready=False), Plan(128, 4, 1, 1, 4, 7),
+    Plan(64, 8, 1, 4, 4, 2), Plan(64, 8, 32, 1, 4, 50), Plan(64, 0, 1, 1, 4, 4),
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("no_grad")

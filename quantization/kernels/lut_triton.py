@@ -32,7 +32,7 @@ class Plan:
 
     rows: of a tile. inputs: of a table, 4 or 8; 0 flips signs instead of looking up. copies: of every table, 1 or 32.
     together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a program. splits: runs of
-    words.
+    words. ready: a kernel makes the tables once; without, every program adds up those that it needs.
     """
 
     rows: int
@@ -41,6 +41,7 @@ class Plan:
     together: int = 4
     warps: int = 8
     splits: int = 1
+    ready: bool = True
 
 
 @triton.jit
@@ -71,6 +72,21 @@ def _looked_up(src, word, FIRST: tl.constexpr, column, ROWS: tl.constexpr, INPUT
 
 
 @triton.jit
+def _entries(x, tables, first, COPIES: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr):
+    """TOGETHER tables of x from number `first` on, every entry COPIES times: as ready ones have them, or added up."""
+    entry = tl.arange(0, TOGETHER * 2**INPUTS * COPIES) // COPIES
+    if tables is not None:
+        return tl.load(tables + first * 2**INPUTS + entry)
+    else:
+        x += (first + entry // 2**INPUTS) * INPUTS
+        total = tl.zeros(entry.shape, tl.float32)
+        for s in tl.static_range(INPUTS):
+            value = tl.load(x + s).to(tl.float32)
+            total += tl.where(((entry >> s) & 1) == 1, value, -value)
+        return total
+
+
+@triton.jit
 def _signed(x, word):
     """Σ ±x over the inputs of a word, + where its bit is 1: the sign bit of x, flipped."""
     total = tl.zeros(word.shape, tl.float32)
@@ -96,7 +112,7 @@ def _tables_kernel(x, tables, count, INPUTS: tl.constexpr, TABLES: tl.constexpr)
 @triton.jit(do_not_specialize=["words", "per_group", "per_chunk", "chunks", "per_split"])
 def _rows_kernel(
     x,  # (batch, 32·words)
-    tables,  # (batch, 32·words/INPUTS, 2^INPUTS) float32
+    tables,  # (batch, 32·words/INPUTS, 2^INPUTS) float32, or none
     planes,  # (words, rows) int32
     alpha,  # (groups, rows)
     offset,  # (groups, outputs), or none
@@ -120,9 +136,8 @@ def _rows_kernel(
     row = tile * ROWS + tl.arange(0, ROWS)
     there = row < rows
     column = (row // NEIGHBOURS) % COPIES
-    slot = tl.arange(0, TOGETHER * 2**INPUTS * COPIES) // COPIES
     x += batch.to(tl.int64) * words * WORD
-    if INPUTS:
+    if tables is not None:
         tables += batch.to(tl.int64) * words * (WORD // INPUTS * 2**INPUTS)
     result = tl.zeros((ROWS,), tl.float32)
     first = split * per_split
@@ -141,8 +156,7 @@ def _rows_kernel(
             ahead = tl.load(planes + following * rows + row, mask=there, other=0)
             if INPUTS:
                 for j in tl.static_range(WORD // INPUTS // TOGETHER):
-                    at = w * (WORD // INPUTS) + j * TOGETHER
-                    src = tl.load(tables + at * 2**INPUTS + slot)
+                    src = _entries(x, tables, w * (WORD // INPUTS) + j * TOGETHER, COPIES, INPUTS, TOGETHER)
                     total += _looked_up(src, word, j * TOGETHER, column, ROWS, INPUTS, COPIES, TOGETHER)
             else:
                 total += _signed(x + w * WORD, word)
@@ -246,7 +260,7 @@ def product(
         x = x.contiguous()
         _rows_kernel[(-(-rows // plan.rows), splits, batch)](
             x,
-            tables(x, plan.inputs) if plan.inputs else None,
+            tables(x, plan.inputs) if plan.inputs and plan.ready else None,
             planes,
             alpha,
             offset,
