@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.measure import report
 from benchmarks.products import CACHE, bandwidth, eager_time, graph_time, in_turn
-from quantization.grids.binary_coding import BinaryCoded, BinaryGrid
+from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
+from quantization.kernels.lut import Lut
 from quantization.kernels.products import choose
 from quantization.kernels.protocols import Stored
 
@@ -132,6 +133,28 @@ def table(results: dict[tuple[int, int], dict[str, Any]]) -> None:
 # variants -------------------------------------------------------------------------------------------------------------
 
 
+def check(device: torch.device) -> None:
+    """Odd sizes, offsets, groups that fill no word, rows of x by tables and by the matrix: how far from float64."""
+    generator = torch.Generator(device).manual_seed(1)
+    worst: dict[str, float] = {}
+    for out, channels, size, bits in ((331, 1280, 128, 3), (64, 320, -1, 4), (1001, 96, 48, 8), (5000, 4096, 32, 1)):
+        grid, groups = BinaryGrid(bits, size, offset=True), 1 if size == -1 else channels // size
+        codes = torch.randint(2**bits, (out, channels), generator=generator, device=device, dtype=torch.uint8)
+        alpha = torch.rand(groups, bits, out, generator=generator, device=device) + 0.1
+        offset = torch.randn(groups, out, generator=generator, device=device)
+        weight = BinaryCoded(pack_planes(codes, bits, size), alpha, offset, grid, channels)
+        prepared, dense = Lut().prepare(Stored(weight.kind, weight.tensors(), weight.header())), weight.dequantize()
+        for dtype, slack in ((torch.float32, 2e-6), (torch.float16, SLACK), (torch.bfloat16, 8 * SLACK)):
+            for rows in (1, 3, 50):
+                x = torch.randn(rows, channels, generator=generator, device=device).to(dtype)
+                y, again = (prepared.multiply(x, prepared.tensors, None) for _ in range(2))
+                off = error(y, x, dense)
+                worst[str(dtype)] = max(worst.get(str(dtype), 0.0), off)
+                if off > slack or not torch.equal(y, again):
+                    print(f"WRONG: {out} × {channels}, groups {size}, {bits} bits, {rows} rows, {dtype}: {off:.1e}")
+    print("checked, largest errors: " + ", ".join(f"{dtype} {off:.1e}" for dtype, off in worst.items()), flush=True)
+
+
 def variants(out: int, channels: int, bits: int, device: torch.device, limit: float) -> None:
     """Time the table product in many plans, and batches by tables and by the dequantized matrix."""
     from quantization.kernels.lut_triton import Plan, dequantized, product
@@ -218,6 +241,7 @@ def main() -> None:
             with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
                 for job in [pool.submit(compile_one, variant) for variant in VARIANTS]:
                     job.exception()
+            check(device)
             for out, channels, bits in ((12288, 49152, 3), (49152, 12288, 3), (4096, 16384, 3), (4096, 4096, 4)):
                 variants(out, channels, bits, device, limit)
             return
