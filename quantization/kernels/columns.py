@@ -54,7 +54,7 @@ def round_columns(
     corrections: Tensor | None = None,
     kernel: bool | None = None,
 ) -> None:
-    """Write codes and errors e_c = d_c / U_cc of a run of channels, and the corrections of outliers where there are any.
+    """Write codes and errors e_c = d_c / U_cc of a run of channels, and the corrections of its outliers.
 
     w: (n, out), n ≤ `LONGEST`, contiguous; overwritten. factor: U of these channels, (n, n). codes: (n, out) uint8.
     errors: (n, out), in the dtype of w. corrections: (n, out) float16, if `levels` has a limit. kernel: use Triton (w
@@ -64,11 +64,9 @@ def round_columns(
     if kernel is None:
         kernel = w.is_cuda and w.dtype == torch.float32 and _works(w.device)
     if kernel:
-        from quantization.kernels.columns_triton import (
-            round_columns as triton_round_columns,
-        )  # triton is not everywhere
+        from quantization.kernels.columns_triton import launch  # triton is not everywhere
 
-        by_triton(w, spread, factor.diagonal(), levels, codes, errors, corrections)
+        launch(w, spread, factor.diagonal(), levels, codes, errors, corrections)
     else:
         _round_columns(w, spread, factor.diagonal(), levels, codes, errors, corrections)
 

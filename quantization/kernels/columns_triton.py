@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantization.kernels.columns import LONGEST, Levels
 
-__all__ = ["round_columns"]
+__all__ = ["launch"]
 
 ROWS = 32  # of a program: as many as a warp has threads
 WARPS = 1
@@ -88,7 +88,7 @@ def _columns_kernel(
         d = tl.where(channel[:, None] == c, missing[None, :], d)
 
 
-def round_columns(
+def launch(
     w: Tensor,
     spread: Tensor,
     pivots: Tensor,
