@@ -6,12 +6,14 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from corpora.machine import environment
 
@@ -41,6 +43,38 @@ def ratio(mine: list[float], peer: list[float]) -> float:
 def _wait(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+class _Operations(TorchDispatchMode):
+    """Counts tensor operations, and those that need their result on the host."""
+
+    WAITS = ("aten.item", "aten._local_scalar_dense", "aten.is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, call: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        self.waits += str(call).startswith(self.WAITS)
+        return call(*args, **(kwargs or {}))
+
+
+def asked_of_host(call: Callable[[], Any]) -> tuple[int, int]:
+    """Tensor operations of a call, and how often it waits for the device: each look at a number does. On a GPU torch
+    itself says when; elsewhere the looks are counted."""
+    with _Operations() as found:
+        call()
+    if not torch.cuda.is_available():
+        return found.count, found.waits
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return found.count, sum("synchronizing" in str(warning.message) for warning in said)
 
 
 def peak_unshared_mb(command: list[str], **variables: str) -> float:

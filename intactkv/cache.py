@@ -115,10 +115,8 @@ class IntactLayer(_Intact, DynamicLayer):
             keys = keys.view_as(keys)  # the model's own tensor shall not carry anything
         self._handed(keys, Read(self.prefix_length, *forms, store=self.store if direct else None))
         if self.single_pass:
-            sides = self.store.sides
-            self.store.begin(self.prefix, self._places)
-            for passed, side in zip(sides, self.store.sides, strict=True):
-                side.read, side.pairs = passed.read, passed.pairs
+            for side in self.store.sides:
+                side.forget()
         return keys, values
 
     @property

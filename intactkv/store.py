@@ -12,7 +12,7 @@ In `fake` storage rounded tokens are numbers in the model's dtype, in `packed` s
 which are decoded for every read, one layer at a time. Both give the same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +74,11 @@ class Memory:
         return self.codes + self.exact
 
 
+def _total(numbers: range) -> int:
+    """Their sum."""
+    return (numbers.start + numbers.stop - 1) * len(numbers) // 2
+
+
 class Side:
     """The keys, or the values, of one layer of one call.
 
@@ -94,6 +99,8 @@ class Side:
         self._states: Tensor | None = None
         self.codes: dict[str, Tensor] = {}
         self._rooms = Rooms(rounding.block)
+        self._never = isinstance(rounding, Exact)
+        self._at_once = type(rounding).rounded is Rounding.rounded
 
     @property
     def _front(self) -> int:
@@ -102,21 +109,15 @@ class Side:
     def append(self, new: Tensor, prefill: str, decode: bool = True) -> tuple[Tensor, TwoForms | None]:
         """Take new tokens (B, KV heads, t, D). Returns what attention shall read, (B, KV heads, P + T, D); unless
         `decode`, something of that shape alone."""
-        self.settle()
         first, last = self.length, self.length + new.shape[2]
-        queries, sees = range(first, last), self.rounding.rounded
-        limits: list[int] = []  # what every query sees rounded; left empty where none does
-        two = False
-        if len(queries) > 1 and prefill != "exact":
-            upto = self._upto(last) if prefill == "final" else self.coded
-            limits = [min(upto, i + 1) for i in queries] if upto else []
-        else:
-            upto = min(sees(last - 1), last)
-            if upto:
-                limits = [min(sees(i), i + 1) for i in queries]
-                two = any(limit < min(upto, i + 1) for limit, i in zip(limits, queries, strict=True))
-        self.read += sum(map(self._lossy, limits))
-        self.pairs += (first + 1 + last) * len(queries) // 2
+        self.pairs += _total(range(first + 1, last + 1))
+        if self._never and decode and not self.packed:  # full precision: every step and layer passes here
+            self._states, self.length = self._joined([*self._parts(new), new]), last
+            return self._states, None
+        self.settle()
+        upto, limits = self._seen(first, last, prefill)
+        two = not isinstance(limits, range) and any(seen < min(upto, i + 1) for i, seen in enumerate(limits, first))
+        self.read += self._read_by(limits)
         exact = self._joined([*self._parts(new), new]) if two else None
         self._take(new, upto)
         self.length = last
@@ -124,6 +125,19 @@ class Side:
         if not decode:
             return new[:, :, :1].expand(-1, -1, prefix + last, -1), None
         return self.states(), None if exact is None else TwoForms(exact, tuple(prefix + limit for limit in limits))
+
+    def _seen(self, first: int, last: int, prefill: str) -> tuple[int, Sequence[int]]:
+        """How many leading tokens are rounded once a pass of these queries ends, and how many each of them sees
+        rounded; nothing where none sees any. A range where every query sees all of its tokens so: a text has thousands
+        of queries, and every layer asks."""
+        queries, sees = range(first, last), self.rounding.rounded
+        if len(queries) > 1 and prefill != "exact":
+            upto = self._upto(last) if prefill == "final" else self.coded
+            return upto, [min(upto, i + 1) for i in queries] if upto else []
+        if self._at_once:
+            return last, range(first + 1, last + 1)
+        upto = min(sees(last - 1), last)
+        return upto, [min(sees(i), i + 1) for i in queries] if upto else []
 
     def states(self) -> Tensor:
         """Prefix, rounded and exact tokens, (B, KV heads, P + T, D)."""
@@ -139,14 +153,18 @@ class Side:
     def passed(self, new: Tensor) -> Tensor:
         """New tokens (B, KV heads, t, D), rounded, for a layer that keeps them itself; nothing is held."""
         first, self.length = self.length, self.length + new.shape[2]
-        pairs = sum(range(first + 1, self.length + 1))
-        self.pairs += pairs
+        counts = range(first + 1, self.length + 1)
+        self.pairs += _total(counts)
         if not self.rounding.rounded(0):
             return new
-        self.read, self.coded = self.read + sum(map(self._lossy, range(first + 1, self.length + 1))), first
+        self.read, self.coded = self.read + self._read_by(counts), first
         seen = self._numbers(new)
         self.coded = self.length
         return seen
+
+    def forget(self) -> None:
+        """Hold nothing of what came; what was read of it stays counted."""
+        self._states, self.codes, self.length, self.coded = None, {}, 0, 0
 
     def crop(self, length: int) -> None:
         """Keep only the first `length` tokens. Raises ValueError where tokens that are rounded would have to become
@@ -194,7 +212,18 @@ class Side:
 
     def _lossy(self, count: int) -> int:
         """Of so many leading tokens with codes, those that are not exact all the same."""
-        return max(count - self.rounding.exact_first(0 if self.prefix is None else self.prefix.shape[2]), 0)
+        return max(count - self._exact_first, 0)
+
+    @property
+    def _exact_first(self) -> int:
+        return self.rounding.exact_first(0 if self.prefix is None else self.prefix.shape[2])
+
+    def _read_by(self, counts: Sequence[int]) -> int:
+        """Tokens that queries see inexact, added up, when they see so many leading ones with codes."""
+        if not isinstance(counts, range):
+            return sum(map(self._lossy, counts))
+        exact = self._exact_first
+        return _total(range(max(counts.start - exact, 0), counts.stop - exact))
 
     def _upto(self, length: int) -> int:
         return min(self.rounding.rounded(length), length)

@@ -3,6 +3,7 @@
 Tokenizers often have tokens that were added later, such as [PAD], and that the model never got.
 """
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,7 +17,10 @@ def known_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     rows = weight.shape[0]
-    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < rows):
+    if not ids.numel():
+        return ids
+    lowest, highest = torch.stack(ids.aminmax()).tolist()  # one look: on a GPU each one waits for all that runs there
+    if lowest < 0 or highest >= rows:
         unknown = sorted(set(ids[(ids < 0) | (ids >= rows)].tolist()))
         raise UserError(
             f"the text holds the token ids {', '.join(map(str, unknown[:5]))}, but the embedding of "

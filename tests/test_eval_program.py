@@ -75,7 +75,7 @@ def test_a_quantized_directory_gives_the_figures_of_its_recipe(program, model, t
     on_the_way = json.loads(program("ppl", "--model", model, "--recipe", "rtn-w4", "--group-size", 32, "--prefix",
                                     "bos", *common)[1])  # fmt: skip
     (place,) = (intactkv_root / "modelzoo" / "quantized" / "tiny-llama").glob("rtn*")
-    for packed in ((), ("--packed",)):
+    for packed in ((), ("--kernel", "unpack")):
         record = json.loads(program("ppl", "--model", place, "--prefix", "bos", *packed, *common)[1])
         assert record["perplexity"] == on_the_way["perplexity"]
         assert record["settings"]["weights"] == "rtn-w4g32"

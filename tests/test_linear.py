@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantization.grids.uniform import CONVENTIONS, QuantizedTensor, UniformGrid, fake_quantize, quantize
 from quantization.kernels.linear import QuantLinear
+from quantization.kernels.protocols import Stored
 
 GRIDS = [UniformGrid(bits, 12, convention) for convention in CONVENTIONS for bits in (2, 3, 4, 8)]
 
@@ -19,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def layer(weight: Tensor, grid: UniformGrid, bias: Tensor | None) -> QuantLinear:
     quantized = quantize(weight, grid)
-    return QuantLinear(quantized.kind, quantized.tensors(), quantized.header(), weight.shape, bias)
+    return QuantLinear(Stored(quantized.kind, quantized.tensors(), quantized.header()), weight.shape, bias)
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")

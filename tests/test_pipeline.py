@@ -217,7 +217,7 @@ def test_a_quantized_checkpoint_computes_what_rounding_every_block_linear_comput
     source = checkpoint(model_type, **VARIANTS[variant])
     assert (source / "model.safetensors.index.json").exists() == ("sharded" in variant)
     out = quantize_checkpoint(source, Recipe(weights=RTN(W4)), tmp_path / "out")
-    truth, plain, packed = fake_quantized(source, W4), load_quantized(out), load_quantized(out, packed=True)
+    truth, plain, packed = fake_quantized(source, W4), load_quantized(out), load_quantized(out, kernel="unpack")
     assert plain.dtype == packed.dtype == truth.dtype == (torch.bfloat16 if "bfloat16" in variant else torch.float32)
     expected = truth(SEGMENTS).logits
     assert torch.equal(plain(SEGMENTS).logits, expected)
@@ -245,7 +245,7 @@ def test_every_convention_survives_the_file(
     grid = UniformGrid(3, 16, convention, scale_dtype=scale_dtype)
     out = quantize_checkpoint(checkpoint(), Recipe(weights=RTN(grid)), tmp_path / "out")
     expected = fake_quantized(checkpoint(), grid)(SEGMENTS).logits
-    assert torch.equal(load_quantized(out, packed=True)(SEGMENTS).logits, expected)
+    assert torch.equal(load_quantized(out, kernel="unpack")(SEGMENTS).logits, expected)
     assert torch.equal(load_quantized(out)(SEGMENTS).logits, expected)
 
 
@@ -253,7 +253,7 @@ def test_the_dtype_of_the_computation_can_be_chosen_when_loading(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = quantize_checkpoint(checkpoint(), Recipe(weights=RTN(W4)), tmp_path / "out")
-    plain, packed = (load_quantized(out, packed=packed, dtype=torch.bfloat16) for packed in (False, True))
+    plain, packed = (load_quantized(out, kernel=kernel, dtype=torch.bfloat16) for kernel in (None, "unpack"))
     assert plain.dtype == torch.bfloat16
     assert torch.equal(plain(SEGMENTS).logits, packed(SEGMENTS).logits)
 
@@ -637,13 +637,13 @@ def test_only_the_prefix_of_the_transformed_twin_reproduces_full_precision(
         attach(quantized, from_plain)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kernel", [None, "unpack"])
 def test_a_planned_run_quantizes_and_brings_the_prefix_of_the_right_twin(
-    packed: bool, tiny_checkpoint: Callable[..., Path], intactkv_root: Path
+    kernel: str | None, tiny_checkpoint: Callable[..., Path], intactkv_root: Path
 ) -> None:
     source = tiny_checkpoint(intactkv_root, "llama")
     recipe = Recipe((ScaledValues(),), RTN(UniformGrid(8, 32)), prefix="bos")
-    plan = plan_run(source, recipe, device=torch.device("cpu"), packed=packed)
+    plan = plan_run(source, recipe, device=torch.device("cpu"), kernel=kernel)
     model = plan.load()
     assert model.prefix is not None
     assert model.prefix.ids.tolist() == [1]

@@ -248,7 +248,7 @@ def test_a_prefix_of_another_model_or_a_changed_one_is_refused_by_every_program(
     runs = (
         ("ppl", ("--prefix", prefix)),
         ("ppl", ("--prefix", prefix, "--vanilla")),
-        ("ppl", ("--prefix", prefix, "--recipe", "rtn-w4", "--group-size", 16, "--packed")),
+        ("ppl", ("--prefix", prefix, "--recipe", "rtn-w4", "--group-size", 16, "--kernel", "auto")),
         ("build", ("--prefix", prefix)),
         ("export", ("--prefix", prefix)),
         ("quantize", (*GPTQ, "--calibration-length", 32, "--prefix", prefix, "--calibrate-behind-prefix")),

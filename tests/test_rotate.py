@@ -297,15 +297,15 @@ def test_a_prefix_in_another_basis_is_refused(family, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt-tied"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_planned_run_brings_the_rotated_twins_prefix(family, packed, tiny_checkpoint, intactkv_root):
+@pytest.mark.parametrize("kernel", [None, "unpack"])
+def test_a_planned_run_brings_the_rotated_twins_prefix(family, kernel, tiny_checkpoint, intactkv_root):
     model_type, overrides = FAMILIES[family]
     source = tiny_checkpoint(intactkv_root, model_type, **overrides)
     eight = UniformGrid(8, convention="quarot-sym")
     recipe = w4a4(prefix="bos", kv_cache=Rotated(8, keep=1.0))
     recipe = replace(recipe, weights=replace(recipe.weights, grid=eight),
                      activations=replace(recipe.activations, grid=eight, keep=1.0))  # fmt: skip
-    plan_of = plan_run(source, recipe, device=torch.device("cpu"), packed=packed)
+    plan_of = plan_run(source, recipe, device=torch.device("cpu"), kernel=kernel)
     model = plan_of.load()
     assert model.prefix is not None
     assert model.prefix.model.basis == plan_of.basis != "plain"

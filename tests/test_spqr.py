@@ -594,7 +594,7 @@ def test_a_checkpoint_runs_packed_and_dequantized_with_the_same_bits(
     source = checkpoint(model_type, **options)
     recipe = Recipe(weights=SpQR(W3, **settings))
     out = quantize_checkpoint(source, recipe, tmp_path / "out", segments=SEGMENTS)
-    plain, packed = load_quantized(out), load_quantized(out, packed=True)
+    plain, packed = load_quantized(out), load_quantized(out, kernel="unpack")
     assert any(isinstance(m, QuantLinear) and "spqr" in repr(m) for m in packed.modules())
     logits = plain(SEGMENTS).logits
     assert torch.equal(packed(SEGMENTS).logits, logits)

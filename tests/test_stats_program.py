@@ -125,7 +125,7 @@ def test_a_quantized_directory_gives_the_figures_of_its_recipe_packed_or_not(sta
     (place,) = (
         path for path in (intactkv_root / "modelzoo" / "quantized" / "tiny-llama").glob("rtn*") if path.is_dir()
     )
-    for packed in ((), ("--packed",)):
+    for packed in ((), ("--kernel", "unpack")):
         code, out, _ = program(
             "linears", "--model", place, "--corpus", text, "--window", 64, "--limit", 2, *packed, "--json"
         )

@@ -77,7 +77,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 READERS: dict[str, Callable[[Path, Path], object]] = {
     "load": lambda q, out: load_quantized(q),
-    "packed": lambda q, out: load_quantized(q, packed=True),
+    "packed": lambda q, out: load_quantized(q, kernel="unpack"),
     "export": lambda q, out: export_checkpoint(q, out, "dense"),
     "twin": lambda q, out: plan_run(q, Recipe(prefix="bos"), device=CPU).twin(),
     "rescaled": lambda q, out: is_rescaled(q),

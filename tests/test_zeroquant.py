@@ -175,13 +175,13 @@ def test_a_checkpoint_computes_what_the_plain_rule_computes_and_counts_its_bits(
                 module.weight.data = plain_runs(module.weight, module.out_features, bits).float()
                 bits_of.append((module.weight.numel(), bits * module.weight.numel() + 32 * module.out_features))
     out = quantize_checkpoint(source, Recipe(weights=ZeroQuant(ROW4)), tmp_path / "out")
-    for packed in (False, True):
-        torch.testing.assert_close(load_quantized(out, packed=packed)(SEGMENTS).logits, truth(SEGMENTS).logits)
+    for kernel in (None, "unpack"):
+        torch.testing.assert_close(load_quantized(out, kernel=kernel)(SEGMENTS).logits, truth(SEGMENTS).logits)
     expected = sum(size for _, size in bits_of) / sum(count for count, _ in bits_of)
     assert read_cost(out)["bits_per_weight"] == pytest.approx(expected)
 
     cross = quantize_checkpoint(source, Recipe(weights=ZeroQuant(ROW4, groups=32)), tmp_path / "cross")
-    plain, packed_model = load_quantized(cross), load_quantized(cross, packed=True)
+    plain, packed_model = load_quantized(cross), load_quantized(cross, kernel="unpack")
     assert torch.equal(plain(SEGMENTS).logits, packed_model(SEGMENTS).logits)
     assert not torch.equal(plain(SEGMENTS).logits, load_quantized(out)(SEGMENTS).logits)
 

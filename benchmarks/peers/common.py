@@ -49,6 +49,9 @@ def runner_options(description: str) -> argparse.Namespace:
         "--true-sequential", action="store_true", help="gptq: calibrate q/k/v, o, gate/up, down in turn"
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="segments per forward pass (default: 1)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation (default: float32)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the dense checkpoint goes")
     options = parser.parse_args()
     for path in ("model", "segments", "out"):

@@ -53,7 +53,7 @@ def main() -> None:
     else:
         AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]
         config = AWQConfig(**own, **common)
-    model = GPTQModel.load(str(options.model), config, dtype=torch.float32)
+    model = GPTQModel.load(str(options.model), config, dtype=getattr(torch, options.dtype))
     segments = read_segments(options.segments)
     calibration = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in segments]
 

@@ -48,7 +48,7 @@ def main() -> None:
         raise SystemExit("error: llm-compressor calibrates whole decoder blocks; leave --true-sequential away")
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *_, **__: None
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     loader = DataLoader(list(read_segments(options.segments)), batch_size=options.batch_size, collate_fn=collate)
 

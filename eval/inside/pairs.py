@@ -86,7 +86,7 @@ def pairs_of(plan: Plan) -> list[Pair]:
 def weight_of(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight that a linear of any class multiplies with, (out, in)."""
     if isinstance(linear, QuantLinear):
-        return linear.stored().dequantize(dtype)
+        return linear.dequantize(dtype)
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight

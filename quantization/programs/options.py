@@ -167,9 +167,12 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         help="put the prefix's tokens in front, but let the quantized model compute them: the arm to compare with",
     )
     group.add_argument(
-        "--packed",
-        action="store_true",
-        help="keep quantized weights packed in memory: a quarter of it, but slower",
+        "--kernel",
+        type=values.name,
+        default=None,
+        metavar="NAME",
+        help="keep quantized weights packed, and multiply by the product of this name: auto is the fastest that takes "
+        "a weight, unpack computes the same bits as dequantized weights (default: dequantize when loading)",
     )
     group.add_argument(
         "--kv-storage",
@@ -272,7 +275,7 @@ def plan_of(
         device=device,
         dtype=chosen_dtype(getattr(options, "dtype", None)),
         vanilla=getattr(options, "vanilla", False),
-        packed=getattr(options, "packed", False),
+        kernel=getattr(options, "kernel", None),
         packed_kv=getattr(options, "kv_storage", "fake") == "packed",
         spread=spread,
         max_memory=size,

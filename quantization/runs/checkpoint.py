@@ -25,7 +25,9 @@ from corpora.files import plain_name
 from corpora.storage import checkpoint_fingerprint, open_tensors, write_tensors
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import StoredWeight, restore
-from quantization.kernels.linear import QuantLinear
+from quantization.kernels.linear import QuantLinear, name_products
+from quantization.kernels.products import check_kernel
+from quantization.kernels.protocols import Stored
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
@@ -237,13 +239,23 @@ def read_block(file: Path) -> StoredBlock:
 
 
 def load_quantized(
-    directory: Path, *, packed: bool = False, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    directory: Path,
+    *,
+    kernel: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    computes_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint as an ordinary model.
 
-    packed: keep the weights packed in `QuantLinear` modules; otherwise they are dequantized into plain linears. Both
-    compute the same bits. dtype: of the computation; the checkpoint's by default.
+    kernel: keep the weights packed in `QuantLinear` modules, and multiply by the product of that name, or by the first
+    that takes a weight (`auto`); `unpack` computes the same bits as none, where they are dequantized into plain
+    linears. dtype: of the computation; the checkpoint's by default. computes_on: where the model will compute, if it is
+    to be moved there.
+    Raises UserError if a product that is named takes none of the weights.
     """
+    if kernel is not None:
+        check_kernel(kernel)
     manifest, model = empty_quantized(directory)
     recipe, dtype = manifest["recipe"], dtype or model.dtype
     state: dict[str, Tensor] = {}
@@ -254,9 +266,11 @@ def load_quantized(
     stored = _read_ahead(files)
     for index in range(len(blocks)):
         block = next(stored)
-        state |= block_state(model, index, block, dtype, device, packed)
+        state |= block_state(model, index, block, dtype, device, kernel, computes_on)
         kv.append({part: tensor.to(device) for part, tensor in block.kv.items()})
     state |= cast(next(stored).parameters, dtype, device)
+    if kernel is not None:
+        name_products(model, kernel, computes_on or torch.device(device))
     if f"{architecture.head}.weight" in _fill(model, state, directory):
         model.tie_weights()
     nn.Module.to(model, device)  # buffers without a place in checkpoints, such as RoPE frequencies
@@ -284,16 +298,19 @@ def block_state(
     block: StoredBlock,
     dtype: torch.dtype,
     device: torch.device | str,
-    packed: bool = False,
+    kernel: str | None = None,
+    computes_on: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Prepare a block of an empty model for what its file holds; returns its parameters, by the model's names."""
     state: dict[str, Tensor] = {}
     for name, (kind, parts, header) in block.linears.items():
         parts = {part: tensor.to(device) for part, tensor in parts.items()}
-        if packed:
+        if kernel is not None:
             old, shape = model.get_submodule(name), model.get_parameter(f"{name}.weight").shape
-            model.set_submodule(name, QuantLinear(kind, parts, header, shape, getattr(old, "bias", None)))
-            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            bias, stored = getattr(old, "bias", None), Stored(kind, parts, header)
+            linear = QuantLinear(stored, shape, bias, kernel, computes_on)
+            model.set_submodule(name, linear)
+            state |= {f"{name}.{part}": tensor for part, tensor in linear.named_buffers()}
         else:
             state[f"{name}.weight"] = restore(kind, parts, header).dequantize(dtype)
     architecture = architecture_of(model.config)

@@ -13,6 +13,7 @@ from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint, identity
 from intactkv.cache import IntactCache
 from intactkv.prefix import Prefix
+from quantization.kernels.products import check_kernel
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import Checkpoint, read_manifest
 from quantization.runs.configuration import CONFIG
@@ -23,6 +24,7 @@ __all__ = [
     "check_discovered",
     "check_fits",
     "check_needed",
+    "check_packed",
     "check_prefix",
     "fitting",
     "model_of",
@@ -41,6 +43,19 @@ def check_fits(checkpoint: Checkpoint, context: int | None, option: str, tokens:
         raise UserError(
             f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
             f"{checkpoint.name}; use fewer"
+        )
+
+
+def check_packed(kernel: str | None, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a kernel that nobody knows, or that has no quantized weight to multiply by."""
+    if kernel is None:
+        return
+    check_kernel(kernel)
+    manifest = checkpoint.manifest
+    if (recipe.weights if manifest is None else manifest["recipe"]["weights"]) is None:
+        raise UserError(
+            f"--kernel {kernel} has nothing to act on: the weights have full precision; name a recipe that quantizes "
+            "them, for example --recipe rtn-w4, or leave it out"
         )
 
 

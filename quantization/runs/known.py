@@ -33,8 +33,8 @@ class Known:
     """Everything about a run that is known before a model is loaded. Made by `plan_run`.
 
     named: the prefix, unless it is `auto`; search: what `auto` looks at. vanilla: the prefix's tokens stand in front,
-    but the quantized model computes them itself (the arm to compare with). packed: keep quantized weights packed in
-    memory. given_kv: what the KV policy was calibrated to, where a file of it was given.
+    but the quantized model computes them itself (the arm to compare with). kernel: keep quantized weights packed in
+    memory, and multiply by this product. given_kv: what the KV policy was calibrated to, where a file of it was given.
     """
 
     checkpoint: Checkpoint
@@ -45,7 +45,7 @@ class Known:
     dtype: torch.dtype
     device: torch.device
     vanilla: bool
-    packed: bool
+    kernel: str | None
     context: int | None  # positions the model has, None if its configuration does not say
     spread: bool = False  # over all GPUs, for a model larger than one
     max_memory: int | None = None  # bytes that it may take of each of them, None for all there are
@@ -109,8 +109,10 @@ class Known:
                 "prefix": prefix | {"intact": self.has_prefix and not self.vanilla},
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "device": self.device.type,
-                "packed": self.packed,
+                "packed": self.kernel is not None,
             }
+            # What unpacks computes the bits of the dequantized weights.
+            | ({} if self.kernel in (None, "unpack") else {"kernel": self.kernel})
             | ({"spread": True} if self.spread else {})
             | ({"kv_storage": "packed"} if self.packed_kv else {})
             | ({"kv_made_of": dict(made_of)} if (made_of := self.kv_made_of) is not None else {})

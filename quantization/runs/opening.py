@@ -55,15 +55,19 @@ def load_model(
     directory: Path,
     dtype: torch.dtype,
     device: torch.device,
-    packed: bool = False,
+    kernel: str | None = None,
     spread_over_gpus: bool = False,
     max_memory: int | None = None,
 ) -> PreTrainedModel:
-    """A dense or quantized checkpoint as a model in evaluation mode. max_memory: bytes it may take of each GPU."""
+    """A dense or quantized checkpoint as a model in evaluation mode.
+
+    kernel: of quantized weights, which then stay packed (`load_quantized`). max_memory: bytes it may take of each GPU.
+    """
     memory = None if max_memory is None else memory_of_each(max_memory)
     if not is_quantized(directory):
         return _load_dense(directory, dtype, device, spread_over_gpus, memory)
-    model = load_quantized(directory, packed=packed, dtype=dtype, device="cpu" if spread_over_gpus else device)
+    place = torch.device("cpu") if spread_over_gpus else device
+    model = load_quantized(directory, kernel=kernel, dtype=dtype, device=place, computes_on=device)
     return spread(model, memory) if spread_over_gpus else model
 
 

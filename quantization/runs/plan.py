@@ -35,11 +35,12 @@ from quantization.runs.dense import DenseCheckpoint, read_config
 from quantization.runs.fitting import (
     check_discovered,
     check_needed,
+    check_packed,
     check_prefix,
     fitting,
     model_of,
     name_other_weights,
-)
+)  # fmt: skip
 from quantization.runs.identities import by_tokens
 from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.known import Known
@@ -100,16 +101,16 @@ class Plan(Known):
         calibrated = self.kv_artefact() if self.kv_made_of is not None else None
         if calibrated is not None:
             calibrated.check_front(self.choice.ids if intact else (), prefix)
-        model = self._open(source, self.packed)
+        model = self._open(source, self.kernel)
         tensors = None if calibrated is None else calibrated.tensors
         attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv, tensors))
         if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
             self._keep(prefix)
         return attached
 
-    def _open(self, directory: Path, packed: bool = False) -> PreTrainedModel:
+    def _open(self, directory: Path, kernel: str | None = None) -> PreTrainedModel:
         """A dense or quantized checkpoint as a model, where this plan computes."""
-        return load_model(directory, self.dtype, self.device, packed, self.spread, self.max_memory)
+        return load_model(directory, self.dtype, self.device, kernel, self.spread, self.max_memory)
 
     def _open_dense(self, directory: Path) -> PreTrainedModel:
         return self._open(directory)
@@ -321,7 +322,7 @@ def plan_run(
     device: torch.device,
     dtype: torch.dtype | None = None,
     vanilla: bool = False,
-    packed: bool = False,
+    kernel: str | None = None,
     spread: bool = False,
     max_memory: int | None = None,
     packed_kv: bool = False,
@@ -331,10 +332,11 @@ def plan_run(
     """Look at a dense or quantized checkpoint, or its directory, and settle what a recipe means for it.
 
     Configurations and file headers are read, and files of text and tokenizer hashed; nothing is loaded, tokenized or
-    discovered. spread: put one model on all GPUs; max_memory: bytes of each, None for all. packed_kv: keep the KV
-    cache's codes. given_kv: what the KV policy is calibrated to. dtype: None takes float32 on a CPU and the
-    checkpoint's own elsewhere. makes: what the plan is for (`quantization.runs.preview.preview`); only a run, a
-    checkpoint and a KV artefact need the recipe's text, and a prefix that a file holds needs no weights.
+    discovered. kernel: keep quantized weights packed, and multiply by it. spread: put one model on all GPUs;
+    max_memory: bytes of each, None for all. packed_kv: keep the KV cache's codes. given_kv: what the KV policy is
+    calibrated to. dtype: None takes float32 on a CPU and the checkpoint's own elsewhere. makes: what the plan is for
+    (`quantization.runs.preview.preview`); only a run, a checkpoint and a KV artefact need the recipe's text, and a
+    prefix that a file holds needs no weights.
     Raises UserError for a combination that cannot be, such as a recipe for weights that are quantized already.
     """
     checkpoint = source if isinstance(source, Checkpoint) else find_checkpoint(source)
@@ -353,6 +355,7 @@ def plan_run(
             "--kv-storage packed has nothing to act on: the KV cache has full precision; add --kv-bits N, or leave "
             "it out"
         )
+    check_packed(kernel, recipe, checkpoint)
     config = read_config(directory)
     text_config = config.get_text_config(decoder=True)
     recipe = fitting_kv(recipe, checkpoint, text_config)
@@ -377,7 +380,7 @@ def plan_run(
         dtype,
         device,
         vanilla,
-        packed,
+        kernel,
         context,
         spread,
         max_memory,

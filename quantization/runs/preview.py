@@ -116,7 +116,9 @@ def preview(plan: Plan, makes: str = "run", out: Path | None = None) -> list[Lin
         lines.append(Line("KV artefact", _state(size is not None), size, str(path)))
     libraries = LIBRARIES.get(plan.device.type, 0.0)
     if makes not in ("checkpoint", "kv"):
-        running = max(_running(plan, sizes, plan.packed and makes == "run"), _running(plan, sizes) if builds else 0)
+        running = max(
+            _running(plan, sizes, plan.kernel is not None and makes == "run"), _running(plan, sizes) if builds else 0
+        )
         lines.append(Line("memory to run", "about", libraries + running, str(plan.device)))
     if any(line.what == "quantized checkpoint" and line.state != "present" for line in lines):
         lines.append(Line("memory to quantize", "about", libraries + _quantizing(plan, sizes), str(plan.device)))

@@ -111,7 +111,7 @@ RESUMED = r"\.partial(/|$)"
 JUDGED = r"^outputs/mt_bench/model_judgment/"
 QUANTIZED_PROGRAMS = (
     ppl("--model", "q"),
-    ppl("--model", "q", "--prefix", "bos", "--packed", name="ppl-bos-packed"),
+    ppl("--model", "q", "--prefix", "bos", "--kernel", "unpack", name="ppl-bos-packed"),
     Program("export-dense", ("quantization", "export", "--model", "q", "--format", "dense", "--out", "x"),
             tensors_of("x/*.safetensors")),
     Program("export-ct", ("quantization", "export", "--model", "q", "--out", "x"), tensors_of("x/*.safetensors")),
@@ -153,7 +153,7 @@ KINDS = {
         Kind("beside", worlds.quantized, ("q/config.json", "q/tokenizer.json", "q/tokenizer_config.json"),
              QUANTIZED_PROGRAMS),
         Kind("block-kv", worlds.rotated, ("q/block-*.safetensors", "q/quantization.json"), (
-            ppl("--model", "q"), ppl("--model", "q", "--prefix", "bos", "--packed", name="ppl-bos-packed"),
+            ppl("--model", "q"), ppl("--model", "q", "--prefix", "bos", "--kernel", "unpack", name="ppl-bos-packed"),
         ), own=True),
         Kind("partial", worlds.partial_, ("q.partial/block-000.safetensors", "q.partial/*.json"),
              (Program("resume", (*QUANTIZE, "q"), tensors_of("q/*.safetensors")),), own=True,
