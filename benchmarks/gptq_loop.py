@@ -136,7 +136,8 @@ def measure_loop(name: str, h: Tensor, rounds: int, kernel: bool | None, **told:
     quantized, loss, _ = whole()
     spent = seconds(whole, h.device)
     report(benchmark="gptq_loop", part="matrix", linears=name, out=out, channels=channels,
-           kernel=h.is_cuda and kernel is not False, seconds=round(spent, 4), without_factor=round(loop, 4), loss=loss, **told)  # fmt: skip
+           kernel=h.is_cuda and kernel is not False, seconds=round(spent, 4), without_factor=round(loop, 4),
+           loss=loss, **told)  # fmt: skip
     return quantized.codes, loss
 
 
