@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 Weight = TypeVar("Weight", bound=StoredWeight)
 
 COLUMNS = 128  # that are updated one by one before the rest is; changes the speed only
-PANEL = 256  # columns that are computed at a time where a triangle is asked for; changes the speed only
+PANEL = 192  # rows that are computed at a time where a triangle is asked for; changes the speed only
 PANELS = {"cuda": 2048}  # where it is another: large products fill a GPU
 DAMP_STEPS = 3  # times that λ grows tenfold, in float32 and then in float64
 
@@ -51,7 +51,7 @@ class Hessian:
     """H of a linear's inputs, in float32: (channels, channels). Samples may come one at a time, or several."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None  # of x xᵀ: the blocks of `PANEL` columns down to the diagonal
+        self._sum: Tensor | None = None  # of x xᵀ, in panels of rows that end with their diagonal
         self._samples = 0
 
     def add(self, x: Tensor) -> None:
@@ -67,7 +67,7 @@ class Hessian:
         as_it_is = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
         x = x if as_it_is else x.float()
         for first, last in _panels(channels, x.device):
-            rows, columns, total = x[:, :last].T, x[:, first:last], self._sum[:last, first:last]
+            rows, columns, total = x[:, first:last].T, x[:, :last], self._sum[first:last, :last]
             if as_it_is:
                 total += torch.mm(rows, columns, out_dtype=torch.float32)
             else:
@@ -78,12 +78,12 @@ class Hessian:
         assert self._sum is not None, "no sample was added"
         h, self._sum = self._sum.mul_(2 / self._samples), None
         for first, last in _panels(len(h), h.device):
-            h[first:last, :first] = h[:first, first:last].T
+            h[:first, first:last] = h[first:last, :first].T
         return h
 
 
 def _panels(channels: int, device: torch.device) -> list[tuple[int, int]]:
-    """First and last column of the panels that a matrix is computed in, where only a triangle of it is asked for."""
+    """First and last row of the panels that a matrix is computed in, where only a triangle of it is asked for."""
     width = PANELS.get(device.type, PANEL)
     return [(first, min(first + width, channels)) for first in range(0, channels, width)]
 
@@ -106,9 +106,9 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tenso
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
             inverse = h.zero_()  # in its memory: at 14336 channels a matrix takes 0.8 GB
             inverse.diagonal().fill_(1)
-            for first, last in _panels(len(h), h.device):  # above the diagonal it is zero
-                below = inverse[first:, first:last]
-                below.copy_(torch.linalg.solve_triangular(lower[first:, first:], below, upper=False))
+            for first, last in _panels(len(h), h.device):  # L⁻¹ L = I; above the diagonal all is zero
+                rows = inverse[first:last, :last]
+                rows.copy_(torch.linalg.solve_triangular(lower[:last, :last], rows, upper=False, left=False))
             del lower
             return inverse.flip(0, 1), attempt
         del lower
