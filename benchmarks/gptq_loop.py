@@ -80,7 +80,7 @@ def measure_hessian(x: Tensor, tokens: int, rounds: int, **told: Any) -> Tensor:
 
 
 def measure_factor(h: Tensor, rounds: int, **told: Any) -> None:
-    """Print its time, and how far U H Uᵀ-like products are from one: the residual of UᵀU against H, on one vector."""
+    """Print its time, and the largest entry of UᵀU·(H_λ·v) − v in float64, v all ones."""
     factor, _ = inverse_factor(h.clone(), 0.01)
     v = torch.ones(len(h), 1, dtype=torch.float64, device=h.device)
     damped = h.double()

@@ -44,9 +44,8 @@ def grids(n: int, out: int, grid: UniformGrid, groups: int = 3) -> Levels:
 
 def rounded(w: Tensor, factor: Tensor, levels: Levels, kernel: bool) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.full(w.shape, 255, dtype=torch.uint8, device=w.device)
-    errors = torch.full_like(w, torch.nan)
-    corrections = torch.full_like(w, torch.nan, dtype=torch.float16)
-    round_columns(w.clone(), factor, levels, codes, errors, corrections, kernel=kernel)
+    errors, corrections = w.clone(), torch.full_like(w, torch.nan, dtype=torch.float16)
+    round_columns(errors, factor, levels, codes, corrections, kernel=kernel)
     return codes, errors, corrections
 
 

@@ -471,10 +471,8 @@ def test_what_is_stored_is_what_was_simulated_bit_for_bit(
 ) -> None:
     simulated: list[Tensor] = []
 
-    def looking(
-        w: Tensor, factor: Tensor, levels: Levels, codes: Tensor, errors: Tensor, corrections: Tensor | None, *_: Any
-    ) -> None:
-        round_columns(w, factor, levels, codes, errors, corrections)
+    def looking(w: Tensor, u: Tensor, levels: Levels, codes: Tensor, corrections: Tensor | None, *_: Any) -> None:
+        round_columns(w, u, levels, codes, corrections)
         rounded = (codes.float() - levels.zero_point) * levels.scale
         simulated.append(rounded if corrections is None else rounded + corrections)
 

@@ -50,25 +50,25 @@ def round_columns(
     factor: Tensor,
     levels: Levels,
     codes: Tensor,
-    errors: Tensor,
     corrections: Tensor | None = None,
     kernel: bool | None = None,
 ) -> None:
-    """Write codes and errors e_c = d_c / U_cc of a run of channels, and the corrections of its outliers.
+    """Write codes of a run of channels, and the corrections of its outliers; w becomes the errors e_c = d_c / U_cc.
 
-    w: (n, out), n ≤ `LONGEST`, contiguous; overwritten. factor: U of these channels, (n, n). codes: (n, out) uint8.
-    errors: (n, out), in the dtype of w. corrections: (n, out) float16, if `levels` has a limit. kernel: use Triton (w
-    is float32 then); none: on CUDA, where it can.
+    w: (n, out), n ≤ `LONGEST`, contiguous. factor: U of these channels, (n, n), zeros below its diagonal. codes:
+    (n, out) uint8. corrections: (n, out) float16, if `levels` has a limit. kernel: use Triton (w is float32 then);
+    none: on CUDA, where it can.
     """
-    spread = factor / factor.diagonal()[:, None]
+    pivots = factor.diagonal()
+    before = factor.triu(1).div_(pivots[:, None]).T.contiguous()  # U_kc / U_kk at [c, k], k < c
     if kernel is None:
         kernel = w.is_cuda and w.dtype == torch.float32 and _works(w.device)
     if kernel:
         from quantization.kernels.columns_triton import launch  # triton is not everywhere
 
-        launch(w, spread, factor.diagonal(), levels, codes, errors, corrections)
+        launch(w, before, pivots, levels, codes, corrections)
     else:
-        _round_columns(w, spread, factor.diagonal(), levels, codes, errors, corrections)
+        _round_columns(w, before, pivots, levels, codes, corrections)
 
 
 @cache
@@ -84,34 +84,33 @@ def _works(device: torch.device) -> bool:
 
 
 def _round_columns(
-    w: Tensor, spread: Tensor, pivots: Tensor, levels: Levels, codes: Tensor, errors: Tensor, corrections: Tensor | None
+    w: Tensor, before: Tensor, pivots: Tensor, levels: Levels, codes: Tensor, corrections: Tensor | None
 ) -> None:
-    n = len(w)
     group = levels.group.tolist()
     scale, zero_point = levels.scale.unbind(), levels.zero_point.unbind()
     # clamp(r + z, 0, top) − z is clamp(r, −z, top − z): r is an integer, and so is z, unless it enters the sum.
     lowest, highest = ((x - levels.zero_point).unbind() for x in (0, levels.top))
     steps = torch.empty_like(w)  # q − z
-    w_rows, steps_rows, d_rows = w.unbind(), steps.unbind(), errors.unbind()
-    earlier = errors.T
-    of_column = spread.T.contiguous()
-    for first in range(0, n, TILE):
-        last = min(first + TILE, n)
+    for first in range(0, len(w), TILE):
+        tile = slice(first, first + TILE)
         if first:
-            w[first:last].addmm_(of_column[first:last, :first], errors[:first], alpha=-1)
-        for c in range(first, last):
-            x, q, d, g = w_rows[c], steps_rows[c], d_rows[c], group[c]
-            if c > first:
-                x.addmv_(earlier[:, first:c], of_column[c, first:c], alpha=-1)
+            w[tile].addmm_(before[tile, :first], w[:first], alpha=-1)
+        all_of_tile = w[
+            tile
+        ].T  # d of the channels before, weights of the others: those times zero, with no view for it
+        rows = zip(group[tile], w[tile].unbind(), steps[tile].unbind(), before[tile, tile].unbind(), strict=True)
+        for i, (g, x, q, coefficients) in enumerate(rows):
+            if i:
+                x.addmv_(all_of_tile, coefficients, alpha=-1)
             torch.div(x, scale[g], out=q)
             if levels.round_sum:
                 q.add_(zero_point[g]).round_().clamp_(0, levels.top).sub_(zero_point[g])
             else:
                 torch.clamp(q.round_(), lowest[g], highest[g], out=q)
-            torch.addcmul(x, q, scale[g], value=-1, out=d)
+            x.addcmul_(q, scale[g], value=-1)
             if levels.limit is not None and corrections is not None:
-                outlier = (d / pivots[c]).square_() > levels.limit
-                corrections[c] = d.where(outlier, 0.0)
-                d -= corrections[c]
-    codes.copy_(steps.add_(levels.zero_point[levels.group.long()]))
-    errors.div_(pivots[:, None])
+                outlier = (x / pivots[first + i]).square_() > levels.limit
+                corrections[first + i] = x.where(outlier, 0.0)
+                x -= corrections[first + i]
+    codes.copy_(steps.add_(levels.zero_point.index_select(0, levels.group)))
+    w.div_(pivots[:, None])

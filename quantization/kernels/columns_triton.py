@@ -30,21 +30,19 @@ def _nearest(x):
 
 @triton.jit(do_not_specialize=["n"])
 def _columns_kernel(
-    w,  # (n, out)
-    spread,  # (COLUMNS, COLUMNS): U_kc / U_kk at [c, k], zeros beyond n
+    w,  # (n, out); becomes errors
+    before,  # (COLUMNS, COLUMNS): U_kc / U_kk at [c, k], k < c < n; else zeros
     pivots,  # (n,), U_cc
     scale,  # (groups, out)
     zero_point,
     group,  # (n,)
     limit,  # (out,) or none
     codes,  # (n, out) uint8
-    errors,  # (n, out)
     corrections,  # (n, out) float16 or none
     n,
     out,
     w_stride,  # of a channel
     codes_stride,
-    errors_stride,
     TOP: tl.constexpr,
     ROUND_SUM: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -71,7 +69,7 @@ def _columns_kernel(
         next_zero = tl.load(zero_point + of_group + row, mask=real, other=0.0)
         next_group = tl.load(group + tl.minimum(c + 2, n - 1))
 
-        u = tl.load(spread + c * COLUMNS + channel)
+        u = tl.load(before + c * COLUMNS + channel)
         x -= tl.sum(u[:, None] * d, 0)
         steps = tl.div_rn(x, s)
         code = _nearest(steps + z) if ROUND_SUM else _nearest(steps) + z
@@ -84,42 +82,32 @@ def _columns_kernel(
             tl.store(corrections + c * codes_stride + row, kept, mask=real)
             missing -= kept.to(tl.float32)
         tl.store(codes + c * codes_stride + row, code.to(tl.uint8), mask=real)
-        tl.store(errors + c * errors_stride + row, tl.div_rn(missing, pivot), mask=real)
+        tl.store(w + c * w_stride + row, tl.div_rn(missing, pivot), mask=real)
         d = tl.where(channel[:, None] == c, missing[None, :], d)
 
 
 def launch(
-    w: Tensor,
-    spread: Tensor,
-    pivots: Tensor,
-    levels: Levels,
-    codes: Tensor,
-    errors: Tensor,
-    corrections: Tensor | None,
+    w: Tensor, before: Tensor, pivots: Tensor, levels: Levels, codes: Tensor, corrections: Tensor | None
 ) -> None:
-    """`columns.round_columns` by the kernel. spread: U_kc / U_kk, (n, n). pivots: diag U."""
+    """`columns.round_columns` by the kernel. before: U_kc / U_kk at [c, k], (n, n). pivots: diag U."""
     n, out = w.shape
     assert n <= LONGEST, n
     columns = max(SHORTEST, triton.next_power_of_2(n))
-    coefficients = spread.new_zeros(columns, columns)
-    coefficients[:n, :n] = spread.T
     with torch.cuda.device_of(w):  # Triton starts kernels on the current device
         _columns_kernel[(triton.cdiv(out, ROWS),)](
             w,
-            coefficients,
+            torch.nn.functional.pad(before, (0, columns - n, 0, columns - n)) if n < columns else before,
             pivots.contiguous(),
             levels.scale,
             levels.zero_point,
             levels.group,
             levels.limit,
             codes,
-            errors,
             corrections,
             n,
             out,
             w.stride(0),
             codes.stride(0),
-            errors.stride(0),
             TOP=levels.top,
             ROUND_SUM=levels.round_sum,
             COLUMNS=columns,

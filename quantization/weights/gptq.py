@@ -88,11 +88,11 @@ def _panels(channels: int, device: torch.device) -> list[tuple[int, int]]:
     return [(first, min(first + width, channels)) for first in range(0, channels, width)]
 
 
-def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tensor, int]:
+def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor | None = None) -> tuple[Tensor, int]:
     """U, upper triangular, with (H + λI)⁻¹ = UᵀU, and how many times the damping had to grow.
 
-    h: (n, n) without zeros on its diagonal; overwritten. λ = damp · mean diag H.
-    With J the reversal of both axes and J(H_λ) = L Lᵀ: U = J(L⁻¹).
+    h: (n, n) without zeros on its diagonal; overwritten. λ = damp · mean diag H. order: of U's channels, (n,), where it
+    is another than that of H. With J the reversal of both axes and J(H_λ) = L Lᵀ: U = J(L⁻¹).
     Raises UserError if even 10³ times the damping in float64 gives no factor.
     """
     step, diagonal = damp * float(h.diagonal().mean()), h.diagonal()
@@ -100,8 +100,8 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tenso
     for attempt in range(DAMP_STEPS + 1):
         # λ, then 10λ, …: what is missing to the next is added.
         diagonal += step * (1 if attempt == 0 else 10**attempt - 10 ** (attempt - 1))
-        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-        if not failed:
+        lower = h.flip(0, 1) if order is None else h.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+        if _cholesky(lower):
             if attempt:
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
             inverse = h.zero_()  # in its memory: at 14336 channels a matrix takes 0.8 GB
@@ -120,8 +120,25 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tenso
         )
     log.warning("%s: no Cholesky factor in float32; trying float64", name)
     diagonal -= step * 10**DAMP_STEPS
-    factor, attempt = inverse_factor(h.double(), damp, name)
+    factor, attempt = inverse_factor(h.double(), damp, name, order)
     return factor.float(), DAMP_STEPS + 1 + attempt
+
+
+def _cholesky(a: Tensor) -> bool:
+    """Put L, with A = L Lᵀ, into the lower triangle of `a`, panel by panel; false if there is none.
+
+    Faster than torch's, which clears the other triangle against the order in memory.
+    """
+    failed = []
+    for first, last in _panels(len(a), a.device):
+        corner, left = a[first:last, first:last], a[first:last, :first]
+        if first:
+            left.copy_(torch.linalg.solve_triangular(a[:first, :first].T, left, upper=True, left=False))
+            corner.addmm_(left, left.T, alpha=-1)
+        factor, wrong = torch.linalg.cholesky_ex(corner)
+        corner.copy_(factor)
+        failed.append(wrong)
+    return not torch.stack(failed).any()
 
 
 def column_loop(
@@ -137,34 +154,27 @@ def column_loop(
 ) -> Tensor:
     """Round channel after channel, spreading each one's error over the later ones.
 
-    w: (in, out) float32, input channels in processing order; overwritten. factor: U, (in, in). levels: the first and
-    the last of some channels to their grid; called for `run` channels at a time, or for parts of so many one after
-    another, when the weights of the whole run are current. codes: (in, out) uint8, and corrections, (in, out) float16,
-    if `levels` has a limit: written. columns: updated before the rest is. kernel: see `round_columns`.
+    w: (in, out) float32, input channels in processing order; becomes the errors e. factor: U, (in, in). levels: the
+    first and the last of some channels to their grid; called for `run` channels at a time, or for parts of so many one
+    after another, when the weights of the whole run are current. codes: (in, out) uint8, and corrections, (in, out)
+    float16, if `levels` has a limit: written. columns: updated before the rest is. kernel: see `round_columns`.
     Returns Σ‖e_c‖², which is tr(ΔW H_λ ΔWᵀ), as a float64 scalar on the device of w.
     """
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
     columns = -(-columns // run) * run  # a run must not reach into channels that wait for their updates
     for start in range(0, len(w), columns):
         stop = min(start + columns, len(w))
-        errors = torch.empty_like(w[start:stop])
+        errors = w[start:stop]  # channels become errors as they are rounded
         for first in range(start, stop, min(run, LONGEST)):
             last = min(first + min(run, LONGEST), stop)
             now, before = slice(first, last), slice(start, first)
             if first > start:
-                w[now].addmm_(factor[before, now].T, errors[: first - start], alpha=-1)
-            round_columns(
-                w[now],
-                factor[now, now],
-                levels(first, last),
-                codes[now],
-                errors[first - start : last - start],
-                None if corrections is None else corrections[now],
-                kernel,
-            )
+                w[now].addmm_(factor[before, now].T, w[before], alpha=-1)
+            correction = None if corrections is None else corrections[now]
+            round_columns(w[now], factor[now, now], levels(first, last), codes[now], correction, kernel)
         if stop < len(w):
             w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        loss += torch.linalg.vector_norm(errors, dtype=torch.float64).square()
+        loss += torch.linalg.vector_norm(errors, dim=1).double().square().sum()
     return loss
 
 
@@ -210,9 +220,8 @@ def gptq(
         fit_groups(w)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
-        w = w[order]
-        hessian.copy_(hessian[order][:, order])  # the caller still holds the old one: no second copy of it
-    factor, repairs = inverse_factor(hessian, damp, name)
+        w = w.index_select(0, order)
+    factor, repairs = inverse_factor(hessian, damp, name, order)
     del hessian, diagonal
     codes = torch.empty(channels, out, dtype=torch.uint8, device=w.device)
     position = torch.arange(channels, device=w.device) if order is None else order
@@ -231,7 +240,7 @@ def gptq(
     group_index = None
     if order is not None:
         back = torch.argsort(order)
-        codes = codes[back]
+        codes = codes.index_select(0, back)
         if not static:
             group_index = (back // size).int()
     quantized = QuantizedTensor(

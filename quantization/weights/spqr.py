@@ -233,9 +233,8 @@ def spqr(
         diagonal.fill_(1.0)
     order = torch.argsort(diagonal, descending=True, stable=True) if how.act_order else None
     if order is not None:
-        w = w[order]
-        hessian.copy_(hessian[order][:, order])  # the caller still holds the old one: no second copy of it
-    factor, repairs = inverse_factor(hessian, how.damp, name)
+        w = w.index_select(0, order)
+    factor, repairs = inverse_factor(hessian, how.damp, name, order)
     del hessian, diagonal
     weighted = factor.diagonal().square()
     unit = [(part.var(dim=1) / weighted).mean().expand(part.shape[1]) for part in w.split(rows or w.shape[1], dim=1)]
