@@ -210,3 +210,24 @@ def _threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models: theirs wait for each other far longer than they compute, most of all on a busy
     machine. The real checkpoint gets `THREADS`."""
     torch.set_num_threads(THREADS if request.node.get_closest_marker("slow") else 1)
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Triton's interpreter (3.9) multiplies the bits of bfloat16 numbers, not the numbers: hand it float32."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != interpreter.tl.bfloat16:
+            return x
+        wide = (x.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
+    )

@@ -215,27 +215,6 @@ def test_what_the_mask_hides_is_not_seen(kernel, rows, boolean):
     assert_close(got.double().cpu(), expected, **CLOSE)
 
 
-@pytest.fixture
-def bfloat16_products(monkeypatch):
-    """Triton's interpreter (3.9) multiplies the bits of bfloat16 numbers, not the numbers: hand it float32."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    def widened(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
-        if x.dtype.scalar != interpreter.tl.bfloat16:
-            return x
-        wide = (x.data.astype("uint32") << 16).view("float32")
-        return interpreter.TensorHandle(wide, interpreter.tl.float32)
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
-    )
-
-
 @pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("kernel", KERNELS)
 @every(("dtype", "error"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])

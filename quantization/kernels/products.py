@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from corpora.errors import UserError
 from quantization.grids.stored import restore
 from quantization.kernels.protocols import Prepared, Product, Stored
+from quantization.kernels.uniform import Uniform
 
 __all__ = ["AUTO", "PRODUCTS", "check_kernel", "choose"]
 
@@ -38,7 +39,7 @@ class Unpack:
         return Prepared(stored.parts, multiply)
 
 
-PRODUCTS: Mapping[str, Product] = {product.name: product for product in (Unpack(),)}  # the faster ones first
+PRODUCTS: Mapping[str, Product] = {product.name: product for product in (Uniform(), Unpack())}  # the faster ones first
 
 
 def check_kernel(kernel: str) -> None:

@@ -46,8 +46,14 @@ def check_fits(checkpoint: Checkpoint, context: int | None, option: str, tokens:
         )
 
 
-def check_packed(kernel: str | None, recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Raise UserError for a kernel that nobody knows, or that has no quantized weight to multiply by."""
+def check_packed(kernel: str | None, packed_kv: bool, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a kernel that nobody knows, or that has no quantized weight to multiply by, and for a packed
+    cache of exact numbers."""
+    if packed_kv and recipe.kv_cache is None:
+        raise UserError(
+            "--kv-storage packed has nothing to act on: the KV cache has full precision; add --kv-bits N, or leave "
+            "it out"
+        )
     if kernel is None:
         return
     check_kernel(kernel)

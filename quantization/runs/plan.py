@@ -350,12 +350,7 @@ def plan_run(
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
         )
-    if packed_kv and recipe.kv_cache is None:
-        raise UserError(
-            "--kv-storage packed has nothing to act on: the KV cache has full precision; add --kv-bits N, or leave "
-            "it out"
-        )
-    check_packed(kernel, recipe, checkpoint)
+    check_packed(kernel, packed_kv, recipe, checkpoint)
     config = read_config(directory)
     text_config = config.get_text_config(decoder=True)
     recipe = fitting_kv(recipe, checkpoint, text_config)

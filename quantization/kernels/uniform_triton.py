@@ -1,0 +1,136 @@
+"""Start the Triton kernels of `uniform_kernels`: which one for how many rows, and with what tiles."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantization.kernels.uniform_kernels import dequantize_kernel, few_rows_kernel, some_rows_kernel, sum_kernel
+
+__all__ = ["Codes", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
+
+FEW, SOME = 4, 64  # rows up to which the kernels without and with tensor cores are taken
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of inputs
+EXPONENT = 127 << 23  # of 1
+PROCESSORS = 132  # of the GPU that splits are made for
+DENSE = 64  # outputs that a program dequantizes, a unit of each
+NOTHING = nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """What the tensors of `uniform.Uniform.prepare` do not tell: per_group units share a scale; zero_point: of all
+    groups, where it is one number."""
+
+    bits: int
+    channels: int
+    outputs: int
+    per_group: int
+    zero_point: float | None
+    compiled: dict[tuple[Any, ...], Callable[..., None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How `few_rows_kernel` is started: outputs · tiles outputs of a program, warps, stages of loads."""
+
+    outputs: int = 16
+    tiles: int = 2
+    warps: int = 8
+
+    @property
+    def units(self) -> int:
+        """Units that are read at a time: a thread has four outputs of one, in every tile."""
+        return max(1, self.warps * 128 // self.outputs)
+
+
+def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
+    """x Ŵᵀ + b: (..., channels) to (..., outputs), of any float dtype."""
+    inputs = x.reshape(-1, codes.channels)
+    order = tensors.get("order")
+    if order is not None:
+        inputs = inputs.index_select(1, order)
+    rows, shape = len(inputs), (*x.shape[:-1], codes.outputs)
+    others = rows == 0 or rows > SOME or x.dtype not in DTYPES
+    if others or (x.requires_grad and torch.is_grad_enabled()):
+        return torch.nn.functional.linear(inputs, dequantized(tensors, codes, x.dtype), bias).view(shape)
+    if not inputs.is_contiguous() or inputs.data_ptr() % 16:
+        inputs = inputs.clone(memory_format=torch.contiguous_format)
+    y = inputs.new_empty(shape)
+    with on_device(inputs):
+        if rows <= FEW:
+            few_rows(inputs, tensors, bias, y, codes, tile_of(codes, rows))
+        else:
+            some_rows(inputs, tensors, bias, y, codes)
+    return y
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton starts kernels on the current device."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return NOTHING
+    return torch.cuda.device_of(x)
+
+
+def tile_of(codes: Codes, rows: int) -> Tile:
+    """What was fastest."""
+    return Tile(16, 2 if rows < 4 else 1, 8)
+
+
+def few_rows(
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, tile: Tile
+) -> None:
+    """y = x Ŵᵀ + b by `few_rows_kernel`.
+
+    Triton looks at every argument of every call to find the compiled kernel, which takes longer than a small product.
+    What it would look at is the key of `codes.compiled`.
+    """
+    words = tensors["words"]
+    arguments = (
+        x, words, tensors["scale"], tensors.get("zero_point"), bias, y, words.shape[0], words.shape[2], codes.outputs,
+        len(x), codes.bits, codes.per_group, codes.zero_point, tile.units, tile.outputs, tile.tiles,
+    )  # fmt: skip
+    key = (len(x), x.dtype, bias is None, x.device.index, tile)
+    start = codes.compiled.get(key)
+    if start is not None:
+        start(*arguments)
+        return
+    grid = (words.shape[2] // (tile.outputs * tile.tiles), 1, 1)
+    compiled = few_rows_kernel[grid](*arguments, num_warps=tile.warps)
+    if compiled is not None:  # by the interpreter nothing is
+        codes.compiled[key] = compiled[grid]
+
+
+def some_rows(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes,
+              outputs: int = 64, units: int = 16, warps: int = 4, waves: int = 4) -> None:  # fmt: skip
+    """y = x Ŵᵀ + b by `some_rows_kernel`, and the sum of its splits."""
+    words, rows = tensors["words"], x.shape[0]
+    tile = max(16, triton.next_power_of_2(rows))
+    programs = words.shape[2] // outputs
+    steps = -(-words.shape[0] // units)
+    per_split = -(-steps // max(1, min(waves * PROCESSORS // programs, steps)))
+    splits = -(-steps // per_split)
+    parts = torch.empty(splits, rows, codes.outputs, dtype=torch.float32, device=x.device)
+    some_rows_kernel[(programs, 1, splits)](
+        x, words, tensors["scale"], tensors.get("zero_point"), parts, rows, words.shape[0], words.shape[2],
+        codes.outputs, per_split * units, EXPONENT,
+        BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=tile, UNITS=units, OUTPUTS=outputs,
+        PRECISION="ieee", num_warps=warps,
+    )  # fmt: skip
+    sum_kernel[(triton.cdiv(y.numel(), 1024),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=1024)
+
+
+def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype) -> Tensor:
+    """Ŵ, (outputs, channels): a view of its transpose."""
+    words = tensors["words"]
+    dense = torch.empty(codes.channels, words.shape[2], dtype=dtype, device=words.device)
+    with on_device(words):
+        dequantize_kernel[(words.shape[0], triton.cdiv(words.shape[2], DENSE))](
+            words, tensors["scale"], tensors.get("zero_point"), dense, words.shape[2], EXPONENT,
+            BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, OUTPUTS=DENSE, num_warps=DENSE // 128 or 1,
+        )  # fmt: skip
+    return dense[:, : codes.outputs].T
