@@ -66,7 +66,9 @@ def round_columns(
     if kernel:
         from quantization.kernels.columns_triton import launch  # triton is not everywhere
 
-        launch(w, before, pivots, levels, codes, corrections)
+        assert len(w) <= LONGEST, len(w)
+        grid = (levels.scale, levels.zero_point, levels.group, levels.limit)
+        launch(w, before, pivots, *grid, codes, corrections, levels.top, levels.round_sum)
     else:
         _round_columns(w, before, pivots, levels, codes, corrections)
 

@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantization.kernels.columns import LONGEST, Levels
-
 __all__ = ["launch"]
 
 ROWS = 32  # of a program: as many as a warp has threads
@@ -87,29 +85,38 @@ def _columns_kernel(
 
 
 def launch(
-    w: Tensor, before: Tensor, pivots: Tensor, levels: Levels, codes: Tensor, corrections: Tensor | None
+    w: Tensor,
+    before: Tensor,
+    pivots: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor,
+    limit: Tensor | None,
+    codes: Tensor,
+    corrections: Tensor | None,
+    top: int,
+    round_sum: bool,
 ) -> None:
-    """`columns.round_columns` by the kernel. before: U_kc / U_kk at [c, k], (n, n). pivots: diag U."""
+    """`columns.round_columns` by the kernel. before: U_kc / U_kk at [c, k], (n, n). pivots: diag U. Grids: `Levels`."""
     n, out = w.shape
-    assert n <= LONGEST, n
     columns = max(SHORTEST, triton.next_power_of_2(n))
     with torch.cuda.device_of(w):  # Triton starts kernels on the current device
         _columns_kernel[(triton.cdiv(out, ROWS),)](
             w,
             torch.nn.functional.pad(before, (0, columns - n, 0, columns - n)) if n < columns else before,
             pivots.contiguous(),
-            levels.scale,
-            levels.zero_point,
-            levels.group,
-            levels.limit,
+            scale,
+            zero_point,
+            group,
+            limit,
             codes,
             corrections,
             n,
             out,
             w.stride(0),
             codes.stride(0),
-            TOP=levels.top,
-            ROUND_SUM=levels.round_sum,
+            TOP=top,
+            ROUND_SUM=round_sum,
             COLUMNS=columns,
             ROWS=ROWS,
             num_warps=WARPS,
