@@ -84,7 +84,7 @@ def input_ranges(block: DecoderBlock) -> dict[str, tuple[Tensor, Tensor]]:
 
     def look(name: str, x: Tensor) -> None:
         if name in wanted:
-            low, high = x[0].float().aminmax(dim=0)
+            low, high = (end.float() for end in x.flatten(0, 1).aminmax(dim=0))
             before = ranges.get(name, (low, high))
             ranges[name] = torch.minimum(before[0], low), torch.maximum(before[1], high)
 
