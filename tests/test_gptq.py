@@ -16,6 +16,7 @@ from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
+from quantization.kernels.columns import Levels
 from quantization.model.blocks import DecoderBlock
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import load_quantized, read_cost
@@ -133,15 +134,19 @@ def test_over_a_matrix_the_proxy_loss_is_below_that_of_rtn(
 
 
 @every("columns", [1, 7, 16, 96])
-def test_how_many_columns_wait_for_updates_changes_nothing(columns: int) -> None:
+@every("run", [1, 5, 16, 96, 128])
+def test_how_many_columns_wait_for_updates_changes_nothing(columns: int, run: int) -> None:
     weight, h = random(ROWS, CHANNELS), hessian_of(correlated()).double()
     factor, _ = inverse_factor(h, 0.01)
+    quarters = torch.full((1, ROWS), 0.25, dtype=torch.float64)
+    levels = Levels(quarters, 512 * quarters, torch.zeros(CHANNELS, dtype=torch.int32), 255)
     results = []
-    for count in (columns, 128):
-        w = weight.double().T.contiguous()
-        column_loop(w, factor, lambda _, column: torch.round(4 * column) / 4, count)
-        results.append(w)
-    assert torch.allclose(*results, atol=1e-9)
+    for numbers in ({"columns": columns, "run": run}, {}):
+        codes = torch.empty(CHANNELS, ROWS, dtype=torch.uint8)
+        loss = column_loop(weight.double().T.contiguous(), factor, levels.of, codes, **numbers)
+        results.append((codes, float(loss)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-9)
 
 
 def test_groups_that_are_fitted_on_the_way_see_all_updates_made_so_far() -> None:

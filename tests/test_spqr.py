@@ -19,13 +19,14 @@ from intactkv.architecture import LLAMA
 from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
 from quantization.grids.stored import restore
 from quantization.grids.uniform import Fit, UniformGrid
+from quantization.kernels.columns import Levels, round_columns
 from quantization.kernels.linear import QuantLinear
 from quantization.model.blocks import DecoderBlock
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import block_file, load_quantized, read_block
 from quantization.runs.pipeline import quantize_checkpoint
-from quantization.weights.gptq import column_loop, gptq
+from quantization.weights.gptq import gptq
 from quantization.weights.spqr import (
     SpQR,
     average_bits,
@@ -470,19 +471,19 @@ def test_what_is_stored_is_what_was_simulated_bit_for_bit(
 ) -> None:
     simulated: list[Tensor] = []
 
-    def looking(w: Tensor, *arguments: Any) -> Tensor:
-        loss = column_loop(w, *arguments)
-        simulated.append(w.T.clone())
-        return loss
+    def looking(w: Tensor, u: Tensor, levels: Levels, codes: Tensor, corrections: Tensor | None, *_: Any) -> None:
+        round_columns(w, u, levels, codes, corrections)
+        rounded = (codes.float() - levels.zero_point) * levels.scale
+        simulated.append(rounded if corrections is None else rounded + corrections)
 
-    monkeypatch.setattr(module, "column_loop", looking)
+    monkeypatch.setattr(driver, "round_columns", looking)
     weight, hessian = layer(64, 160)
     stored, _, _ = spqr(weight, hessian, replace(SpQR(W3), **form))
     parts = {name: part.clone() for name, part in stored.tensors().items()}
     again = restore("spqr", parts, json.loads(json.dumps(stored.header())))
     order = torch.arange(160) if stored.order is None else stored.order.long()
     for form_of_it in (stored, again):
-        assert torch.equal(form_of_it.dequantize()[:, order], simulated[0])
+        assert torch.equal(form_of_it.dequantize()[:, order], torch.cat(simulated).T)
     assert torch.equal(again.dequantize(torch.bfloat16), stored.dequantize().to(torch.bfloat16))
     for name, part in again.tensors().items():
         assert torch.equal(part, stored.tensors()[name])

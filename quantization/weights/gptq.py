@@ -20,18 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from corpora.errors import UserError
+from corpora.storage import is_finite
 from quantization.grids.stored import StoredWeight
 from quantization.grids.uniform import (
     SCALE_DTYPES,
     Fit,
     QuantizedTensor,
     UniformGrid,
-    encode,
     finite,
-    fit_finite,
+    fit,
     split_groups,
 )
+from quantization.kernels.columns import LONGEST, Levels, round_columns
 from quantization.model.blocks import DecoderBlock
+from quantization.model.stages import stage
+from quantization.model.walk import Walk
 from quantization.weights.base import GridQuantizer
 
 __all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]
@@ -41,36 +44,57 @@ log = logging.getLogger(__name__)
 Weight = TypeVar("Weight", bound=StoredWeight)
 
 COLUMNS = 128  # that are updated one by one before the rest is; changes the speed only
+PANEL = 192  # rows that are computed at a time where a triangle is asked for; changes the speed only
+PANELS = {"cuda": 2048}  # where it is another: large products fill a GPU
 DAMP_STEPS = 3  # times that λ grows tenfold, in float32 and then in float64
 
 
 class Hessian:
-    """H of a linear's inputs, in float32: (channels, channels). Samples may come one at a time."""
+    """H of a linear's inputs, in float32: (channels, channels). Samples may come one at a time, or several."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = None  # of x xᵀ, in panels of rows that end with their diagonal
         self._samples = 0
 
     def add(self, x: Tensor) -> None:
-        """Take the inputs of one sample, (tokens, channels)."""
-        x = x.float()
+        """Take the inputs of one sample, (tokens, channels), or of several, (samples, tokens, channels).
+
+        On CUDA half-precision inputs are multiplied as they are: their products are exact in float32, and so is summed.
+        """
+        self._samples += len(x) if x.ndim == 3 else 1
+        x = x.flatten(0, -2)
+        channels = x.shape[1]
         if self._sum is None:
-            self._sum = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-        self._sum.addmm_(x.T, x)
-        self._samples += 1
+            self._sum = torch.zeros(channels, channels, device=x.device)
+        as_it_is = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        x = x if as_it_is else x.float()
+        for first, last in _panels(channels, x.device):
+            rows, columns, total = x[:, first:last].T, x[:, :last], self._sum[first:last, :last]
+            if as_it_is:
+                total += torch.mm(rows, columns, out_dtype=torch.float32)
+            else:
+                total.addmm_(rows, columns)
 
     def take(self) -> Tensor:
         """H, with n counting samples; the memory is the caller's from then on."""
         assert self._sum is not None, "no sample was added"
         h, self._sum = self._sum.mul_(2 / self._samples), None
+        for first, last in _panels(len(h), h.device):
+            h[:first, first:last] = h[first:last, :first].T
         return h
 
 
-def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tensor, int]:
+def _panels(channels: int, device: torch.device) -> list[tuple[int, int]]:
+    """First and last row of the panels that a matrix is computed in, where only a triangle of it is asked for."""
+    width = PANELS.get(device.type, PANEL)
+    return [(first, min(first + width, channels)) for first in range(0, channels, width)]
+
+
+def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor | None = None) -> tuple[Tensor, int]:
     """U, upper triangular, with (H + λI)⁻¹ = UᵀU, and how many times the damping had to grow.
 
-    h: (n, n) without zeros on its diagonal; overwritten. λ = damp · mean diag H.
-    With J the reversal of both axes and J(H_λ) = L Lᵀ: U = J(L⁻¹).
+    h: (n, n) without zeros on its diagonal; overwritten. λ = damp · mean diag H. order: of U's channels, (n,), where it
+    is another than that of H. With J the reversal of both axes and J(H_λ) = L Lᵀ: U = J(L⁻¹).
     Raises UserError if even 10³ times the damping in float64 gives no factor.
     """
     step, diagonal = damp * float(h.diagonal().mean()), h.diagonal()
@@ -78,12 +102,15 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tenso
     for attempt in range(DAMP_STEPS + 1):
         # λ, then 10λ, …: what is missing to the next is added.
         diagonal += step * (1 if attempt == 0 else 10**attempt - 10 ** (attempt - 1))
-        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-        if not failed:
+        lower = h.flip(0, 1) if order is None else h.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+        if _cholesky(lower):
             if attempt:
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
-            h.zero_().diagonal().fill_(1)  # its memory serves as the identity: at 14336 channels a matrix takes 0.8 GB
-            inverse = torch.linalg.solve_triangular(lower, h, upper=False)
+            inverse = h.zero_()  # in its memory: at 14336 channels a matrix takes 0.8 GB
+            inverse.diagonal().fill_(1)
+            for first, last in _panels(len(h), h.device):  # L⁻¹ L = I; above the diagonal all is zero
+                rows = inverse[first:last, :last]
+                rows.copy_(torch.linalg.solve_triangular(lower[:last, :last], rows, upper=False, left=False))
             del lower
             return inverse.flip(0, 1), attempt
         del lower
@@ -95,35 +122,61 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian") -> tuple[Tenso
         )
     log.warning("%s: no Cholesky factor in float32; trying float64", name)
     diagonal -= step * 10**DAMP_STEPS
-    factor, attempt = inverse_factor(h.double(), damp, name)
+    factor, attempt = inverse_factor(h.double(), damp, name, order)
     return factor.float(), DAMP_STEPS + 1 + attempt
 
 
-def column_loop(
-    w: Tensor, factor: Tensor, round_column: Callable[[int, Tensor], Tensor], columns: int = COLUMNS
-) -> Tensor:
-    """Round channel after channel, spreading each one's error over the later ones; `w` becomes the result.
+def _cholesky(a: Tensor) -> bool:
+    """Put L, with A = L Lᵀ, into the lower triangle of `a`, panel by panel; false if there is none.
 
-    w: (in, out) float32, input channels in processing order. factor: U, (in, in). round_column: the index of a channel
-    and its current weights (out,) to their rounded values. columns: updated one by one before the rest is.
-    Returns Σ‖e_c‖², which is tr(ΔW H_λ ΔWᵀ).
+    Faster than torch's, which clears the other triangle against the order in memory.
+    """
+    failed = []
+    for first, last in _panels(len(a), a.device):
+        corner, left = a[first:last, first:last], a[first:last, :first]
+        if first:
+            left.copy_(torch.linalg.solve_triangular(a[:first, :first].T, left, upper=True, left=False))
+            corner.addmm_(left, left.T, alpha=-1)
+        factor, wrong = torch.linalg.cholesky_ex(corner)
+        corner.copy_(factor)
+        failed.append(wrong)
+    return not torch.stack(failed).any()
+
+
+def column_loop(
+    w: Tensor,
+    factor: Tensor,
+    levels: Callable[[int, int], Levels],
+    codes: Tensor,
+    corrections: Tensor | None = None,
+    *,
+    run: int = COLUMNS,
+    columns: int = COLUMNS,
+    kernel: bool | None = None,
+) -> Tensor:
+    """Round channel after channel, spreading each one's error over the later ones.
+
+    w: (in, out) float32, input channels in processing order; becomes the errors e. factor: U, (in, in). levels: the
+    first and the last of some channels to their grid; called for `run` channels at a time, or for parts of so many one
+    after another, when the weights of the whole run are current. codes: (in, out) uint8, and corrections, (in, out)
+    float16, if `levels` has a limit: written. columns: updated before the rest is. kernel: see `round_columns`.
+    Returns Σ‖e_c‖², which is tr(ΔW H_λ ΔWᵀ), as a float64 scalar on the device of w.
     """
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    columns = -(-columns // run) * run  # a run must not reach into channels that wait for their updates
     for start in range(0, len(w), columns):
         stop = min(start + columns, len(w))
-        inner = factor[start:stop, start:stop].contiguous()
-        pivots = inner.diagonal().tolist()
-        errors = torch.empty_like(w[start:stop])
-        for c in range(start, stop):
-            i = c - start
-            rounded = round_column(c, w[c])
-            torch.sub(w[c], rounded, out=errors[i]).div_(pivots[i])
-            w[c] = rounded
-            if c + 1 < stop:
-                w[c + 1 : stop].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        errors = w[start:stop]  # channels become errors as they are rounded
+        for first in range(start, stop, min(run, LONGEST)):
+            last = min(first + min(run, LONGEST), stop)
+            now, before = slice(first, last), slice(start, first)
+            if first > start:
+                w[now].addmm_(factor[before, now].T, w[before], alpha=-1)
+            correction = None if corrections is None else corrections[now]
+            round_columns(w[now], factor[now, now], levels(first, last), codes[now], correction, kernel)
         if stop < len(w):
             w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        loss += errors.double().square().sum()
+        loss += torch.linalg.vector_norm(errors, dim=1).double().square().sum()
     return loss
 
 
@@ -136,13 +189,14 @@ def gptq(
     act_order: bool = True,
     static_groups: bool = True,
     columns: int = COLUMNS,
+    kernel: bool | None = None,
     name: str = "weight",
 ) -> tuple[QuantizedTensor, float, int]:
     """One matrix on its grid: the quantized matrix, its loss ‖E‖², and how often the damping grew.
 
     weight: (out, in). hessian: (in, in) float32, overwritten. damp: λ over mean diag H. act_order: channels in the
     order of falling diag H. static_groups: groups are runs of neighbours, fitted before the loop; otherwise each is a
-    run in processing order, fitted on its current weights when the loop reaches it.
+    run in processing order, fitted on its current weights when the loop reaches it. kernel: see `round_columns`.
     Raises UserError for weights that are not finite and for a Hessian without a factor.
     """
     out, channels = weight.shape
@@ -152,40 +206,46 @@ def gptq(
     split_groups(weight, grid.group_size, name)  # refuses groups that do not fill a row
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    w[dead] = 0  # no token ever fed them: any value is as good
-    diagonal[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0  # neither 1 (GPTQ) nor 0: keeps λ what it is
+    w.masked_fill_(dead[:, None], 0)  # no token ever fed them: any value is as good
+    # Neither 1 (GPTQ) nor 0: keeps λ what it is.
+    live = diagonal.sum() / (~dead).sum()
+    diagonal.copy_(torch.where(dead, torch.where(dead.all(), 1.0, live), diagonal))
     static = static_groups or grid.group_size == -1
-    fitted: list[Fit] = []
+    fitted: list[Fit] = []  # each (groups, out)
+
+    def fit_groups(groups: Tensor) -> None:
+        """Of whole groups of channels, (in, out)."""
+        of_rows = fit(groups.unflatten(0, (-1, size)).transpose(1, 2), grid)
+        fitted.append(Fit(of_rows.scale[..., 0].contiguous(), of_rows.zero_point[..., 0].contiguous()))
+
     if static:  # of each channel's own neighbours, before any order
-        scale, zero_point = fit_finite(split_groups(w.T, grid.group_size), grid, name)  # (out, groups, 1)
-        fitted = [Fit(scale[:, i, 0], zero_point[:, i, 0]) for i in range(channels // size)]
+        fit_groups(w)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
-        w = w[order]
-        hessian.copy_(hessian[order][:, order])  # the caller still holds the old one: no second copy of it
-    factor, repairs = inverse_factor(hessian, damp, name)
+        w = w.index_select(0, order)
+    with stage("factor"):
+        factor, repairs = inverse_factor(hessian, damp, name, order)
     del hessian, diagonal
-    position = range(channels) if order is None else order.tolist()
     codes = torch.empty(channels, out, dtype=torch.uint8, device=w.device)
+    position = torch.arange(channels, device=w.device) if order is None else order
+    group = (position // size if static else torch.zeros_like(position)).int()
 
-    def round_column(c: int, column: Tensor) -> Tensor:
-        if not static and c % size == 0:
-            now = fit_finite(w[c : c + size].T, grid, name)
-            fitted.append(Fit(now.scale[:, 0], now.zero_point[:, 0]))
-        of_group = fitted[position[c] // size if static else c // size]
-        code = encode(column, of_group, grid)
-        codes[c] = code.to(torch.uint8)
-        return (code - of_group.zero_point).mul_(of_group.scale)
+    def levels(first: int, last: int) -> Levels:
+        if not static and first % size == 0:
+            fit_groups(w[first : first + size])
+        return Levels(*fitted[-1], group[first:last], grid.top, grid.rule.round_sum)
 
-    # Groups that are fitted on the way must not reach into channels that wait for their updates.
-    columns = columns if static else -(-columns // size) * size
-    loss = float(column_loop(w, factor, round_column, columns))
-    scale, zero_point = (torch.stack(parts, dim=1) for parts in zip(*fitted, strict=True))
+    run = min(COLUMNS, columns) if static else size
+    loss = float(column_loop(w, factor, levels, codes, run=run, columns=columns, kernel=kernel))
+    scale, zero_point = (torch.cat(parts).T.contiguous() for parts in zip(*fitted, strict=True))
+    if not is_finite(scale):
+        raise UserError(f"{name} holds values up to {weight.abs().max():.3g}, too large for {grid.scale_dtype} scales")
     group_index = None
     if order is not None:
-        codes = codes[torch.argsort(order)]
+        back = torch.argsort(order)
+        codes = codes.index_select(0, back)
         if not static:
-            group_index = (torch.argsort(order) // size).int()
+            group_index = (back // size).int()
     quantized = QuantizedTensor(
         codes.T.contiguous(), scale.to(SCALE_DTYPES[grid.scale_dtype]), zero_point, grid, group_index
     )
@@ -200,14 +260,22 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
     """
     sets = block.architecture.linears
     if true_sequential:
+        walk = Walk.begin(block)
         for names in sets:
             hessian = Hessian()
-            for x in block.inputs(names[0]):
-                hessian.add(x)
+            for x in walk.inputs(names[0]):
+                with stage("Hessians"):
+                    hessian.add(x)
             yield names, hessian.take()
         return
     hessians = {names[0]: Hessian() for names in sets}
-    block.observe(lambda name, x: hessians[name].add(x[0]) if name in hessians else None)
+
+    def look(name: str, x: Tensor) -> None:
+        if name in hessians:
+            with stage("Hessians"):
+                hessians[name].add(x)
+
+    block.observe(look)
     for names in sets:
         yield names, hessians.pop(names[0]).take()
 
@@ -227,7 +295,8 @@ def quantize_sets(
     quantized: dict[str, Weight] = {}
     for names, hessian in shared_hessians(block, true_sequential):
         stacked = torch.cat([full[name] for name in names])
-        chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
+        with stage("columns"):
+            chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
         quantized |= chosen
         if true_sequential:  # the next Hessians see these
             for name in names:
@@ -235,6 +304,8 @@ def quantize_sets(
         block.report(loss=loss, repaired_hessians=repairs > 0)
     for name, linear in linears.items():
         linear.weight.data = full[name]
+    if block.stream is not None and block.stream.walk is not None:
+        block.stream.walk.end(quantized)
     return quantized
 
 

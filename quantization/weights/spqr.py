@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from corpora.errors import UserError
-from corpora.storage import is_finite
 from quantization.grids.sparse import SMALLEST_SCALE, SecondLevel, SparseRows, SpQRWeight, first_level
 from quantization.grids.uniform import TINY, Fit, UniformGrid, check_bits, encode, finite, split_groups
+from quantization.kernels.columns import Levels
 from quantization.model.blocks import DecoderBlock
 from quantization.weights.base import GridQuantizer
-from quantization.weights.gptq import COLUMNS, column_loop, inverse_factor, quantize_sets
+from quantization.weights.gptq import column_loop, inverse_factor, quantize_sets
 
 __all__ = ["SpQR", "average_bits", "fit_first", "fit_groups", "fit_second", "leave_one_out_gain", "spqr"]
 
@@ -233,9 +233,8 @@ def spqr(
         diagonal.fill_(1.0)
     order = torch.argsort(diagonal, descending=True, stable=True) if how.act_order else None
     if order is not None:
-        w = w[order]
-        hessian.copy_(hessian[order][:, order])  # the caller still holds the old one: no second copy of it
-    factor, repairs = inverse_factor(hessian, how.damp, name)
+        w = w.index_select(0, order)
+    factor, repairs = inverse_factor(hessian, how.damp, name, order)
     del hessian, diagonal
     weighted = factor.diagonal().square()
     unit = [(part.var(dim=1) / weighted).mean().expand(part.shape[1]) for part in w.split(rows or w.shape[1], dim=1)]
@@ -256,30 +255,22 @@ def round_all(problem: Problem, how: SpQR, threshold: float, name: str) -> tuple
     w = problem.w.clone()
     codes = torch.empty(channels, out, dtype=torch.uint8, device=w.device)
     corrections = torch.zeros(channels, out, dtype=torch.float16, device=w.device)
-    levels: list[tuple[SecondLevel, SecondLevel]] = []
-    current: list[Fit] = []
+    fitted: list[tuple[SecondLevel, SecondLevel]] = []
+    in_group = torch.zeros(size, dtype=torch.int32, device=w.device)
 
-    def round_column(c: int, column: Tensor) -> Tensor:
-        if c % size == 0:
-            levels.append(fit_groups(w[c : c + size], pivots[c : c + size], limit, how))
-            current[:] = [first_level(*levels[-1])]
-        scale, zero_point = current[0]
-        code = encode(column, current[0], how.grid)
-        codes[c] = code.to(torch.uint8)
-        rounded = (code - zero_point).mul_(scale)
-        if limit is None:
-            return rounded
-        missing = column - rounded
-        corrections[c] = missing.where((missing / pivots[c]).square_() > limit, 0.0)
-        return rounded.add_(corrections[c])
+    def levels(first: int, last: int) -> Levels:
+        if first % size == 0:
+            fitted.append(fit_groups(w[first : first + size], pivots[first : first + size], limit, how))
+        scale, zero_point = first_level(*fitted[-1])
+        rule = how.grid.rule
+        return Levels(scale[None], zero_point[None], in_group[: last - first], how.grid.top, rule.round_sum, limit)
 
-    # Groups must not reach into channels that wait for their updates.
-    loss = float(column_loop(w, problem.factor, round_column, -(-COLUMNS // size) * size))
-    if not is_finite(w):
+    loss = float(column_loop(w, problem.factor, levels, codes, corrections, run=size))
+    if not math.isfinite(loss):
         raise UserError(f"{name} holds values up to {problem.w.abs().max():.3g}, too large for half-precision scales")
     sparse = SparseRows.from_dense(corrections.T)
     order = None if problem.order is None else problem.order.to(sparse.columns.dtype)
-    scales, zero_points = (stacked(parts) for parts in zip(*levels, strict=True))
+    scales, zero_points = (stacked(parts) for parts in zip(*fitted, strict=True))
     return (
         SpQRWeight(
             codes.T.contiguous(), scales, zero_points, sparse, order, how.grid.bits, how.scale_bits, how.zero_bits
