@@ -32,7 +32,15 @@ BOUNDS = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
 }  # of an error, to the largest sum there could be
-VARIANTS = tuple((outputs, tiles, warps) for outputs in (8, 16, 32) for tiles in (1, 2, 4) for warps in (4, 8, 16))
+CHECKS = (("gptq-asym", torch.bfloat16), ("gptq-sym", torch.float16), ("spqr-asym", torch.float32))
+TILES = tuple((*tile, stages) for stages in (1, 3) for tile in (
+    (8, 2, 8), (16, 1, 8), (16, 2, 4), (16, 2, 8), (16, 2, 16), (16, 4, 4), (16, 4, 8), (32, 1, 8), (32, 2, 4),
+    (32, 2, 8), (32, 2, 16), (32, 4, 8), (64, 1, 8), (64, 2, 8),
+))  # fmt: skip
+DOT_TILES = tuple(
+    (*tile, programs) for programs in (264, 528, 1056)
+    for tile in ((64, 16, 4, 1), (64, 16, 4, 2), (64, 32, 4, 1), (128, 16, 8, 1))
+)  # fmt: skip
 
 
 def stored(weight: QuantizedTensor) -> Stored:
@@ -50,36 +58,29 @@ def random_tensors(bits: int, outputs: int, channels: int, device: str) -> dict[
     }
 
 
-def check(device: str) -> bool:
-    """Whether the product is right: every number of bits, dtype and kind of grid, few and many rows, odd sizes."""
-    good, generator = True, torch.Generator(device).manual_seed(0)
-    for bits in BITS:
-        for convention, permuted in (("gptq-asym", False), ("gptq-sym", False), ("spqr-asym", True)):
-            matrix = torch.randn(331, 1280, generator=generator, device=device)
-            weight = quantize(matrix, UniformGrid(bits, GROUP, convention))
-            if permuted:
-                index = torch.arange(1280, device=device) // GROUP
-                weight = replace(weight, group_index=index[torch.randperm(1280, device=device)].int())
-            dense = weight.dequantize(torch.float64)
-            made = PRODUCTS["uniform"].prepare(stored(weight))
-            worst = dict.fromkeys(BOUNDS, 0.0)
-            for dtype in BOUNDS:
-                for rows in (1, 2, 4, 5, 16, 33, 64, 200):
-                    x = torch.randn(rows, 1280, generator=generator, device=device).to(dtype)
-                    bias = torch.randn(331, generator=generator, device=device).to(dtype)
-                    y = made.multiply(x, made.tensors, bias)
-                    again = made.multiply(x, made.tensors, bias)
-                    expected = x.double() @ dense.T + bias.double()
-                    size = x.double().norm(dim=1).max() * dense.norm(dim=1).max()
-                    error = float((y.double() - expected).abs().max() / size)
-                    worst[dtype] = max(worst[dtype], error)
-                    if not (error < BOUNDS[dtype] and torch.equal(y, again)):
-                        good = False
-                        print(f"WRONG: {bits} bits {convention} {rows} rows {dtype}: error {error:.1e}, "
-                              f"the same again: {torch.equal(y, again)}", flush=True)  # fmt: skip
-            errors = ", ".join(f"{str(dtype).removeprefix('torch.')} {error:.1e}" for dtype, error in worst.items())
-            print(f"checked: {bits} bits {convention}{' permuted' * permuted}, largest errors {errors}", flush=True)
-    return good
+def check(bits: int, convention: str, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the product is right and the same in every call: a few and many rows, odd sizes, a bias; and the errors,
+    relative to the largest sum there could be. Real zero points come with channels in any groups."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    weight = quantize(random(331, 1280), UniformGrid(bits, GROUP, convention))
+    if convention == "spqr-asym":
+        index = torch.arange(1280, device="cuda") // GROUP
+        weight = replace(weight, group_index=index[torch.randperm(1280, device="cuda")].int())
+    dense, made = weight.dequantize(torch.float64), PRODUCTS["uniform"].prepare(stored(weight))
+    good, errors = True, []
+    for rows in (1, 4, 16, 200):
+        x, bias = random(rows, 1280).to(dtype), random(331).to(dtype)
+        y, again = made.multiply(x, made.tensors, bias), made.multiply(x, made.tensors, bias)
+        expected = x.double() @ dense.T + bias.double()
+        size = x.double().norm(dim=1).max() * dense.norm(dim=1).max()
+        errors.append(float((y.double() - expected).abs().max() / size))
+        good = good and errors[-1] < BOUNDS[dtype] and torch.equal(y, again)
+    told = ", ".join(f"{error:.1e}" for error in errors)
+    return good, f"{'right' if good else 'WRONG'}: {bits} bits {convention} {dtype}, 1, 4, 16, 200 rows: errors {told}"
 
 
 def graph_time(calls: list[Callable[[], Any]], replays: int = 7) -> float:
@@ -160,47 +161,70 @@ def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed
         )  # fmt: skip
 
 
-def variants(bits: int, outputs: int, channels: int, speed: float, device: str) -> None:
-    """One row by every tile of `VARIANTS`: microseconds, the fastest first."""
-    from quantization.kernels.uniform_triton import Codes, Tile, few_rows
+def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, device: str) -> None:
+    """A few rows by every tile: microseconds, the fastest first."""
+    from quantization.kernels.uniform_triton import Codes
 
     codes, first = Codes(bits, channels, outputs, GROUP // 32, None), random_tensors(bits, outputs, channels, device)
     size = sum(tensor.nbytes for tensor in first.values())
     copies = max(1, -(-int(CACHE) // size))
     weights = [first, *({name: t.clone() for name, t in first.items()} for _ in range(copies - 1))]
-    x = torch.randn(1, channels, device=device, dtype=torch.bfloat16)
-    y = torch.empty(1, outputs, device=device, dtype=torch.bfloat16)
+    x = torch.randn(rows, channels, device=device, dtype=torch.bfloat16)
+    y = torch.empty(rows, outputs, device=device, dtype=torch.bfloat16)
     found = []
-    for variant in VARIANTS:
-        tile = Tile(*variant)
-        calls = in_turn(lambda i, t=tile: few_rows(x, weights[i], None, y, codes, t), copies, 20 if size < 1e8 else 5)
+    for tile in tiles_for(rows):
+        calls = in_turn(lambda i, t=tile: start(x, weights[i], y, codes, t), copies, 20 if size < 1e8 else 5)
         try:
-            found.append((graph_time(calls, 5), "/".join(map(str, variant))))
+            found.append((graph_time(calls, 5), "/".join(map(str, tile))))
         except Exception as error:  # of a tile that takes too much of the GPU
-            print(f"variant {variant}: {str(error).splitlines()[0][:100]}", flush=True)
-    print(f"variants {bits} bits {outputs} x {channels} (outputs/tiles/warps):",
+            print(f"tile {tile}: {str(error).splitlines()[0][:100]}", flush=True)
+    names = "outputs/tiles/warps/stages" if len(tiles_for(rows)[0]) == 4 else "outputs/units/warps/stages/programs"
+    print(f"tiles {bits} bits, {rows} rows, {outputs} x {channels} ({names}):",
           ", ".join(f"{name} {time:.1f}" for time, name in sorted(found)),
-          f"share {size / (min(found)[0] * 1e-6) / speed:.2f}", flush=True)  # fmt: skip
+          f"best share {size / (min(found)[0] * 1e-6) / speed:.2f}", flush=True)  # fmt: skip
 
 
-def compile_one(job: tuple[int, int, tuple[int, int, int] | None]) -> None:
-    """Compile what a number of bits, of rows, or a variant takes, into Triton's own cache."""
-    from quantization.kernels.uniform_triton import Codes, Tile, few_rows, multiply
+def tiles_for(rows: int) -> tuple[tuple[int, ...], ...]:
+    """The tiles that are tried with so many rows."""
+    return TILES if rows <= 4 else DOT_TILES
 
-    bits, rows, variant = job
+
+def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tuple[int, ...]) -> None:
+    """The product by one tile."""
+    from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
+
+    if len(tile) == 4:
+        few_rows(x, tensors, None, y, codes, Tile(*tile))
+    else:
+        some_rows(x, tensors, None, y, codes, DotTile(*tile))
+
+
+def compile_one(job: tuple[int, int, tuple[int, ...] | None]) -> None:
+    """Compile what a number of bits, of rows, or a tile takes, into Triton's own cache."""
+    from quantization.kernels.uniform_triton import Codes, multiply
+
+    bits, rows, tile = job
     codes, tensors = Codes(bits, 1024, 256, GROUP // 32, None), random_tensors(bits, 256, 1024, "cuda")
     x = torch.zeros(rows, 1024, device="cuda", dtype=torch.bfloat16)
-    if variant is None:
+    if tile is None:
         multiply(x, tensors, None, codes)
     else:
-        few_rows(x, tensors, None, x.new_empty(rows, 256), codes, Tile(*variant))
+        start(x, tensors, x.new_empty(rows, 256), codes, tile)
 
 
-def compile_all(jobs: list[tuple[int, int, tuple[int, int, int] | None]], workers: int) -> None:
-    """Compile in several processes; what fails is left to the measurement."""
+def ahead(jobs: list[tuple[int, int, tuple[int, ...] | None]], checks: list[Any], workers: int) -> bool:
+    """Compile and check in several processes; what is not compiled is left to the measurement. Whether all is right."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for job in [pool.submit(compile_one, job) for job in jobs]:
-            job.exception()
+        checking, compiling = [pool.submit(check, *one) for one in checks], [pool.submit(compile_one, j) for j in jobs]
+        good = True
+        for future in checking:
+            right, told = future.result() if future.exception() is None else (False, f"WRONG: {future.exception()!r}")
+            print(told, flush=True)
+            good = good and right
+        for job, future in zip(jobs, compiling, strict=True):
+            if future.exception() is not None:
+                print(f"not compiled: {job}: {str(future.exception())[:200]}", flush=True)
+    return good
 
 
 def main() -> None:
@@ -208,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
     parser.add_argument("--quick", action="store_true", help="fewer shapes, bits and rows; no check")
-    parser.add_argument("--variants", action="store_true", help="time other tiles of the product with one row")
+    parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1 and 16 rows")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile ahead")
     parser.add_argument("--bits", type=int, nargs="+", default=None)
     options = parser.parse_args()
@@ -220,11 +244,11 @@ def main() -> None:
     rows = (1, 16) if options.quick else ROWS
     jobs: list[Any] = [(b, r, None) for b in bits for r in rows]
     if options.variants:
-        jobs += [(b, 1, variant) for b in (3, 4) for variant in VARIANTS]
+        jobs += [(b, r, tile) for b in (3, 4) for r in (1, 16) for tile in tiles_for(r)]
     with torch.inference_mode():
-        compile_all(jobs, options.workers)
-        if not options.quick and not check(options.device):
-            sys.exit(1)
+        checks = [] if options.quick else [(b, *kind) for b in bits for kind in CHECKS]
+        if not ahead(jobs, checks, options.workers):
+            sys.exit("a product is wrong: nothing is timed")
         speed = bandwidth(options.device)
         print(f"copy bandwidth {speed / 1e12:.2f} TB/s, read and written", flush=True)
         dense_times: dict[Any, tuple[float, float]] = {}
@@ -233,8 +257,9 @@ def main() -> None:
                 measure(b, outputs, channels, rows, speed, options.device, dense_times)
         if options.variants:
             for b in (3, 4):
-                for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
-                    variants(b, outputs, channels, speed, options.device)
+                for r in (1, 16):
+                    for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
+                        variants(b, r, outputs, channels, speed, options.device)
 
 
 if __name__ == "__main__":

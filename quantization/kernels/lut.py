@@ -4,21 +4,28 @@
     y_n = Σ_groups [ Σ_i α_(n,i) · Σ_tables T[byte_(n,i)] + z₀_n · Σ_tables T[255] ]
 
 Of N outputs and q sign planes each reads q·K/8 entries instead of doing K multiplications; the 2^8·K/8 additions that
-build the tables are shared by all outputs. This is the plain form, which says what a kernel has to compute.
+build the tables are shared by all outputs. `lut_matmul` is the plain form, which says what a kernel has to compute;
+`Lut` is the product by the kernels in `lut_triton.py`.
 
-Departs from the kernel: sums are float32 and always in the same order (it adds halves atomically, in any order), and a
-batch goes through the same tables product (it dequantizes, without the offset).
+Departs from the kernel: sums are float32 and always in the same order (it adds halves atomically, in any order). A
+batch goes through the same tables, up to `ROWS`; a larger one dequantizes the matrix, with its offset (it forgets it).
 """
 
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import ClassVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corpora.errors import UserError
 from quantization.grids.binary_coding import WORD, BinaryCoded, pad_groups
+from quantization.kernels.protocols import Prepared, Stored
 
-__all__ = ["INPUTS", "lut_matmul", "tables"]
+__all__ = ["INPUTS", "ROWS", "Lut", "lut_matmul", "tables"]
 
 INPUTS = 8  # of a table: one byte of a word
+ROWS = 4  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
 ENTRIES = 2**22  # that are looked up, or tabulated, at a time; bounds the memory
 
 
@@ -62,3 +69,30 @@ def _product(table: Tensor, weight: BinaryCoded) -> Tensor:
     if weight.offset is not None:
         y += table[..., 255].view(batch, groups, per_group).sum(2) @ weight.offset.float()
     return y
+
+
+class Lut:
+    """x Ŵᵀ + b of binary-coded weights by Triton's kernels: tables for a few rows of x, else the matrix made anew."""
+
+    name: ClassVar[str] = "lut"
+
+    def takes(self, stored: Stored, device: torch.device) -> bool:
+        """Binary-coded matrices on a CUDA device, if Triton is installed."""
+        return stored.kind == BinaryCoded.kind and device.type == "cuda" and find_spec("triton") is not None
+
+    def prepare(self, stored: Stored) -> Prepared:
+        """The tensors as they are stored: planes, alpha and offset already lie as the kernels read them."""
+        channels = stored.header["channels"]
+        size = channels if stored.header["group_size"] == -1 else stored.header["group_size"]
+
+        def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+            from quantization.kernels.lut_triton import dequantized, product
+
+            parts = tensors["planes"], tensors["alpha"], tensors.get("offset")
+            rows = x.reshape(-1, channels)
+            if not 0 < len(rows) <= ROWS or (x.requires_grad and torch.is_grad_enabled()):
+                return nn.functional.linear(x, dequantized(*parts, channels, size, x.dtype), bias)
+            rows = rows if size % WORD == 0 else pad_groups(rows, size).flatten(1)
+            return product(rows, *parts, bias).view(*x.shape[:-1], parts[0].shape[2])
+
+        return Prepared({name: part.contiguous() for name, part in stored.parts.items()}, multiply)

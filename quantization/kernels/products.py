@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from corpora.errors import UserError
 from quantization.grids.stored import restore
+from quantization.kernels.lut import Lut
 from quantization.kernels.protocols import Prepared, Product, Stored
+from quantization.kernels.sparse import Sparse
 from quantization.kernels.uniform import Uniform
 
 __all__ = ["AUTO", "PRODUCTS", "check_kernel", "choose"]
@@ -39,7 +41,8 @@ class Unpack:
         return Prepared(stored.parts, multiply)
 
 
-PRODUCTS: Mapping[str, Product] = {product.name: product for product in (Uniform(), Unpack())}  # the faster ones first
+ROWS = (Uniform(), Lut(), Sparse(), Unpack())  # the faster ones first
+PRODUCTS: Mapping[str, Product] = {product.name: product for product in ROWS}
 
 
 def check_kernel(kernel: str) -> None:

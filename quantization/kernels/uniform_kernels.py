@@ -97,7 +97,7 @@ def _grid(scale, zero, unit, n, N, PER: tl.constexpr, ZERO: tl.constexpr):
 def few_rows_kernel(
     x, words, scale, zero, bias, y, units, N, OUT,
     ROWS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr,
-    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr,
+    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y (ROWS, OUT) = x Ŵᵀ + b, on CUDA cores; a program takes OUTPUTS · TILES outputs.
 
@@ -107,7 +107,7 @@ def few_rows_kernel(
     n = tl.program_id(0) * (OUTPUTS * TILES) + tl.arange(0, OUTPUTS)
     channels = units * 32
     total = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
-    for start in range(0, units, UNITS):
+    for start in tl.range(0, units, UNITS, num_stages=STAGES):
         row = start + tl.arange(0, UNITS)
         seen, unit = row < units, tl.minimum(row, units - 1)
         tiles = ()
@@ -146,38 +146,46 @@ def few_rows_kernel(
             tl.store(y + m * OUT + out, result.to(y.dtype.element_ty), mask=out < OUT)
 
 
-@triton.jit(do_not_specialize=["units", "rows", "exponent"])
+@triton.jit(do_not_specialize=["units", "rows", "per_split", "exponent"])
 def some_rows_kernel(
     x, words, scale, zero, parts, rows, units, N, OUT, per_split, exponent,
     BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
-    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts (splits, rows, OUT) float32: x Ŵᵀ over per_split units each, on tensor cores.
 
-    Every place of a code in its unit is one product: its codes of UNITS units, dequantized in the dtype of x, times the
-    inputs of those units at that place.
+    Four neighbouring codes of UNITS units, dequantized in the dtype of x, make one product.
     """
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
     there = m < rows
-    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    k = tl.arange(0, UNITS * 4)  # channels of a product: four of every unit
+    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
     PER_WORD: tl.constexpr = 32 // BITS
     last = tl.minimum((split + 1) * per_split, units)
-    for start in range(split * per_split, last, UNITS):
-        row = start + tl.arange(0, UNITS)
-        unit = tl.minimum(row, units - 1)
+    for start in tl.range(split * per_split, last, UNITS, num_stages=STAGES):
+        unit = tl.minimum(start + tl.arange(0, UNITS), units - 1)
         s, z = _grid(scale, zero, unit, n, N, PER, ZERO)
-        shift = -z * s
-        found = _words(words, unit, n, N, BITS)
-        at = x + m.to(tl.int64)[:, None] * (units * 32) + (unit * 32)[None, :]
-        seen = there[:, None] & (row < last)[None, :]
-        for p in tl.static_range(32):
-            w = tl.fma(_code(found[p // PER_WORD], BITS * (p % PER_WORD), BITS, exponent), s, shift)
+        shift = tl.trans(-z * s)
+        s = tl.trans(s)
+        words_found = _words(words, unit, n, N, BITS)
+        found = ()
+        for i in tl.static_range(len(words_found)):
+            found += (tl.trans(words_found[i]),)
+        unit_of = start + k // 4
+        seen = there[None, :] & (unit_of < last)[:, None]
+        at = x + m.to(tl.int64)[None, :] * (units * 32) + (tl.minimum(unit_of, units - 1) * 32 + k % 4)[:, None]
+        for p in tl.static_range(0, 32, 4):
+            four = ()
+            for i in tl.static_range(4):
+                code = _code(found[(p + i) // PER_WORD], BITS * ((p + i) % PER_WORD), BITS, exponent)
+                four += (tl.fma(code, s, shift).to(x.dtype.element_ty),)
+            w = tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))
             inputs = tl.load(at + p, mask=seen, other=0.0)
-            total = tl.dot(inputs, w.to(x.dtype.element_ty), total, input_precision=PRECISION)
-    at = (split * rows + m).to(tl.int64)[:, None] * OUT + n[None, :]
-    tl.store(parts + at, total, mask=there[:, None] & (n < OUT)[None, :])
+            total = tl.dot(tl.reshape(w, (OUTPUTS, UNITS * 4)), inputs, total, input_precision=PRECISION)
+    at = (split * rows + m).to(tl.int64)[None, :] * OUT + n[:, None]
+    tl.store(parts + at, total, mask=there[None, :] & (n < OUT)[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from quantization.kernels.uniform_kernels import dequantize_kernel, few_rows_kernel, some_rows_kernel, sum_kernel
 
-__all__ = ["Codes", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
+__all__ = ["Codes", "DotTile", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
 
 FEW, SOME = 4, 64  # rows up to which the kernels without and with tensor cores are taken
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of inputs
 EXPONENT = 127 << 23  # of 1
-PROCESSORS = 132  # of the GPU that splits are made for
 DENSE = 64  # outputs that a program dequantizes, a unit of each
 NOTHING = nullcontext()
 
@@ -41,11 +40,24 @@ class Tile:
     outputs: int = 16
     tiles: int = 2
     warps: int = 8
+    stages: int = 1
 
     @property
     def units(self) -> int:
         """Units that are read at a time: a thread has four outputs of one, in every tile."""
         return max(1, self.warps * 128 // self.outputs)
+
+
+@dataclass(frozen=True)
+class DotTile:
+    """How `some_rows_kernel` is started: outputs of a program, units that are read at a time, warps, stages of loads;
+    inputs are split so that there are about so many programs."""
+
+    outputs: int = 64
+    units: int = 16
+    warps: int = 4
+    stages: int = 1
+    programs: int = 528
 
 
 def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
@@ -65,7 +77,7 @@ def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, code
         if rows <= FEW:
             few_rows(inputs, tensors, bias, y, codes, tile_of(codes, rows))
         else:
-            some_rows(inputs, tensors, bias, y, codes)
+            some_rows(inputs, tensors, bias, y, codes, DotTile())
     return y
 
 
@@ -92,7 +104,7 @@ def few_rows(
     words = tensors["words"]
     arguments = (
         x, words, tensors["scale"], tensors.get("zero_point"), bias, y, words.shape[0], words.shape[2], codes.outputs,
-        len(x), codes.bits, codes.per_group, codes.zero_point, tile.units, tile.outputs, tile.tiles,
+        len(x), codes.bits, codes.per_group, codes.zero_point, tile.units, tile.outputs, tile.tiles, tile.stages,
     )  # fmt: skip
     key = (len(x), x.dtype, bias is None, x.device.index, tile)
     start = codes.compiled.get(key)
@@ -105,21 +117,20 @@ def few_rows(
         codes.compiled[key] = compiled[grid]
 
 
-def some_rows(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes,
-              outputs: int = 64, units: int = 16, warps: int = 4, waves: int = 4) -> None:  # fmt: skip
+def some_rows(
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, tile: DotTile
+) -> None:
     """y = x Ŵᵀ + b by `some_rows_kernel`, and the sum of its splits."""
-    words, rows = tensors["words"], x.shape[0]
-    tile = max(16, triton.next_power_of_2(rows))
-    programs = words.shape[2] // outputs
-    steps = -(-words.shape[0] // units)
-    per_split = -(-steps // max(1, min(waves * PROCESSORS // programs, steps)))
+    words, rows = tensors["words"], len(x)
+    steps, programs = -(-words.shape[0] // tile.units), words.shape[2] // tile.outputs
+    per_split = -(-steps // max(1, min(tile.programs // programs, steps)))
     splits = -(-steps // per_split)
     parts = torch.empty(splits, rows, codes.outputs, dtype=torch.float32, device=x.device)
     some_rows_kernel[(programs, 1, splits)](
         x, words, tensors["scale"], tensors.get("zero_point"), parts, rows, words.shape[0], words.shape[2],
-        codes.outputs, per_split * units, EXPONENT,
-        BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=tile, UNITS=units, OUTPUTS=outputs,
-        PRECISION="ieee", num_warps=warps,
+        codes.outputs, per_split * tile.units, EXPONENT,
+        BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=max(16, triton.next_power_of_2(rows)),
+        UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps,
     )  # fmt: skip
     sum_kernel[(triton.cdiv(y.numel(), 1024),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=1024)
 

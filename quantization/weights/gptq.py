@@ -33,6 +33,8 @@ from quantization.grids.uniform import (
 )
 from quantization.kernels.columns import LONGEST, Levels, round_columns
 from quantization.model.blocks import DecoderBlock
+from quantization.model.stages import stage
+from quantization.model.walk import Walk
 from quantization.weights.base import GridQuantizer
 
 __all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]
@@ -225,7 +227,8 @@ def gptq(
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
         w = w.index_select(0, order)
-    factor, repairs = inverse_factor(hessian, damp, name, order)
+    with stage("factor"):
+        factor, repairs = inverse_factor(hessian, damp, name, order)
     del hessian, diagonal
     codes = torch.empty(channels, out, dtype=torch.uint8, device=w.device)
     position = torch.arange(channels, device=w.device) if order is None else order
@@ -261,14 +264,22 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
     """
     sets = block.architecture.linears
     if true_sequential:
+        walk = Walk.begin(block)
         for names in sets:
             hessian = Hessian()
-            for x in block.inputs(names[0]):
-                hessian.add(x)
+            for x in walk.inputs(names[0]):
+                with stage("Hessians"):
+                    hessian.add(x)
             yield names, hessian.take()
         return
     hessians = {names[0]: Hessian() for names in sets}
-    block.observe(lambda name, x: hessians[name].add(x[0]) if name in hessians else None)
+
+    def look(name: str, x: Tensor) -> None:
+        if name in hessians:
+            with stage("Hessians"):
+                hessians[name].add(x)
+
+    block.observe(look)
     for names in sets:
         yield names, hessians.pop(names[0]).take()
 
@@ -288,7 +299,8 @@ def quantize_sets(
     quantized: dict[str, Weight] = {}
     for names, hessian in shared_hessians(block, true_sequential):
         stacked = torch.cat([full[name] for name in names])
-        chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
+        with stage("columns"):
+            chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
         quantized |= chosen
         if true_sequential:  # the next Hessians see these
             for name in names:
@@ -296,6 +308,8 @@ def quantize_sets(
         block.report(loss=loss, repaired_hessians=repairs > 0)
     for name, linear in linears.items():
         linear.weight.data = full[name]
+    if block.stream is not None and block.stream.walk is not None:
+        block.stream.walk.end(quantized)
     return quantized
 
 

@@ -1,0 +1,195 @@
+"""Triton kernels for SpQR's weights: products of a few rows of x, and the matrix; `sparse.py` says what they compute.
+
+A program takes a tile of outputs, all their groups and all their outliers, and sums in float32, always in the same
+order. So the outliers are added before the only rounding, and a call gives the same bits every time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from quantization.grids.sparse import SMALLEST_SCALE
+
+__all__ = ["Codes", "dequantized", "multiply"]
+
+SMALLEST = tl.constexpr(SMALLEST_SCALE)
+ROWS = 4  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
+TILE = 32  # outputs of a program
+GROUPS = 32  # that a program reads at a time
+ENTRIES = 16  # outliers of a row that it reads at a time
+DENSE = 128  # outputs of a program that makes the matrix
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the tensors of `Sparse.prepare` do not tell.
+
+    bits, scale_bits, zero_bits: of q, q_s and q_z. size: channels of a group. tile: rows that share the second level.
+    """
+
+    bits: int
+    scale_bits: int
+    zero_bits: int
+    size: int
+    tile: int
+
+
+@triton.jit
+def _grid(grid_codes, second_level, group, n, N, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, TILE: tl.constexpr):
+    """Scale and zero point of some groups and outputs: s₂(q_s − z_s), s₃(q_z − z_z), float32."""
+    code = tl.load(grid_codes + group * N + n).to(tl.int32)
+    tile = second_level + (group * (N // TILE) + n // TILE) * 4
+    s = (code & (2**SCALE_BITS - 1)).to(tl.float32) - tl.load(tile + 1).to(tl.float32)
+    z = ((code >> SCALE_BITS) & (2**ZERO_BITS - 1)).to(tl.float32) - tl.load(tile + 3).to(tl.float32)
+    return tl.maximum(s * tl.load(tile).to(tl.float32), SMALLEST), z * tl.load(tile + 2).to(tl.float32)
+
+
+@triton.jit
+def _number(word, place, BITS: tl.constexpr):
+    """The code at a place of a word as float32, without a conversion: in the mantissa of 2^23."""
+    code = ((word >> (place * BITS)) & (2**BITS - 1)) | 0x4B000000
+    return code.to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _product_kernel(
+    x, order, words, grid_codes, second_level, row_pointers, columns, values, bias, y, N, groups,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    GROUPS: tl.constexpr, OUTPUTS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """y = x Ŵᵀ + b of OUTPUTS outputs and one row of x."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = (SIZE + PER_WORD - 1) // PER_WORD
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, seen = tl.minimum(n, N - 1), n < N
+    x += tl.program_id(1).to(tl.int64) * groups * SIZE
+    total = tl.zeros((GROUPS, OUTPUTS), tl.float32)
+    for start in range(0, groups, GROUPS):
+        number = start + tl.arange(0, GROUPS)
+        group, there = tl.minimum(number, groups - 1), number < groups
+        s, z = _grid(grid_codes, second_level, group[:, None], row[None, :], N, SCALE_BITS, ZERO_BITS, TILE)
+        product, inputs = tl.zeros((GROUPS, OUTPUTS), tl.float32), tl.zeros((GROUPS,), tl.float32)
+        for w in tl.static_range(WORDS):
+            word = tl.load(words + (group * WORDS + w)[:, None] * N + row[None, :])
+            for place in tl.static_range(min(PER_WORD, SIZE - w * PER_WORD)):
+                channel = group * SIZE + w * PER_WORD + place
+                if order is not None:
+                    channel = tl.load(order + channel)
+                value = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
+                product += _number(word, place, BITS) * value[:, None]
+                inputs += value
+        total += s * (product - z * inputs[:, None])
+    result = tl.sum(total, 0)
+
+    first, last = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
+    outliers = tl.zeros((OUTPUTS, ENTRIES), tl.float32)
+    for start in range(0, tl.max(last - first, 0), ENTRIES):
+        at = (first + start)[:, None] + tl.arange(0, ENTRIES)[None, :]
+        there = at < last[:, None]
+        channel = tl.load(columns + at, mask=there, other=0).to(tl.int32)
+        if order is not None:
+            channel = tl.load(order + channel, mask=there, other=0)
+        r = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
+        outliers += r * tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
+    result += tl.sum(outliers, 1)
+    if bias is not None:
+        result += tl.load(bias + row).to(tl.float32)
+    tl.store(y + tl.program_id(1).to(tl.int64) * N + n, result.to(y.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _dequantize_kernel(
+    words, grid_codes, second_level, dense, N,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """s·(q − z) of OUTPUTS outputs of one group: dense (channels, N)."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = (SIZE + PER_WORD - 1) // PER_WORD
+    group, n = tl.program_id(0), tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, seen = tl.minimum(n, N - 1), n < N
+    s, z = _grid(grid_codes, second_level, group, row, N, SCALE_BITS, ZERO_BITS, TILE)
+    for w in tl.static_range(WORDS):
+        word = tl.load(words + (group * WORDS + w) * N + row)
+        for place in tl.static_range(min(PER_WORD, SIZE - w * PER_WORD)):
+            at = (group * SIZE + w * PER_WORD + place).to(tl.int64) * N + n
+            tl.store(dense + at, ((_number(word, place, BITS) - z) * s).to(dense.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _outliers_kernel(
+    words, grid_codes, second_level, row_pointers, columns, values, dense, N,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    OUTPUTS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """s·(q − z) + r where there are outliers, computed anew, so that the sum is rounded once."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = (SIZE + PER_WORD - 1) // PER_WORD
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, seen = tl.minimum(n, N - 1), n < N
+    first, last = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
+    for start in range(0, tl.max(last - first, 0), ENTRIES):
+        at = (first + start)[:, None] + tl.arange(0, ENTRIES)[None, :]
+        there = (at < last[:, None]) & seen[:, None]
+        column = tl.load(columns + at, mask=there, other=0).to(tl.int32)
+        group, place = column // SIZE, column % SIZE
+        s, z = _grid(grid_codes, second_level, group, row[:, None], N, SCALE_BITS, ZERO_BITS, TILE)
+        word = tl.load(words + (group * WORDS + place // PER_WORD) * N + row[:, None])
+        r = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
+        w = (_number(word, place % PER_WORD, BITS) - z) * s + r
+        tl.store(dense + column.to(tl.int64) * N + row[:, None], w.to(dense.dtype.element_ty), mask=there)
+
+
+# launch ---------------------------------------------------------------------------------------------------------------
+
+
+def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
+    """x Ŵᵀ + b: (..., channels) to (..., outputs), of any float dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    words, order = tensors["words"], tensors.get("order")
+    if not 0 < len(rows) <= ROWS or (x.requires_grad and torch.is_grad_enabled()):
+        inputs = x if order is None else x.index_select(-1, order)
+        return nn.functional.linear(inputs, dequantized(tensors, codes, x.dtype), bias)
+    rows, outputs = rows.contiguous(), words.shape[2]
+    y = rows.new_empty(*x.shape[:-1], outputs)
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current device
+        _product_kernel[(-(-outputs // TILE), len(rows))](
+            rows, order, words, *_parts(tensors), bias, y, outputs, len(words),
+            **_shape(codes), GROUPS=GROUPS, OUTPUTS=TILE, ENTRIES=ENTRIES, num_warps=8,
+        )  # fmt: skip
+    return y
+
+
+def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype) -> Tensor:
+    """Ŵ with its channels in the order of quantization, (outputs, channels): a view of its transpose."""
+    words = tensors["words"]
+    groups, _, outputs = words.shape
+    dense = torch.empty(groups * codes.size, outputs, dtype=dtype, device=words.device)
+    grid_codes, second_level, *outliers = _parts(tensors)
+    with torch.cuda.device_of(words):
+        _dequantize_kernel[(groups, -(-outputs // DENSE))](
+            words, grid_codes, second_level, dense, outputs, **_shape(codes), OUTPUTS=DENSE
+        )
+        _outliers_kernel[(-(-outputs // TILE),)](
+            words, grid_codes, second_level, *outliers, dense, outputs,
+            **_shape(codes), OUTPUTS=TILE, ENTRIES=ENTRIES,
+        )  # fmt: skip
+    return dense.T
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensors[name] for name in ("grid_codes", "second_level", "row_pointers", "columns", "values")]
+
+
+def _shape(codes: Codes) -> dict[str, int]:
+    return {
+        "BITS": codes.bits,
+        "SCALE_BITS": codes.scale_bits,
+        "ZERO_BITS": codes.zero_bits,
+        "SIZE": codes.size,
+        "TILE": codes.tile,
+    }
