@@ -85,6 +85,7 @@ def check(bits: int, convention: str, dtype: torch.dtype) -> tuple[bool, str]:
 
 def graph_time(calls: list[Callable[[], Any]], replays: int = 7) -> float:
     """Median microseconds of a call within a CUDA graph of all of them, one after the other."""
+    torch.cuda.synchronize()  # what the calls read was made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:3]:

@@ -159,12 +159,12 @@ def test_scales_are_powers_of_the_magnitudes_with_a_geometric_mean_of_the_extrem
 
 def test_of_equal_losses_the_smaller_ratio_wins() -> None:
     magnitude = gaussian(8).abs()
-    assert torch.equal(search_scales(magnitude, lambda s: 1.0, "here")[0], torch.ones(8))
+    assert torch.equal(search_scales(magnitude, lambda s: torch.tensor(1.0), "here")[0], torch.ones(8))
     tried: list[float] = []
 
-    def loss(scale: Tensor) -> float:
+    def loss(scale: Tensor) -> Tensor:
         tried.append(len(tried))
-        return 1.0 if len(tried) in (8, 9) else 2.0
+        return torch.tensor({8: 1.0, 9: 1.0, 10: torch.nan}.get(len(tried), 2.0))
 
     assert torch.equal(search_scales(magnitude, loss, "here")[0], channel_scales(magnitude, 7 / 20))
     assert len(tried) == 20
@@ -172,7 +172,7 @@ def test_of_equal_losses_the_smaller_ratio_wins() -> None:
 
 def test_losses_that_are_not_finite_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="here: no scale gives a finite error"):
-        search_scales(torch.ones(4), lambda s: float("nan"), "here")
+        search_scales(torch.ones(4), lambda s: torch.tensor(torch.nan), "here")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -383,14 +383,15 @@ def test_without_clipping_every_linear_is_rounded_to_nearest_behind_its_scales(
 
 @every("stride", [1, 2, 5, 7])
 def test_every_kth_token_of_all_samples_is_kept(stride: int) -> None:
-    samples = [gaussian(count, 4, seed=count) for count in (3, 12, 1, 9)]
-    inputs = Inputs(stride, with_moment=True)
-    for x in samples:
+    samples, delta = [gaussian(count, 8, seed=count) for count in (3, 2, 12, 1, 9)], gaussian(5, 8)
+    inputs = Inputs(stride, alone=True)
+    for i, x in enumerate(samples):
         inputs.add(x)
-    whole = torch.cat(samples)
+        whole = torch.cat(samples[: i + 1])  # fewer tokens than channels at first, then more
+        truth = (whole.double() @ delta.double().T).square().sum()
+        torch.testing.assert_close(inputs.squared_error(delta).double(), truth, rtol=1e-5, atol=0)
     assert torch.equal(torch.cat(inputs.tokens), whole[::stride])
     torch.testing.assert_close(inputs.magnitude / inputs.count, whole.abs().mean(0))
-    torch.testing.assert_close(inputs.moment, whole.T @ whole)
 
 
 # the twin -------------------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def test_scales_start_from_the_maxima_of_inputs_and_weights(
 ) -> None:
     block = first_block(tiny_model(model_type))
     seen: dict[str, list[Tensor]] = {}
-    block.observe(lambda name, x: seen.setdefault(name, []).append(x[0].double()))
+    block.observe(lambda name, x: seen.setdefault(name, []).extend(x.double()))
     *pairs, last = initial_pairs(block, alpha, shift=model_type == "opt")
     assert torch.equal(last.step.scale, torch.ones_like(last.step.scale))
     for pair in pairs:

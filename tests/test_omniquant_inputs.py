@@ -150,7 +150,7 @@ def test_every_step_sees_rounded_inputs_and_the_targets_see_none(
     assert len(rounded) == len(seen) * len(block.architecture.linears)
     assert len(seen[-1]) == 2
     for target in seen[-1]:
-        assert_close(torch.cat(target), exact)
+        assert_close(torch.cat(list(target)), exact)
 
 
 def test_trained_w4a4_is_nearer_to_full_precision_on_text_that_it_did_not_learn_from(

@@ -67,7 +67,7 @@ class Recording(GridQuantizer):
     def quantize_block(self, block: DecoderBlock) -> dict[str, QuantizedTensor]:
         assert block.stream is not None
         self.entering.append(list(block.stream.hidden))
-        block.observe(lambda linear, x: self.inputs.setdefault(f"{block.name}.{linear}", []).append(x.clone()))
+        block.observe(lambda linear, x: self.inputs.setdefault(f"{block.name}.{linear}", []).extend(x.clone().split(1)))
         return RTN(self.grid).quantize_block(block) if self.lossy else {}
 
 

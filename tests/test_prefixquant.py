@@ -27,6 +27,7 @@ from quantization.kv_cache import ClippedPerHead, Policy, StaticPerHead
 from quantization.model.activations import Activations
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.inputs import InputQuantizer
+from quantization.model.walk import Walk
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block, read_cost
@@ -153,7 +154,7 @@ def test_a_groups_error_is_that_of_its_part_of_the_output(
     groups = split_groups(weight, size)
     fitted = fit(groups, grid)
     errors = group_errors(groups, fitted, grid, grams(block, size)[name])
-    x = split_groups(torch.cat(list(block.inputs(name))).double(), size)  # (tokens, groups, size)
+    x = split_groups(torch.cat(list(Walk(block).inputs(name))).flatten(0, 1).double(), size)  # (tokens, groups, size)
     codes = ((groups.double() / fitted.scale).round() + fitted.zero_point).clamp(0, 7)
     change = (codes - fitted.zero_point) * fitted.scale - groups.double()
     for row in (0, 5):

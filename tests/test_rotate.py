@@ -254,7 +254,7 @@ class Recording(GridQuantizer):
 
     def quantize_block(self, block: DecoderBlock) -> dict[str, Any]:
         if block.index == 1:
-            block.observe(lambda linear, x: self.inputs.setdefault(linear, []).append(x[0].clone()))
+            block.observe(lambda linear, x: self.inputs.setdefault(linear, []).extend(x.clone()))
         return {}
 
 

@@ -19,6 +19,7 @@ from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid
 from quantization.model.activations import Activations
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.walk import Walk
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import block_file, load_quantized, read_block
@@ -209,12 +210,12 @@ def test_an_outlier_channel_hurts_less_than_half_after_smoothing(
     for smooth in (False, True):
         block = first_block(with_outlier(tiny_model(model_type), 100))
         query = block.linears()["self_attn.q_proj"]
-        exact = torch.cat([query(x) for x in block.inputs("self_attn.q_proj")])
+        exact = torch.cat([query(x) for x in Walk(block).inputs("self_attn.q_proj")])
         if smooth:
             Smooth().transform_block(block)
         quantized = RTN(UniformGrid(8, convention="smoothquant-sym")).quantize_block(block)["self_attn.q_proj"]
         inputs = Activations(UniformGrid(8, convention="smoothquant-sym")).fit_block(block)[block.feeds()[0].consumers]
-        rounded = torch.cat([inputs(x) for x in block.inputs("self_attn.q_proj")])
+        rounded = torch.cat([inputs(x) for x in Walk(block).inputs("self_attn.q_proj")])
         ours = torch.nn.functional.linear(rounded, quantized.dequantize(), query.bias)
         errors[smooth] = float((ours - exact).norm())
     assert errors[True] < 0.5 * errors[False]

@@ -74,7 +74,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def write_model(options: Namespace, directory: Path) -> None:
     """A random checkpoint, with a tokenizer, which the peer asks for."""
-    write_random_checkpoint(directory, options.shape, options.blocks)
+    write_random_checkpoint(directory, options.shape, options.blocks, options.device)
     index = {}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:

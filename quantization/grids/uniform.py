@@ -350,9 +350,10 @@ def finite(weight: Tensor, name: str) -> Tensor:
 
 def encode(groups: Tensor, fitted: Fit, grid: UniformGrid) -> Tensor:
     """Codes of (..., group_size) float32 values on a fitted grid, as float32 integers 0…grid.top."""
-    steps = groups / fitted.scale
-    rounded = torch.round(steps + fitted.zero_point) if grid.rule.round_sum else torch.round(steps) + fitted.zero_point
-    return rounded.clamp(0, grid.top)
+    steps = groups / fitted.scale  # the rest happens in its memory
+    if grid.rule.round_sum:
+        return steps.add_(fitted.zero_point).round_().clamp_(0, grid.top)
+    return steps.round_().add_(fitted.zero_point).clamp_(0, grid.top)
 
 
 def fake_quantize(x: Tensor, grid: UniformGrid) -> Tensor:
@@ -363,7 +364,7 @@ def fake_quantize(x: Tensor, grid: UniformGrid) -> Tensor:
     """
     groups = split_groups(x.float(), grid.group_size)
     fitted = fit(groups, grid)
-    return merge_groups((encode(groups, fitted, grid) - fitted.zero_point) * fitted.scale).to(x.dtype)
+    return merge_groups(encode(groups, fitted, grid).sub_(fitted.zero_point).mul_(fitted.scale)).to(x.dtype)
 
 
 def quantize(weight: Tensor, grid: UniformGrid, name: str = "weight") -> QuantizedTensor:

@@ -6,11 +6,11 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,13 @@ from intactkv.prefix import Prefix, input_embeddings
 from intactkv.vocabulary import known_ids
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
+from quantization.model.stages import stage
+from quantization.model.text import Text, batch_of, samples_at_once
 
-__all__ = ["CalibrationStream", "DecoderBlock", "Rounding"]
+if TYPE_CHECKING:
+    from quantization.model.walk import Walk
+
+__all__ = ["CalibrationStream", "DecoderBlock", "FiniteCheck", "Reached", "Rounding"]
 
 
 class Rounding(Protocol):
@@ -129,61 +134,71 @@ class DecoderBlock:
     def observe(self, look: Callable[[str, Tensor], None]) -> None:
         """Run the calibration text through the block once; `look(linear name, input)` sees every linear's input.
 
-        Inputs are (1, tokens, channels), one call per sample and linear, never containing a prefix token.
-        Raises UserError, with the linear's name, if an input is not finite.
+        Inputs are (samples, tokens, channels), one call per batch and linear, never containing a prefix token.
+        Raises UserError at the end, with the linear's name, if an input was not finite.
         """
+        stream, finite = self._stream, FiniteCheck()
+        first = {names[0] for names in self.architecture.linears}  # the others read the same
 
         def shown(name: str, x: Tensor) -> None:
-            look(name, self._flat(name, x))
+            if name in first:
+                finite.add(self.in_front_of(name), x)
+            look(name, stream.by_sample(x))
 
-        with hooked(on_input(linear, partial(shown, name)) for name, linear in self.linears().items()):
-            for _ in self._stream.outputs(self):
-                pass
+        with torch.no_grad(), hooked(on_input(linear, partial(shown, name)) for name, linear in self.linears().items()):
+            for batch in stream.batches():
+                stream.forward(self, batch)
+        finite.check()
 
-    def inputs(self, linear: str) -> Iterator[Tensor]:
-        """The input of one linear for every sample, (tokens, channels); the block is left as soon as it is known."""
-        seen: list[Tensor] = []
-
-        def catch(x: Tensor) -> None:
-            seen.append(self._flat(linear, x)[0])
-            raise _Reached
-
-        for hidden in self._stream.hidden:
-            with hooked([on_input(self.module.get_submodule(linear), catch)]), suppress(_Reached), torch.no_grad():
-                self._stream.forward(self, hidden)
-            yield seen.pop()
+    def in_front_of(self, linear: str) -> str:
+        """What the values are that one linear reads, for `FiniteCheck`."""
+        return f"values that are not finite in front of {self.name}.{linear}"
 
     def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys (after RoPE) and values of every sample, each (1, KV heads, tokens, D), without the prefix's."""
-        stream, length = self._stream, self._stream.prefix_length
+        """Keys (after RoPE) and values of every sample, each (1, KV heads, tokens, D), without the prefix's.
+
+        Raises UserError at the end if one was not finite."""
+        stream, finite = self._stream, FiniteCheck()
         for hidden in stream.hidden:
             cache = stream.new_cache(self)
             with torch.no_grad():
                 stream.forward(self, hidden, cache=cache)
             keys, values = cache.intact_layers[self.index].held
-            if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
-                raise UserError(
-                    f"the calibration text gives keys or values that are not finite in {self.name}; the checkpoint is "
-                    "damaged, or its dtype too narrow: convert it to bfloat16 or float32"
-                )
-            yield keys[:, :, length:], values[:, :, length:]
+            for states in (keys, values):
+                finite.add(f"keys or values that are not finite in {self.name}", states)
+            yield keys[:, :, stream.prefix_length :], values[:, :, stream.prefix_length :]
+        finite.check()
 
     @property
     def _stream(self) -> "CalibrationStream":
         assert self.stream is not None, "this quantizer calibrates, but no calibration text was given"
         return self.stream
 
-    def _flat(self, linear: str, x: Tensor) -> Tensor:
-        """(1, tokens, channels): OPT flattens the tokens in front of its feed-forward linears."""
-        if not torch.isfinite(x).all():
-            raise UserError(
-                f"the calibration text gives values that are not finite in front of {self.name}.{linear}; the "
-                "checkpoint is damaged, or its dtype too narrow: convert it to bfloat16 or float32"
-            )
-        return x.flatten(0, -2)[None]
+
+class FiniteCheck:
+    """Whether all that was shown is finite: looked at on the device as it comes, and asked for once, at the end."""
+
+    def __init__(self) -> None:
+        self._finite: dict[str, Tensor] = {}
+
+    def add(self, what: str, x: Tensor) -> None:
+        """what: ends the sentence "the calibration text gives …"."""
+        now = torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all()  # NaN is the lowest and the highest value
+        self._finite[what] = self._finite[what] & now if what in self._finite else now
+
+    def check(self) -> None:
+        """Raise UserError for the first that was not."""
+        if not self._finite:
+            return
+        for what, finite in zip(self._finite, torch.stack([*self._finite.values()]).tolist(), strict=True):
+            if not finite:
+                raise UserError(
+                    f"the calibration text gives {what}; the checkpoint is damaged, or its dtype too narrow: convert "
+                    "it to bfloat16 or float32"
+                )
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Raised by the capturing hook to leave the model's forward early."""
 
 
@@ -192,7 +207,7 @@ class CalibrationStream:
 
     segments: (N, T) token ids. behind: (P,), or None, or a trained prefix, whose keys and values nobody computes
     from its tokens. `model` needs its embeddings loaded, its blocks may be empty
-    (on the meta device). Memory: N·T·hidden values, plus one block's cache of one sample.
+    (on the meta device). Memory: N·T·hidden values, plus what one batch of samples (`batch` of them) leaves in a block.
     """
 
     def __init__(
@@ -206,7 +221,6 @@ class CalibrationStream:
         self._blocks = architecture.blocks_of(model)
         self._prefix: Tensor | None = None  # hidden states of the prefix tokens, always in full precision
         self._prefix_output: Tensor | None = None
-        self._arguments: list[dict[str, Any]] = []
         self._prefix_arguments: list[dict[str, Any]] = []
         # K and V of the prefix in each block, (1, KV heads, P, D): known from the time the stream reaches the block.
         self._keys: list[Tensor] = []
@@ -221,16 +235,25 @@ class CalibrationStream:
             # Masks and positions need only the prefix's length; its values come when a block is seeded.
             blank = self._prefix.new_zeros(1, heads, behind.numel(), size)
             self._keys = self._values = [blank] * len(self._blocks)
-        entered = [
-            self._enter(model, segment[None], IntactCache(model.config, self._keys, self._values))
-            for segment in segments
-        ]
-        self.hidden: list[Tensor] = [hidden for hidden, _ in entered]  # N × (1, T, hidden size)
+        like = input_embeddings(model)
+        self.device, self.tokens = like.device, segments.shape[1]
+        linears = [self._blocks[0].get_submodule(name) for names in architecture.linears for name in names]
+        widths = [(int(linear.in_features), int(linear.out_features)) for linear in linears]  # type: ignore[arg-type]
+        self.batch = samples_at_once(widths, self.tokens, like.dtype, self.device)
+        self._arguments: list[dict[str, Any]] = []  # of one sample; they hold for all
+
+        def entering() -> Iterator[Tensor]:
+            for segment in segments:
+                cache = IntactCache(model.config, self._keys, self._values)
+                hidden, self._arguments = self._enter(model, segment[None], cache)
+                yield hidden
+
+        self.hidden: Sequence[Tensor] = Text.of(entering(), len(segments), self.device)  # N × (1, T, hidden size)
         # What full-precision blocks would have passed on, and what the current one makes of it: kept only for methods
         # that ask (`WeightQuantizer.reads`).
-        self.full: list[Tensor] = []
-        self.targets: list[Tensor] = []
-        self._arguments = entered[0][1]
+        self.full: Sequence[Tensor] = ()
+        self.targets: Sequence[Tensor] = ()
+        self.walk: Walk | None = None  # through the current block, by a method that went set after set
 
     @torch.no_grad()
     def seed(self, block: DecoderBlock) -> None:
@@ -254,7 +277,7 @@ class CalibrationStream:
     def new_cache(
         self, block: DecoderBlock, kv: KVPolicy | None = None, seeded: tuple[Tensor, Tensor] | None = None
     ) -> IntactCache:
-        """The cache that one sample meets in a block: the prefix's keys and values, then what a policy leaves of the
+        """The cache that samples meet in a block: the prefix's keys and values, then what a policy leaves of the
         new ones, by the tensors in `block.kv` if it has any. seeded: other keys and values of the prefix than the
         block was seeded with."""
         keys, values = self._keys, self._values
@@ -272,7 +295,7 @@ class CalibrationStream:
         weights: dict[str, Tensor] | None = None,
         cache: IntactCache | None = None,
     ) -> Tensor:
-        """The block's output for one sample's hidden states (1, T, hidden size), with gradients where they are on.
+        """The block's output for some samples' hidden states (B, T, hidden size), with gradients where they are on.
 
         weights: stand in for the block's own parameters of the same names. cache: one of `new_cache`; by default one
         without a policy.
@@ -280,21 +303,45 @@ class CalibrationStream:
         cache = self.new_cache(block) if cache is None else cache
         return self._call(block, hidden, self._arguments, cache, weights)
 
-    @torch.no_grad()
+    def by_sample(self, x: Tensor) -> Tensor:
+        """What a linear reads or writes, as (samples, tokens, channels): OPT flattens the tokens in front of its
+        feed-forward linears."""
+        return x.reshape(-1, self.tokens, x.shape[-1])
+
+    def batches(self, hidden: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """The text in front of the block, or another, a batch at a time: (B, T, hidden size)."""
+        hidden = self.hidden if hidden is None else hidden
+        for start in range(0, len(hidden), self.batch):
+            yield batch_of(hidden, start, start + self.batch)
+
     def outputs(
-        self, block: DecoderBlock, hidden: list[Tensor] | None = None, kv: KVPolicy | None = None
+        self, block: DecoderBlock, hidden: Sequence[Tensor] | None = None, kv: KVPolicy | None = None
     ) -> Iterator[Tensor]:
         """The block's output for every sample, (1, T, hidden size), with the weights that it has now.
 
         hidden: other inputs than the stream's own, such as `full`. kv: policy of the new keys and values.
         """
-        for sample in self.hidden if hidden is None else hidden:
-            yield self.forward(block, sample, cache=self.new_cache(block, kv))
+        for batch in self._outputs(block, hidden, kv):
+            yield from batch.split(1)
 
-    def advance(self, block: DecoderBlock, following: list[Tensor] | None = None, kv: KVPolicy | None = None) -> None:
+    def passed(
+        self, block: DecoderBlock, hidden: Sequence[Tensor] | None = None, kv: KVPolicy | None = None
+    ) -> Sequence[Tensor]:
+        """All of `outputs`, to be kept."""
+        return Text.of(self._outputs(block, hidden, kv), len(self.hidden if hidden is None else hidden), self.device)
+
+    @torch.no_grad()
+    def _outputs(self, block: DecoderBlock, hidden: Sequence[Tensor] | None, kv: KVPolicy | None) -> Iterator[Tensor]:
+        for batch in self.batches(hidden):
+            yield self.forward(block, batch, cache=self.new_cache(block, kv))
+
+    def advance(
+        self, block: DecoderBlock, following: Sequence[Tensor] | None = None, kv: KVPolicy | None = None
+    ) -> None:
         """Pass the text on, through the block as it is now, or as the given outputs; the prefix went through the
         full-precision block in `seed`."""
-        self.hidden = list(self.outputs(block, kv=kv)) if following is None else following
+        self.hidden = self.passed(block, kv=kv) if following is None else following
+        self.walk = None
         if self._prefix is not None:
             self._prefix = self._prefix_output
 
@@ -307,9 +354,10 @@ class CalibrationStream:
         weights: dict[str, Tensor] | None = None,
     ) -> Tensor:
         keywords = {**arguments[block.index], "past_key_values": cache}
-        if weights is None:
-            return block.module(hidden, **keywords)
-        return torch.func.functional_call(block.module, weights, (hidden,), keywords)
+        with stage("passes"):
+            if weights is None:
+                return block.module(hidden, **keywords)
+            return torch.func.functional_call(block.module, weights, (hidden,), keywords)
 
     @torch.no_grad()
     def _enter(self, model: PreTrainedModel, ids: Tensor, cache: IntactCache) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -324,7 +372,7 @@ class CalibrationStream:
             first.append(hidden)
             arguments.append({k: v for k, v in keywords.items() if k != "past_key_values"})
             if len(arguments) == len(self._blocks):
-                raise _Reached
+                raise Reached
             return hidden
 
         for module in self._blocks:
@@ -332,7 +380,7 @@ class CalibrationStream:
         try:
             ids = known_ids(ids, model).to(input_embeddings(model).device)
             model(input_ids=ids, past_key_values=cache, use_cache=True)
-        except _Reached:
+        except Reached:
             pass
         finally:
             for module in self._blocks:

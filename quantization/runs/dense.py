@@ -6,7 +6,8 @@ here, for the quantizer, the full-precision model and the prefix alike. A tensor
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
@@ -21,6 +22,7 @@ from corpora.storage import MEND, is_finite, open_tensors, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
+from quantization.model.stages import stage
 from quantization.runs.configuration import CONFIG, GENERATION, config_of, generation_config_of
 
 __all__ = [
@@ -243,8 +245,30 @@ class Weights:
 
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the model."""
-        state = {name: self.tensor(f"{prefix}.{name}").to(device) for name in module.state_dict()}
-        module.load_state_dict(state, strict=True, assign=True)
+        for _ in self.load_each([(module, prefix)], device):
+            pass
+
+    def load_each(self, modules: Sequence[tuple[nn.Module, str]], device: torch.device) -> Iterator[nn.Module]:
+        """Give empty modules their parameters, one module after the other; the next is read when it is asked for.
+
+        For a GPU the next one is read, into pinned memory, while the caller works with the one that it was given: the
+        host's processor has nothing else to do then."""
+
+        def read(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+            state = {name: self.tensor(f"{prefix}.{name}") for name in module.state_dict()}
+            return {name: x.pin_memory() for name, x in state.items()} if device.type == "cuda" else state
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[dict[str, Tensor]] | None = None
+            for i, (module, prefix) in enumerate(modules):
+                with stage("read"):
+                    state = read(module, prefix) if ahead is None else ahead.result()
+                    state = {name: tensor.to(device, non_blocking=True) for name, tensor in state.items()}
+                    module.load_state_dict(state, strict=True, assign=True)
+                    del state
+                following = modules[i + 1 : i + 2]
+                ahead = reader.submit(read, *following[0]) if following and device.type == "cuda" else None
+                yield module
 
 
 def check_dtype(dtype: str, what: str) -> None:

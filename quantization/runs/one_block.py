@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from corpora.errors import UserError
@@ -14,6 +15,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer, restore_paths
 from quantization.model.rescale import Rescaling, rescale_all
 from quantization.model.rounding import BlockRounding
+from quantization.model.stages import stage
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import StoredBlock, block_file, read_block, write_block
 from quantization.runs.sums import add_sum
@@ -45,8 +47,8 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     if stream is not None:
         stream.seed(block)
         if reads != "quantized":
-            stream.full = stream.full or list(stream.hidden)  # the same in front of the first block
-            stream.targets = list(stream.outputs(block, stream.full))
+            stream.full = stream.full or stream.hidden  # the same in front of the first block
+            stream.targets = stream.passed(block, stream.full)
     inputs: Mapping[tuple[str, ...], InputQuantizer] = {}
     quantized: Mapping[str, StoredWeight] = {}
     if stored is not None:
@@ -64,7 +66,8 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
             block.kv.update(recipe.kv_cache.fit_block(block))
         if tuning is not None:
             quantized = tuning.tune_block(block, recipe.weights, inputs, recipe.kv_cache)
-    error = _relative_error(block, quantized)
+    with stage("error"):
+        error = _relative_error(block, quantized)
     _set_weights(block.linears(), quantized)
     # Without training, text is passed on in full precision but for the weights, as GPTQ's own code does with QuaRot.
     if passes_rounded:
@@ -72,14 +75,18 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
     if stream is not None:
         policy = recipe.kv_cache if passes_rounded else None
         products = recipe.attention if recipe.trains_rounded else None
+        following = stream.targets if reads == "full" else None
+        if stream.walk is not None and stream.walk.led_to(quantized) and not passes_rounded:
+            following = stream.walk.outputs()
         with nullcontext() if products is None else products.at_work(block):
-            stream.advance(block, stream.targets if reads == "full" else None, policy)
+            stream.advance(block, following, policy)
         if reads != "quantized":
-            stream.full, stream.targets = stream.targets, []
+            stream.full, stream.targets = stream.targets, ()
     if stored is None:
         quantize_inputs(block, inputs)
-        write_block(partial, block, quantized, by_transforms)
-        add_sum(block_file(partial, block.index))
+        with stage("write"):
+            write_block(partial, block, quantized, by_transforms)
+            add_sum(block_file(partial, block.index))
     return error
 
 
@@ -122,15 +129,20 @@ def _set_weights(linears: dict[str, nn.Linear], quantized: Mapping[str, StoredWe
 
 def _relative_error(block: DecoderBlock, quantized: Mapping[str, StoredWeight]) -> float:
     """‖Ŵ − W‖ / ‖W‖ over all linears of a block. Raises UserError for a linear that became nothing but zeros."""
-    linears, error, norm = block.linears(), 0.0, 0.0
+    linears, squares = block.linears(), []
     for name, weight in quantized.items():
         exact, rounded = linears[name].weight.float(), weight.dequantize()
-        if bool(exact.any()) and not bool(rounded.any()):
+        largest = [torch.linalg.vector_norm(x, torch.inf) for x in (exact, rounded)]
+        squares.append(torch.stack([*largest, exact.square().sum(), (rounded - exact).square().sum()]))
+    if not squares:
+        return 0.0
+    sums = torch.stack(squares).double().cpu()  # waits for the device once
+    for name, (largest, of_rounded, *_) in zip(quantized, sums.tolist(), strict=True):
+        if largest and not of_rounded:
             raise UserError(
                 f"{block.name}.{name}: all of its weights become 0: the smallest scale of the grid is too large for "
-                f"values up to {float(exact.abs().max()):.1e}; use --set weights.grid.convention=gptq-asym with "
+                f"values up to {largest:.1e}; use --set weights.grid.convention=gptq-asym with "
                 "weights.grid.scale_dtype=float32"
             )
-        error += float((rounded - exact).square().sum())
-        norm += float(exact.square().sum())
+    norm, error = sums[:, 2:].sum(0).tolist()
     return (error / norm) ** 0.5 if norm else 0.0

@@ -28,6 +28,7 @@ from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.text import said_when_full
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.checkpoint import (
     FORMAT,
@@ -221,18 +222,22 @@ def _work_off(
     stream = None
     if recipe.calibrates:
         assert segments is not None
-        for name, tensor in _ends(weights, ends, recipe, model).items():
-            owner, _, parameter = name.rpartition(".")
-            setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
-        stream = CalibrationStream(model, architecture, segments, behind)
+        front = {n: x for n, x in _ends(weights, ends, recipe, model).items() if n != f"{architecture.head}.weight"}
+        with said_when_full(device):
+            _place(model, front, device)
+            stream = CalibrationStream(model, architecture, segments, behind)
+            _place(model, front, torch.device("meta"))  # the text is past them
+        del front
     method = recipe.label()
-    for index in tqdm(range(count), desc=f"quantize {method}", unit="block"):
+    batch = stream.batch if stream is not None else None
+    todo = [i for i in range(count) if stream is not None or not block_file(partial, i).is_file()]
+    loaded = weights.load_each([(blocks[i], architecture.block_name(i)) for i in todo], device)
+    for index in tqdm(todo, desc=f"quantize {method}", unit="block", initial=count - len(todo), total=count):
         block = DecoderBlock(index, blocks[index], architecture, model.config, stream)
-        if stream is None and block_file(partial, index).is_file():
-            continue
         started = time.perf_counter()
-        weights.load_into(block.module, block.name, device)
-        error = process_block(block, recipe, partial)
+        with said_when_full(device, batch):
+            next(loaded)
+            error = process_block(block, recipe, partial)
         log.info(
             "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
             index + 1,
@@ -244,6 +249,12 @@ def _work_off(
         block.module.to_empty(device="meta")
         return_memory()
     write_ends(partial, _ends(weights, ends, recipe, model))
+
+
+def _place(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device) -> None:
+    for name, tensor in tensors.items():
+        owner, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
 
 
 def _ends(weights: Weights, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:

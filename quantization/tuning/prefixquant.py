@@ -13,7 +13,7 @@ held-out state is kept, the start included; ranges are those of the text, not a 
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -153,7 +153,7 @@ class PrefixQuantTuning:
         quantizers = Quantizers(grid, {} if grid is None else min_max(block, grid), inputs, kv)
         if self.mse_init:
             few = first_samples(block, self.mse_init_size)
-            targets = list(stream_of(few).outputs(few))
+            targets = stream_of(few).passed(few)
             before = joint_error(few, quantizers, targets)
             initialize(few, quantizers, targets, self.skip_qk_weight_init)
             after = joint_error(few, quantizers, targets)
@@ -165,9 +165,9 @@ class PrefixQuantTuning:
     def _fine_tune(self, block: DecoderBlock, quantizers: Quantizers) -> dict[str, Tensor]:
         """Train in place what the quantizers learn, and return the block's trained parameters, float32."""
         stream, parameters = stream_of(block), {name: x.clone() for name, x in _weights(block).items()}
-        targets = [stream.targets] if self.target != "quant_input" else []
+        targets: list[Sequence[Tensor]] = [stream.targets] if self.target != "quant_input" else []
         if self.target != "fp_input":
-            targets.append(list(stream.outputs(block)))
+            targets.append(stream.passed(block))
         count = len(stream.hidden)
         training, held_out = split_samples(count, max(1, round(self.held_out * count)), block.name)
         batches = [part[i : i + self.batch] for part in (training, held_out) for i in range(0, len(part), self.batch)]

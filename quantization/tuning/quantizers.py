@@ -3,7 +3,7 @@
 Ŵ = s · (clamp(round(W/s) + z, 0, top) − z)      inputs, keys and values by quantizers of their own
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -96,7 +96,10 @@ def min_max(block: DecoderBlock, grid: UniformGrid) -> dict[str, Fit]:
 
 
 def output_error(
-    block: DecoderBlock, targets: list[Tensor], policy: KVPolicy | None = None, weights: dict[str, Tensor] | None = None
+    block: DecoderBlock,
+    targets: Sequence[Tensor],
+    policy: KVPolicy | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> float:
     """Mean squared distance of the block's output from its targets, over all samples, as it is now.
 
@@ -110,7 +113,7 @@ def output_error(
     return float(torch.stack(errors).mean())
 
 
-def joint_error(block: DecoderBlock, quantizers: Quantizers, targets: list[Tensor]) -> float:
+def joint_error(block: DecoderBlock, quantizers: Quantizers, targets: Sequence[Tensor]) -> float:
     """`output_error` with all quantizers at work."""
     rounded = {
         f"{name}.weight": quantizers.rounded(name, linear.weight.data).to(linear.weight.dtype)

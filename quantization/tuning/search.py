@@ -12,7 +12,7 @@ keys attend to everything, without mask and prefix; its search of weights in gro
 each is weighed by channels of others (ours makes 0.22 to 0.43 × its error).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -90,7 +90,7 @@ def grams(block: DecoderBlock, group_size: int) -> dict[str, Tensor]:
 
     def look(name: str, x: Tensor) -> None:
         if name in wanted:
-            groups = split_groups(x[0].float(), group_size).transpose(0, 1)  # (groups, tokens, size)
+            groups = split_groups(x.flatten(0, 1).float(), group_size).transpose(0, 1)  # (groups, tokens, size)
             product = groups.transpose(1, 2) @ groups
             found[name] = found[name] + product if name in found else product
 
@@ -175,7 +175,7 @@ def attention_rows(sample: Attended, key: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(block: DecoderBlock, quantizers: Quantizers, targets: list[Tensor], skip_qk_weights: bool) -> None:
+def initialize(block: DecoderBlock, quantizers: Quantizers, targets: Sequence[Tensor], skip_qk_weights: bool) -> None:
     """Search every grid alone, the others off; targets: the full-precision block's outputs."""
     if quantizers.grid is not None:
         names = block.architecture

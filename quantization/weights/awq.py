@@ -48,7 +48,7 @@ SMALLEST = 1e-4  # of a^r, before the normalization
 CLIP_STEPS = 20  # candidates 1 − i/20 …
 CLIP_SHRINK = 0.5  # … for i < 10
 CLIP_TOKENS = 512  # at least, where there are as many: every k-th one
-CLIP_ROWS = 1024  # at once; changes the memory only
+AT_ONCE = {"cpu": 2**17, "cuda": 2**25}  # weights that are rounded together: on a CPU those that its cache holds
 CACHE = "past_key_values"
 # Share of a file's clip limits that no search over these weights gives (give or take 2% for half precision).
 STRANGE_LIMITS = 0.01
@@ -65,26 +65,33 @@ def rounded_behind(weight: Tensor, scale: Tensor, grid: UniformGrid) -> Tensor:
 
     The product is rounded to the weights' dtype first, as it will be when the scale is applied.
     """
-    return fake_quantize((weight.float() * scale).to(weight.dtype).float(), grid) / scale
+    result = torch.empty(weight.shape, device=weight.device)
+    for rows, of_rows in zip(_by_rows(weight), _by_rows(result), strict=True):
+        rounded = fake_quantize((rows.float() * scale).to(weight.dtype).float(), grid)
+        torch.div(rounded, scale, out=of_rows)
+    return result
 
 
-def search_scales(magnitude: Tensor, loss: Callable[[Tensor], float], name: str) -> tuple[Tensor, float]:
+def _by_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(1, AT_ONCE[weight.device.type] // weight.shape[1]))
+
+
+def search_scales(magnitude: Tensor, loss: Callable[[Tensor], Tensor], name: str) -> tuple[Tensor, float]:
     """The s of the ratio with the smallest loss, and that loss; of equal ones the smaller ratio.
 
+    loss: s to a tensor of one number, which is looked at once all candidates have one.
     Raises UserError if no loss is finite.
     """
-    best, smallest = None, float("inf")
-    for i in range(RATIOS):
-        scale = channel_scales(magnitude, i / RATIOS)
-        error = loss(scale)
-        if error < smallest:
-            best, smallest = scale, error
-    if best is None:
+    scales = [channel_scales(magnitude, i / RATIOS) for i in range(RATIOS)]
+    losses = torch.stack([loss(scale).double() for scale in scales]).tolist()
+    finite_ones = [error for error in losses if error < torch.inf]  # no NaN is
+    if not finite_ones:
         raise UserError(
             f"{name}: no scale gives a finite error on the calibration text; the checkpoint's dtype is too narrow for "
             "its activations, convert it to bfloat16 or float32"
         )
-    return best, smallest
+    smallest = min(finite_ones)
+    return scales[losses.index(smallest)], smallest
 
 
 def clip_candidates(groups: Tensor) -> list[Tensor]:
@@ -101,13 +108,15 @@ def clip_limits(weight: Tensor, tokens: Tensor, grid: UniformGrid) -> Tensor:
     x = split_groups(tokens.float(), grid.group_size).transpose(0, 1)  # (G, T, S)
     moment = x.transpose(1, 2) @ x  # (G, S, S)
     found = []
-    for rows in weight.split(CLIP_ROWS):
+    for rows in _by_rows(weight):
         groups = split_groups(rows.float(), grid.group_size)  # (rows, G, S)
         candidates = clip_candidates(groups)
         limit, smallest = candidates[0], torch.full_like(candidates[0], float("inf"))
         for candidate in candidates:
-            delta = (fake_quantize(groups.clamp(-candidate, candidate), grid) - groups).transpose(0, 1)  # (G, rows, S)
-            error = ((delta @ moment) * delta).sum(-1).T[..., None]  # (rows, G, 1)
+            within = torch.maximum(groups, -candidate)
+            delta = fake_quantize(torch.minimum(within, candidate, out=within), grid).sub_(groups)
+            delta = delta.transpose(0, 1)  # (G, rows, S)
+            error = (delta @ moment).mul_(delta).sum(-1).T[..., None]  # (rows, G, 1)
             limit = torch.where(error < smallest, candidate, limit)
             smallest = torch.minimum(error, smallest)
         found.append(limit)
@@ -126,29 +135,44 @@ def is_clipped(linear: str) -> bool:
 
 
 class Inputs:
-    """What the searches need of the input of linears that read the same: no tokens but every `stride`-th one."""
+    """What the searches need of the input of linears that read the same: no tokens but every `stride`-th one, and all
+    of a short text where a linear is measured alone."""
 
-    def __init__(self, stride: int, with_moment: bool):
+    def __init__(self, stride: int, alone: bool):
         self._stride = stride
-        self._with_moment = with_moment
+        self._alone = alone
         self.count = 0
         self.magnitude = torch.zeros(())  # Σ|x|, (channels,)
-        self.moment = torch.zeros(())  # Σ x xᵀ, (channels, channels), of linears that are measured alone
         self.tokens: list[Tensor] = []
+        self._all: list[Tensor] = []  # float32, while they are fewer than the channels …
+        self._moment: Tensor | None = None  # … then Σ x xᵀ, (channels, channels)
 
     def add(self, x: Tensor) -> None:
-        """Take the inputs of one sample, (tokens, channels)."""
+        """Take the inputs of some tokens, (tokens, channels)."""
         self.tokens.append(x[-self.count % self._stride :: self._stride].clone())
         self.count += len(x)
         x = x.float()
         self.magnitude = self.magnitude.to(x.device) + x.abs().sum(0)
-        if self._with_moment:
-            self.moment = torch.addmm(self.moment.to(x.device), x.T, x)
+        if not self._alone:
+            return
+        self._all.append(x)
+        if self._moment is None and self.count >= x.shape[1]:
+            self._moment = x.new_zeros(x.shape[1], x.shape[1])
+        if self._moment is not None:
+            for seen in self._all:
+                self._moment.addmm_(seen.T, seen)
+            self._all.clear()
+
+    def squared_error(self, delta: Tensor) -> Tensor:
+        """Σ_t ‖ΔW x_t‖², of weights that are off by ΔW (out, channels)."""
+        if self._moment is None:
+            return torch.stack([(x @ delta.T).square_().sum() for x in self._all]).sum()
+        return (delta @ self._moment).mul_(delta).sum()
 
 
 @dataclass(frozen=True)
 class Call:
-    """One sample's call of a module in full precision, to be repeated with other weights."""
+    """Some samples' call of a module in full precision, to be repeated with other weights."""
 
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -284,10 +308,10 @@ class AWQ(GridQuantizer):
             calls[inside].append(Call(args, keywords, _output(output)))
 
         with hooked(after(block.module.get_submodule(inside), partial(note, inside)) for inside in calls):
-            block.observe(lambda name, x: inputs[name].add(x[0]) if name in inputs else None)
+            block.observe(lambda name, x: inputs[name].add(x.flatten(0, 1)) if name in inputs else None)
         return {name: inputs[names[0]] for names in block.architecture.linears for name in names}, calls
 
-    def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: list[Call]) -> Callable[[Tensor], float]:
+    def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: list[Call]) -> Callable[[Tensor], Tensor]:
         """The mean squared error of the measured module as a function of s, with the weights as they are now."""
         weights = {name: block.linears()[name].weight for name in feed.consumers}
 
@@ -297,21 +321,21 @@ class AWQ(GridQuantizer):
                 for name, w in weights.items()
             }
 
-        def of_linear(scale: Tensor) -> float:
-            delta = candidates(scale)[feed.inside] - weights[feed.inside].float()
-            return float(((delta @ inputs.moment) * delta).sum()) / (inputs.count * len(delta))
+        def of_linear(scale: Tensor) -> Tensor:
+            delta = candidates(scale)[feed.inside].sub_(weights[feed.inside])
+            return inputs.squared_error(delta) / (inputs.count * len(delta))
 
-        def of_module(scale: Tensor) -> float:
+        def of_module(scale: Tensor) -> Tensor:
             rounded = {
                 f"{name.removeprefix(f'{feed.inside}.')}.weight": w.to(weights[name].dtype)
                 for name, w in candidates(scale).items()
             }
             module = block.module.get_submodule(feed.inside)
             errors = torch.stack([
-                (call.again(module, rounded, _fresh_cache(block)).float() - call.output.float()).square().sum()
+                (call.again(module, rounded, _fresh_cache(block)).float() - call.output.float()).square_().sum()
                 for call in calls
             ])  # fmt: skip
-            return float(errors.double().sum()) / sum(call.output.numel() for call in calls)
+            return errors.double().sum() / sum(call.output.numel() for call in calls)
 
         return of_linear if feed.inside in feed.consumers else of_module
 

@@ -33,6 +33,8 @@ from quantization.grids.uniform import (
 )
 from quantization.kernels.columns import LONGEST, Levels, round_columns
 from quantization.model.blocks import DecoderBlock
+from quantization.model.stages import stage
+from quantization.model.walk import Walk
 from quantization.weights.base import GridQuantizer
 
 __all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]
@@ -100,18 +102,14 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor 
     for attempt in range(DAMP_STEPS + 1):
         # λ, then 10λ, …: what is missing to the next is added.
         diagonal += step * (1 if attempt == 0 else 10**attempt - 10 ** (attempt - 1))
-        lower = h.flip(0, 1) if order is None else h.index_select(0, order.flip(0)).index_select(1, order.flip(0))
-        if _cholesky(lower):
+        flipped = h.flip(0, 1) if order is None else h.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+        if _invert_factor(flipped):
             if attempt:
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
-            inverse = h.zero_()  # in its memory: at 14336 channels a matrix takes 0.8 GB
-            inverse.diagonal().fill_(1)
-            for first, last in _panels(len(h), h.device):  # L⁻¹ L = I; above the diagonal all is zero
-                rows = inverse[first:last, :last]
-                rows.copy_(torch.linalg.solve_triangular(lower[:last, :last], rows, upper=False, left=False))
-            del lower
-            return inverse.flip(0, 1), attempt
-        del lower
+            for first, last in _panels(len(h), h.device):  # into the memory of H: at 14336 channels it takes 0.8 GB
+                h[len(h) - last : len(h) - first] = flipped[first:last].flip(0, 1)
+            return h, attempt
+        del flipped
     if exact:
         raise UserError(
             f"{name}: the Hessian has no Cholesky factor even with {10**DAMP_STEPS} × the damping of {damp:g} in "
@@ -124,20 +122,28 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor 
     return factor.float(), DAMP_STEPS + 1 + attempt
 
 
-def _cholesky(a: Tensor) -> bool:
-    """Put L, with A = L Lᵀ, into the lower triangle of `a`, panel by panel; false if there is none.
+def _invert_factor(a: Tensor) -> bool:
+    """Turn A = L Lᵀ into L⁻¹, panel by panel, in place; false if A has no such factor.
 
-    Faster than torch's, which clears the other triangle against the order in memory.
+    Torch factorizes and inverts the corners, the rest is matrix products, of one triangle alone.
     """
-    failed = []
-    for first, last in _panels(len(a), a.device):
-        corner, left = a[first:last, first:last], a[first:last, :first]
-        if first:
-            left.copy_(torch.linalg.solve_triangular(a[:first, :first].T, left, upper=True, left=False))
-            corner.addmm_(left, left.T, alpha=-1)
-        factor, wrong = torch.linalg.cholesky_ex(corner)
-        corner.copy_(factor)
+    panels, failed = _panels(len(a), a.device), []
+    for i, (first, last) in enumerate(panels):
+        own = a[first:last]
+        corner, wrong = torch.linalg.cholesky_ex(own[:, first:last])
         failed.append(wrong)
+        inverse = torch.linalg.solve_triangular(
+            corner, torch.eye(len(own), dtype=a.dtype, device=a.device), upper=False
+        )
+        a[last:, first:last] = a[last:, first:last] @ inverse.T  # of L from here on
+        for up, down in panels[i + 1 :]:
+            a[up:down, last:down].addmm_(a[up:down, first:last], a[last:down, first:last].T, alpha=-1)
+        # The panels above hold L⁻¹ already.
+        left = [inverse @ (own[:, up:first] @ a[up:first, up:down]) for up, down in panels[:i]]
+        for (up, down), part in zip(panels, left, strict=False):
+            own[:, up:down] = part.neg_()
+        own[:, first:last] = inverse
+        own[:, last:] = 0
     return not torch.stack(failed).any()
 
 
@@ -221,7 +227,8 @@ def gptq(
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
         w = w.index_select(0, order)
-    factor, repairs = inverse_factor(hessian, damp, name, order)
+    with stage("factor"):
+        factor, repairs = inverse_factor(hessian, damp, name, order)
     del hessian, diagonal
     codes = torch.empty(channels, out, dtype=torch.uint8, device=w.device)
     position = torch.arange(channels, device=w.device) if order is None else order
@@ -257,14 +264,22 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
     """
     sets = block.architecture.linears
     if true_sequential:
+        walk = Walk.begin(block)
         for names in sets:
             hessian = Hessian()
-            for x in block.inputs(names[0]):
-                hessian.add(x)
+            for x in walk.inputs(names[0]):
+                with stage("Hessians"):
+                    hessian.add(x)
             yield names, hessian.take()
         return
     hessians = {names[0]: Hessian() for names in sets}
-    block.observe(lambda name, x: hessians[name].add(x[0]) if name in hessians else None)
+
+    def look(name: str, x: Tensor) -> None:
+        if name in hessians:
+            with stage("Hessians"):
+                hessians[name].add(x)
+
+    block.observe(look)
     for names in sets:
         yield names, hessians.pop(names[0]).take()
 
@@ -284,7 +299,8 @@ def quantize_sets(
     quantized: dict[str, Weight] = {}
     for names, hessian in shared_hessians(block, true_sequential):
         stacked = torch.cat([full[name] for name in names])
-        chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
+        with stage("columns"):
+            chosen, loss, repairs = choose(names, stacked, hessian, f"{block.name}.{'+'.join(names)}")
         quantized |= chosen
         if true_sequential:  # the next Hessians see these
             for name in names:
@@ -292,6 +308,8 @@ def quantize_sets(
         block.report(loss=loss, repaired_hessians=repairs > 0)
     for name, linear in linears.items():
         linear.weight.data = full[name]
+    if block.stream is not None and block.stream.walk is not None:
+        block.stream.walk.end(quantized)
     return quantized
 
 

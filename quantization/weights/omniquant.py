@@ -14,7 +14,7 @@ too. Where a recipe rounds inputs (W4A4), F rounds them, queries, keys and value
 static inputs are fitted to the finished block, so training does not see them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -234,7 +234,7 @@ def learn(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[flo
     stream = _stream(block)
     targets = [stream.targets]
     if method.aug_loss:
-        targets.append(list(stream.outputs(block)))
+        targets.append(stream.passed(block))
     count = len(stream.hidden)
 
     def loss(i: int) -> Tensor:
@@ -259,7 +259,7 @@ def learn(block: DecoderBlock, learned: Learned, method: OmniQuant) -> tuple[flo
 def _sample_loss(
     block: DecoderBlock,
     student: tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None],
-    targets: list[list[Tensor]],
+    targets: Sequence[Sequence[Tensor]],
     i: int,
 ) -> Tensor:
     """Eq. 1 for one sample: the sum of the mean squared distances to its targets."""
@@ -271,7 +271,9 @@ def _sample_loss(
 
 
 def _mean_loss(
-    block: DecoderBlock, student: tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None], targets: list[list[Tensor]]
+    block: DecoderBlock,
+    student: tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None],
+    targets: Sequence[Sequence[Tensor]],
 ) -> float:
     """Eq. 1, the mean over samples."""
     return mean_loss(lambda i: _sample_loss(block, student, targets, i), range(len(targets[0])))

@@ -98,9 +98,10 @@ def _centres(block: DecoderBlock) -> dict[str, Tensor]:
     centres: dict[str, Tensor] = {}
 
     def look(name: str, x: Tensor) -> None:
-        low, high = x[0].float().aminmax(dim=0)
-        middle = (high + low) / 2
-        centres[name] = REMEMBER * centres.get(name, middle) + (1 - REMEMBER) * middle
+        for sample in x:
+            low, high = sample.amin(0).float(), sample.amax(0).float()
+            middle = (high + low) / 2
+            centres[name] = REMEMBER * centres.get(name, middle) + (1 - REMEMBER) * middle
 
     block.observe(look)
     return centres

@@ -1,0 +1,90 @@
+"""Where the seconds of quantizing go: reading, passes, Hessians, columns, writing; and the kernels behind them.
+
+Random blocks of one shape, quantized three times: as users do, then with a GPU waited for at every stage, which says
+what each takes, then one block under torch's profiler (`--profile`).
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import report
+from benchmarks.memory import SHAPES, VOCABULARY, write_random_checkpoint
+from quantization.model.stages import seconds_by_stage
+from quantization.named import RECIPES, named_recipe
+from quantization.recipes.recipe import with_settings
+from quantization.runs.pipeline import quantize_checkpoint
+
+
+class _Blocks(logging.Handler):
+    """Seconds of every block, from the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("block") and isinstance(record.args, tuple):
+            self.seconds.append(round(float(str(record.args[-1])), 2))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
+    parser.add_argument("--shape", choices=[*SHAPES], default="8b", help="(default: 8b)")
+    parser.add_argument("--recipe", choices=[*RECIPES], default="gptq-w4", help="(default: gptq-w4)")
+    parser.add_argument("--blocks", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples (default: 128)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each (default: 2048)")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE")
+    parser.add_argument("--profile", action="store_true", help="one block more under torch's profiler: 15 kernels")
+    options = parser.parse_args()
+    shape = (options.samples, options.length)
+    ids = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+    recipe = with_settings(named_recipe(options.recipe), options.settings)
+    log, blocks = logging.getLogger("quantization.runs.pipeline"), _Blocks()
+    log.setLevel(logging.INFO)
+    log.addHandler(blocks)
+    with tempfile.TemporaryDirectory() as place:
+
+        def run(source: Path, out: str) -> float:
+            start = time.perf_counter()
+            quantize_checkpoint(source, recipe, Path(place) / out, segments=ids, device=options.device)
+            return round(time.perf_counter() - start, 2)
+
+        source = Path(place) / "model"
+        write_random_checkpoint(source, options.shape, options.blocks, options.device)
+        seconds = run(source, "plain")
+        with seconds_by_stage() as stages:
+            with_stages = run(source, "stages")
+        report(
+            benchmark="gptq_walk",
+            recipe=recipe.label(),
+            shape=options.shape,
+            tokens=list(shape),
+            seconds=seconds,
+            seconds_of_blocks=blocks.seconds[: options.blocks],
+            seconds_with_stages=with_stages,
+            stages={name: round(took, 3) for name, took in sorted(stages.items(), key=lambda x: -x[1])},
+            peak_gpu_mb=round(torch.cuda.max_memory_allocated() / 1e6) if options.device == "cuda" else None,
+        )
+        if options.profile:
+            from torch.profiler import ProfilerActivity, profile
+
+            one = Path(place) / "one"
+            write_random_checkpoint(one, options.shape, 1, options.device)
+            on_gpu = options.device == "cuda"
+            with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+                run(one, "profiled")
+            took = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+            for event in sorted(profiled.key_averages(), key=lambda event: -getattr(event, took))[:15]:
+                print(f"{getattr(event, took) / 1e3:10.1f} ms {event.count:7d} ×  {event.key[:90]}")
+
+
+if __name__ == "__main__":
+    main()
