@@ -12,10 +12,11 @@ import torch
 from common import ROOT, every
 from torch import Tensor
 
+import quantization.kernels.lut
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes, pad_groups
 from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
-from quantization.kernels.lut import ROWS, Lut
+from quantization.kernels.lut import CPU_ROWS, ROWS, Lut
 from quantization.kernels.lut_triton import Plan, dequantized, product, tables
 from quantization.kernels.protocols import Stored
 from quantization.recipes.recipe import Recipe
@@ -128,31 +129,46 @@ def test_the_matrix_is_made_with_the_same_bits_as_in_torch(dtype, out, channels,
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product takes binary-coded weights on this machine's device, in the interpreter if need be."""
-    monkeypatch.setattr(Lut, "takes", lambda self, stored, device: stored.kind == "bcq")
+    """The kernels run on this machine's device, in the interpreter if need be."""
+    monkeypatch.setattr(quantization.kernels.lut, "has_kernels", lambda device: True)
 
 
-def test_binary_coded_weights_on_a_gpu_are_taken_and_no_others() -> None:
+def test_binary_coded_weights_are_taken_and_no_others() -> None:
     weight = coded(8, 32, 2)
     stored = Stored(weight.kind, weight.tensors(), weight.header())
-    assert Lut().takes(stored, torch.device("cuda"))
-    assert not Lut().takes(stored, torch.device("cpu"))
-    assert not Lut().takes(replace(stored, kind="uniform"), torch.device("cuda"))
+    for device in ("cuda", "cpu"):
+        assert Lut().takes(stored, torch.device(device))
+        assert not Lut().takes(replace(stored, kind="uniform"), torch.device(device))
+    assert not Lut().takes(stored, torch.device("mps"))
+
+
+def check_any_batch(size: int, device: str, rows: int) -> None:
+    weight, bias = coded(24, 64, 3, size, True), randn(24, seed=9).to(device)
+    weight = replace(weight, **{name: part.to(device) for name, part in weight.tensors().items()})
+    stored = Stored(weight.kind, weight.tensors(), weight.header())
+    linear = QuantLinear(stored, torch.Size((24, 64)), bias, kernel="lut")
+    assert linear.kernel == "lut"
+    for shape in ((1,), (3,), (rows + 1,), (2, 1), (2, rows), (0,)):
+        x = randn(*shape, 64, seed=8).to(device)
+        y = linear(x)
+        assert y.shape == (*shape, 24)
+        close(y.reshape(-1, 24), x.reshape(-1, 64), weight, bias)
+    with torch.enable_grad():
+        x = randn(1, 64).to(device).requires_grad_()
+        linear(x).sum().backward()
+    assert x.grad is not None
+    assert float((x.grad - weight.dequantize().sum(0)).norm()) <= 1e-5 * float(x.grad.norm())
 
 
 @pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("size", [32, 16, -1])
 def test_a_linear_multiplies_any_batch_by_its_codes(size: int) -> None:
-    weight, bias = coded(24, 64, 3, size, True), randn(24, seed=9)
-    linear = QuantLinear(
-        Stored(weight.kind, weight.tensors(), weight.header()), torch.Size((24, 64)), bias, kernel="lut"
-    )
-    assert linear.kernel == "lut"
-    for shape in ((1,), (3,), (ROWS + 1,), (2, 1), (2, 5), (0,)):
-        x = randn(*shape, 64, seed=8)
-        y = linear(x)
-        assert y.shape == (*shape, 24)
-        close(y.reshape(-1, 24), x.reshape(-1, 64), weight, bias)
+    check_any_batch(size, DEVICE, ROWS)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_a_linear_on_a_cpu_does_so_in_plain_torch(size: int) -> None:
+    check_any_batch(size, "cpu", CPU_ROWS)
 
 
 @pytest.mark.usefixtures("anywhere")

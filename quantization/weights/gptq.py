@@ -102,18 +102,14 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor 
     for attempt in range(DAMP_STEPS + 1):
         # λ, then 10λ, …: what is missing to the next is added.
         diagonal += step * (1 if attempt == 0 else 10**attempt - 10 ** (attempt - 1))
-        lower = h.flip(0, 1) if order is None else h.index_select(0, order.flip(0)).index_select(1, order.flip(0))
-        if _cholesky(lower):
+        flipped = h.flip(0, 1) if order is None else h.index_select(0, order.flip(0)).index_select(1, order.flip(0))
+        if _invert_factor(flipped):
             if attempt:
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
-            inverse = h.zero_()  # in its memory: at 14336 channels a matrix takes 0.8 GB
-            inverse.diagonal().fill_(1)
-            for first, last in _panels(len(h), h.device):  # L⁻¹ L = I; above the diagonal all is zero
-                rows = inverse[first:last, :last]
-                rows.copy_(torch.linalg.solve_triangular(lower[:last, :last], rows, upper=False, left=False))
-            del lower
-            return inverse.flip(0, 1), attempt
-        del lower
+            for first, last in _panels(len(h), h.device):  # into the memory of H: at 14336 channels it takes 0.8 GB
+                h[len(h) - last : len(h) - first] = flipped[first:last].flip(0, 1)
+            return h, attempt
+        del flipped
     if exact:
         raise UserError(
             f"{name}: the Hessian has no Cholesky factor even with {10**DAMP_STEPS} × the damping of {damp:g} in "
@@ -126,20 +122,28 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor 
     return factor.float(), DAMP_STEPS + 1 + attempt
 
 
-def _cholesky(a: Tensor) -> bool:
-    """Put L, with A = L Lᵀ, into the lower triangle of `a`, panel by panel; false if there is none.
+def _invert_factor(a: Tensor) -> bool:
+    """Turn A = L Lᵀ into L⁻¹, panel by panel, in place; false if A has no such factor.
 
-    Faster than torch's, which clears the other triangle against the order in memory.
+    Torch factorizes and inverts the corners, the rest is matrix products, of one triangle alone.
     """
-    failed = []
-    for first, last in _panels(len(a), a.device):
-        corner, left = a[first:last, first:last], a[first:last, :first]
-        if first:
-            left.copy_(torch.linalg.solve_triangular(a[:first, :first].T, left, upper=True, left=False))
-            corner.addmm_(left, left.T, alpha=-1)
-        factor, wrong = torch.linalg.cholesky_ex(corner)
-        corner.copy_(factor)
+    panels, failed = _panels(len(a), a.device), []
+    for i, (first, last) in enumerate(panels):
+        own = a[first:last]
+        corner, wrong = torch.linalg.cholesky_ex(own[:, first:last])
         failed.append(wrong)
+        inverse = torch.linalg.solve_triangular(
+            corner, torch.eye(len(own), dtype=a.dtype, device=a.device), upper=False
+        )
+        a[last:, first:last] = a[last:, first:last] @ inverse.T  # of L from here on
+        for up, down in panels[i + 1 :]:
+            a[up:down, last:down].addmm_(a[up:down, first:last], a[last:down, first:last].T, alpha=-1)
+        # The panels above hold L⁻¹ already.
+        left = [inverse @ (own[:, up:first] @ a[up:first, up:down]) for up, down in panels[:i]]
+        for (up, down), part in zip(panels, left, strict=False):
+            own[:, up:down] = part.neg_()
+        own[:, first:last] = inverse
+        own[:, last:] = 0
     return not torch.stack(failed).any()
 
 
