@@ -195,9 +195,9 @@ def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tu
     from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
 
     if len(tile) == 4:
-        few_rows(x, tensors, None, y, codes, Tile(*tile))
+        few_rows(x, tensors, None, y, codes, len(x), Tile(*tile))
     else:
-        some_rows(x, tensors, None, y, codes, DotTile(*tile))
+        some_rows(x, tensors, None, y, codes, len(x), DotTile(*tile))
 
 
 def compile_one(job: tuple[int, int, tuple[int, ...] | None]) -> None:
