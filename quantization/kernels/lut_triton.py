@@ -13,6 +13,7 @@ look-ups, none of which waits.
 # ruff: noqa: SIM102 — a condition on what is known when a kernel is compiled stands alone; it removes what is inside
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -213,6 +214,7 @@ def _dequantize_kernel(
 # launch ---------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def plan_for(rows: int, words: int, device: torch.device) -> Plan:
     """A plan that fills the GPU: tiles as large as that allows, since every program writes the tables for itself."""
     gpu = device.type == "cuda"
