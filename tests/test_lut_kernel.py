@@ -31,7 +31,7 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 # Tables of both sizes, once and for every lane, written one by one and together, ready or not; signs without any.
 PLANS = [
     None, Plan(64, 4, 32, 4, 4, 3), Plan(64, 4, 32, 2, 4, 1, ready=False), Plan(128, 4, 1, 1, 4, 7),
-    Plan(64, 8, 1, 4, 4, 2), Plan(64, 8, 32, 1, 4, 50), Plan(64, 0, 1, 1, 4, 4),
+    Plan(64, 8, 1, 4, 4, 2), Plan(64, 8, 32, 1, 4, 50), Plan(64, 5, 32, 1, 4, 2), Plan(64, 0, 1, 1, 4, 4),
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -97,15 +97,20 @@ def test_a_one_hot_input_picks_its_bit_of_every_plane(plan, channel):
     assert float((multiplied(x, weight, plan)[0].double() - expected).norm()) <= CLOSE * float(expected.norm())
 
 
-@every("inputs", [4, 8])
-def test_a_table_holds_every_signed_sum(inputs):
-    x = randn(2, 3 * inputs)
-    found = tables(x, inputs)
-    codes = torch.arange(2**inputs, device=DEVICE)
-    signs = ((codes[:, None] >> torch.arange(inputs, device=DEVICE)) & 1).double() * 2 - 1
-    expected = x.double().view(2, 3, inputs) @ signs.T
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.flip(-1), -found, rtol=0, atol=0)
+@every("widths", [(4,), (8,), (5, 5, 6)])
+def test_a_table_holds_every_signed_sum(widths):
+    x = randn(2, 3 * sum(widths))
+    found = tables(x, widths[0])
+    assert found.shape == (2, 3, sum(2**width for width in widths))
+    start = first = 0
+    for width in widths:
+        codes = torch.arange(2**width, device=DEVICE)
+        signs = ((codes[:, None] >> torch.arange(width, device=DEVICE)) & 1).double() * 2 - 1
+        expected = x.double().view(2, 3, -1)[..., first : first + width] @ signs.T
+        table = found[..., start : start + 2**width]
+        torch.testing.assert_close(table.double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(table.flip(-1), -table, rtol=0, atol=0)
+        start, first = start + 2**width, first + width
 
 
 @every("plan", PLANS)
