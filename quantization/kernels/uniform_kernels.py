@@ -59,36 +59,29 @@ def _scaled(x, BIT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _four(x, seen):
-    """Four neighbours from x on, of any float dtype, as float32; zeros where nothing is seen."""
-    if x.dtype.element_ty == tl.float32:
-        return (
-            tl.load(x, mask=seen, other=0.0),
-            tl.load(x + 1, mask=seen, other=0.0),
-            tl.load(x + 2, mask=seen, other=0.0),
-            tl.load(x + 3, mask=seen, other=0.0),
-        )
-    both = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True), mask=seen, other=0)
-    low, high = both.to(tl.int32), (both >> 32).to(tl.int32)
-    if x.dtype.element_ty == tl.bfloat16:
-        return (
-            (low << 16).to(tl.float32, bitcast=True),
-            (low & -65536).to(tl.float32, bitcast=True),
-            (high << 16).to(tl.float32, bitcast=True),
-            (high & -65536).to(tl.float32, bitcast=True),
-        )
-    return (
-        low.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
-        (low >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
-        high.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
-        (high >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
-    )
+    """Four neighbours from x on, of any float dtype, as float32, loaded as words of 64 bits; zeros where nothing is
+    seen."""
+    words = x.to(tl.pointer_type(tl.int64), bitcast=True)
+    both = tl.load(words, mask=seen, other=0)
+    a, b = both.to(tl.int32), (both >> 32).to(tl.int32)
+    if x.dtype.element_ty == tl.float16:
+        found = (_half(a), _half(a >> 16), _half(b), _half(b >> 16))
+    elif x.dtype.element_ty == tl.bfloat16:
+        found = (_float(a << 16), _float(a & -65536), _float(b << 16), _float(b & -65536))
+    else:
+        both = tl.load(words + 1, mask=seen, other=0)
+        found = (_float(a), _float(b), _float(both.to(tl.int32)), _float((both >> 32).to(tl.int32)))
+    return found
 
 
 @triton.jit
-def _two(x, seen):
-    """Two neighbours from x on, float32; zeros where nothing is seen."""
-    both = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True), mask=seen, other=0)
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def _float(word):
+    return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _half(word):
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -118,66 +111,14 @@ def _grid(scale, zero, unit, n, N, PER: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit(do_not_specialize=["units"])
 def few_rows_kernel(
-    x, words, scale, zero, bias, y, units, N, OUT,
+    x, unit_sums, words, scale, zero, bias, y, units, N, OUT,
     ROWS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y (ROWS, OUT) = x Ŵᵀ + b, on CUDA cores; a program takes OUTPUTS · TILES outputs.
 
-    x: (ROWS, 32·units). words: (units, BITS, N) int32. scale, zero: (units/PER, N). UNITS: that are read at a time.
-    """
-    PER_WORD: tl.constexpr = 32 // BITS
-    n = tl.program_id(0) * (OUTPUTS * TILES) + tl.arange(0, OUTPUTS)
-    channels = units * 32
-    total = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
-    for start in tl.range(0, units, UNITS, num_stages=STAGES):
-        row = start + tl.arange(0, UNITS)
-        seen, unit = row < units, tl.minimum(row, units - 1)
-        tiles = ()
-        for t in tl.static_range(TILES):
-            tiles += (_words(words, unit, n + t * OUTPUTS, N, BITS),)
-        product = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
-        sums = (tl.zeros((UNITS,), tl.float32),) * ROWS
-        for p in tl.static_range(0, 32, 4):
-            inputs = ()
-            for m in tl.static_range(ROWS):
-                inputs += (_four(x + m * channels + unit * 32 + p, seen),)
-            for i in tl.static_range(4):
-                scaled, more = (), ()
-                for m in tl.static_range(ROWS):
-                    scaled += (_scaled(inputs[m][i], BITS * ((p + i) % PER_WORD), BITS)[:, None],)
-                    more += (sums[m] + inputs[m][i],)
-                sums, more = more, ()
-                for t in tl.static_range(TILES):
-                    field = _field(tiles[t][(p + i) // PER_WORD], BITS * ((p + i) % PER_WORD), BITS)
-                    for m in tl.static_range(ROWS):
-                        more += (tl.fma(field.to(tl.float32, bitcast=True), scaled[m], product[t * ROWS + m]),)
-                product = more
-        more = ()
-        for t in tl.static_range(TILES):
-            s, z = _grid(scale, zero, unit, n + t * OUTPUTS, N, PER, ZERO)
-            for m in tl.static_range(ROWS):
-                centred = tl.fma(product[t * ROWS + m], 2.0**60, -z * sums[m][:, None])
-                more += (tl.fma(s, centred, total[t * ROWS + m]),)
-        total = more
-    for t in tl.static_range(TILES):
-        out = n + t * OUTPUTS
-        for m in tl.static_range(ROWS):
-            result = tl.sum(total[t * ROWS + m], 0)
-            if bias is not None:
-                result += tl.load(bias + out, mask=out < OUT, other=0.0).to(tl.float32)
-            tl.store(y + m * OUT + out, result.to(y.dtype.element_ty), mask=out < OUT)
-
-
-@triton.jit(do_not_specialize=["units"])
-def scaled_rows_kernel(
-    x, unit_sums, words, scale, zero, bias, y, units, N, OUT,
-    ROWS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr,
-    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`few_rows_kernel` of what `scale_kernel` makes: x (ROWS, 32·units), unit_sums (ROWS, units), float32.
-
-    x: (ROWS, 32·units). words: (units, BITS, N) int32. scale, zero: (units/PER, N). UNITS: that are read at a time.
+    x: (ROWS, 32·units), or what `scale_kernel` makes of it, with unit_sums. words: (units, BITS, N) int32. scale, zero:
+    (units/PER, N). UNITS: that are read at a time.
     """
     PER_WORD: tl.constexpr = 32 // BITS
     n = tl.program_id(0) * (OUTPUTS * TILES) + tl.arange(0, OUTPUTS)
@@ -192,19 +133,28 @@ def scaled_rows_kernel(
         product = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
         sums = ()
         for m in tl.static_range(ROWS):
-            sums += (tl.load(unit_sums + m * units + unit, mask=seen, other=0.0),)
-        for p in tl.static_range(0, 32, 2):
+            if unit_sums is None:
+                sums += (tl.zeros((UNITS,), tl.float32),)
+            else:
+                sums += (tl.load(unit_sums + m * units + unit, mask=seen, other=0.0),)
+        for p in tl.static_range(0, 32, 4):
             inputs = ()
             for m in tl.static_range(ROWS):
-                inputs += (_two(x + m * channels + unit * 32 + p, seen),)
-            for i in tl.static_range(2):
-                more = ()
+                inputs += (_four(x + m * channels + unit * 32 + p, seen),)
+            for i in tl.static_range(4):
+                scaled, more = (), ()
+                for m in tl.static_range(ROWS):
+                    if unit_sums is None:
+                        scaled += (_scaled(inputs[m][i], BITS * ((p + i) % PER_WORD), BITS)[:, None],)
+                        more += (sums[m] + inputs[m][i],)
+                    else:
+                        scaled += (inputs[m][i][:, None],)
+                        more += (sums[m],)
+                sums, more = more, ()
                 for t in tl.static_range(TILES):
                     field = _field(tiles[t][(p + i) // PER_WORD], BITS * ((p + i) % PER_WORD), BITS)
                     for m in tl.static_range(ROWS):
-                        more += (
-                            tl.fma(field.to(tl.float32, bitcast=True), inputs[m][i][:, None], product[t * ROWS + m]),
-                        )
+                        more += (tl.fma(field.to(tl.float32, bitcast=True), scaled[m], product[t * ROWS + m]),)
                 product = more
         more = ()
         for t in tl.static_range(TILES):

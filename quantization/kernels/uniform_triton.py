@@ -12,7 +12,6 @@ from quantization.kernels.uniform_kernels import (
     dequantize_kernel,
     few_rows_kernel,
     scale_kernel,
-    scaled_rows_kernel,
     some_rows_kernel,
     sum_kernel,
 )
@@ -117,7 +116,7 @@ def few_rows(
         grid = (words.shape[2] // (chosen.outputs * chosen.tiles), 1, 1)
     else:
         start, constants = found
-    arguments = (x, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
+    arguments = (x, None, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
     if found is not None:
         start(*arguments)
         return
@@ -128,7 +127,7 @@ def few_rows(
         scale_kernel[(triton.cdiv(rows * units, 16),)](
             x, scaled, sums, rows * units, BITS=codes.bits, UNITS=16, num_warps=1
         )
-        scaled_rows_kernel[grid](scaled, sums, *arguments[1:], num_warps=chosen.warps)
+        few_rows_kernel[grid](scaled, sums, *arguments[2:], num_warps=chosen.warps)
         return
     compiled = few_rows_kernel[grid](*arguments, num_warps=chosen.warps)
     if compiled is not None:  # by the interpreter nothing is
