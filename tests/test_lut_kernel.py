@@ -12,10 +12,11 @@ import torch
 from common import ROOT, every
 from torch import Tensor
 
+import quantization.kernels.lut
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes, pad_groups
 from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
-from quantization.kernels.lut import ROWS, Lut
+from quantization.kernels.lut import CPU_ROWS, ROWS, Lut
 from quantization.kernels.lut_triton import Plan, dequantized, product, tables
 from quantization.kernels.protocols import Stored
 from quantization.recipes.recipe import Recipe
@@ -30,7 +31,7 @@ SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_see
 # Tables of both sizes, once and for every lane, written one by one and together, ready or not; signs without any.
 PLANS = [
     None, Plan(64, 4, 32, 4, 4, 3), Plan(64, 4, 32, 2, 4, 1, ready=False), Plan(128, 4, 1, 1, 4, 7),
-    Plan(64, 8, 1, 4, 4, 2), Plan(64, 8, 32, 1, 4, 50), Plan(64, 0, 1, 1, 4, 4),
+    Plan(64, 8, 1, 4, 4, 2), Plan(64, 8, 32, 1, 4, 50), Plan(64, 5, 32, 1, 4, 2), Plan(64, 0, 1, 1, 4, 4),
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -96,15 +97,20 @@ def test_a_one_hot_input_picks_its_bit_of_every_plane(plan, channel):
     assert float((multiplied(x, weight, plan)[0].double() - expected).norm()) <= CLOSE * float(expected.norm())
 
 
-@every("inputs", [4, 8])
-def test_a_table_holds_every_signed_sum(inputs):
-    x = randn(2, 3 * inputs)
-    found = tables(x, inputs)
-    codes = torch.arange(2**inputs, device=DEVICE)
-    signs = ((codes[:, None] >> torch.arange(inputs, device=DEVICE)) & 1).double() * 2 - 1
-    expected = x.double().view(2, 3, inputs) @ signs.T
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.flip(-1), -found, rtol=0, atol=0)
+@every("widths", [(4,), (8,), (5, 5, 6)])
+def test_a_table_holds_every_signed_sum(widths):
+    x = randn(2, 3 * sum(widths))
+    found = tables(x, widths[0])
+    assert found.shape == (2, 3, sum(2**width for width in widths))
+    start = first = 0
+    for width in widths:
+        codes = torch.arange(2**width, device=DEVICE)
+        signs = ((codes[:, None] >> torch.arange(width, device=DEVICE)) & 1).double() * 2 - 1
+        expected = x.double().view(2, 3, -1)[..., first : first + width] @ signs.T
+        table = found[..., start : start + 2**width]
+        torch.testing.assert_close(table.double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(table.flip(-1), -table, rtol=0, atol=0)
+        start, first = start + 2**width, first + width
 
 
 @every("plan", PLANS)
@@ -128,31 +134,46 @@ def test_the_matrix_is_made_with_the_same_bits_as_in_torch(dtype, out, channels,
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product takes binary-coded weights on this machine's device, in the interpreter if need be."""
-    monkeypatch.setattr(Lut, "takes", lambda self, stored, device: stored.kind == "bcq")
+    """The kernels run on this machine's device, in the interpreter if need be."""
+    monkeypatch.setattr(quantization.kernels.lut, "has_kernels", lambda device: True)
 
 
-def test_binary_coded_weights_on_a_gpu_are_taken_and_no_others() -> None:
+def test_binary_coded_weights_are_taken_and_no_others() -> None:
     weight = coded(8, 32, 2)
     stored = Stored(weight.kind, weight.tensors(), weight.header())
-    assert Lut().takes(stored, torch.device("cuda"))
-    assert not Lut().takes(stored, torch.device("cpu"))
-    assert not Lut().takes(replace(stored, kind="uniform"), torch.device("cuda"))
+    for device in ("cuda", "cpu"):
+        assert Lut().takes(stored, torch.device(device))
+        assert not Lut().takes(replace(stored, kind="uniform"), torch.device(device))
+    assert not Lut().takes(stored, torch.device("mps"))
+
+
+def check_any_batch(size: int, device: str, rows: int) -> None:
+    weight, bias = coded(24, 64, 3, size, True), randn(24, seed=9).to(device)
+    weight = replace(weight, **{name: part.to(device) for name, part in weight.tensors().items()})
+    stored = Stored(weight.kind, weight.tensors(), weight.header())
+    linear = QuantLinear(stored, torch.Size((24, 64)), bias, kernel="lut")
+    assert linear.kernel == "lut"
+    for shape in ((1,), (3,), (rows + 1,), (2, 1), (2, rows), (0,)):
+        x = randn(*shape, 64, seed=8).to(device)
+        y = linear(x)
+        assert y.shape == (*shape, 24)
+        close(y.reshape(-1, 24), x.reshape(-1, 64), weight, bias)
+    with torch.enable_grad():
+        x = randn(1, 64).to(device).requires_grad_()
+        linear(x).sum().backward()
+    assert x.grad is not None
+    assert float((x.grad - weight.dequantize().sum(0)).norm()) <= 1e-5 * float(x.grad.norm())
 
 
 @pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("size", [32, 16, -1])
 def test_a_linear_multiplies_any_batch_by_its_codes(size: int) -> None:
-    weight, bias = coded(24, 64, 3, size, True), randn(24, seed=9)
-    linear = QuantLinear(
-        Stored(weight.kind, weight.tensors(), weight.header()), torch.Size((24, 64)), bias, kernel="lut"
-    )
-    assert linear.kernel == "lut"
-    for shape in ((1,), (3,), (ROWS + 1,), (2, 1), (2, 5), (0,)):
-        x = randn(*shape, 64, seed=8)
-        y = linear(x)
-        assert y.shape == (*shape, 24)
-        close(y.reshape(-1, 24), x.reshape(-1, 64), weight, bias)
+    check_any_batch(size, DEVICE, ROWS)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_a_linear_on_a_cpu_does_so_in_plain_torch(size: int) -> None:
+    check_any_batch(size, "cpu", CPU_ROWS)
 
 
 @pytest.mark.usefixtures("anywhere")

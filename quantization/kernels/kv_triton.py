@@ -107,7 +107,7 @@ def _split_kernel(
     CHANNELS: tl.constexpr,  # D, or the next power of two
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    KEYS: tl.constexpr,  # (bits, loads and codes of a piece, channels of a group, tokens of a block)
+    KEYS: tl.constexpr,  # (bits, loads and codes of a piece, channels of a group, tokens of a block); no bits: no codes
     VALUES: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 numbers
 ):
@@ -126,8 +126,8 @@ def _split_kernel(
     coded = tl.zeros((ROWS, CHANNELS), tl.float32)
     body = tl.cdiv(behind, TILE)
     full = 0  # tiles of codes alone, of keys and of values: most of them, in a loop without branches
-    if key_codes is not None:
-        if value_codes is not None:
+    if KEYS[0]:
+        if VALUES[0]:
             full = tl.minimum(coded_keys, coded_values) // TILE
             for tile in range(split * tiles, tl.minimum((split + 1) * tiles, full)):
                 first = tile * TILE
@@ -153,7 +153,7 @@ def _split_kernel(
         seen = tl.where(behind_prefix, token < behind, of_prefix < prefix)
 
         s = tl.zeros((ROWS, TILE), tl.float32)
-        if key_codes is not None:
+        if KEYS[0]:
             if first < coded_keys:
                 s += _code_scores(
                     turned, key_codes, sequence, head, first, coded_keys, D, CHANNELS, KEYS, TILE, PRECISION
@@ -176,7 +176,7 @@ def _split_kernel(
         coded *= shrink[:, None]
         p = p.to(q.dtype)
 
-        if value_codes is not None:
+        if VALUES[0]:
             if first < coded_values:
                 coded += _code_sums(
                     p, value_codes, sequence, head, first, coded_values, D, CHANNELS, VALUES, TILE, PRECISION
@@ -327,7 +327,7 @@ def _pieces(codes: Coded | None, query: Tensor, heads: int) -> tuple[tuple[Any, 
     a group, tokens of a block."""
     batch, channels = query.shape[0], query.shape[-1]
     if codes is None:
-        return None, (8, 1, 1, 1, 1)
+        return None, (0, 1, 1, 1, 1)
     packed = codes.codes if codes.codes.stride(-1) == 1 else codes.codes.contiguous()
     piece = BYTES[codes.bits]
     words = WORD // codes.bits

@@ -4,8 +4,8 @@
     y_n = Σ_groups [ Σ_i α_(n,i) · Σ_tables T[byte_(n,i)] + z₀_n · Σ_tables T[255] ]
 
 Of N outputs and q sign planes each reads q·K/8 entries instead of doing K multiplications; the 2^8·K/8 additions that
-build the tables are shared by all outputs. `lut_matmul` is the plain form, which says what a kernel has to compute;
-`Lut` is the product by the kernels in `lut_triton.py`.
+build the tables are shared by all outputs. `lut_matmul` is the plain form, which says what a kernel has to compute; the
+kernels are in `lut_triton.py`, and `Lut` chooses.
 
 Departs from the kernel: sums are float32 and always in the same order (it adds halves atomically, in any order). A
 batch goes through the same tables, up to `ROWS`; a larger one dequantizes the matrix, with its offset (it forgets it).
@@ -22,10 +22,11 @@ from corpora.errors import UserError
 from quantization.grids.binary_coding import WORD, BinaryCoded, pad_groups
 from quantization.kernels.protocols import Prepared, Stored
 
-__all__ = ["INPUTS", "ROWS", "Lut", "lut_matmul", "tables"]
+__all__ = ["CPU_ROWS", "INPUTS", "ROWS", "Lut", "has_kernels", "lut_matmul", "tables"]
 
 INPUTS = 8  # of a table: one byte of a word
-ROWS = 4  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
+ROWS = 4  # of x that the kernels multiply one by one; with more it is cheaper to make the matrix
+CPU_ROWS = 16  # the same on a CPU
 ENTRIES = 2**22  # that are looked up, or tabulated, at a time; bounds the memory
 
 
@@ -71,28 +72,44 @@ def _product(table: Tensor, weight: BinaryCoded) -> Tensor:
     return y
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run there."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
 class Lut:
-    """x Ŵᵀ + b of binary-coded weights by Triton's kernels: tables for a few rows of x, else the matrix made anew."""
+    """x Ŵᵀ + b of binary-coded weights: by tables for a few rows of x, else with the matrix made anew.
+
+    By Triton's kernels on a GPU, by `lut_matmul` on a CPU, where it is also faster than making the matrix.
+    """
 
     name: ClassVar[str] = "lut"
 
     def takes(self, stored: Stored, device: torch.device) -> bool:
-        """Binary-coded matrices on a CUDA device, if Triton is installed."""
-        return stored.kind == BinaryCoded.kind and device.type == "cuda" and find_spec("triton") is not None
+        """Binary-coded matrices on a CPU, or on a CUDA device if Triton is installed."""
+        return stored.kind == BinaryCoded.kind and (device.type == "cpu" or has_kernels(device))
 
     def prepare(self, stored: Stored) -> Prepared:
         """The tensors as they are stored: planes, alpha and offset already lie as the kernels read them."""
-        channels = stored.header["channels"]
-        size = channels if stored.header["group_size"] == -1 else stored.header["group_size"]
+        header, channels = dict(stored.header), stored.header["channels"]
+        size = channels if header["group_size"] == -1 else header["group_size"]
 
         def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+            weight = BinaryCoded.restore(tensors, header)
+            kernels, inputs = has_kernels(x.device), x.reshape(-1, channels)
+            most = ROWS if kernels else CPU_ROWS
+            by_tables = 0 < len(inputs) <= most and not (x.requires_grad and torch.is_grad_enabled())
+            if not kernels:
+                if not by_tables:
+                    return nn.functional.linear(x, weight.dequantize(x.dtype), bias)
+                y = lut_matmul(x, weight)
+                return y if bias is None else y + bias
             from quantization.kernels.lut_triton import dequantized, product
 
-            parts = tensors["planes"], tensors["alpha"], tensors.get("offset")
-            rows = x.reshape(-1, channels)
-            if not 0 < len(rows) <= ROWS or (x.requires_grad and torch.is_grad_enabled()):
+            parts = weight.planes, weight.alpha, weight.offset
+            if not by_tables:
                 return nn.functional.linear(x, dequantized(*parts, channels, size, x.dtype), bias)
-            rows = rows if size % WORD == 0 else pad_groups(rows, size).flatten(1)
-            return product(rows, *parts, bias).view(*x.shape[:-1], parts[0].shape[2])
+            padded = inputs if size % WORD == 0 else pad_groups(inputs, size).flatten(1)
+            return product(padded, *parts, bias).view(*x.shape[:-1], weight.planes.shape[2])
 
         return Prepared({name: part.contiguous() for name, part in stored.parts.items()}, multiply)

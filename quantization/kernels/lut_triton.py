@@ -13,6 +13,7 @@ look-ups, none of which waits.
 # ruff: noqa: SIM102 — a condition on what is known when a kernel is compiled stands alone; it removes what is inside
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -30,9 +31,10 @@ PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 class Plan:
     """How the table product is cut up.
 
-    rows: of a tile. inputs: of a table, 4 or 8; 0 flips signs instead of looking up. copies: of every table, 1 or 32.
-    together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a program. splits: runs of
-    words. ready: a kernel makes the tables once; without, every program adds up those that it needs.
+    rows: of a tile. inputs: of a table, 4 or 8; 5: tables of 5, 5 and 6; 0 flips signs instead of looking up. copies: of
+    every table, 1 or 32. together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a
+    program. splits: runs of words. ready: a kernel makes the tables once; without, every program adds up those that it
+    needs.
     """
 
     rows: int
@@ -97,16 +99,32 @@ def _signed(x, word):
 
 
 @triton.jit
-def _tables_kernel(x, tables, count, INPUTS: tl.constexpr, TABLES: tl.constexpr):
-    """All signed sums of every INPUTS inputs: tables (count, 2^INPUTS) float32."""
-    table, entry = tl.program_id(0) * TABLES + tl.arange(0, TABLES), tl.arange(0, 2**INPUTS)
-    there = table < count
-    total = tl.zeros((TABLES, 2**INPUTS), tl.float32)
-    for s in tl.static_range(INPUTS):
-        value = tl.load(x + table * INPUTS + s, mask=there, other=0.0).to(tl.float32)
-        total += tl.where(((entry >> s) & 1)[None, :] == 1, value[:, None], -value[:, None])
-    at = table.to(tl.int64)[:, None] * 2**INPUTS + entry[None, :]
-    tl.store(tables + at, total, mask=there[:, None])
+def _halves(tables, word, w, column, TABLE: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
+    """Σ T[bits] over the table of one number of both halves of a word, of 5, 5 and 6 inputs: (ROWS,)."""
+    WIDTH: tl.constexpr = 5 + TABLE // 2
+    entry = tl.arange(0, 2 * 2**WIDTH * COPIES) // COPIES
+    src = tl.load(tables + (2 * w + entry // 2**WIDTH) * 128 + TABLE * 32 + entry % 2**WIDTH)
+    low = ((word >> (5 * TABLE)) & (2**WIDTH - 1)) * COPIES + column
+    high = ((word >> (16 + 5 * TABLE)) & (2**WIDTH - 1)) * COPIES + (column + 2**WIDTH * COPIES)
+    found = tl.gather(src, tl.reshape(tl.join(low, high), 2 * ROWS), 0)
+    even, odd = tl.split(tl.reshape(found, ROWS, 2))
+    return even + odd
+
+
+@triton.jit
+def _tables_kernel(x, tables, count, INPUTS: tl.constexpr, UNIT: tl.constexpr, ENTRIES: tl.constexpr,
+                   UNITS: tl.constexpr):  # fmt: skip
+    """All signed sums of every UNIT inputs, INPUTS at a time, or 5, 5 and 6: tables (count, ENTRIES) float32."""
+    unit, entry = tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.arange(0, ENTRIES)
+    table = tl.minimum(entry // 2**INPUTS, UNIT // INPUTS - 1)
+    code, width = entry - table * 2**INPUTS, tl.where(table == UNIT // INPUTS - 1, UNIT - UNIT // INPUTS * INPUTS, 0)
+    there = (unit < count)[:, None]
+    total = tl.zeros((UNITS, ENTRIES), tl.float32)
+    for s in tl.static_range(INPUTS + UNIT % INPUTS):
+        seen = there & (s < INPUTS + width)[None, :]
+        value = tl.load(x + unit[:, None] * UNIT + (table * INPUTS + s)[None, :], mask=seen, other=0.0).to(tl.float32)
+        total += tl.where(((code >> s) & 1)[None, :] == 1, value, -value)
+    tl.store(tables + unit.to(tl.int64)[:, None] * ENTRIES + entry[None, :], total, mask=there)
 
 
 @triton.jit(do_not_specialize=["words", "per_group", "per_chunk", "chunks", "per_split"])
@@ -138,7 +156,7 @@ def _rows_kernel(
     column = (row // NEIGHBOURS) % COPIES
     x += batch.to(tl.int64) * words * WORD
     if tables is not None:
-        tables += batch.to(tl.int64) * words * (WORD // INPUTS * 2**INPUTS)
+        tables += batch.to(tl.int64) * words * (256 if INPUTS == 5 else WORD // INPUTS * 2**INPUTS)
     result = tl.zeros((ROWS,), tl.float32)
     first = split * per_split
     last = tl.minimum(first + per_split, words // per_group * chunks)
@@ -154,7 +172,10 @@ def _rows_kernel(
             word = ahead
             following = tl.minimum(w + 1, words - 1).to(tl.int64)
             ahead = tl.load(planes + following * rows + row, mask=there, other=0)
-            if INPUTS:
+            if INPUTS == 5:
+                for t in tl.static_range(3):
+                    total += _halves(tables, word, w, column, t, ROWS, COPIES)
+            elif INPUTS:
                 for j in tl.static_range(WORD // INPUTS // TOGETHER):
                     src = _entries(x, tables, w * (WORD // INPUTS) + j * TOGETHER, COPIES, INPUTS, TOGETHER)
                     total += _looked_up(src, word, j * TOGETHER, column, ROWS, INPUTS, COPIES, TOGETHER)
@@ -213,6 +234,7 @@ def _dequantize_kernel(
 # launch ---------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def plan_for(rows: int, words: int, device: torch.device) -> Plan:
     """A plan that fills the GPU: tiles as large as that allows, since every program writes the tables for itself."""
     gpu = device.type == "cuda"
@@ -227,11 +249,13 @@ def plan_for(rows: int, words: int, device: torch.device) -> Plan:
 def tables(x: Tensor, inputs: int) -> Tensor:
     """All signed sums of every `inputs` neighbours: (..., n·inputs) to (..., n, 2^inputs), float32.
 
-    Bit s of an entry's number is 1 where the s-th neighbour is added.
+    Bit s of an entry's number is 1 where the s-th neighbour is added. inputs = 5: of 5, 5 and 6 of every 16, one table
+    after the other: (..., 16·n) to (..., n, 128).
     """
-    found = torch.empty(*x.shape[:-1], x.shape[-1] // inputs, 2**inputs, device=x.device)
-    count, some = x.numel() // inputs, max(1, 2048 >> inputs)
-    _tables_kernel[(-(-count // some),)](x, found, count, INPUTS=inputs, TABLES=some)
+    unit, entries = (16, 128) if inputs == 5 else (inputs, 2**inputs)
+    found = torch.empty(*x.shape[:-1], x.shape[-1] // unit, entries, device=x.device)
+    count, some = x.numel() // unit, max(1, 2048 // entries)
+    _tables_kernel[(-(-count // some),)](x, found, count, INPUTS=inputs, UNIT=unit, ENTRIES=entries, UNITS=some)
     return found
 
 
