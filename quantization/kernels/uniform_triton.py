@@ -8,7 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from quantization.kernels.uniform_kernels import dequantize_kernel, few_rows_kernel, some_rows_kernel, sum_kernel
+from quantization.kernels.uniform_kernels import (
+    dequantize_kernel,
+    few_rows_kernel,
+    scale_kernel,
+    scaled_rows_kernel,
+    some_rows_kernel,
+    sum_kernel,
+)
 
 __all__ = ["Codes", "DotTile", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
 
@@ -39,6 +46,7 @@ class Tile:
     tiles: int = 2
     warps: int = 8
     stages: int = 1
+    scaled: bool = False
 
     @property
     def units(self) -> int:
@@ -112,6 +120,15 @@ def few_rows(
     arguments = (x, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
     if found is not None:
         start(*arguments)
+        return
+    if chosen.scaled:
+        units = words.shape[0]
+        scaled = torch.empty(rows, codes.channels, dtype=torch.float32, device=x.device)
+        sums = torch.empty(rows, units, dtype=torch.float32, device=x.device)
+        scale_kernel[(triton.cdiv(rows * units, 16),)](
+            x, scaled, sums, rows * units, BITS=codes.bits, UNITS=16, num_warps=1
+        )
+        scaled_rows_kernel[grid](scaled, sums, *arguments[1:], num_warps=chosen.warps)
         return
     compiled = few_rows_kernel[grid](*arguments, num_warps=chosen.warps)
     if compiled is not None:  # by the interpreter nothing is
