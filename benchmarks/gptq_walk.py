@@ -1,7 +1,7 @@
 """Where the seconds of quantizing go: reading, passes, Hessians, columns, writing; and the kernels behind them.
 
-Random blocks of one shape, quantized three times: the first time libraries and kernels are loaded, then as users do, then
-once more; the first and the last time a GPU is waited for at every stage, which says what each takes. Then one block
+Random blocks of one shape, quantized three times: first while libraries and kernels are loaded, then as users do, then
+once more. The first and the last time a GPU is waited for at every stage, which says what each takes. Then one block
 under torch's profiler (`--profile`).
 """
 
