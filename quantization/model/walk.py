@@ -18,7 +18,7 @@ from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
 from quantization.model.blocks import DecoderBlock, Reached
 from quantization.model.finite import FiniteCheck
-from quantization.model.text import Text, TextWriter, fits
+from quantization.model.text import Text, TextWriter, to_spare
 
 __all__ = ["Walk"]
 
@@ -41,8 +41,8 @@ class _Kept:
 class Walk:
     """The text on its way through a block whose linears are quantized from the first to the last.
 
-    Memory: the inputs of the linear that closes attention, which are one more copy of the text, and on a GPU that is
-    large beside them (`text.fits`) those of the one that closes the feed-forward part.
+    Memory: the inputs of the linear that closes attention, which are one more copy of the text, and where the memory is
+    large beside them (`text.to_spare`) those of the one that closes the feed-forward part.
     """
 
     def __init__(self, block: DecoderBlock):
@@ -124,7 +124,7 @@ class Walk:
         like = self._stream.hidden[0]
         width = int(self._block.linears()[linear].in_features)
         size = len(self._stream.hidden) * like.numel() // like.shape[-1] * width * like.element_size()
-        if width > like.shape[-1] and (like.device.type == "cpu" or not fits(size, like.device)):
+        if width > like.shape[-1] and not to_spare(size, like.device):
             return None
         return self._block.module.get_submodule(owner)
 
