@@ -69,11 +69,17 @@ def close(y: Tensor, x: Tensor, weight: BinaryCoded, bias: Tensor | None = None,
     assert float((y.double() - truth).norm()) <= share * float(truth.norm())
 
 
-@every("plan", PLANS)
-@every(("out", "channels", "bits", "size", "offset", "batch"), [
+# out, channels, bits, group size, offset, batch
+SHAPES = [
     (33, 64, 3, -1, True, 1), (40, 128, 2, 32, False, 2), (19, 96, 4, 48, True, 5), (37, 640, 1, -1, False, 1),
     (1, 60, 8, 20, True, 1), (21, 1088, 3, 544, True, 1),
-])  # fmt: skip
+]  # fmt: skip
+CASES = [(PLANS[1], *shape) for shape in SHAPES] + [
+    (plan, *shape) for plan, shape in zip(PLANS, SHAPES[:4] * 2, strict=True)
+]
+
+
+@every(("plan", "out", "channels", "bits", "size", "offset", "batch"), CASES)
 def test_the_product_by_tables_is_the_product_with_the_numbers(plan, out, channels, bits, size, offset, batch):
     weight, x = coded(out, channels, bits, size, offset), randn(batch, channels, seed=7)
     close(multiplied(x, weight, plan), x, weight)

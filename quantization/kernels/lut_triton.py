@@ -31,8 +31,8 @@ PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 class Plan:
     """How the table product is cut up.
 
-    rows: of a tile. inputs: of a table, 4 or 8; 5: tables of 5, 5 and 6; 0 flips signs instead of looking up. copies: of
-    every table, 1 or 32. together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a
+    rows: of a tile. inputs: of a table, 4 or 8; 5: tables of 5, 5 and 6; 0 flips signs instead of looking up. copies:
+    of every table, 1 or 32. together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a
     program. splits: runs of words. ready: a kernel makes the tables once; without, every program adds up those that it
     needs.
     """
