@@ -37,6 +37,7 @@ TILES = tuple((*tile, stages) for stages in (1, 3) for tile in (
     (8, 2, 8), (16, 1, 8), (16, 2, 4), (16, 2, 8), (16, 2, 16), (16, 4, 4), (16, 4, 8), (32, 1, 8), (32, 2, 4),
     (32, 2, 8), (32, 2, 16), (32, 4, 8), (64, 1, 8), (64, 2, 8),
 ))  # fmt: skip
+TILES += tuple((*tile, 1, 1) for tile in ((16, 2, 4), (16, 2, 8), (16, 4, 4), (16, 4, 8), (32, 2, 8), (32, 4, 8)))
 DOT_TILES = tuple(
     (*tile, programs) for programs in (264, 528, 1056)
     for tile in ((64, 16, 4, 1), (64, 16, 4, 2), (64, 32, 4, 1), (128, 16, 8, 1))
@@ -179,7 +180,7 @@ def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, de
             found.append((graph_time(calls, 5), "/".join(map(str, tile))))
         except Exception as error:  # of a tile that takes too much of the GPU
             print(f"tile {tile}: {str(error).splitlines()[0][:100]}", flush=True)
-    names = "outputs/tiles/warps/stages" if len(tiles_for(rows)[0]) == 4 else "outputs/units/warps/stages/programs"
+    names = "outputs/tiles/warps/stages/scaled" if rows == 1 else "outputs/units/warps/stages/programs"
     print(f"tiles {bits} bits, {rows} rows, {outputs} x {channels} ({names}):",
           ", ".join(f"{name} {time:.1f}" for time, name in sorted(found)),
           f"best share {size / (min(found)[0] * 1e-6) / speed:.2f}", flush=True)  # fmt: skip
@@ -187,17 +188,17 @@ def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, de
 
 def tiles_for(rows: int) -> tuple[tuple[int, ...], ...]:
     """The tiles that are tried with so many rows."""
-    return TILES if rows <= 4 else DOT_TILES
+    return TILES if rows == 1 else DOT_TILES
 
 
 def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tuple[int, ...]) -> None:
     """The product by one tile."""
     from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
 
-    if len(tile) == 4:
-        few_rows(x, tensors, None, y, codes, Tile(*tile))
+    if len(x) == 1:
+        few_rows(x, tensors, None, y, codes, len(x), Tile(*tile))
     else:
-        some_rows(x, tensors, None, y, codes, DotTile(*tile))
+        some_rows(x, tensors, None, y, codes, len(x), DotTile(*tile))
 
 
 def compile_one(job: tuple[int, int, tuple[int, ...] | None]) -> None:
@@ -233,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
     parser.add_argument("--quick", action="store_true", help="fewer shapes, bits and rows; no check")
-    parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1 and 16 rows")
+    parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1, 4 and 16 rows")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile ahead")
     parser.add_argument("--bits", type=int, nargs="+", default=None)
     options = parser.parse_args()
@@ -258,7 +259,7 @@ def main() -> None:
                 measure(b, outputs, channels, rows, speed, options.device, dense_times)
         if options.variants:
             for b in (3, 4):
-                for r in (1, 16):
+                for r in (1, 4, 16):
                     for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
                         variants(b, r, outputs, channels, speed, options.device)
 

@@ -1,11 +1,15 @@
 """The Triton product with uniform codes, in Triton's interpreter where no GPU is: the dequantized matrix in float64."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from common import every
+from common import ROOT, every
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -132,3 +136,22 @@ def test_only_what_the_kernels_know_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert not taken(4, 64, index=(torch.arange(128) > 60).int())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not taken(4, 32)
+
+
+# Without a GPU --------------------------------------------------------------------------------------------------------
+
+COMPILE = ROOT / "tests" / "compiled_uniform.py"
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Machine code for a GPU that nothing here can run: it finds what the interpreter lets pass."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(COMPILE), "80"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = [int(line) for line in done.stdout.split()]
+    assert len(shared) == 2 * 4  # one row, some rows and their sum, the matrix
+    assert max(shared) <= 99 * 2**10  # bytes that a program has on the GPUs with the least

@@ -85,6 +85,29 @@ def _four(x, seen):
 
 
 @triton.jit
+def _two(x, seen):
+    """Two neighbours from x on, float32; zeros where nothing is seen."""
+    both = tl.load(x.to(tl.pointer_type(tl.int64), bitcast=True), mask=seen, other=0)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_kernel(x, scaled, sums, size, BITS: tl.constexpr, UNITS: tl.constexpr):
+    """scaled = x·2^(89−j), j where the code of the channel lies, and the sums of x over units; float32 both.
+
+    x, scaled: (size, 32). sums: (size,).
+    """
+    unit, place = tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.arange(0, 32)
+    at = unit.to(tl.int64)[:, None] * 32 + place[None, :]
+    there = unit < size
+    values = tl.load(x + at, mask=there[:, None], other=0.0).to(tl.float32)
+    bit = BITS * (place % (32 // BITS))
+    power = 89 - tl.where(bit + BITS > 23, bit - 16, bit)
+    tl.store(scaled + at, values * ((power + 127) << 23).to(tl.float32, bitcast=True)[None, :], mask=there[:, None])
+    tl.store(sums + unit, tl.sum(values, 1), mask=there)
+
+
+@triton.jit
 def _grid(scale, zero, unit, n, N, PER: tl.constexpr, ZERO: tl.constexpr):
     """Scales and zero points of some units and outputs, float32: (units, outputs) each; a constant one is a number."""
     at = (unit // PER).to(tl.int64)[:, None] * N + n[None, :]
@@ -129,6 +152,59 @@ def few_rows_kernel(
                     field = _field(tiles[t][(p + i) // PER_WORD], BITS * ((p + i) % PER_WORD), BITS)
                     for m in tl.static_range(ROWS):
                         more += (tl.fma(field.to(tl.float32, bitcast=True), scaled[m], product[t * ROWS + m]),)
+                product = more
+        more = ()
+        for t in tl.static_range(TILES):
+            s, z = _grid(scale, zero, unit, n + t * OUTPUTS, N, PER, ZERO)
+            for m in tl.static_range(ROWS):
+                centred = tl.fma(product[t * ROWS + m], 2.0**60, -z * sums[m][:, None])
+                more += (tl.fma(s, centred, total[t * ROWS + m]),)
+        total = more
+    for t in tl.static_range(TILES):
+        out = n + t * OUTPUTS
+        for m in tl.static_range(ROWS):
+            result = tl.sum(total[t * ROWS + m], 0)
+            if bias is not None:
+                result += tl.load(bias + out, mask=out < OUT, other=0.0).to(tl.float32)
+            tl.store(y + m * OUT + out, result.to(y.dtype.element_ty), mask=out < OUT)
+
+
+@triton.jit(do_not_specialize=["units"])
+def scaled_rows_kernel(
+    x, unit_sums, words, scale, zero, bias, y, units, N, OUT,
+    ROWS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr,
+    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`few_rows_kernel` of what `scale_kernel` makes: x (ROWS, 32·units), unit_sums (ROWS, units), float32.
+
+    x: (ROWS, 32·units). words: (units, BITS, N) int32. scale, zero: (units/PER, N). UNITS: that are read at a time.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    n = tl.program_id(0) * (OUTPUTS * TILES) + tl.arange(0, OUTPUTS)
+    channels = units * 32
+    total = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
+    for start in tl.range(0, units, UNITS, num_stages=STAGES):
+        row = start + tl.arange(0, UNITS)
+        seen, unit = row < units, tl.minimum(row, units - 1)
+        tiles = ()
+        for t in tl.static_range(TILES):
+            tiles += (_words(words, unit, n + t * OUTPUTS, N, BITS),)
+        product = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
+        sums = ()
+        for m in tl.static_range(ROWS):
+            sums += (tl.load(unit_sums + m * units + unit, mask=seen, other=0.0),)
+        for p in tl.static_range(0, 32, 2):
+            inputs = ()
+            for m in tl.static_range(ROWS):
+                inputs += (_two(x + m * channels + unit * 32 + p, seen),)
+            for i in tl.static_range(2):
+                more = ()
+                for t in tl.static_range(TILES):
+                    field = _field(tiles[t][(p + i) // PER_WORD], BITS * ((p + i) % PER_WORD), BITS)
+                    for m in tl.static_range(ROWS):
+                        more += (
+                            tl.fma(field.to(tl.float32, bitcast=True), inputs[m][i][:, None], product[t * ROWS + m]),
+                        )
                 product = more
         more = ()
         for t in tl.static_range(TILES):

@@ -1,7 +1,6 @@
 """Start the Triton kernels of `uniform_kernels`: which one for how many rows, and with what tiles."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from quantization.kernels.uniform_kernels import dequantize_kernel, few_rows_kernel, some_rows_kernel, sum_kernel
+from quantization.kernels.uniform_kernels import (
+    dequantize_kernel,
+    few_rows_kernel,
+    scale_kernel,
+    scaled_rows_kernel,
+    some_rows_kernel,
+    sum_kernel,
+)
 
 __all__ = ["Codes", "DotTile", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
 
@@ -17,7 +23,6 @@ FEW, SOME = 4, 64  # rows up to which the kernels without and with tensor cores 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of inputs
 EXPONENT = 127 << 23  # of 1
 DENSE = 64  # outputs that a program dequantizes, a unit of each
-NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +35,7 @@ class Codes:
     outputs: int
     per_group: int
     zero_point: float | None
-    compiled: dict[tuple[Any, ...], Callable[..., None]] = field(default_factory=dict)
+    compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Tile:
     tiles: int = 2
     warps: int = 8
     stages: int = 1
+    scaled: bool = False
 
     @property
     def units(self) -> int:
@@ -62,30 +68,29 @@ class DotTile:
 
 def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
     """x Ŵᵀ + b: (..., channels) to (..., outputs), of any float dtype."""
-    inputs = x.reshape(-1, codes.channels)
+    rows = x.numel() // codes.channels
     order = tensors.get("order")
     if order is not None:
-        inputs = inputs.index_select(1, order)
-    rows, shape = len(inputs), (*x.shape[:-1], codes.outputs)
+        x = x.index_select(-1, order)
     others = rows == 0 or rows > SOME or x.dtype not in DTYPES
     if others or (x.requires_grad and torch.is_grad_enabled()):
-        return torch.nn.functional.linear(inputs, dequantized(tensors, codes, x.dtype), bias).view(shape)
-    if not inputs.is_contiguous() or inputs.data_ptr() % 16:
-        inputs = inputs.clone(memory_format=torch.contiguous_format)
-    y = inputs.new_empty(shape)
-    with on_device(inputs):
-        if rows <= FEW:
-            few_rows(inputs, tensors, bias, y, codes, tile_of(codes, rows))
-        else:
-            some_rows(inputs, tensors, bias, y, codes, DotTile())
+        return torch.nn.functional.linear(x, dequantized(tensors, codes, x.dtype), bias)
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(x.shape[:-1] + (codes.outputs,))  # noqa: RUF005 — unpacking a shape takes longer
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current device
+            _start(x, tensors, bias, y, codes, rows)
+    else:
+        _start(x, tensors, bias, y, codes, rows)
     return y
 
 
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton starts kernels on the current device."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return NOTHING
-    return torch.cuda.device_of(x)
+def _start(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, rows: int) -> None:
+    if rows <= FEW:
+        few_rows(x, tensors, bias, y, codes, rows)
+    else:
+        some_rows(x, tensors, bias, y, codes, rows, DotTile())
 
 
 def tile_of(codes: Codes, rows: int) -> Tile:
@@ -94,34 +99,47 @@ def tile_of(codes: Codes, rows: int) -> Tile:
 
 
 def few_rows(
-    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, tile: Tile
-) -> None:
-    """y = x Ŵᵀ + b by `few_rows_kernel`.
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, rows: int,
+    tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """y = x Ŵᵀ + b by `few_rows_kernel`. tile: another one than is taken for the codes.
 
     Triton looks at every argument of every call to find the compiled kernel, which takes longer than a small product.
-    What it would look at is the key of `codes.compiled`.
+    What it would look at is the key of `codes.compiled`; pointers are multiples of 16.
     """
+    key = (rows, x.dtype, x.get_device(), bias is None, tile)
+    found = codes.compiled.get(key)
     words = tensors["words"]
-    arguments = (
-        x, words, tensors["scale"], tensors.get("zero_point"), bias, y, words.shape[0], words.shape[2], codes.outputs,
-        len(x), codes.bits, codes.per_group, codes.zero_point, tile.units, tile.outputs, tile.tiles, tile.stages,
-    )  # fmt: skip
-    key = (len(x), x.dtype, bias is None, x.device.index, tile)
-    start = codes.compiled.get(key)
-    if start is not None:
+    if found is None:
+        chosen = tile or tile_of(codes, rows)
+        constants = (words.shape[0], words.shape[2], codes.outputs, rows, codes.bits, codes.per_group, codes.zero_point,
+                     chosen.units, chosen.outputs, chosen.tiles, chosen.stages)  # fmt: skip
+        grid = (words.shape[2] // (chosen.outputs * chosen.tiles), 1, 1)
+    else:
+        start, constants = found
+    arguments = (x, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
+    if found is not None:
         start(*arguments)
         return
-    grid = (words.shape[2] // (tile.outputs * tile.tiles), 1, 1)
-    compiled = few_rows_kernel[grid](*arguments, num_warps=tile.warps)
+    if chosen.scaled:
+        units = words.shape[0]
+        scaled = torch.empty(rows, codes.channels, dtype=torch.float32, device=x.device)
+        sums = torch.empty(rows, units, dtype=torch.float32, device=x.device)
+        scale_kernel[(triton.cdiv(rows * units, 16),)](
+            x, scaled, sums, rows * units, BITS=codes.bits, UNITS=16, num_warps=1
+        )
+        scaled_rows_kernel[grid](scaled, sums, *arguments[1:], num_warps=chosen.warps)
+        return
+    compiled = few_rows_kernel[grid](*arguments, num_warps=chosen.warps)
     if compiled is not None:  # by the interpreter nothing is
-        codes.compiled[key] = compiled[grid]
+        codes.compiled[key] = compiled[grid], constants
 
 
 def some_rows(
-    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, tile: DotTile
-) -> None:
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, rows: int, tile: DotTile
+) -> None:  # fmt: skip
     """y = x Ŵᵀ + b by `some_rows_kernel`, and the sum of its splits."""
-    words, rows = tensors["words"], len(x)
+    words = tensors["words"]
     steps, programs = -(-words.shape[0] // tile.units), words.shape[2] // tile.outputs
     per_split = -(-steps // max(1, min(tile.programs // programs, steps)))
     splits = -(-steps // per_split)
@@ -139,7 +157,7 @@ def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype)
     """Ŵ, (outputs, channels): a view of its transpose."""
     words = tensors["words"]
     dense = torch.empty(codes.channels, words.shape[2], dtype=dtype, device=words.device)
-    with on_device(words):
+    with torch.cuda.device_of(words):
         dequantize_kernel[(words.shape[0], triton.cdiv(words.shape[2], DENSE))](
             words, tensors["scale"], tensors.get("zero_point"), dense, words.shape[2], EXPONENT,
             BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, OUTPUTS=DENSE, num_warps=DENSE // 128 or 1,

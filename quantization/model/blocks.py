@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,13 @@ from intactkv.observe import hooked, on_input
 from intactkv.policy import Bound, KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
 from intactkv.vocabulary import known_ids
+from quantization.model.finite import FiniteCheck
 from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 from quantization.model.stages import stage
 from quantization.model.text import Text, batch_of, samples_at_once
 
-if TYPE_CHECKING:
-    from quantization.model.walk import Walk
-
-__all__ = ["CalibrationStream", "DecoderBlock", "FiniteCheck", "Reached", "Rounding"]
+__all__ = ["CalibrationStream", "DecoderBlock", "Reached", "Rounding"]
 
 
 class Rounding(Protocol):
@@ -44,6 +42,22 @@ class Rounding(Protocol):
 
     def at_work(self, block: "DecoderBlock") -> AbstractContextManager[None]:
         """Let everything else of the block be rounded, for a while."""
+        ...
+
+
+class Passage(Protocol):
+    """A way through a block that the text has gone already, in pieces (`quantization.model.walk`)."""
+
+    def end(self, weights: Mapping[str, Any]) -> None:
+        """The block's linears have these weights now, by name."""
+        ...
+
+    def led_to(self, weights: Mapping[str, Any]) -> bool:
+        """Whether these are those weights."""
+        ...
+
+    def outputs(self) -> Sequence[Tensor]:
+        """What the block makes of the text with them."""
         ...
 
 
@@ -175,29 +189,6 @@ class DecoderBlock:
         return self.stream
 
 
-class FiniteCheck:
-    """Whether all that was shown is finite: looked at on the device as it comes, and asked for once, at the end."""
-
-    def __init__(self) -> None:
-        self._finite: dict[str, Tensor] = {}
-
-    def add(self, what: str, x: Tensor) -> None:
-        """what: ends the sentence "the calibration text gives …"."""
-        now = torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all()  # NaN is the lowest and the highest value
-        self._finite[what] = self._finite[what] & now if what in self._finite else now
-
-    def check(self) -> None:
-        """Raise UserError for the first that was not."""
-        if not self._finite:
-            return
-        for what, finite in zip(self._finite, torch.stack([*self._finite.values()]).tolist(), strict=True):
-            if not finite:
-                raise UserError(
-                    f"the calibration text gives {what}; the checkpoint is damaged, or its dtype too narrow: convert "
-                    "it to bfloat16 or float32"
-                )
-
-
 class Reached(Exception):
     """Raised by the capturing hook to leave the model's forward early."""
 
@@ -253,7 +244,7 @@ class CalibrationStream:
         # that ask (`WeightQuantizer.reads`).
         self.full: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
-        self.walk: Walk | None = None  # through the current block, by a method that went set after set
+        self.walk: Passage | None = None  # through the current block, by a method that went set after set
 
     @torch.no_grad()
     def seed(self, block: DecoderBlock) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
-from quantization.model.blocks import DecoderBlock, FiniteCheck, Reached
+from quantization.model.blocks import DecoderBlock, Reached
+from quantization.model.finite import FiniteCheck
 from quantization.model.text import Text, TextWriter, fits
 
 __all__ = ["Walk"]
