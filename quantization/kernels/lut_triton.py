@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantization.kernels.launch import start
+
 __all__ = ["Plan", "dequantized", "plan_for", "product"]
 
 WORD = tl.constexpr(32)  # inputs of a word
@@ -122,8 +124,8 @@ def _rows_kernel(
     alpha,  # (groups, rows)
     offset,  # (groups, outputs), or none
     sums,  # (batch, splits, rows) float32
-    rows,
     outputs,
+    rows,
     words,
     per_group,  # words of a group
     per_chunk,  # words of a chunk; the last of a group may have fewer
@@ -181,8 +183,8 @@ def _sum_kernel(sums, bias, y, parts, outputs, PARTS: tl.constexpr, OUTPUTS: tl.
     sums += tl.program_id(1).to(tl.int64) * parts * outputs
     seen = n < outputs
     total = tl.zeros((OUTPUTS,), tl.float32)
-    for start in range(0, parts, PARTS):
-        p = start + part
+    for begin in range(0, parts, PARTS):
+        p = begin + part
         at = p.to(tl.int64)[:, None] * outputs + n[None, :]
         total += tl.sum(tl.load(sums + at, mask=(p < parts)[:, None] & seen[None, :], other=0.0), 0)
     if bias is not None:
@@ -233,41 +235,29 @@ def product(
     bias: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
-    """x Ŵᵀ + b by tables: x (batch, 32·words), zero where a group fills no word; the rest as in `BinaryCoded`."""
+    """x Ŵᵀ + b by tables: x (batch > 0, 32·words), zero where a group fills no word; the rest as in `BinaryCoded`."""
     words, bits, outputs = planes.shape
-    groups, batch, rows = len(alpha), len(x), bits * outputs
-    plan = plan or plan_for(rows, words, x.device)
+    batch = len(x)
+    plan = plan or plan_for(bits * outputs, words, x.device)
+    splits, numbers = _cut(words, bits * outputs, len(alpha), plan)
+    sums = torch.empty(batch, splits, bits * outputs, device=x.device)
+    y = x.new_empty(batch, outputs)
+    grid = (-(-bits * outputs // plan.rows), splits, batch)
+    start(_rows_kernel, grid, (x.contiguous(), planes, alpha, offset, sums, outputs, *numbers), plan.warps)
+    start(_sum_kernel, (-(-outputs // 64), batch, 1), (sums, bias, y, splits * bits, outputs, 16, 64), 4)
+    return y
+
+
+@cache
+def _cut(words: int, rows: int, groups: int, plan: Plan) -> tuple[int, tuple[int, ...]]:
+    """The number of splits, and the other numbers that `_rows_kernel` takes."""
     per_group = words // groups
     per_chunk = min(per_group, LONGEST)
     chunks = -(-per_group // per_chunk)
     per_split = -(-groups * chunks // plan.splits)
-    splits = -(-groups * chunks // per_split)
-    sums = torch.empty(batch, splits, rows, device=x.device)
-    y = x.new_empty(batch, outputs)
-    if not y.numel():
-        return y
-    with torch.cuda.device_of(x):  # Triton starts kernels on the current device
-        x = x.contiguous()
-        _rows_kernel[(-(-rows // plan.rows), splits, batch)](
-            x,
-            planes,
-            alpha,
-            offset,
-            sums,
-            rows,
-            outputs,
-            words,
-            per_group,
-            per_chunk,
-            chunks,
-            per_split,
-            ROWS=plan.rows,
-            INPUTS=plan.inputs,
-            CHUNK=triton.next_power_of_2(per_chunk * 32),
-            num_warps=plan.warps,
-        )
-        _sum_kernel[(-(-outputs // 64), batch)](sums, bias, y, splits * bits, outputs, PARTS=16, OUTPUTS=64)
-    return y
+    inputs = triton.next_power_of_2(per_chunk * 32)
+    numbers = rows, words, per_group, per_chunk, chunks, per_split, plan.rows, plan.inputs, inputs
+    return -(-groups * chunks // per_split), numbers
 
 
 def dequantized(
@@ -276,8 +266,6 @@ def dequantized(
     """Ŵ (out, channels) in the given dtype, groups of `size` channels: the numbers of `BinaryCoded.dequantize`."""
     words, bits, outputs = planes.shape
     weight = torch.empty(outputs, channels, device=planes.device, dtype=dtype)
-    with torch.cuda.device_of(planes):
-        _dequantize_kernel[(len(alpha), -(-outputs // 64))](
-            planes, alpha, offset, weight, outputs, channels, size, words // len(alpha), BITS=bits, OUTPUTS=64
-        )
+    numbers = outputs, channels, size, words // len(alpha), bits, 64
+    start(_dequantize_kernel, (len(alpha), -(-outputs // 64), 1), (planes, alpha, offset, weight, *numbers), 4)
     return weight
