@@ -10,6 +10,7 @@ cache.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from corpora.errors import UserError
 from intactkv.attention import Read
+from intactkv.copies import Copies
 from intactkv.policy import KVPolicy
 from intactkv.rope import Places, Rope, rope_of
 from intactkv.store import Exact, Memory, Store
@@ -40,7 +42,9 @@ class Rows:
 
 
 class _Intact(CacheLayerMixin):
-    """What layers behind a prefix share. prefix: K and V, each (1, KV heads, P, D)."""
+    """What layers behind a prefix share. prefix: K and V, each (1, KV heads, P, D). near: they, where states are."""
+
+    near: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def _start(self, prefix: Prefix, store: Store, rows: Rows, rope: Rope | None, single_pass: bool) -> None:
         self.prefix, self.store, self.rows, self.rope = prefix, store, rows, rope
@@ -99,8 +103,10 @@ class IntactLayer(_Intact, DynamicLayer):
         self._start(prefix, store, rows, rope, single_pass)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing but the mark: the store begins with the first tokens."""
+        """The prefix comes to where the states are; the store begins with the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        if self.prefix is not None:
+            self.store.begin(self.near(key_states), self._places)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -179,7 +185,7 @@ class IntactSlidingLayer(_Intact, DynamicSlidingWindowLayer):
         super().lazy_initialization(key_states, value_states)
         if self.prefix is not None:
             batch = key_states.shape[0]
-            self.keys, self.values = (x.to(key_states).expand(batch, -1, -1, -1) for x in self.prefix)
+            self.keys, self.values = (x.expand(batch, -1, -1, -1) for x in self.near(key_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, rounded; return what attention reads, the prefix first while it is there."""
@@ -247,6 +253,7 @@ class IntactCache(Cache):
         0…P − 1. policy: None keeps full precision; one that calibrates comes with its tensors (`Bound`).
     single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
         text's cache would cost more memory than its activations.
+    copies: of the prefix where the model is; whoever makes many caches of one prefix keeps them.
     Raises UserError for layers that are no softmax attention over all or a window of the tokens, and for windows that
     the policy cannot do.
     """
@@ -258,8 +265,9 @@ class IntactCache(Cache):
         values: Sequence[Tensor] = (),
         policy: KVPolicy | None = None,
         single_pass: bool = False,
+        copies: Copies | None = None,
     ):
-        self.policy, self.rows = policy, Rows()
+        self.policy, self.rows, copies = policy, Rows(), copies or Copies()
         rope = rope_of(config) if policy is not None and policy.space == "pre_rope" else None
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer | IntactSlidingLayer] = []
@@ -281,6 +289,8 @@ class IntactCache(Cache):
                     f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "
                     "prefix needs layers of full or sliding-window attention"
                 )
+            if prefix is not None:
+                layers[-1].near = partial(copies.near, index, prefix)
         super().__init__(layers=list(layers))
         self.intact_layers = layers
         self.prefix_length = layers[0].prefix_length

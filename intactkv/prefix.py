@@ -10,7 +10,7 @@ kept as well, because what the last prefix token predicts comes from the full-pr
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired
 
@@ -25,6 +25,7 @@ from corpora.json_files import Size
 from corpora.storage import checkpoint_fingerprint, is_finite, read_artefact, sha256_of_tensor, write_artefact
 from intactkv.architecture import ARCHITECTURES, heads_of
 from intactkv.cache import IntactCache
+from intactkv.copies import Copies
 from intactkv.policy import KVPolicy
 
 if TYPE_CHECKING:
@@ -138,11 +139,11 @@ def check_owner(owner: ModelIdentity, model: PreTrainedModel, what: str, way_out
     """Raise UserError unless what was made for one model is read by it, or by one of the same keys and values. what:
     was made, as `prefix`; way_out: what to do instead."""
     reader = identity_of(model, owner.fingerprint).stored()
-    for field, ours in owner.stored().items():
-        theirs = reader[field]
+    for name, ours in owner.stored().items():
+        theirs = reader[name]
         if ours != theirs and None not in (ours, theirs):
             raise UserError(
-                f"this {what} belongs to another model or basis: {field} is {ours!r} in the {what} and {theirs!r} in "
+                f"this {what} belongs to another model or basis: {name} is {ours!r} in the {what} and {theirs!r} in "
                 f"the model; {way_out}"
             )
 
@@ -162,6 +163,7 @@ class Prefix:
     embeddings: Tensor
     model: ModelIdentity
     calibrated: dict[str, Any] | None = None
+    copies: Copies = field(default_factory=Copies, init=False, repr=False)
 
     def __len__(self) -> int:
         """P, the number of prefix tokens."""
@@ -193,7 +195,7 @@ class Prefix:
         self, config: "PreTrainedConfig", policy: KVPolicy | None = None, single_pass: bool = False
     ) -> IntactCache:
         """A fresh cache that starts with this prefix; a forward pass grows it, so make one per call."""
-        return IntactCache(config, self.keys, self.values, policy, single_pass)
+        return IntactCache(config, self.keys, self.values, policy, single_pass, self.copies)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise UserError unless this prefix was written by the full-precision twin of `model`."""

@@ -10,6 +10,7 @@ from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid, quantize
 from quantization.kv_cache import KIVI, PerHead, Rotated, TurboQuant
 from quantization.model.placement import spread
+from quantization.weights.gptq import Hessian, gptq
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +25,36 @@ def test_codes_do_not_depend_on_the_device():
         on_cpu, on_gpu = quantize(weight, grid), quantize(weight.cuda(), grid)
         # Division may differ in the last bit between the two, which can move a value that lies on a rounding border.
         assert (on_cpu.codes != on_gpu.codes.cpu()).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_hessian_of_half_precision_inputs_is_summed_in_float32(dtype):
+    x = torch.randn(4, 512, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    hessian = Hessian()
+    for part in x.cuda().split(2):
+        hessian.add(part)
+    h = hessian.take()
+    part = x[..., -300:].flatten(0, 1).double()
+    exact = part.T @ part / 2
+    assert (h[-300:, -300:].double().cpu() - exact).abs().max() < 1e-5 * exact.max()
+    assert torch.equal(h[:300, -300:], h[-300:, :300].T)
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_gptq_ends_where_it_does_on_a_cpu(group_size, static_groups):
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(200, 384, generator=draw), torch.randn(2000, 384, generator=draw)
+    x += x @ torch.randn(384, 384, generator=draw) / 20
+    h = x.T @ x / 2
+    results = []
+    for device in ("cpu", "cuda"):
+        quantized, loss, _ = gptq(
+            weight.to(device), h.to(device).clone(), UniformGrid(4, group_size), static_groups=static_groups
+        )
+        results.append((quantized.codes.cpu(), loss))
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-2)
+    assert (results[0][0] == results[1][0]).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "opt"])

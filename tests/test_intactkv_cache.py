@@ -290,3 +290,28 @@ def state_space() -> PreTrainedConfig:
 def test_layers_that_keep_no_keys_and_values_are_refused_by_name(config):
     with pytest.raises(UserError, match=r"layer 0 of this \w+ model keeps a LinearAttention\w*Layer"):
         IntactCache(config())
+
+
+def test_a_prefix_is_brought_to_the_model_once(tiny_model):
+    model = tiny_model("llama")
+    prefix = build_prefix(model, IDS[:P])
+    intact = attach(model.to(torch.float64).requires_grad_(), prefix)
+    with torch.inference_mode():
+        first = intact.feed(IDS[None, P:]).logits
+    made = [tensor for pair in prefix.copies._made.values() for tensor in pair]
+    assert len(made) == 2 * len(prefix.keys)
+    assert not any(tensor.is_inference() for tensor in made)
+    intact.feed(IDS[None, P:]).logits.sum().backward()  # behind the same copies
+    assert all(x is y for x, y in zip(made, (t for pair in prefix.copies._made.values() for t in pair), strict=True))
+    assert_close(first, intact.feed(IDS[None, P:]).logits)
+    assert torch.equal(prefix.first(2).keys[0], prefix.keys[0][:, :, :2])
+    assert not prefix.first(2).copies._made
+
+
+def test_copies_of_a_trained_prefix_keep_its_gradient(tiny_model):
+    model = tiny_model("llama")
+    prefix = build_prefix(model, IDS[:P])
+    keys = [x.clone().requires_grad_() for x in prefix.keys]
+    cache = IntactCache(model.to(torch.float64).config, keys, prefix.values)
+    model(input_ids=IDS[None, P:], past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert all(x.grad is not None and bool(x.grad.any()) for x in keys)

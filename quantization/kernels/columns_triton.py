@@ -50,6 +50,7 @@ def _columns_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < out
     channel = tl.arange(0, COLUMNS)
+    number, step = channel.to(tl.float32), 0.0  # one instruction compares floats, LLVM takes two for integers
     d = tl.zeros((COLUMNS, ROWS), tl.float32)
     if limit is not None:
         most = tl.load(limit + row, mask=real, other=0.0)
@@ -81,7 +82,8 @@ def _columns_kernel(
             missing -= kept.to(tl.float32)
         tl.store(codes + c * codes_stride + row, code.to(tl.uint8), mask=real)
         tl.store(w + c * w_stride + row, tl.div_rn(missing, pivot), mask=real)
-        d = tl.where(channel[:, None] == c, missing[None, :], d)
+        d = tl.where(number[:, None] == step, missing[None, :], d)
+        step += 1.0
 
 
 def launch(
