@@ -1,14 +1,17 @@
 """Where the seconds of quantizing go: reading, passes, Hessians, columns, writing; and the kernels behind them.
 
-Random blocks of one shape, quantized three times: as users do, then with a GPU waited for at every stage, which says
-what each takes, then one block under torch's profiler (`--profile`).
+Random blocks of one shape, quantized three times: first while libraries and kernels are loaded, then as users do, then
+once more. The first and the last time a GPU is waited for at every stage, which says what each takes. Then one block
+under torch's profiler (`--profile`).
 """
 
 import argparse
 import logging
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,20 +62,18 @@ def main() -> None:
 
         source = Path(place) / "model"
         write_random_checkpoint(source, options.shape, options.blocks, options.device)
-        seconds = run(source, "plain")
-        with seconds_by_stage() as stages:
-            with_stages = run(source, "stages")
-        report(
-            benchmark="gptq_walk",
-            recipe=recipe.label(),
-            shape=options.shape,
-            tokens=list(shape),
-            seconds=seconds,
-            seconds_of_blocks=blocks.seconds[: options.blocks],
-            seconds_with_stages=with_stages,
-            stages={name: round(took, 3) for name, took in sorted(stages.items(), key=lambda x: -x[1])},
-            peak_gpu_mb=round(torch.cuda.max_memory_allocated() / 1e6) if options.device == "cuda" else None,
-        )
+        figures: dict[str, Any] = {}
+        for name in ("first", "plain", "stages"):
+            blocks.seconds.clear()
+            with nullcontext({}) if name == "plain" else seconds_by_stage() as stages:
+                figures[f"seconds_{name}"] = run(source, name)
+            figures[f"blocks_{name}"] = list(blocks.seconds)
+            if stages:
+                by_size = sorted(stages.items(), key=lambda x: -x[1])
+                figures[f"stages_{name}"] = {stage: round(took, 3) for stage, took in by_size}
+        if options.device == "cuda":
+            figures["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
+        report(benchmark="gptq_walk", recipe=recipe.label(), shape=options.shape, tokens=list(shape), **figures)
         if options.profile:
             from torch.profiler import ProfilerActivity, profile
 

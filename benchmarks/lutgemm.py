@@ -173,9 +173,9 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
         return product(x[:rows], copies[i]["planes"], copies[i]["alpha"], None, None, plan)
 
     for variant in VARIANTS:
-        for waves in (1, 2, 4):
+        for waves in (1, 2, 4, 8):
             splits = min(channels // GROUP, waves * processors // -(-bits * out // variant[0]))
-            plan = Plan(*variant[:5], splits=max(1, splits), ready=bool(variant[5]))
+            plan = Plan(*variant, max(1, splits))
             if any(plan == other for _, other in found):
                 continue
             try:
@@ -201,28 +201,22 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
     batches("the matrix", (1, 16), made)
 
 
-def compile_one(variant: tuple[int, ...]) -> None:
+def compile_one(variant: tuple[int, int, int]) -> None:
     """Compile a variant into Triton's own cache."""
     from quantization.kernels.lut_triton import Plan, product
 
     stored = binary(256, 256, 3, torch.Generator("cuda").manual_seed(0))
     x = torch.zeros(1, 256, device="cuda", dtype=torch.float16)
-    product(x, stored.parts["planes"], stored.parts["alpha"], None, None, Plan(*variant[:5], ready=bool(variant[5])))
+    product(x, stored.parts["planes"], stored.parts["alpha"], None, None, Plan(*variant))
 
 
-# rows of a tile, inputs of a table, copies of it, tables written together, warps, whether the tables are ready
-VARIANTS: list[tuple[int, ...]] = [
-    *((rows, 4, 32, 1, w, True) for rows, w in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))),
-    *((rows, 4, 32, 4, w, True) for rows, w in ((512, 4), (1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 32))),
-    *((rows, 4, 32, 4, w, False) for rows, w in ((512, 4), (1024, 4), (2048, 8), (4096, 16))),
-    *((rows, 8, 1, 4, w, True) for rows, w in ((512, 4), (1024, 4), (2048, 8), (4096, 16), (4096, 8))),
-    *((rows, 8, 32, 1, w, True) for rows, w in ((4096, 16), (8192, 16), (8192, 32))),
-    *((rows, 5, 32, 1, w, True) for rows, w in ((1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))),
-    (4096, 8, 4, 4, 16, True),
-    (2048, 4, 1, 4, 8, True),
-    (1024, 0, 1, 1, 4, True),
-    (2048, 0, 1, 1, 8, True),
-]
+# rows of a tile, inputs of a table, warps
+VARIANTS: list[tuple[int, int, int]] = [
+    *((rows, inputs, warps) for inputs in (4, 5) for rows, warps in (
+        (512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16),
+    )),
+    (1024, 0, 4), (2048, 0, 8),
+]  # fmt: skip
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from quantization.kernels.lut_triton import Plan, dequantized, product
 
 for bits, dtype, plan in (
     (3, torch.bfloat16, Plan(4096, splits=2)),
-    (4, torch.float16, Plan(1024, 8, 1, 4, 4, 1)),
-    (1, torch.float32, Plan(512, 0, 1, 1, 4, 1)),
+    (4, torch.float16, Plan(1024, 4, 4, 1)),
+    (1, torch.float32, Plan(512, 0, 4, 1)),
 ):
     planes, alpha = torch.zeros(8, bits, 2048, dtype=torch.int32), torch.zeros(2, bits, 2048, dtype=torch.float16)
     x, offset = torch.zeros(1, 256, dtype=dtype), alpha[:, 0].contiguous() if bits == 3 else None

@@ -1,5 +1,6 @@
 """The calibration text on its way through a block: batches, what is kept between sets, what waits for a device."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import quantization.runs.one_block
+import quantization.runs.pipeline
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.observe import hooked, on_input
@@ -22,8 +24,9 @@ from quantization.model.stages import seconds_by_stage
 from quantization.model.text import BATCH, Text, said_when_full, samples_at_once
 from quantization.model.walk import Walk
 from quantization.recipes.recipe import Recipe
+from quantization.runs.background import Background
 from quantization.runs.checkpoint import read_cost
-from quantization.runs.pipeline import quantize_checkpoint
+from quantization.runs.pipeline import partial_of, quantize_checkpoint
 from quantization.transforms.rotate import Rotate
 from quantization.transforms.smooth import Smooth
 from quantization.weights.awq import AWQ
@@ -136,6 +139,36 @@ def test_a_killed_run_of_batches_goes_on_with_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(source, recipe, tmp_path / "again", segments=SEGMENTS)
     again = quantize_checkpoint(source, recipe, tmp_path / "again", segments=SEGMENTS)
+    for file in sorted(whole.glob("*.safetensors")):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_block_that_is_written_in_the_background_is_the_same_file(
+    failing: int, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. A disk that is full ends the run, at the next block or at the end, with what was finished before."""
+    source, recipe = tiny_checkpoint(tmp_path, "llama"), Recipe(weights=GPTQ(W4))
+    whole = quantize_checkpoint(source, recipe, tmp_path / "whole", segments=SEGMENTS)
+    one_block, out = quantization.runs.one_block, tmp_path / "again"
+    write, threads = one_block.write_block, set()
+
+    def full(partial: Path, block: DecoderBlock, *rest: Any) -> None:
+        threads.add(threading.current_thread())
+        if block.index == failing:
+            raise OSError(28, "No space left on device")
+        write(partial, block, *rest)
+
+    monkeypatch.setattr(quantization.runs.pipeline, "Background", lambda device, on: Background(device, on=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(one_block, "write_block", full)
+        with pytest.raises(OSError, match="No space left"):
+            quantize_checkpoint(source, recipe, out, segments=SEGMENTS)
+    assert threads.isdisjoint([threading.main_thread()])
+    assert len(threads) == 1
+    finished = [file.name for file in sorted(partial_of(out).glob("block-*.safetensors"))]
+    assert finished == [f"block-00{i}.safetensors" for i in range(failing)]
+    again = quantize_checkpoint(source, recipe, out, segments=SEGMENTS)
     for file in sorted(whole.glob("*.safetensors")):
         assert file.read_bytes() == (again / file.name).read_bytes()
 

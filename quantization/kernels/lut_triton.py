@@ -5,9 +5,9 @@ rows of their own here: P_r = Σ_groups α_r · Σ_tables T[bits_r], and a secon
 A program takes a tile of these rows and a run of words. It leaves its sums in a buffer; the second kernel adds the runs
 in their order, nothing is added atomically, so a call gives the same bits every time. All sums are float32.
 
-A table lies in shared memory (`tl.gather` puts it there). 32 lanes that read 256 entries at random meet in the same
-bank, about 3.4 at a time. A table of 16 entries (4 inputs) is small enough to be there once for every lane: twice the
-look-ups, none of which waits.
+A table lies in shared memory (`tl.gather` puts it there), which has 32 banks: of 32 lanes that read a table of 256
+entries at random, 3.4 meet in one bank and wait for each other. Up to 32 entries nobody waits: whoever meets there
+reads the same number. So the tables are of 5, 5 and 6 inputs, and so small that each program makes its own.
 """
 
 # ruff: noqa: SIM102 — a condition on what is known when a kernel is compiled stands alone; it removes what is inside
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Plan", "dequantized", "plan_for", "product", "tables"]
+__all__ = ["Plan", "dequantized", "plan_for", "product"]
 
 WORD = tl.constexpr(32)  # inputs of a word
 LONGEST = 16  # words that α is multiplied with at a time, at most
@@ -31,61 +31,78 @@ PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 class Plan:
     """How the table product is cut up.
 
-    rows: of a tile. inputs: of a table, 4 or 8; 5: tables of 5, 5 and 6; 0 flips signs instead of looking up. copies: of
-    every table, 1 or 32. together: tables that are written before anything is looked up, 1, 2 or 4. warps: of a
-    program. splits: runs of words. ready: a kernel makes the tables once; without, every program adds up those that it
-    needs.
+    rows: of a tile. inputs: of a table, 4; 5: tables of 5, 5 and 6; 0 flips signs instead of looking up. warps: of a
+    program. splits: runs of words.
     """
 
     rows: int
-    inputs: int = 4
-    copies: int = 32
-    together: int = 4
-    warps: int = 8
+    inputs: int = 5
+    warps: int = 4
     splits: int = 1
-    ready: bool = True
 
 
 @triton.jit
-def _index(word, table: tl.constexpr, slot: tl.constexpr, column, INPUTS: tl.constexpr, COPIES: tl.constexpr):
-    """Where the entries that table number `table` of a word has for some rows lie, being the slot-th in memory."""
-    entries: tl.constexpr = 2**INPUTS
-    return ((word >> (table * INPUTS)) & (entries - 1)) * COPIES + (column + slot * entries * COPIES)
+def _sums(x, first, code, WIDTH: tl.constexpr):
+    """Σ ±x of WIDTH inputs from number `first` on, + where the code has a 1: entries of tables, as the codes are."""
+    total = tl.zeros(code.shape, tl.float32)
+    for s in tl.static_range(WIDTH):
+        value = tl.load(x + first + s).to(tl.float32)
+        total += tl.where(((code >> s) & 1) == 1, value, -value)
+    return total
 
 
 @triton.jit
-def _looked_up(src, word, FIRST: tl.constexpr, column, ROWS: tl.constexpr, INPUTS: tl.constexpr, COPIES: tl.constexpr,
-               TOGETHER: tl.constexpr):  # fmt: skip
-    """Σ T[bits] over TOGETHER tables of a word from table FIRST on: (ROWS,)."""
-    first = _index(word, FIRST, 0, column, INPUTS, COPIES)
-    if TOGETHER == 1:
-        found = tl.gather(src, first, 0)
+def _first_tables(x, INPUTS: tl.constexpr):
+    """The tables of a word's inputs that are looked up first: four, one behind the other."""
+    entry = tl.arange(0, 4 * 2**INPUTS)
+    table, code = entry // 2**INPUTS, entry % 2**INPUTS
+    first = table // 2 * 16 + table % 2 * 5 if INPUTS == 5 else table * INPUTS
+    return _sums(x, first, code, INPUTS)
+
+
+@triton.jit
+def _other_tables(x, INPUTS: tl.constexpr):
+    """Those that are looked up then: four of 4 inputs, or two of 6."""
+    if INPUTS == 5:
+        entry = tl.arange(0, 128)
+        return _sums(x, 10 + entry // 64 * 16, entry % 64, 6)
     else:
-        pair = tl.join(first, _index(word, FIRST + 1, 1, column, INPUTS, COPIES))
-        if TOGETHER == 2:
-            even, odd = tl.split(tl.reshape(tl.gather(src, tl.reshape(pair, 2 * ROWS), 0), ROWS, 2))
-        else:
-            third = _index(word, FIRST + 2, 2, column, INPUTS, COPIES)
-            four = tl.join(pair, tl.join(third, _index(word, FIRST + 3, 3, column, INPUTS, COPIES)))
-            even, odd = tl.split(tl.reshape(tl.gather(src, tl.reshape(four, 4 * ROWS), 0), ROWS, 2, 2))
-            even, odd = tl.split(even + odd)
-        found = even + odd
-    return found
+        return _first_tables(x + WORD // 2, INPUTS)
 
 
 @triton.jit
-def _entries(x, tables, first, COPIES: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr):
-    """TOGETHER tables of x from number `first` on, every entry COPIES times: as ready ones have them, or added up."""
-    entry = tl.arange(0, TOGETHER * 2**INPUTS * COPIES) // COPIES
-    if tables is not None:
-        return tl.load(tables + first * 2**INPUTS + entry)
+def _index(word, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr):
+    """Where some rows' entries of a table lie, WIDTH bits of their words from START on, in number TABLE of several."""
+    return ((word >> START) & (2**WIDTH - 1)) + TABLE * 2**WIDTH
+
+
+@triton.jit
+def _four(tables, word, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+          ROWS: tl.constexpr):  # fmt: skip
+    """Σ T[bits] over four tables, whose bits start at A, B, C and D: (ROWS,)."""
+    even = tl.join(_index(word, A, WIDTH, 0), _index(word, C, WIDTH, 2))
+    odd = tl.join(_index(word, B, WIDTH, 1), _index(word, D, WIDTH, 3))
+    found = tl.reshape(tl.gather(tables, tl.reshape(tl.join(even, odd), 4 * ROWS), 0), ROWS, 2, 2)
+    even, odd = tl.split(found)
+    low, high = tl.split(even + odd)
+    return low + high
+
+
+@triton.jit
+def _two(tables, word, A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Σ T[bits] over two tables, whose bits start at A and B: (ROWS,)."""
+    both = tl.join(_index(word, A, WIDTH, 0), _index(word, B, WIDTH, 1))
+    low, high = tl.split(tl.reshape(tl.gather(tables, tl.reshape(both, 2 * ROWS), 0), ROWS, 2))
+    return low + high
+
+
+@triton.jit
+def _looked_up(first, other, word, INPUTS: tl.constexpr, ROWS: tl.constexpr):
+    """Σ T[bits] over all tables of a word."""
+    if INPUTS == 4:
+        return _four(first, word, 0, 4, 8, 12, 4, ROWS) + _four(other, word, 16, 20, 24, 28, 4, ROWS)
     else:
-        x += (first + entry // 2**INPUTS) * INPUTS
-        total = tl.zeros(entry.shape, tl.float32)
-        for s in tl.static_range(INPUTS):
-            value = tl.load(x + s).to(tl.float32)
-            total += tl.where(((entry >> s) & 1) == 1, value, -value)
-        return total
+        return _four(first, word, 0, 5, 16, 21, 5, ROWS) + _two(other, word, 10, 26, 6, ROWS)
 
 
 @triton.jit
@@ -98,39 +115,9 @@ def _signed(x, word):
     return total
 
 
-@triton.jit
-def _halves(tables, word, w, column, TABLE: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
-    """Σ T[bits] over the table of one number of both halves of a word, of 5, 5 and 6 inputs: (ROWS,)."""
-    WIDTH: tl.constexpr = 5 + TABLE // 2
-    entry = tl.arange(0, 2 * 2**WIDTH * COPIES) // COPIES
-    src = tl.load(tables + (2 * w + entry // 2**WIDTH) * 128 + TABLE * 32 + entry % 2**WIDTH)
-    low = ((word >> (5 * TABLE)) & (2**WIDTH - 1)) * COPIES + column
-    high = ((word >> (16 + 5 * TABLE)) & (2**WIDTH - 1)) * COPIES + (column + 2**WIDTH * COPIES)
-    found = tl.gather(src, tl.reshape(tl.join(low, high), 2 * ROWS), 0)
-    even, odd = tl.split(tl.reshape(found, ROWS, 2))
-    return even + odd
-
-
-@triton.jit
-def _tables_kernel(x, tables, count, INPUTS: tl.constexpr, UNIT: tl.constexpr, ENTRIES: tl.constexpr,
-                   UNITS: tl.constexpr):  # fmt: skip
-    """All signed sums of every UNIT inputs, INPUTS at a time, or 5, 5 and 6: tables (count, ENTRIES) float32."""
-    unit, entry = tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.arange(0, ENTRIES)
-    table = tl.minimum(entry // 2**INPUTS, UNIT // INPUTS - 1)
-    code, width = entry - table * 2**INPUTS, tl.where(table == UNIT // INPUTS - 1, UNIT - UNIT // INPUTS * INPUTS, 0)
-    there = (unit < count)[:, None]
-    total = tl.zeros((UNITS, ENTRIES), tl.float32)
-    for s in tl.static_range(INPUTS + UNIT % INPUTS):
-        seen = there & (s < INPUTS + width)[None, :]
-        value = tl.load(x + unit[:, None] * UNIT + (table * INPUTS + s)[None, :], mask=seen, other=0.0).to(tl.float32)
-        total += tl.where(((code >> s) & 1)[None, :] == 1, value, -value)
-    tl.store(tables + unit.to(tl.int64)[:, None] * ENTRIES + entry[None, :], total, mask=there)
-
-
 @triton.jit(do_not_specialize=["words", "per_group", "per_chunk", "chunks", "per_split"])
 def _rows_kernel(
     x,  # (batch, 32·words)
-    tables,  # (batch, 32·words/INPUTS, 2^INPUTS) float32, or none
     planes,  # (words, rows) int32
     alpha,  # (groups, rows)
     offset,  # (groups, outputs), or none
@@ -144,24 +131,22 @@ def _rows_kernel(
     per_split,  # chunks of a split
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
-    COPIES: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,  # rows that a thread holds side by side
     CHUNK: tl.constexpr,  # inputs of a chunk, or the next power of two
 ):
     """One run of words for one tile of rows and one row of x."""
     tile, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tile * ROWS + tl.arange(0, ROWS)
     there = row < rows
-    column = (row // NEIGHBOURS) % COPIES
     x += batch.to(tl.int64) * words * WORD
-    if tables is not None:
-        tables += batch.to(tl.int64) * words * (256 if INPUTS == 5 else WORD // INPUTS * 2**INPUTS)
     result = tl.zeros((ROWS,), tl.float32)
     first = split * per_split
     last = tl.minimum(first + per_split, words // per_group * chunks)
     start = first // chunks * per_group + first % chunks * per_chunk
-    ahead = tl.load(planes + start.to(tl.int64) * rows + row, mask=there, other=0)
+    # Words and tables are made ready while those before them are looked up.
+    next_word = tl.load(planes + start.to(tl.int64) * rows + row, mask=there, other=0)
+    if INPUTS:
+        next_tables = _first_tables(x + start * WORD, INPUTS)
+        other_tables = _other_tables(x + start * WORD, INPUTS)
     for chunk in range(first, last):
         group = chunk // chunks
         begin = group * per_group + chunk % chunks * per_chunk
@@ -169,16 +154,13 @@ def _rows_kernel(
         scale = tl.load(alpha + group.to(tl.int64) * rows + row, mask=there, other=0.0)
         total = tl.zeros((ROWS,), tl.float32)
         for w in range(begin, end):
-            word = ahead
-            following = tl.minimum(w + 1, words - 1).to(tl.int64)
-            ahead = tl.load(planes + following * rows + row, mask=there, other=0)
-            if INPUTS == 5:
-                for t in tl.static_range(3):
-                    total += _halves(tables, word, w, column, t, ROWS, COPIES)
-            elif INPUTS:
-                for j in tl.static_range(WORD // INPUTS // TOGETHER):
-                    src = _entries(x, tables, w * (WORD // INPUTS) + j * TOGETHER, COPIES, INPUTS, TOGETHER)
-                    total += _looked_up(src, word, j * TOGETHER, column, ROWS, INPUTS, COPIES, TOGETHER)
+            word, following = next_word, tl.minimum(w + 1, words - 1)
+            next_word = tl.load(planes + following.to(tl.int64) * rows + row, mask=there, other=0)
+            if INPUTS:
+                tables, others = next_tables, other_tables
+                next_tables = _first_tables(x + following * WORD, INPUTS)
+                other_tables = _other_tables(x + following * WORD, INPUTS)
+                total += _looked_up(tables, others, word, INPUTS, ROWS)
             else:
                 total += _signed(x + w * WORD, word)
         result += scale.to(tl.float32) * total
@@ -236,27 +218,11 @@ def _dequantize_kernel(
 
 @cache
 def plan_for(rows: int, words: int, device: torch.device) -> Plan:
-    """A plan that fills the GPU: tiles as large as that allows, since every program writes the tables for itself."""
+    """A plan that fills the GPU."""
     gpu = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else PROCESSORS
-    tile = 4096
-    while tile > 512 and -(-rows // tile) * (words // 4) < processors:
-        tile //= 2
-    tiles = -(-rows // tile)
-    return Plan(tile, warps=max(4, tile // 512), splits=max(1, min(words // 4, 2 * processors // tiles)))
-
-
-def tables(x: Tensor, inputs: int) -> Tensor:
-    """All signed sums of every `inputs` neighbours: (..., n·inputs) to (..., n, 2^inputs), float32.
-
-    Bit s of an entry's number is 1 where the s-th neighbour is added. inputs = 5: of 5, 5 and 6 of every 16, one table
-    after the other: (..., 16·n) to (..., n, 128).
-    """
-    unit, entries = (16, 128) if inputs == 5 else (inputs, 2**inputs)
-    found = torch.empty(*x.shape[:-1], x.shape[-1] // unit, entries, device=x.device)
-    count, some = x.numel() // unit, max(1, 2048 // entries)
-    _tables_kernel[(-(-count // some),)](x, found, count, INPUTS=inputs, UNIT=unit, ENTRIES=entries, UNITS=some)
-    return found
+    tile = 2048 if rows * words > 2**22 else 1024
+    return Plan(tile, warps=tile // 256, splits=max(1, min(words // 4, 4 * processors // -(-rows // tile))))
 
 
 def product(
@@ -284,7 +250,6 @@ def product(
         x = x.contiguous()
         _rows_kernel[(-(-rows // plan.rows), splits, batch)](
             x,
-            tables(x, plan.inputs) if plan.inputs and plan.ready else None,
             planes,
             alpha,
             offset,
@@ -298,9 +263,6 @@ def product(
             per_split,
             ROWS=plan.rows,
             INPUTS=plan.inputs,
-            COPIES=plan.copies,
-            TOGETHER=plan.together,
-            NEIGHBOURS=16 // alpha.element_size(),
             CHUNK=triton.next_power_of_2(per_chunk * 32),
             num_warps=plan.warps,
         )

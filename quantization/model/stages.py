@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["seconds_by_stage", "stage"]
+__all__ = ["seconds_by_stage", "stage", "stages_are_counted"]
 
 _asked: list[dict[str, float]] = []  # at most one
 _open: list[float] = []  # seconds that inner stages took, of every stage that has begun
@@ -38,6 +38,11 @@ def seconds_by_stage() -> Iterator[dict[str, float]]:
         yield _asked[0]
     finally:
         _asked.pop()
+
+
+def stages_are_counted() -> bool:
+    """Whether `seconds_by_stage` asks: then nothing is done in the background, so that every second has its stage."""
+    return bool(_asked)
 
 
 def _now() -> float:

@@ -1,6 +1,6 @@
 """One decoder block on its way through a recipe: transformed, quantized, written, and the text passed on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from quantization.runs.sums import add_sum
 __all__ = ["process_block"]
 
 
-def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
-    """Transform, quantize and write one block, and pass the text on. Returns the relative weight error.
+def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> tuple[float, Callable[[], None]]:
+    """Transform and quantize one block, and pass the text on. Returns the relative weight error, and what writes the
+    block.
 
     A block that an earlier run finished is transformed again (the prefix needs the transformed full-precision block),
     but its codes, rescalings and ranges are read back: choosing them is the expensive part.
@@ -84,10 +85,14 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> float:
             stream.full, stream.targets = stream.targets, ()
     if stored is None:
         quantize_inputs(block, inputs)
-        with stage("write"):
-            write_block(partial, block, quantized, by_transforms)
-            add_sum(block_file(partial, block.index))
-    return error
+
+    def write() -> None:
+        if stored is None:
+            with stage("write"):
+                write_block(partial, block, quantized, by_transforms)
+                add_sum(block_file(partial, block.index))
+
+    return error, write
 
 
 def _with_rounding(block: DecoderBlock, recipe: Recipe) -> DecoderBlock:

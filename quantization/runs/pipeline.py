@@ -6,12 +6,14 @@ through the blocks that are already done. The directory gets its final name last
 """
 
 import ctypes
+import functools
 import logging
 import os
 import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,10 @@ from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
 from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.stages import stages_are_counted
 from quantization.model.text import said_when_full
 from quantization.recipes.recipe import Recipe, describe
+from quantization.runs.background import Background
 from quantization.runs.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -232,22 +236,23 @@ def _work_off(
     batch = stream.batch if stream is not None else None
     todo = [i for i in range(count) if stream is not None or not block_file(partial, i).is_file()]
     loaded = weights.load_each([(blocks[i], architecture.block_name(i)) for i in todo], device)
-    for index in tqdm(todo, desc=f"quantize {method}", unit="block", initial=count - len(todo), total=count):
-        block = DecoderBlock(index, blocks[index], architecture, model.config, stream)
-        started = time.perf_counter()
-        with said_when_full(device, batch):
-            next(loaded)
-            error = process_block(block, recipe, partial)
-        log.info(
-            "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
-            index + 1,
-            count,
-            method,
-            error,
-            time.perf_counter() - started,
-        )
-        block.module.to_empty(device="meta")
-        return_memory()
+    with Background(device, on=device.type == "cuda" and not stages_are_counted()) as writing:
+        for index in tqdm(todo, desc=f"quantize {method}", unit="block", initial=count - len(todo), total=count):
+            block = DecoderBlock(index, blocks[index], architecture, model.config, stream)
+            started = time.perf_counter()
+            with said_when_full(device, batch):
+                next(loaded)
+                error, write = process_block(block, recipe, partial)
+                writing.do(functools.partial(_finish, block, write))
+            log.info(
+                "block %2d/%d  %s  weight error %.2e of the weights' norm  %.1f s",
+                index + 1,
+                count,
+                method,
+                error,
+                time.perf_counter() - started,
+            )
+            del block, write
     write_ends(partial, _ends(weights, ends, recipe, model))
 
 
@@ -255,6 +260,13 @@ def _place(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.dev
     for name, tensor in tensors.items():
         owner, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(owner), parameter, nn.Parameter(tensor.to(device), False))
+
+
+def _finish(block: DecoderBlock, write: Callable[[], None]) -> None:
+    """Write a block and forget it."""
+    write()
+    block.module.to_empty(device="meta")
+    return_memory()
 
 
 def _ends(weights: Weights, names: list[str], recipe: Recipe, model: PreTrainedModel) -> dict[str, Tensor]:
