@@ -38,7 +38,7 @@ def filled(policy: Policy, batch: int, tokens: int, device: torch.device, dtype:
 
 
 def measure(name: str, batch: int, tokens: int, device: torch.device, rounds: int) -> None:
-    """Milliseconds of one layer's attention, packed and dense over the same numbers, as plain calls and as the GPU alone
+    """Milliseconds of one layer's attention, packed and dense over the same numbers, as plain calls and as the GPU
     takes (a replayed CUDA graph); how far the results differ, as a share of the dense one's norm."""
     dtype, scaling = torch.bfloat16, SIZE**-0.5
     store = filled(POLICIES[name], batch, tokens, device, dtype)
