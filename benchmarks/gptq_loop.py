@@ -67,7 +67,7 @@ def hessian_of(x: Tensor, tokens: int) -> Tensor:
 
 
 def measure_hessian(x: Tensor, tokens: int, rounds: int, **told: Any) -> Tensor:
-    """Print its time and its largest error, as a share of the largest entry."""
+    """Print its time, as arithmetic of the full square too, and its largest error, as a share of the largest entry."""
     h = hessian_of(x, SAMPLES * LENGTH)
     part = x.flatten(0, 1)[:, -COMPARED:].double()
     exact = part.T @ part * (2 / SAMPLES)
@@ -75,7 +75,7 @@ def measure_hessian(x: Tensor, tokens: int, rounds: int, **told: Any) -> Tensor:
     spent = seconds(lambda: hessian_of(x, tokens), x.device, rounds)
     channels = x.shape[-1]
     report(benchmark="gptq_loop", part="hessian", channels=channels, tokens=tokens, seconds=round(spent, 4),
-           tflops=round(2 * tokens * channels**2 / spent / 1e12, 1), error=error, **told)  # fmt: skip
+           full_tflops=round(2 * tokens * channels**2 / spent / 1e12, 1), error=error, **told)  # fmt: skip
     return h
 
 
@@ -155,22 +155,23 @@ def profile(name: str, h: Tensor) -> None:
 def variants(x: Tensor, h: Tensor, tokens: int) -> None:
     """Other sizes of the pieces, and other ways."""
     device = x.device
+
+    def in_place(total: Tensor, a: Tensor, b: Tensor) -> None:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+    for length in (512, 1024, 2048, SAMPLES * LENGTH):
+        with exchanged(driver, TOKENS=length):
+            measure_hessian(x, tokens // 4, 2, length=length)
+            try:
+                with exchanged(driver, _add_product=in_place):
+                    measure_hessian(x, tokens // 4, 2, length=length, in_place=True)
+            except (RuntimeError, NotImplementedError) as error:
+                print(f"in place: {str(error).splitlines()[0]}")
     for width in (1024, 4096, 10**9):
         with exchanged(driver, PANELS={device.type: width}):
             measure_hessian(x, tokens // 4, 2, panel=width)
             measure_factor(h, 2, panel=width)
     if device.type == "cuda":
-        rows, total = x.flatten(0, 1), torch.zeros_like(h)
-
-        def in_place() -> None:
-            torch.addmm(total, rows.T, rows, out_dtype=torch.float32, out=total)
-
-        try:
-            spent = seconds(in_place, device, 3)
-            report(benchmark="gptq_loop", part="addmm in place", channels=len(h), tokens=len(rows), seconds=spent)
-        except RuntimeError as error:
-            print(f"addmm in place: {str(error).splitlines()[0]}")
-        del total
         from quantization.kernels import columns_triton
 
         name = next(n for n, (_, channels) in SHAPES.items() if channels == len(h))
