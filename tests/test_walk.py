@@ -63,16 +63,18 @@ def round_weights(block: DecoderBlock, names: tuple[str, ...]) -> None:
 # one way through a block ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spare", [0, 1], ids=["no room", "room"])
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["alone", "behind"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_walk_gives_the_bits_of_passes_from_the_beginning(
-    model_type: str, prefix: Tensor | None, rotated: bool, tiny_model: Callable[..., PreTrainedModel],
+    model_type: str, prefix: Tensor | None, rotated: bool, spare: float, tiny_model: Callable[..., PreTrainedModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if rotated and model_type != "llama":
         pytest.skip("a rotation in front of linears is the same for all families")
     monkeypatch.setenv(BATCH, "3")
+    monkeypatch.setitem(text.SHARE_TO_SPARE, "cpu", spare)
     block = first_block(tiny_model(model_type), prefix)
     if rotated:
         Rotate(online_down=True).transform_block(block)
