@@ -39,8 +39,8 @@ FEW_TILES = ((8, 2, 8, 1, 0, 0), (16, 2, 16, 1, 0, 0), (16, 2, 16, 1, 0, 1), *(
 ))  # fmt: skip
 MORE_TILES = ((16, 1, 8, 1, 1, 0), (16, 2, 4, 1, 1, 0), (16, 2, 8, 1, 1, 0), (32, 1, 8, 1, 1, 0))
 DOT_TILES = tuple(
-    (*tile, programs) for programs in (132, 264, 528)
-    for tile in ((64, 16, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (128, 32, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1))
+    (*tile, programs, aligned) for programs in (132, 264, 528) for aligned in (0, 1)
+    for tile in ((64, 16, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (128, 32, 8, 1), (64, 32, 4, 2), (32, 32, 4, 1))
 )  # fmt: skip
 
 
@@ -186,8 +186,8 @@ def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, de
 
 
 def tiles_for(rows: int) -> tuple[tuple[int, ...], ...]:
-    """The tiles that are tried with so many rows: outputs/tiles/warps/stages/scaled/ahead of `Tile`, five of `DotTile`,
-    outputs/units/warps/stages/programs."""
+    """The tiles that are tried with so many rows: outputs/tiles/warps/stages/scaled/ahead of `Tile`, six of `DotTile`,
+    outputs/units/warps/stages/programs/aligned."""
     return FEW_TILES if rows == 1 else MORE_TILES + DOT_TILES if rows <= 4 else DOT_TILES
 
 
@@ -195,7 +195,7 @@ def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tu
     """The product by one tile."""
     from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
 
-    if len(tile) == 6:
+    if tile in FEW_TILES + MORE_TILES:
         few_rows(x, tensors, None, y, codes, len(x), Tile(*tile[:4], bool(tile[4]), bool(tile[5])))
     else:
         some_rows(x, tensors, None, y, codes, len(x), DotTile(*tile))
@@ -247,7 +247,7 @@ def main() -> None:
     jobs: list[Any] = [(b, r, None) for b in bits for r in rows]
     if options.variants:
         jobs += [(b, 1, tile) for b in (3, 4) for tile in FEW_TILES]
-        jobs += [(3, r, tile) for r in (2, 4) for tile in MORE_TILES] + [(3, 16, tile) for tile in DOT_TILES[:6]]
+        jobs += [(3, r, tile) for r in (2, 4) for tile in MORE_TILES] + [(3, 16, tile) for tile in DOT_TILES[:12]]
     with torch.inference_mode():
         checks = [] if options.quick else [(b, *kind) for b in bits for kind in CHECKS]
         if not ahead(jobs, checks, options.workers):

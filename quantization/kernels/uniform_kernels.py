@@ -190,7 +190,7 @@ def turn_kernel(x, turned, rows, units, filled, UNITS: tl.constexpr):
 def some_rows_kernel(
     x, words, scale, zero, parts, rows, units, filled, N, OUT, per_split,
     BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
-    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """parts (splits, rows, OUT) float32: 2^(−60) x Ŵᵀ over per_split · UNITS units each, on tensor cores.
 
@@ -211,10 +211,16 @@ def some_rows_kernel(
         found = _words(words, unit, n, N, BITS)
         at = x + m[:, None] * (32 * filled) + row[None, :]
         for p in tl.static_range(32):
-            field = _field(found, p, BITS).to(tl.float32, bitcast=True)
+            if ALIGNED and BITS * p % 32 + BITS <= 32:
+                field = (found[BITS * p // 32] >> (BITS * p % 32)) & (2**BITS - 1)
+                power = s * (2.0**23 if HALF else 2.0**89)
+            else:
+                field = _field(found, p, BITS)
+                power = s * _power(p, BITS, 23 if HALF else 89)
+            number = field.to(tl.float32, bitcast=True)
             if HALF:
-                field = field * 2.0**126
-            w = tl.fma(field, s * _power(p, BITS, 23 if HALF else 89), shift)
+                number = number * 2.0**126
+            w = tl.fma(number, power, shift)
             total = tl.dot(tl.load(at + p * filled), w.to(x.dtype.element_ty), total, input_precision=PRECISION)
     at = (split * rows + m).to(tl.int64)[:, None] * OUT + n[None, :]
     tl.store(parts + at, total * (2.0**-60 if HALF else 1.0), mask=(m < rows)[:, None] & (n < OUT)[None, :])

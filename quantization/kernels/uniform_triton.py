@@ -64,6 +64,7 @@ class DotTile:
     warps: int = 4
     stages: int = 1
     programs: int = 528
+    aligned: bool = False
 
 
 def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
@@ -154,7 +155,8 @@ def some_rows(
         turned, words, tensors["scale"], tensors.get("zero_point"), parts, rows, units, filled, words.shape[2],
         codes.outputs, per_split,
         BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=padded,
-        UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps,
+        UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", ALIGNED=tile.aligned,
+        num_warps=tile.warps,
     )  # fmt: skip
     sum_kernel[(triton.cdiv(y.numel(), 1024),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=1024)
 
