@@ -25,7 +25,7 @@ from quantization.kernels.protocols import Stored
 GROUP = 128
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (12288, 49152), (49152, 12288))  # outputs, inputs
 BITS = (2, 3, 4, 8)
-ROWS = (1, 4, 16, 64, 2048)
+ROWS = (1, 2, 4, 8, 16, 64, 2048)
 CACHE = 300e6  # bytes that matrices which take turns have together, at least
 BOUNDS = {
     torch.float32: 2e-6,
@@ -33,14 +33,14 @@ BOUNDS = {
     torch.bfloat16: 8e-3,
 }  # of an error, to the largest sum there could be
 CHECKS = (("gptq-asym", torch.bfloat16), ("gptq-sym", torch.float16), ("spqr-asym", torch.float32))
-TILES = tuple((*tile, stages) for stages in (1, 3) for tile in (
-    (8, 2, 8), (16, 1, 8), (16, 2, 4), (16, 2, 8), (16, 2, 16), (16, 4, 4), (16, 4, 8), (32, 1, 8), (32, 2, 4),
-    (32, 2, 8), (32, 2, 16), (32, 4, 8), (64, 1, 8), (64, 2, 8),
+FEW_TILES = ((8, 2, 8, 1, 0, 0), (16, 2, 16, 1, 0, 0), (16, 2, 16, 1, 0, 1), *(
+    (*tile, *how) for how in ((1, 0, 1), (3, 0, 0), (1, 1, 0), (1, 1, 1), (3, 1, 0))
+    for tile in ((16, 2, 4), (16, 2, 8), (16, 4, 4), (16, 4, 8), (32, 2, 4), (32, 2, 8), (32, 4, 4), (32, 4, 8))
 ))  # fmt: skip
-TILES += tuple((*tile, 1, 1) for tile in ((16, 2, 4), (16, 2, 8), (16, 4, 4), (16, 4, 8), (32, 2, 8), (32, 4, 8)))
+MORE_TILES = ((16, 1, 8, 1, 1, 0), (16, 2, 4, 1, 1, 0), (16, 2, 8, 1, 1, 0), (32, 1, 8, 1, 1, 0))
 DOT_TILES = tuple(
-    (*tile, programs) for programs in (264, 528, 1056)
-    for tile in ((64, 16, 4, 1), (64, 16, 4, 2), (64, 32, 4, 1), (128, 16, 8, 1))
+    (*tile, programs, aligned) for programs in (132, 264, 528) for aligned in (0, 1)
+    for tile in ((64, 16, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (128, 32, 8, 1), (64, 32, 4, 2), (32, 32, 4, 1))
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def random_tensors(bits: int, outputs: int, channels: int, device: str) -> dict[
     return {
         "words": torch.randint(-(2**31), 2**31, (channels // 32, bits, outputs), dtype=torch.int32, device=device),
         "scale": (torch.rand(groups, outputs, device=device) + 0.5) / (2**bits * channels**0.5),
-        "zero_point": torch.full((groups, outputs), 2 ** (bits - 1), dtype=torch.uint8, device=device),
+        "zero_point": torch.full((groups, outputs), 2 ** (bits - 1), dtype=torch.half, device=device),
     }
 
 
@@ -120,8 +120,8 @@ def _elapsed(run: Callable[[], Any]) -> float:
 
 def bandwidth(device: str) -> float:
     """Bytes a second of a copy, read and written."""
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * 2**30 / (graph_time([lambda: target.copy_(source)] * 5) * 1e-6)
+    source, target = (torch.zeros(2**28, device=device) for _ in range(2))
+    return 2 * 2**30 / (graph_time([lambda: torch.add(source, 1, out=target)] * 5) * 1e-6)
 
 
 def in_turn(call: Callable[[int], Any], copies: int, enough: int) -> list[Callable[[], Any]]:
@@ -180,23 +180,23 @@ def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, de
             found.append((graph_time(calls, 5), "/".join(map(str, tile))))
         except Exception as error:  # of a tile that takes too much of the GPU
             print(f"tile {tile}: {str(error).splitlines()[0][:100]}", flush=True)
-    names = "outputs/tiles/warps/stages/scaled" if rows == 1 else "outputs/units/warps/stages/programs"
-    print(f"tiles {bits} bits, {rows} rows, {outputs} x {channels} ({names}):",
-          ", ".join(f"{name} {time:.1f}" for time, name in sorted(found)),
+    print(f"tiles {bits} bits, {rows} rows, {outputs} x {channels}:",
+          ", ".join(f"{name} {time:.1f}" for time, name in sorted(found)[:24]),
           f"best share {size / (min(found)[0] * 1e-6) / speed:.2f}", flush=True)  # fmt: skip
 
 
 def tiles_for(rows: int) -> tuple[tuple[int, ...], ...]:
-    """The tiles that are tried with so many rows."""
-    return TILES if rows == 1 else DOT_TILES
+    """The tiles that are tried with so many rows: outputs/tiles/warps/stages/scaled/ahead of `Tile`, six of `DotTile`,
+    outputs/units/warps/stages/programs/aligned."""
+    return FEW_TILES if rows == 1 else MORE_TILES + DOT_TILES if rows <= 4 else DOT_TILES
 
 
 def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tuple[int, ...]) -> None:
     """The product by one tile."""
     from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
 
-    if len(x) == 1:
-        few_rows(x, tensors, None, y, codes, len(x), Tile(*tile))
+    if tile in FEW_TILES + MORE_TILES:
+        few_rows(x, tensors, None, y, codes, len(x), Tile(*tile[:4], bool(tile[4]), bool(tile[5])))
     else:
         some_rows(x, tensors, None, y, codes, len(x), DotTile(*tile))
 
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
     parser.add_argument("--quick", action="store_true", help="fewer shapes, bits and rows; no check")
-    parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1, 4 and 16 rows")
+    parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1 to 16 rows")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile ahead")
     parser.add_argument("--bits", type=int, nargs="+", default=None)
     options = parser.parse_args()
@@ -243,10 +243,11 @@ def main() -> None:
         return
     bits = options.bits or ((3, 4) if options.quick else BITS)
     shapes = (SHAPES[0], SHAPES[3], SHAPES[4]) if options.quick else SHAPES
-    rows = (1, 16) if options.quick else ROWS
+    rows = (1, 4, 16) if options.quick else ROWS
     jobs: list[Any] = [(b, r, None) for b in bits for r in rows]
     if options.variants:
-        jobs += [(b, r, tile) for b in (3, 4) for r in (1, 16) for tile in tiles_for(r)]
+        jobs += [(b, 1, tile) for b in (3, 4) for tile in FEW_TILES]
+        jobs += [(3, r, tile) for r in (2, 4) for tile in MORE_TILES] + [(3, 16, tile) for tile in DOT_TILES[:12]]
     with torch.inference_mode():
         checks = [] if options.quick else [(b, *kind) for b in bits for kind in CHECKS]
         if not ahead(jobs, checks, options.workers):
@@ -258,10 +259,9 @@ def main() -> None:
             for outputs, channels in shapes:
                 measure(b, outputs, channels, rows, speed, options.device, dense_times)
         if options.variants:
-            for b in (3, 4):
-                for r in (1, 4, 16):
-                    for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
-                        variants(b, r, outputs, channels, speed, options.device)
+            for b, r in ((3, 1), (4, 1), (3, 2), (3, 4), (3, 16)):
+                for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):
+                    variants(b, r, outputs, channels, speed, options.device)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_product_prepares_a_weight_once_and_keeps_nothing_else(quantized: Path
     linear = next(module for module in model.modules() if isinstance(module, QuantLinear))
     assert sorted(name for name, _ in linear.named_buffers()) == ["scale", "words", "zero_point"]
     size = linear.in_features * -(-linear.out_features // 64) * 64
-    assert sum(t.nbytes for t in linear.buffers()) == size // 2 + size // 32 * (4 + 1)  # 4 bits, a scale, a zero point
+    assert sum(t.nbytes for t in linear.buffers()) == size // 2 + size // 32 * (4 + 2)  # 4 bits, a scale, a zero point
 
 
 def test_a_name_that_takes_nothing_here_is_refused(quantized: Path) -> None:

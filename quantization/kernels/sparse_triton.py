@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quantization.grids.sparse import SMALLEST_SCALE
+from quantization.kernels.launch import start
 
 __all__ = ["Codes", "dequantized", "multiply"]
 
@@ -20,6 +21,7 @@ SMALLEST = tl.constexpr(SMALLEST_SCALE)
 ROWS = 4  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
 TILE = 32  # outputs of a program
 GROUPS = 32  # that a program reads at a time
+WARPS = 8
 ENTRIES = 16  # outliers of a row that it reads at a time
 DENSE = 128  # outputs of a program that makes the matrix
 
@@ -49,10 +51,14 @@ def _grid(grid_codes, second_level, group, n, N, SCALE_BITS: tl.constexpr, ZERO_
 
 
 @triton.jit
-def _number(word, place, BITS: tl.constexpr):
-    """The code at a place of a word as float32, without a conversion: in the mantissa of 2^23."""
-    code = ((word >> (place * BITS)) & (2**BITS - 1)) | 0x4B000000
-    return code.to(tl.float32, bitcast=True) - 8388608.0
+def _number(word, PLACE: tl.constexpr, BITS: tl.constexpr):
+    """The code at a place of a word as float32, without a conversion: at bit J, in the mantissa of 2^(23 − J)."""
+    FIT: tl.constexpr = 23 // BITS  # codes of which none has to be shifted
+    J: tl.constexpr = PLACE % FIT * BITS
+    if PLACE >= FIT:
+        word = word >> (PLACE // FIT * FIT * BITS)
+    code = (word & ((2**BITS - 1) << J)) | ((127 + 23 - J) << 23)
+    return code.to(tl.float32, bitcast=True) - 2.0 ** (23 - J)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -68,8 +74,8 @@ def _product_kernel(
     row, seen = tl.minimum(n, N - 1), n < N
     x += tl.program_id(1).to(tl.int64) * groups * SIZE
     total = tl.zeros((GROUPS, OUTPUTS), tl.float32)
-    for start in range(0, groups, GROUPS):
-        number = start + tl.arange(0, GROUPS)
+    for begin in range(0, groups, GROUPS):
+        number = begin + tl.arange(0, GROUPS)
         group, there = tl.minimum(number, groups - 1), number < groups
         s, z = _grid(grid_codes, second_level, group[:, None], row[None, :], N, SCALE_BITS, ZERO_BITS, TILE)
         product, inputs = tl.zeros((GROUPS, OUTPUTS), tl.float32), tl.zeros((GROUPS,), tl.float32)
@@ -87,8 +93,8 @@ def _product_kernel(
 
     first, last = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
     outliers = tl.zeros((OUTPUTS, ENTRIES), tl.float32)
-    for start in range(0, tl.max(last - first, 0), ENTRIES):
-        at = (first + start)[:, None] + tl.arange(0, ENTRIES)[None, :]
+    for begin in range(0, tl.max(last - first, 0), ENTRIES):
+        at = (first + begin)[:, None] + tl.arange(0, ENTRIES)[None, :]
         there = at < last[:, None]
         channel = tl.load(columns + at, mask=there, other=0).to(tl.int32)
         if order is not None:
@@ -132,15 +138,16 @@ def _outliers_kernel(
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row, seen = tl.minimum(n, N - 1), n < N
     first, last = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
-    for start in range(0, tl.max(last - first, 0), ENTRIES):
-        at = (first + start)[:, None] + tl.arange(0, ENTRIES)[None, :]
+    for begin in range(0, tl.max(last - first, 0), ENTRIES):
+        at = (first + begin)[:, None] + tl.arange(0, ENTRIES)[None, :]
         there = (at < last[:, None]) & seen[:, None]
         column = tl.load(columns + at, mask=there, other=0).to(tl.int32)
         group, place = column // SIZE, column % SIZE
         s, z = _grid(grid_codes, second_level, group, row[:, None], N, SCALE_BITS, ZERO_BITS, TILE)
         word = tl.load(words + (group * WORDS + place // PER_WORD) * N + row[:, None])
         r = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
-        w = (_number(word, place % PER_WORD, BITS) - z) * s + r
+        code = (word >> (place % PER_WORD * BITS)) & (2**BITS - 1)
+        w = (code.to(tl.float32) - z) * s + r
         tl.store(dense + column.to(tl.int64) * N + row[:, None], w.to(dense.dtype.element_ty), mask=there)
 
 
@@ -156,11 +163,8 @@ def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, code
         return nn.functional.linear(inputs, dequantized(tensors, codes, x.dtype), bias)
     rows, outputs = rows.contiguous(), words.shape[2]
     y = rows.new_empty(*x.shape[:-1], outputs)
-    with torch.cuda.device_of(x):  # Triton starts kernels on the current device
-        _product_kernel[(-(-outputs // TILE), len(rows))](
-            rows, order, words, *_parts(tensors), bias, y, outputs, len(words),
-            **_shape(codes), GROUPS=GROUPS, OUTPUTS=TILE, ENTRIES=ENTRIES, num_warps=8,
-        )  # fmt: skip
+    arguments = rows, order, words, *_parts(tensors), bias, y, outputs, len(words), *_numbers(codes)
+    start(_product_kernel, (-(-outputs // TILE), len(rows), 1), (*arguments, GROUPS, TILE, ENTRIES), WARPS)
     return y
 
 
@@ -170,14 +174,9 @@ def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype)
     groups, _, outputs = words.shape
     dense = torch.empty(groups * codes.size, outputs, dtype=dtype, device=words.device)
     grid_codes, second_level, *outliers = _parts(tensors)
-    with torch.cuda.device_of(words):
-        _dequantize_kernel[(groups, -(-outputs // DENSE))](
-            words, grid_codes, second_level, dense, outputs, **_shape(codes), OUTPUTS=DENSE
-        )
-        _outliers_kernel[(-(-outputs // TILE),)](
-            words, grid_codes, second_level, *outliers, dense, outputs,
-            **_shape(codes), OUTPUTS=TILE, ENTRIES=ENTRIES,
-        )  # fmt: skip
+    grids, numbers = (words, grid_codes, second_level), (dense, outputs, *_numbers(codes))
+    start(_dequantize_kernel, (groups, -(-outputs // DENSE), 1), (*grids, *numbers, DENSE), 4)
+    start(_outliers_kernel, (-(-outputs // TILE), 1, 1), (*grids, *outliers, *numbers, TILE, ENTRIES), 4)
     return dense.T
 
 
@@ -185,11 +184,5 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [tensors[name] for name in ("grid_codes", "second_level", "row_pointers", "columns", "values")]
 
 
-def _shape(codes: Codes) -> dict[str, int]:
-    return {
-        "BITS": codes.bits,
-        "SCALE_BITS": codes.scale_bits,
-        "ZERO_BITS": codes.zero_bits,
-        "SIZE": codes.size,
-        "TILE": codes.tile,
-    }
+def _numbers(codes: Codes) -> tuple[int, ...]:
+    return codes.bits, codes.scale_bits, codes.zero_bits, codes.size, codes.tile

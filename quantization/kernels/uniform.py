@@ -2,9 +2,9 @@
 
     y_n = Σ_g s_gn (Σ_(k∈g) c_kn x_k − z_gn Σ_(k∈g) x_k)
 
-A *unit* is 32 channels of one output: as many words of 32 bits as a code has bits. The words of neighbouring outputs
-are neighbours, so that the threads of a GPU read whole lines. A word holds as many whole codes as fit, from bit 0 on:
-ten of 3 bits, where the bits 30 and 31 of three words hold the last two codes. The kernels are in `uniform_kernels`.
+A *unit* is 32 channels of one output: as many words of 32 bits as a code has bits, filled from the lowest bit of the
+first one on. The words of neighbouring outputs are neighbours, so that the threads of a GPU read whole lines. The
+kernels are in `uniform_kernels`.
 
 One row, or a few: the codes are multiplied as they are read. Some rows: tile by tile, dequantized, on tensor cores.
 More: the matrix is dequantized once, for torch's own product, which is also what passes gradients on.
@@ -59,7 +59,7 @@ class Uniform:
         tensors["words"] = layout(_filled(codes), weight.grid.bits)
         tensors["scale"] = _filled(weight.scale).T.contiguous()
         if rule.zero_point != "constant":
-            zero = weight.zero_point.to(torch.uint8) if rule.zero_point == "code" else weight.zero_point
+            zero = weight.zero_point.half() if rule.zero_point == "code" else weight.zero_point
             tensors["zero_point"] = _filled(zero).T.contiguous()
         outputs, channels = codes.shape
         constant = float(weight.zero_point[0, 0]) if rule.zero_point == "constant" else None
@@ -81,11 +81,9 @@ def layout(codes: Tensor, bits: int) -> Tensor:
     """Codes (outputs, channels) uint8, channels a multiple of `UNIT`, as words (units, bits, outputs), int32."""
     units = codes.T.unflatten(0, (-1, UNIT))  # (units, 32, outputs)
     words = torch.zeros(len(units), bits, codes.shape[0], dtype=torch.int32, device=codes.device)
-    per_word = 32 // bits
-    for place in range(bits * per_word):
-        words[:, place // per_word] |= units[:, place].int() << bits * (place % per_word)
-    if bits == 3:
-        last = units[:, 30].int() | units[:, 31].int() << 3
-        for i in range(3):
-            words[:, i] |= (last >> 2 * i) << 30
+    for place in range(UNIT):
+        (word, bit), code = divmod(bits * place, 32), units[:, place].int()
+        words[:, word] |= code << bit
+        if bit + bits > 32:
+            words[:, word + 1] |= code >> (32 - bit)
     return words

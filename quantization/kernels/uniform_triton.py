@@ -12,16 +12,15 @@ from quantization.kernels.uniform_kernels import (
     dequantize_kernel,
     few_rows_kernel,
     scale_kernel,
-    scaled_rows_kernel,
     some_rows_kernel,
     sum_kernel,
+    turn_kernel,
 )
 
 __all__ = ["Codes", "DotTile", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
 
 FEW, SOME = 4, 64  # rows up to which the kernels without and with tensor cores are taken
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of inputs
-EXPONENT = 127 << 23  # of 1
 DENSE = 64  # outputs that a program dequantizes, a unit of each
 
 
@@ -47,6 +46,7 @@ class Tile:
     warps: int = 8
     stages: int = 1
     scaled: bool = False
+    ahead: bool = False
 
     @property
     def units(self) -> int:
@@ -64,6 +64,7 @@ class DotTile:
     warps: int = 4
     stages: int = 1
     programs: int = 528
+    aligned: bool = False
 
 
 def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
@@ -94,8 +95,10 @@ def _start(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Ten
 
 
 def tile_of(codes: Codes, rows: int) -> Tile:
-    """What was fastest."""
-    return Tile(16, 2 if rows < 4 else 1, 8)
+    """What was fastest: with few outputs more threads share one, so that all of the GPU has work."""
+    if rows > 1:
+        return Tile(16, 2 if rows < 4 else 1, 8)
+    return Tile(16, 2, 16) if codes.outputs <= 8192 else Tile(16, 4, 8)
 
 
 def few_rows(
@@ -113,11 +116,12 @@ def few_rows(
     if found is None:
         chosen = tile or tile_of(codes, rows)
         constants = (words.shape[0], words.shape[2], codes.outputs, rows, codes.bits, codes.per_group, codes.zero_point,
-                     chosen.units, chosen.outputs, chosen.tiles, chosen.stages)  # fmt: skip
+                     chosen.units, chosen.outputs, chosen.tiles, chosen.stages,
+                     chosen.ahead)  # fmt: skip
         grid = (words.shape[2] // (chosen.outputs * chosen.tiles), 1, 1)
     else:
         start, constants = found
-    arguments = (x, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
+    arguments = (x, None, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
     if found is not None:
         start(*arguments)
         return
@@ -128,7 +132,7 @@ def few_rows(
         scale_kernel[(triton.cdiv(rows * units, 16),)](
             x, scaled, sums, rows * units, BITS=codes.bits, UNITS=16, num_warps=1
         )
-        scaled_rows_kernel[grid](scaled, sums, *arguments[1:], num_warps=chosen.warps)
+        few_rows_kernel[grid](scaled, sums, *arguments[2:], num_warps=chosen.warps)
         return
     compiled = few_rows_kernel[grid](*arguments, num_warps=chosen.warps)
     if compiled is not None:  # by the interpreter nothing is
@@ -138,17 +142,21 @@ def few_rows(
 def some_rows(
     x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, rows: int, tile: DotTile
 ) -> None:  # fmt: skip
-    """y = x Ŵᵀ + b by `some_rows_kernel`, and the sum of its splits."""
+    """y = x Ŵᵀ + b by `some_rows_kernel`, of inputs that are turned before, and the sum of its splits."""
     words = tensors["words"]
-    steps, programs = -(-words.shape[0] // tile.units), words.shape[2] // tile.outputs
+    units, padded = words.shape[0], max(16, triton.next_power_of_2(rows))
+    steps, programs = -(-units // tile.units), words.shape[2] // tile.outputs
     per_split = -(-steps // max(1, min(tile.programs // programs, steps)))
-    splits = -(-steps // per_split)
+    splits, filled = -(-steps // per_split), steps * tile.units
+    turned = torch.empty(padded, 32, filled, dtype=x.dtype, device=x.device)
+    turn_kernel[(triton.cdiv(filled, 32), padded)](x, turned, rows, units, filled, UNITS=32, num_warps=1)
     parts = torch.empty(splits, rows, codes.outputs, dtype=torch.float32, device=x.device)
-    some_rows_kernel[(programs, 1, splits)](
-        x, words, tensors["scale"], tensors.get("zero_point"), parts, rows, words.shape[0], words.shape[2],
-        codes.outputs, per_split * tile.units, EXPONENT,
-        BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=max(16, triton.next_power_of_2(rows)),
-        UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps,
+    some_rows_kernel[(programs, splits)](
+        turned, words, tensors["scale"], tensors.get("zero_point"), parts, rows, units, filled, words.shape[2],
+        codes.outputs, per_split,
+        BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=padded,
+        UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", ALIGNED=tile.aligned,
+        num_warps=tile.warps,
     )  # fmt: skip
     sum_kernel[(triton.cdiv(y.numel(), 1024),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=1024)
 
@@ -159,7 +167,7 @@ def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype)
     dense = torch.empty(codes.channels, words.shape[2], dtype=dtype, device=words.device)
     with torch.cuda.device_of(words):
         dequantize_kernel[(words.shape[0], triton.cdiv(words.shape[2], DENSE))](
-            words, tensors["scale"], tensors.get("zero_point"), dense, words.shape[2], EXPONENT,
+            words, tensors["scale"], tensors.get("zero_point"), dense, words.shape[2],
             BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, OUTPUTS=DENSE, num_warps=DENSE // 128 or 1,
         )  # fmt: skip
     return dense[:, : codes.outputs].T

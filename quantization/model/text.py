@@ -6,6 +6,7 @@ has follows from the block's shapes and from the memory that the device has in a
 the order of sums depends on it, and a run that goes on must find the same bits.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import overload
@@ -17,7 +18,17 @@ from corpora.errors import UserError
 from corpora.values import count as at_least
 from corpora.values import from_environment
 
-__all__ = ["BATCH", "Text", "TextWriter", "batch_of", "fits", "memory_of", "said_when_full", "samples_at_once"]
+__all__ = [
+    "BATCH",
+    "Text",
+    "TextWriter",
+    "batch_of",
+    "fits",
+    "memory_of",
+    "said_when_full",
+    "samples_at_once",
+    "to_spare",
+]
 
 BATCH = "INTACTKV_CALIBRATION_BATCH"  # the environment variable: samples at once, in place of `samples_at_once`
 # Tokens at once on a CPU: there the block's products are at their full speed, and what they read is still in its
@@ -26,6 +37,7 @@ BATCH = "INTACTKV_CALIBRATION_BATCH"  # the environment variable: samples at onc
 CPU_TOKENS = 512
 SHARE_OF_TEXT = 1 / 8  # of a GPU's memory, up to which one copy of the text stays there
 SHARE_OF_BATCH = 1 / 32  # of a GPU's memory, for what one batch leaves in a block
+SHARE_TO_SPARE = {"cuda": 1 / 8, "cpu": 1 / 64}  # of the memory, for what only saves time
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -37,6 +49,12 @@ def fits(size: int, device: torch.device) -> bool:
     """Whether so many bytes are small beside a GPU's memory. Always on a CPU: there is no other place."""
     memory = memory_of(device)
     return memory is None or size <= SHARE_OF_TEXT * memory
+
+
+def to_spare(size: int, device: torch.device) -> bool:
+    """Whether so many bytes may be taken for what only saves time."""
+    memory = memory_of(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return size <= SHARE_TO_SPARE[device.type] * memory
 
 
 def samples_at_once(widths: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device) -> int:

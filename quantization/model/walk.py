@@ -14,35 +14,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corpora.errors import UserError
+from intactkv.architecture import Feed
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
 from quantization.model.blocks import DecoderBlock, Reached
 from quantization.model.finite import FiniteCheck
-from quantization.model.text import Text, TextWriter, fits
+from quantization.model.text import Text, TextWriter, to_spare
 
 __all__ = ["Walk"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
-    """A module that needs not run again. values: how many its tuple has, 0 if it returns a tensor."""
+    """A module that needs not run again. values: how many its tuple has, 0 if it returns a tensor.
+
+    text: what the linear that closes it reads; from the first pass behind it on, when the linear has its last weights,
+    what it returns.
+    """
 
     module: nn.Module
     linear: nn.Module
-    inputs: Text
+    feeding: list[nn.Module]  # what only this module reads, such as the norm in front of it
+    text: Text
     values: int
+    returned: bool = False
+    writer: TextWriter | None = None  # in that first pass
 
     def output(self, start: int, stop: int) -> Any:
-        """What the module returns for these samples, with the weights that its last linear has now."""
-        output = self.linear(self.inputs.batch(start, stop))
+        """What the module returns for these samples."""
+        output = self.text.batch(start, stop)
+        if not self.returned:
+            output = self.linear(output)
+            if self.writer is not None:
+                self.writer.add(output)
         return (output, *[None] * (self.values - 1)) if self.values else output
 
 
 class Walk:
     """The text on its way through a block whose linears are quantized from the first to the last.
 
-    Memory: the inputs of the linear that closes attention, which are one more copy of the text, and on a GPU that is
-    large beside them (`text.fits`) those of the one that closes the feed-forward part.
+    Memory: what the linear that closes attention reads, later what it returns, which is one more copy of the text; and
+    where the memory is large beside it (`text.to_spare`) what the one that closes the feed-forward part reads.
     """
 
     def __init__(self, block: DecoderBlock):
@@ -66,6 +79,9 @@ class Walk:
         """
         stream, finite, writer = self._stream, FiniteCheck(), None
         reader, module, values = self._block.module.get_submodule(linear), self._closed_by(linear), None
+        new = [kept for kept in self._kept if not kept.returned]
+        for kept in new:
+            kept.writer = TextWriter(len(stream.hidden), stream.device, kept.text)
         for start, stop, batch in self._batches():
             given: list[Tensor] = []  # what is handed to the linear, in front of a rotation
             seen: list[Tensor] = []  # what it multiplies
@@ -84,8 +100,11 @@ class Walk:
             finite.add(self._block.in_front_of(linear), seen[0])
             yield stream.by_sample(seen[0])
         finite.check()
+        for kept in new:
+            assert kept.writer is not None
+            kept.text, kept.returned, kept.writer = kept.writer.text, True, None
         if writer is not None and module is not None and values is not None:
-            self._kept.append(_Kept(module, reader, writer.text, values))
+            self._kept.append(_Kept(module, reader, self._feeding(linear), writer.text, values))
 
     def end(self, weights: Mapping[str, StoredWeight]) -> None:
         """All linears have these weights: let the text be passed on from here (`runs.one_block`)."""
@@ -107,7 +126,7 @@ class Walk:
                 with self._standing_in(start, stop):
                     yield self._stream.forward(self._block, batch)
 
-        into = self._kept[0].inputs if self._kept else None
+        into = self._kept[0].text if self._kept else None
         return Text.of(passed(), len(self._stream.hidden), self._stream.device, into)
 
     def _batches(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -124,20 +143,30 @@ class Walk:
         like = self._stream.hidden[0]
         width = int(self._block.linears()[linear].in_features)
         size = len(self._stream.hidden) * like.numel() // like.shape[-1] * width * like.element_size()
-        if width > like.shape[-1] and (like.device.type == "cpu" or not fits(size, like.device)):
+        if width > like.shape[-1] and not to_spare(size, like.device):
             return None
         return self._block.module.get_submodule(owner)
+
+    def _feeding(self, linear: str) -> list[nn.Module]:
+        """What stands in front of the module that a linear closes, for that module alone."""
+        owner, block = linear.rpartition(".")[0], self._block
+        feeds: tuple[Feed, ...] = ()
+        with suppress(UserError):  # a variant whose norms stand elsewhere
+            feeds = block.architecture.feeds_of(block.config)
+        return [block.module.get_submodule(feed.producer) for feed in feeds if feed.inside == owner]
 
     @contextmanager
     def _standing_in(self, start: int, stop: int) -> Iterator[None]:
         """Let what was kept of these samples stand for the modules that it closes."""
         for kept in self._kept:
             kept.module.forward = lambda *_args, _kept=kept, **_keywords: _kept.output(start, stop)
+            for module in kept.feeding:
+                module.forward = lambda x: x  # nobody looks at it
         try:
             yield
         finally:
-            for kept in self._kept:
-                del kept.module.forward  # the class's own forward shows again
+            for module in (module for kept in self._kept for module in (kept.module, *kept.feeding)):
+                del module.forward  # the class's own forward shows again
 
 
 class _Close:
