@@ -157,7 +157,7 @@ def check(device: torch.device) -> None:
 
 def variants(out: int, channels: int, bits: int, device: torch.device, limit: float) -> None:
     """Time the table product in many plans, and batches by tables and by the dequantized matrix."""
-    from quantization.kernels.lut_triton import Plan, dequantized, product
+    from quantization.kernels.lut_triton import Plan, Signs, dequantized, product
 
     generator = torch.Generator(device).manual_seed(0)
     stored = binary(out, channels, bits, generator)
@@ -167,17 +167,14 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
     copies = copied(tensors, -(-int(CACHE) // size))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     dense = stored.weight.dequantize()
-    found: list[tuple[float, Plan]] = []
+    found: list[tuple[float, Plan | Signs]] = []
 
-    def call(rows: int, i: int, plan: Plan | None) -> Tensor:
+    def call(rows: int, i: int, plan: Plan | Signs | None) -> Tensor:
         return product(x[:rows], copies[i]["planes"], copies[i]["alpha"], None, None, plan)
 
     for variant in VARIANTS:
-        for waves in (1, 2, 4, 8):
-            splits = min(channels // GROUP, waves * processors // -(-bits * out // variant[0]))
-            plan = Plan(*variant, max(1, splits))
-            if any(plan == other for _, other in found):
-                continue
+        plan = plan_of(variant, bits * out, channels, processors)
+        if not any(plan == other for _, other in found):
             try:
                 off = error(call(1, 0, plan), x[:1], dense)
                 assert off < SLACK, f"wrong, {off:.1e} of the norm away from float64"
@@ -186,7 +183,7 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
             except Exception as failed:  # of a plan that takes too much of the GPU, or is wrong
                 print(f"{plan}: {str(failed).splitlines()[0][:100]}", flush=True)
     print(f"{out} × {channels}, {bits} bits, {size / 1e6:.0f} MB, at the copy's bandwidth {1e6 * size / limit:.1f} µs")
-    for took, plan in sorted(found, key=lambda pair: pair[0]):
+    for took, plan in sorted(found, key=lambda pair: pair[0])[:25]:
         print(f"  {took:8.1f} µs  {size / (took * 1e-6) / limit:4.0%}  {plan}", flush=True)
 
     def made(rows: int, i: int) -> Tensor:
@@ -201,21 +198,32 @@ def variants(out: int, channels: int, bits: int, device: torch.device, limit: fl
     batches("the matrix", (1, 16), made)
 
 
-def compile_one(variant: tuple[int, int, int]) -> None:
+def plan_of(variant: tuple[int, ...], rows: int, channels: int, processors: int) -> Any:
+    """The plan of a variant for a shape."""
+    from quantization.kernels.lut_triton import Plan, Signs
+
+    if len(variant) == 3:
+        return Signs(*variant)
+    splits = min(channels // GROUP, variant[3] * processors // -(-rows // variant[0]))
+    return Plan(*variant[:3], max(1, splits))
+
+
+def compile_one(variant: tuple[int, ...]) -> None:
     """Compile a variant into Triton's own cache."""
-    from quantization.kernels.lut_triton import Plan, product
+    from quantization.kernels.lut_triton import product
 
     stored = binary(256, 256, 3, torch.Generator("cuda").manual_seed(0))
     x = torch.zeros(1, 256, device="cuda", dtype=torch.float16)
-    product(x, stored.parts["planes"], stored.parts["alpha"], None, None, Plan(*variant))
+    product(x, stored.parts["planes"], stored.parts["alpha"], None, None, plan_of(variant, 768, 256, 132))
 
 
-# rows of a tile, inputs of a table, warps
-VARIANTS: list[tuple[int, int, int]] = [
-    *((rows, inputs, warps) for inputs in (4, 5) for rows, warps in (
-        (512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16),
+# rows of a tile, inputs of a table, warps, programs for each multiprocessor
+VARIANTS: list[tuple[int, ...]] = [
+    *((rows, inputs, warps, waves) for inputs in (4, 5) for waves in (1, 2, 4, 8) for rows, warps in (
+        (512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16),
     )),
-    (1024, 0, 4), (2048, 0, 8),
+    # outputs and words of a program without tables, warps
+    *((outputs, words, warps) for outputs in (8, 16, 32) for words in (32, 64, 128) for warps in (4, 8)),
 ]  # fmt: skip
 
 
@@ -234,10 +242,10 @@ def main() -> None:
         print(f"copy bandwidth {limit / 1e12:.2f} TB/s, read and written", flush=True)
         if options.variants:
             with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-                for job in [pool.submit(compile_one, variant) for variant in VARIANTS]:
+                for job in [pool.submit(compile_one, variant) for variant in {v[:3]: v for v in VARIANTS}.values()]:
                     job.exception()
             check(device)
-            for out, channels, bits in ((12288, 49152, 3), (49152, 12288, 3), (4096, 16384, 3), (4096, 4096, 4)):
+            for out, channels, bits in ((12288, 49152, 3), (8192, 2048, 4), (4096, 16384, 3), (1024, 4096, 3)):
                 variants(out, channels, bits, device, limit)
             return
         results = {}

@@ -10,12 +10,14 @@ from benchmarks.lutgemm import error
 from benchmarks.measure import report
 from benchmarks.products import CACHE, bandwidth, eager_time, graph_time, in_turn
 from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
-from quantization.kernels.protocols import Stored
+from quantization.kernels.protocols import Prepared, Stored
 from quantization.kernels.sparse import Sparse
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # outputs, inputs
 ROWS = (1, 4, 16, 2048)
 BITS, SIZE, TILE, SHARE = 3, 16, 16, 0.01
+# outputs of a program, groups that it reads at a time, warps
+VARIANTS = ((16, 32, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (16, 64, 8), (32, 64, 8), (64, 16, 8), (8, 64, 4))
 SLACK = {torch.bfloat16: 8e-3, torch.float32: 1e-5}  # of the norm
 
 
@@ -39,6 +41,7 @@ def main() -> None:
     """A line for every shape and number of rows of x."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--variants", action="store_true", help="time other tiles with one row, too")
     options = parser.parse_args()
     if options.device == "cpu" or not torch.cuda.is_available() or find_spec("triton") is None:
         print("skipped: SpQR's kernel needs a CUDA device and Triton; one of them is not here")
@@ -46,11 +49,11 @@ def main() -> None:
     with torch.inference_mode():
         limit = bandwidth(options.device)
         for out, channels in SHAPES:
-            measure(out, channels, limit, options.device)
+            measure(out, channels, limit, options.device, VARIANTS if options.variants else ())
 
 
-def measure(out: int, channels: int, limit: float, device: str) -> None:
-    """Times of one shape."""
+def measure(out: int, channels: int, limit: float, device: str, tiles: tuple[tuple[int, int, int], ...] = ()) -> None:
+    """Times of one shape, and with one row those of other tiles."""
     generator = torch.Generator(device).manual_seed(0)
     weight = random_weight(out, channels, generator)
     stored = Stored(weight.kind, weight.tensors(), weight.header())
@@ -58,6 +61,8 @@ def measure(out: int, channels: int, limit: float, device: str) -> None:
     size = sum(t.nbytes for t in prepared.tensors.values())
     copies = [{name: t.clone() for name, t in prepared.tensors.items()} for _ in range(-(-int(CACHE) // size))]
     dense = [truth.bfloat16() for _ in range(-(-int(CACHE) // (2 * truth.numel())))]
+    if tiles:
+        variants(tiles, torch.randn(1, channels, device=device, dtype=torch.bfloat16), prepared, copies)
     for rows in ROWS:
         for dtype, slack in SLACK.items():
             x = torch.randn(rows, channels, generator=generator, device=device, dtype=torch.float32).to(dtype)
@@ -79,6 +84,20 @@ def measure(out: int, channels: int, limit: float, device: str) -> None:
             speedup=round(base / took, 2), share_of_copy=round(size / (took * 1e-6) / limit, 3),
             bits_per_weight=round(8 * size / truth.numel(), 2),
         )  # fmt: skip
+
+
+def variants(
+    tiles: tuple[tuple[int, int, int], ...], x: Tensor, prepared: Prepared, copies: list[dict[str, Tensor]]
+) -> None:
+    """Microseconds of one row by other tiles, the fastest first."""
+    from quantization.kernels import sparse_triton
+
+    found, usual = [], (sparse_triton.TILE, sparse_triton.GROUPS, sparse_triton.WARPS)
+    for tile in tiles:
+        sparse_triton.TILE, sparse_triton.GROUPS, sparse_triton.WARPS = tile
+        found.append((graph_time(in_turn(lambda i: prepared.multiply(x, copies[i], None), len(copies), 10)), tile))
+    sparse_triton.TILE, sparse_triton.GROUPS, sparse_triton.WARPS = usual
+    print("outputs/groups/warps: " + ", ".join(f"{tile} {took:.1f}" for took, tile in sorted(found)), flush=True)
 
 
 if __name__ == "__main__":

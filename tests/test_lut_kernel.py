@@ -17,7 +17,7 @@ from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_plane
 from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
 from quantization.kernels.lut import CPU_ROWS, ROWS, Lut
-from quantization.kernels.lut_triton import Plan, dequantized, product
+from quantization.kernels.lut_triton import Plan, Signs, dequantized, product
 from quantization.kernels.protocols import Stored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import load_quantized
@@ -29,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels 
 CLOSE = 1e-6  # of the norm: float32 sums of some hundred terms
 SEGMENTS = torch.randint(4, 101, (3, 12), generator=torch.Generator().manual_seed(5))
 # Tables of both kinds, and signs without any.
-PLANS = [None, Plan(64, 4, 4, 3), Plan(64, 5, 4, 50), Plan(128, 5, 4, 1), Plan(64, 0, 4, 4)]
+PLANS = [None, Plan(64, 4, 4, 3), Plan(64, 5, 4, 50), Plan(128, 5, 4, 1), Signs(16, 8, 4)]
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -52,7 +52,7 @@ def coded(
     )
 
 
-def multiplied(x: Tensor, weight: BinaryCoded, plan: Plan | None = None, bias: Tensor | None = None) -> Tensor:
+def multiplied(x: Tensor, weight: BinaryCoded, plan: Plan | Signs | None = None, bias: Tensor | None = None) -> Tensor:
     padded = pad_groups(x, weight.grid.group_size).flatten(1)
     return product(padded, weight.planes, weight.alpha, weight.offset, bias, plan)
 

@@ -24,6 +24,7 @@ from quantization.kernels.protocols import Prepared, Stored
 
 __all__ = ["CPU_ROWS", "INPUTS", "ROWS", "Lut", "has_kernels", "lut_matmul", "tables"]
 
+TRITON = find_spec("triton") is not None
 INPUTS = 8  # of a table: one byte of a word
 ROWS = 4  # of x that the kernels multiply one by one; with more it is cheaper to make the matrix
 CPU_ROWS = 16  # the same on a CPU
@@ -74,7 +75,7 @@ def _product(table: Tensor, weight: BinaryCoded) -> Tensor:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run there."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and TRITON
 
 
 class Lut:
@@ -95,21 +96,21 @@ class Lut:
         size = channels if header["group_size"] == -1 else header["group_size"]
 
         def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-            weight = BinaryCoded.restore(tensors, header)
             kernels, inputs = has_kernels(x.device), x.reshape(-1, channels)
             most = ROWS if kernels else CPU_ROWS
             by_tables = 0 < len(inputs) <= most and not (x.requires_grad and torch.is_grad_enabled())
             if not kernels:
+                weight = BinaryCoded.restore(tensors, header)
                 if not by_tables:
                     return nn.functional.linear(x, weight.dequantize(x.dtype), bias)
                 y = lut_matmul(x, weight)
                 return y if bias is None else y + bias
             from quantization.kernels.lut_triton import dequantized, product
 
-            parts = weight.planes, weight.alpha, weight.offset
+            parts = tensors["planes"], tensors["alpha"], tensors.get("offset")
             if not by_tables:
                 return nn.functional.linear(x, dequantized(*parts, channels, size, x.dtype), bias)
             padded = inputs if size % WORD == 0 else pad_groups(inputs, size).flatten(1)
-            return product(padded, *parts, bias).view(*x.shape[:-1], weight.planes.shape[2])
+            return product(padded, *parts, bias).view(*x.shape[:-1], parts[0].shape[2])
 
         return Prepared({name: part.contiguous() for name, part in stored.parts.items()}, multiply)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from quantization.kernels.launch import start
 
-__all__ = ["Plan", "dequantized", "plan_for", "product"]
+__all__ = ["Plan", "Signs", "dequantized", "plan_for", "product"]
 
 WORD = tl.constexpr(32)  # inputs of a word
+DENSE = 256  # outputs of a program that makes the matrix
 LONGEST = 16  # words that α is multiplied with at a time, at most
 PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 
@@ -33,14 +34,22 @@ PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 class Plan:
     """How the table product is cut up.
 
-    rows: of a tile. inputs: of a table, 4; 5: tables of 5, 5 and 6; 0 flips signs instead of looking up. warps: of a
-    program. splits: runs of words.
+    rows: of a tile. inputs: of a table, 4; 5: tables of 5, 5 and 6. warps: of a program. splits: runs of words.
     """
 
     rows: int
     inputs: int = 5
     warps: int = 4
     splits: int = 1
+
+
+@dataclass(frozen=True)
+class Signs:
+    """How the product without tables is cut up: outputs and warps of a program, words that it reads at a time."""
+
+    outputs: int = 16
+    words: int = 64
+    warps: int = 8
 
 
 @triton.jit
@@ -107,16 +116,6 @@ def _looked_up(first, other, word, INPUTS: tl.constexpr, ROWS: tl.constexpr):
         return _four(first, word, 0, 5, 16, 21, 5, ROWS) + _two(other, word, 10, 26, 6, ROWS)
 
 
-@triton.jit
-def _signed(x, word):
-    """Σ ±x over the inputs of a word, + where its bit is 1: the sign bit of x, flipped."""
-    total = tl.zeros(word.shape, tl.float32)
-    for t in tl.static_range(WORD):
-        value = tl.load(x + t).to(tl.float32).to(tl.int32, bitcast=True)
-        total += (value ^ (~(word << (31 - t)) & -(2**31))).to(tl.float32, bitcast=True)
-    return total
-
-
 @triton.jit(do_not_specialize=["words", "per_group", "per_chunk", "chunks", "per_split"])
 def _rows_kernel(
     x,  # (batch, 32·words)
@@ -146,9 +145,8 @@ def _rows_kernel(
     start = first // chunks * per_group + first % chunks * per_chunk
     # Words and tables are made ready while those before them are looked up.
     next_word = tl.load(planes + start.to(tl.int64) * rows + row, mask=there, other=0)
-    if INPUTS:
-        next_tables = _first_tables(x + start * WORD, INPUTS)
-        other_tables = _other_tables(x + start * WORD, INPUTS)
+    next_tables = _first_tables(x + start * WORD, INPUTS)
+    other_tables = _other_tables(x + start * WORD, INPUTS)
     for chunk in range(first, last):
         group = chunk // chunks
         begin = group * per_group + chunk % chunks * per_chunk
@@ -158,13 +156,10 @@ def _rows_kernel(
         for w in range(begin, end):
             word, following = next_word, tl.minimum(w + 1, words - 1)
             next_word = tl.load(planes + following.to(tl.int64) * rows + row, mask=there, other=0)
-            if INPUTS:
-                tables, others = next_tables, other_tables
-                next_tables = _first_tables(x + following * WORD, INPUTS)
-                other_tables = _other_tables(x + following * WORD, INPUTS)
-                total += _looked_up(tables, others, word, INPUTS, ROWS)
-            else:
-                total += _signed(x + w * WORD, word)
+            tables, others = next_tables, other_tables
+            next_tables = _first_tables(x + following * WORD, INPUTS)
+            other_tables = _other_tables(x + following * WORD, INPUTS)
+            total += _looked_up(tables, others, word, INPUTS, ROWS)
         result += scale.to(tl.float32) * total
         if offset is not None:
             if tile * ROWS < outputs:
@@ -192,34 +187,71 @@ def _sum_kernel(sums, bias, y, parts, outputs, PARTS: tl.constexpr, OUTPUTS: tl.
     tl.store(y + tl.program_id(1).to(tl.int64) * outputs + n, total, mask=seen)
 
 
+@triton.jit(do_not_specialize=["words", "per_group"])
+def _signs_kernel(
+    x, planes, alpha, offset, bias, y, outputs, words, per_group,
+    BITS: tl.constexpr, PLANES: tl.constexpr, OUTPUTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """y = x Ŵᵀ + b without tables, in one go, for a small matrix: inputs are added with the sign of their bit."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    plane, seen = tl.arange(0, PLANES), n < outputs
+    real = (plane < BITS)[None, :, None] & seen[None, None, :]
+    x += tl.program_id(1).to(tl.int64) * words * WORD
+    total = tl.zeros((WORDS, PLANES, OUTPUTS), tl.float32)
+    shift = tl.zeros((WORDS, OUTPUTS), tl.float32)
+    for begin in range(0, words, WORDS):
+        number = begin + tl.arange(0, WORDS)
+        w, there = tl.minimum(number, words - 1), number < words
+        group = (w // per_group).to(tl.int64)
+        row = plane[None, :, None] * outputs + n[None, None, :]
+        word = tl.load(planes + w.to(tl.int64)[:, None, None] * (BITS * outputs) + row, mask=real, other=0)
+        product = tl.zeros((WORDS, PLANES, OUTPUTS), tl.float32)
+        inputs = tl.zeros((WORDS,), tl.float32)
+        for t in tl.static_range(WORD):
+            value = tl.load(x + w * WORD + t, mask=there, other=0.0).to(tl.float32)
+            flip = ~(word << (31 - t)) & -(2**31)
+            product += (value.to(tl.int32, bitcast=True)[:, None, None] ^ flip).to(tl.float32, bitcast=True)
+            inputs += value
+        a = tl.load(alpha + group[:, None, None] * (BITS * outputs) + row, mask=real, other=0.0)
+        total += a.to(tl.float32) * product
+        if offset is not None:
+            z = tl.load(offset + group[:, None] * outputs + n[None, :], mask=seen[None, :], other=0.0)
+            shift += z.to(tl.float32) * inputs[:, None]
+    result = tl.sum(tl.sum(total, 0), 0)
+    if offset is not None:
+        result += tl.sum(shift, 0)
+    if bias is not None:
+        result += tl.load(bias + n, mask=seen, other=0.0).to(tl.float32)
+    tl.store(y + tl.program_id(1).to(tl.int64) * outputs + n, result.to(y.dtype.element_ty), mask=seen)
+
+
 @triton.jit(do_not_specialize=["per_group"])
 def _dequantize_kernel(
-    planes, alpha, offset, weight, outputs, channels, size, per_group, BITS: tl.constexpr, OUTPUTS: tl.constexpr
+    planes, alpha, offset, dense, outputs, size, per_group, BITS: tl.constexpr, OUTPUTS: tl.constexpr
 ):
-    """Σ ±α + z₀ of the words of a group for some outputs, added in the order of `BinaryCoded.dequantize`."""
-    n, t = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WORD)
-    seen, group = n < outputs, tl.program_id(0)
-    rows = outputs * BITS
+    """dense (channels, outputs): Σ ±α + z₀ of a group and some outputs, in the order of `BinaryCoded.dequantize`."""
+    group, n, t = tl.program_id(0), tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WORD)
+    seen, rows = n < outputs, outputs * BITS
     for w in range(per_group):
-        total = tl.zeros((OUTPUTS, WORD), tl.float32)
+        total = tl.zeros((WORD, OUTPUTS), tl.float32)
         for i in tl.static_range(BITS):
             word = tl.load(planes + (group * per_group + w).to(tl.int64) * rows + i * outputs + n, mask=seen, other=0)
             a = tl.load(alpha + group.to(tl.int64) * rows + i * outputs + n, mask=seen, other=0.0).to(tl.float32)
-            flip = ~(word[:, None] << (31 - t)[None, :]) & -(2**31)
-            total += (a.to(tl.int32, bitcast=True)[:, None] ^ flip).to(tl.float32, bitcast=True)
+            flip = ~(word[None, :] << (31 - t)[:, None]) & -(2**31)
+            total += (a.to(tl.int32, bitcast=True)[None, :] ^ flip).to(tl.float32, bitcast=True)
         if offset is not None:
             z = tl.load(offset + group.to(tl.int64) * outputs + n, mask=seen, other=0.0)
-            total += z.to(tl.float32)[:, None]
+            total += z.to(tl.float32)[None, :]
         own = w * WORD + t
-        at = n.to(tl.int64)[:, None] * channels + (group * size + own)[None, :]
-        tl.store(weight + at, total, mask=seen[:, None] & (own < size)[None, :])
+        at = (group * size + own).to(tl.int64)[:, None] * outputs + n[None, :]
+        tl.store(dense + at, total.to(dense.dtype.element_ty), mask=(own < size)[:, None] & seen[None, :])
 
 
 # launch ---------------------------------------------------------------------------------------------------------------
 
 
 @cache
-def plan_for(rows: int, words: int, device: torch.device) -> Plan:
+def plan_for(rows: int, words: int, device: torch.device) -> Plan | Signs:
     """A plan that fills the GPU."""
     gpu = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else PROCESSORS
@@ -233,15 +265,20 @@ def product(
     alpha: Tensor,
     offset: Tensor | None,
     bias: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: Plan | Signs | None = None,
 ) -> Tensor:
     """x Ŵᵀ + b by tables: x (batch > 0, 32·words), zero where a group fills no word; the rest as in `BinaryCoded`."""
     words, bits, outputs = planes.shape
     batch = len(x)
     plan = plan or plan_for(bits * outputs, words, x.device)
+    y = x.new_empty(batch, outputs)
+    if isinstance(plan, Signs):
+        cut = outputs, words, words // len(alpha), bits, triton.next_power_of_2(bits), plan.outputs, plan.words
+        grid = (-(-outputs // plan.outputs), batch, 1)
+        start(_signs_kernel, grid, (x.contiguous(), planes, alpha, offset, bias, y, *cut), plan.warps)
+        return y
     splits, numbers = _cut(words, bits * outputs, len(alpha), plan)
     sums = torch.empty(batch, splits, bits * outputs, device=x.device)
-    y = x.new_empty(batch, outputs)
     grid = (-(-bits * outputs // plan.rows), splits, batch)
     start(_rows_kernel, grid, (x.contiguous(), planes, alpha, offset, sums, outputs, *numbers), plan.warps)
     start(_sum_kernel, (-(-outputs // 64), batch, 1), (sums, bias, y, splits * bits, outputs, 16, 64), 4)
@@ -263,9 +300,9 @@ def _cut(words: int, rows: int, groups: int, plan: Plan) -> tuple[int, tuple[int
 def dequantized(
     planes: Tensor, alpha: Tensor, offset: Tensor | None, channels: int, size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Ŵ (out, channels) in the given dtype, groups of `size` channels: the numbers of `BinaryCoded.dequantize`."""
+    """Ŵ (out, channels), groups of `size` channels: what `BinaryCoded.dequantize` gives, a view of its transpose."""
     words, bits, outputs = planes.shape
-    weight = torch.empty(outputs, channels, device=planes.device, dtype=dtype)
-    numbers = outputs, channels, size, words // len(alpha), bits, 64
-    start(_dequantize_kernel, (len(alpha), -(-outputs // 64), 1), (planes, alpha, offset, weight, *numbers), 4)
-    return weight
+    dense = torch.empty(channels, outputs, device=planes.device, dtype=dtype)
+    numbers = outputs, size, words // len(alpha), bits, DENSE
+    start(_dequantize_kernel, (len(alpha), -(-outputs // DENSE), 1), (planes, alpha, offset, dense, *numbers), 4)
+    return dense.T

@@ -21,6 +21,7 @@ SMALLEST = tl.constexpr(SMALLEST_SCALE)
 ROWS = 4  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
 TILE = 32  # outputs of a program
 GROUPS = 32  # that a program reads at a time
+WARPS = 8
 ENTRIES = 16  # outliers of a row that it reads at a time
 DENSE = 128  # outputs of a program that makes the matrix
 
@@ -50,10 +51,14 @@ def _grid(grid_codes, second_level, group, n, N, SCALE_BITS: tl.constexpr, ZERO_
 
 
 @triton.jit
-def _number(word, place, BITS: tl.constexpr):
-    """The code at a place of a word as float32, without a conversion: in the mantissa of 2^23."""
-    code = ((word >> (place * BITS)) & (2**BITS - 1)) | 0x4B000000
-    return code.to(tl.float32, bitcast=True) - 8388608.0
+def _number(word, PLACE: tl.constexpr, BITS: tl.constexpr):
+    """The code at a place of a word as float32, without a conversion: at bit J, in the mantissa of 2^(23 − J)."""
+    FIT: tl.constexpr = 23 // BITS  # codes of which none has to be shifted
+    J: tl.constexpr = PLACE % FIT * BITS
+    if PLACE >= FIT:
+        word = word >> (PLACE // FIT * FIT * BITS)
+    code = (word & ((2**BITS - 1) << J)) | ((127 + 23 - J) << 23)
+    return code.to(tl.float32, bitcast=True) - 2.0 ** (23 - J)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -141,7 +146,8 @@ def _outliers_kernel(
         s, z = _grid(grid_codes, second_level, group, row[:, None], N, SCALE_BITS, ZERO_BITS, TILE)
         word = tl.load(words + (group * WORDS + place // PER_WORD) * N + row[:, None])
         r = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
-        w = (_number(word, place % PER_WORD, BITS) - z) * s + r
+        code = (word >> (place % PER_WORD * BITS)) & (2**BITS - 1)
+        w = (code.to(tl.float32) - z) * s + r
         tl.store(dense + column.to(tl.int64) * N + row[:, None], w.to(dense.dtype.element_ty), mask=there)
 
 
@@ -158,7 +164,7 @@ def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, code
     rows, outputs = rows.contiguous(), words.shape[2]
     y = rows.new_empty(*x.shape[:-1], outputs)
     arguments = rows, order, words, *_parts(tensors), bias, y, outputs, len(words), *_numbers(codes)
-    start(_product_kernel, (-(-outputs // TILE), len(rows), 1), (*arguments, GROUPS, TILE, ENTRIES), 8)
+    start(_product_kernel, (-(-outputs // TILE), len(rows), 1), (*arguments, GROUPS, TILE, ENTRIES), WARPS)
     return y
 
 

@@ -7,7 +7,7 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -145,10 +145,11 @@ class DecoderBlock:
         for name, value in figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + float(value)
 
-    def observe(self, look: Callable[[str, Tensor], None]) -> None:
+    def observe(self, look: Callable[[str, Tensor], None], leave: bool = False) -> None:
         """Run the calibration text through the block once; `look(linear name, input)` sees every linear's input.
 
-        Inputs are (samples, tokens, channels), one call per batch and linear, never containing a prefix token.
+        Inputs are (samples, tokens, channels), one call per batch and linear, never containing a prefix token. leave:
+        the block at its last linear, whose product only matters to other hooks.
         Raises UserError at the end, with the linear's name, if an input was not finite.
         """
         stream, finite = self._stream, FiniteCheck()
@@ -158,10 +159,15 @@ class DecoderBlock:
             if name in first:
                 finite.add(self.in_front_of(name), x)
             look(name, stream.by_sample(x))
+            if leave and name == last:
+                raise Reached
 
-        with torch.no_grad(), hooked(on_input(linear, partial(shown, name)) for name, linear in self.linears().items()):
+        linears = self.linears()
+        *_, last = linears
+        with torch.no_grad(), hooked(on_input(linear, partial(shown, name)) for name, linear in linears.items()):
             for batch in stream.batches():
-                stream.forward(self, batch)
+                with suppress(Reached):
+                    stream.forward(self, batch)
         finite.check()
 
     def in_front_of(self, linear: str) -> str:

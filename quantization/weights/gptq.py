@@ -286,7 +286,7 @@ def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tupl
             with stage("Hessians"):
                 hessians[name].add(x)
 
-    block.observe(look)
+    block.observe(look, leave=True)
     for names in sets:
         yield names, hessians.pop(names[0]).take()
 
