@@ -34,7 +34,7 @@ class Codes:
     outputs: int
     per_group: int
     zero_point: float | None
-    compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
+    started: dict[tuple[Any, ...], Callable[..., None]] = field(default_factory=dict)  # kernels, by what they depend on
 
 
 @dataclass(frozen=True)
@@ -107,36 +107,50 @@ def few_rows(
 ) -> None:  # fmt: skip
     """y = x Ŵᵀ + b by `few_rows_kernel`. tile: another one than is taken for the codes.
 
-    Triton looks at every argument of every call to find the compiled kernel, which takes longer than a small product.
-    What it would look at is the key of `codes.compiled`; pointers are multiples of 16.
+    Triton looks at every argument of every call to find the compiled kernel, and asks the driver for every pointer,
+    which takes longer than a small product. What it would look at is the key of `codes.started`; pointers are
+    multiples of 16.
     """
-    key = (rows, x.dtype, x.get_device(), bias is None, tile)
-    found = codes.compiled.get(key)
-    words = tensors["words"]
-    if found is None:
-        chosen = tile or tile_of(codes, rows)
-        constants = (words.shape[0], words.shape[2], codes.outputs, rows, codes.bits, codes.per_group, codes.zero_point,
-                     chosen.units, chosen.outputs, chosen.tiles, chosen.stages,
-                     chosen.ahead)  # fmt: skip
-        grid = (words.shape[2] // (chosen.outputs * chosen.tiles), 1, 1)
+    words, device = tensors["words"], x.get_device()
+    key = (rows, x.dtype, device, words.get_device(), bias is None, tile)
+    again = codes.started.get(key)
+    if again is not None:
+        again(x, tensors, bias, y)
+        return
+    tile = tile or tile_of(codes, rows)
+    units, size = words.shape[0], rows * words.shape[0]
+    constants = (units, words.shape[2], codes.outputs, rows, codes.bits, codes.per_group, codes.zero_point, tile.units,
+                 tile.outputs, tile.tiles, tile.stages, tile.ahead)  # fmt: skip
+    grid, scale_grid = (words.shape[2] // (tile.outputs * tile.tiles), 1, 1), (triton.cdiv(size, 16), 1, 1)
+    fixed = (words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
+    if tile.scaled:
+        scaled, sums = _scratch(x, rows, units)
+        scale_run = scale_kernel[scale_grid](x, scaled, sums, size, codes.bits, 16, num_warps=1)
+        run = few_rows_kernel[grid](scaled, sums, *fixed, num_warps=tile.warps)
     else:
-        start, constants = found
-    arguments = (x, None, words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
-    if found is not None:
-        start(*arguments)
+        scale_run, run = None, few_rows_kernel[grid](x, None, *fixed, num_warps=tile.warps)
+    if run is None:  # by the interpreter nothing is compiled
         return
-    if chosen.scaled:
-        units = words.shape[0]
-        scaled = torch.empty(rows, codes.channels, dtype=torch.float32, device=x.device)
-        sums = torch.empty(rows, units, dtype=torch.float32, device=x.device)
-        scale_kernel[(triton.cdiv(rows * units, 16),)](
-            x, scaled, sums, rows * units, BITS=codes.bits, UNITS=16, num_warps=1
-        )
-        few_rows_kernel[grid](scaled, sums, *arguments[2:], num_warps=chosen.warps)
-        return
-    compiled = few_rows_kernel[grid](*arguments, num_warps=chosen.warps)
-    if compiled is not None:  # by the interpreter nothing is
-        codes.compiled[key] = compiled[grid], constants
+    start, start_scaling = run[grid], None if scale_run is None else scale_run[scale_grid]
+
+    def started(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor) -> None:
+        zero, stream = tensors.get("zero_point"), torch._C._cuda_getCurrentRawStream(device)
+        inputs, sums = x.data_ptr(), None
+        if start_scaling is not None:
+            scaled, unit_sums = _scratch(x, rows, units)
+            start_scaling(inputs, scaled.data_ptr(), unit_sums.data_ptr(), size, codes.bits, 16, stream=stream)
+            inputs, sums = scaled.data_ptr(), unit_sums.data_ptr()
+        start(
+            inputs, sums, tensors["words"].data_ptr(), tensors["scale"].data_ptr(), zero if zero is None else
+            zero.data_ptr(), bias if bias is None else bias.data_ptr(), y.data_ptr(), *constants, stream=stream,
+        )  # fmt: skip
+
+    codes.started[key] = started
+
+
+def _scratch(x: Tensor, rows: int, units: int) -> tuple[Tensor, Tensor]:
+    """Room for scaled inputs, and for the sums of their units."""
+    return torch.empty(rows, units, 32, device=x.device), torch.empty(rows, units, device=x.device)
 
 
 def some_rows(
