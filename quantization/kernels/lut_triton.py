@@ -25,6 +25,7 @@ from quantization.kernels.launch import start
 __all__ = ["Plan", "Signs", "dequantized", "plan_for", "product"]
 
 WORD = tl.constexpr(32)  # inputs of a word
+DENSE = 256  # outputs of a program that makes the matrix
 LONGEST = 16  # words that α is multiplied with at a time, at most
 PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 
@@ -226,25 +227,24 @@ def _signs_kernel(
 
 @triton.jit(do_not_specialize=["per_group"])
 def _dequantize_kernel(
-    planes, alpha, offset, weight, outputs, channels, size, per_group, BITS: tl.constexpr, OUTPUTS: tl.constexpr
+    planes, alpha, offset, dense, outputs, size, per_group, BITS: tl.constexpr, OUTPUTS: tl.constexpr
 ):
-    """Σ ±α + z₀ of the words of a group for some outputs, added in the order of `BinaryCoded.dequantize`."""
-    n, t = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WORD)
-    seen, group = n < outputs, tl.program_id(0)
-    rows = outputs * BITS
+    """dense (channels, outputs): Σ ±α + z₀ of a group and some outputs, in the order of `BinaryCoded.dequantize`."""
+    group, n, t = tl.program_id(0), tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WORD)
+    seen, rows = n < outputs, outputs * BITS
     for w in range(per_group):
-        total = tl.zeros((OUTPUTS, WORD), tl.float32)
+        total = tl.zeros((WORD, OUTPUTS), tl.float32)
         for i in tl.static_range(BITS):
             word = tl.load(planes + (group * per_group + w).to(tl.int64) * rows + i * outputs + n, mask=seen, other=0)
             a = tl.load(alpha + group.to(tl.int64) * rows + i * outputs + n, mask=seen, other=0.0).to(tl.float32)
-            flip = ~(word[:, None] << (31 - t)[None, :]) & -(2**31)
-            total += (a.to(tl.int32, bitcast=True)[:, None] ^ flip).to(tl.float32, bitcast=True)
+            flip = ~(word[None, :] << (31 - t)[:, None]) & -(2**31)
+            total += (a.to(tl.int32, bitcast=True)[None, :] ^ flip).to(tl.float32, bitcast=True)
         if offset is not None:
             z = tl.load(offset + group.to(tl.int64) * outputs + n, mask=seen, other=0.0)
-            total += z.to(tl.float32)[:, None]
+            total += z.to(tl.float32)[None, :]
         own = w * WORD + t
-        at = n.to(tl.int64)[:, None] * channels + (group * size + own)[None, :]
-        tl.store(weight + at, total, mask=seen[:, None] & (own < size)[None, :])
+        at = (group * size + own).to(tl.int64)[:, None] * outputs + n[None, :]
+        tl.store(dense + at, total.to(dense.dtype.element_ty), mask=(own < size)[:, None] & seen[None, :])
 
 
 # launch ---------------------------------------------------------------------------------------------------------------
@@ -300,9 +300,9 @@ def _cut(words: int, rows: int, groups: int, plan: Plan) -> tuple[int, tuple[int
 def dequantized(
     planes: Tensor, alpha: Tensor, offset: Tensor | None, channels: int, size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Ŵ (out, channels) in the given dtype, groups of `size` channels: the numbers of `BinaryCoded.dequantize`."""
+    """Ŵ (out, channels), groups of `size` channels: what `BinaryCoded.dequantize` gives, a view of its transpose."""
     words, bits, outputs = planes.shape
-    weight = torch.empty(outputs, channels, device=planes.device, dtype=dtype)
-    numbers = outputs, channels, size, words // len(alpha), bits, 64
-    start(_dequantize_kernel, (len(alpha), -(-outputs // 64), 1), (planes, alpha, offset, weight, *numbers), 4)
-    return weight
+    dense = torch.empty(channels, outputs, device=planes.device, dtype=dtype)
+    numbers = outputs, size, words // len(alpha), bits, DENSE
+    start(_dequantize_kernel, (len(alpha), -(-outputs // DENSE), 1), (planes, alpha, offset, dense, *numbers), 4)
+    return dense.T
