@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import alternating, ratio, report
+from benchmarks.products import graph_time
 from intactkv.store import Store
 from quantization.kv_cache import KIVI, PerHead, Policy, TurboQuant
 
@@ -37,8 +38,8 @@ def filled(policy: Policy, batch: int, tokens: int, device: torch.device, dtype:
 
 
 def measure(name: str, batch: int, tokens: int, device: torch.device, rounds: int) -> None:
-    """Milliseconds of one layer's attention, packed and dense over the same numbers; how far the results differ, as a
-    share of the dense one's norm."""
+    """Milliseconds of one layer's attention, packed and dense over the same numbers, as plain calls and as the GPU
+    takes (a replayed CUDA graph); how far the results differ, as a share of the dense one's norm."""
     dtype, scaling = torch.bfloat16, SIZE**-0.5
     store = filled(POLICIES[name], batch, tokens, device, dtype)
     query = torch.randn(batch, HEADS, 1, SIZE, device=device, dtype=dtype)
@@ -47,6 +48,14 @@ def measure(name: str, batch: int, tokens: int, device: torch.device, rounds: in
     dense = partial(scaled_dot_product_attention, query, keys, values, scale=scaling, enable_gqa=True)
     truth = dense().float()
     times = alternating(packed, dense, rounds, device.type)
+    on_gpu: dict[str, float] = {}
+    if device.type == "cuda":
+        mine, theirs = graph_time([packed] * 5), graph_time([dense] * 5)  # microseconds
+        on_gpu = {
+            "gpu_milliseconds": round(mine / 1e3, 4),
+            "gpu_dense_milliseconds": round(theirs / 1e3, 4),
+            "gpu_ratio": round(mine / theirs, 3),
+        }
     report(
         benchmark="kv_decode",
         policy=name,
@@ -56,6 +65,7 @@ def measure(name: str, batch: int, tokens: int, device: torch.device, rounds: in
         milliseconds=round(1e3 * statistics.median(times[0]), 4),
         dense_milliseconds=round(1e3 * statistics.median(times[1]), 4),
         ratio=round(ratio(*times), 3),
+        **on_gpu,
         megabytes=round(sum(side.memory().bytes for side in store.sides) / 1e6, 2),
         dense_megabytes=round((keys.nbytes + values.nbytes) / 1e6, 2),
         error=float((packed().float() - truth).norm() / truth.norm()),

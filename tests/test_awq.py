@@ -384,10 +384,11 @@ def test_without_clipping_every_linear_is_rounded_to_nearest_behind_its_scales(
 @every("stride", [1, 2, 5, 7])
 def test_every_kth_token_of_all_samples_is_kept(stride: int) -> None:
     samples, delta = [gaussian(count, 8, seed=count) for count in (3, 2, 12, 1, 9)], gaussian(5, 8)
-    inputs = Inputs(stride, alone=True)
-    for i, x in enumerate(samples):
-        inputs.add(x)
-        whole = torch.cat(samples[: i + 1])  # fewer tokens than channels at first, then more
+    for i in range(len(samples)):
+        inputs = Inputs(stride, alone=True)
+        for x in samples[: i + 1]:  # fewer tokens than channels at first, then more
+            inputs.add(x)
+        whole = torch.cat(samples[: i + 1])
         truth = (whole.double() @ delta.double().T).square().sum()
         torch.testing.assert_close(inputs.squared_error(delta).double(), truth, rtol=1e-5, atol=0)
     assert torch.equal(torch.cat(inputs.tokens), whole[::stride])

@@ -66,7 +66,7 @@ def round_weights(block: DecoderBlock, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("spare", [0, 1], ids=["no room", "room"])
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["alone", "behind"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, "opt with norms behind"])
 def test_a_walk_gives_the_bits_of_passes_from_the_beginning(
     model_type: str, prefix: Tensor | None, rotated: bool, spare: float, tiny_model: Callable[..., PreTrainedModel],
     monkeypatch: pytest.MonkeyPatch,
@@ -75,7 +75,8 @@ def test_a_walk_gives_the_bits_of_passes_from_the_beginning(
         pytest.skip("a rotation in front of linears is the same for all families")
     monkeypatch.setenv(BATCH, "3")
     monkeypatch.setitem(text.SHARE_TO_SPARE, "cpu", spare)
-    block = first_block(tiny_model(model_type), prefix)
+    family, *behind = model_type.split(maxsplit=1)
+    block = first_block(tiny_model(family, **({"do_layer_norm_before": False} if behind else {})), prefix)
     if rotated:
         Rotate(online_down=True).transform_block(block)
         stream_of(block).seed(block)
@@ -100,10 +101,13 @@ def test_attention_runs_once_for_all_sets_behind_it(
     with hooked([on_input(block.linears()[sets[0][0]], calls.append)]):
         for names in sets[2:]:
             assert sum(1 for _ in walk.inputs(names[0])) == len(SEGMENTS)
-        walk.outputs()
-        assert not calls
-        stream_of(block).passed(block)  # the block itself is as it was
+        truth = stream_of(block).passed(block)
+        assert len(calls) == len(SEGMENTS)
+        norm = block.module.get_submodule(block.feeds()[0].producer)
+        norm.weight.data.fill_(torch.nan)  # neither is what stands in front of attention needed
+        assert torch.equal(torch.cat([*walk.outputs()]), torch.cat([*truth]))
     assert len(calls) == len(SEGMENTS)
+    assert torch.cat([*stream_of(block).passed(block)]).isnan().all()  # the block itself is as it was
 
 
 def test_a_linear_whose_output_its_module_changes_closes_nothing(

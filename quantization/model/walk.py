@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corpora.errors import UserError
+from intactkv.architecture import Feed
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
 from quantization.model.blocks import DecoderBlock, Reached
@@ -33,6 +35,7 @@ class _Kept:
 
     module: nn.Module
     linear: nn.Module
+    feeding: list[nn.Module]  # what only this module reads, such as the norm in front of it
     text: Text
     values: int
     returned: bool = False
@@ -101,7 +104,7 @@ class Walk:
             assert kept.writer is not None
             kept.text, kept.returned, kept.writer = kept.writer.text, True, None
         if writer is not None and module is not None and values is not None:
-            self._kept.append(_Kept(module, reader, writer.text, values))
+            self._kept.append(_Kept(module, reader, self._feeding(linear), writer.text, values))
 
     def end(self, weights: Mapping[str, StoredWeight]) -> None:
         """All linears have these weights: let the text be passed on from here (`runs.one_block`)."""
@@ -144,16 +147,26 @@ class Walk:
             return None
         return self._block.module.get_submodule(owner)
 
+    def _feeding(self, linear: str) -> list[nn.Module]:
+        """What stands in front of the module that a linear closes, for that module alone."""
+        owner, block = linear.rpartition(".")[0], self._block
+        feeds: tuple[Feed, ...] = ()
+        with suppress(UserError):  # a variant whose norms stand elsewhere
+            feeds = block.architecture.feeds_of(block.config)
+        return [block.module.get_submodule(feed.producer) for feed in feeds if feed.inside == owner]
+
     @contextmanager
     def _standing_in(self, start: int, stop: int) -> Iterator[None]:
         """Let what was kept of these samples stand for the modules that it closes."""
         for kept in self._kept:
             kept.module.forward = lambda *_args, _kept=kept, **_keywords: _kept.output(start, stop)
+            for module in kept.feeding:
+                module.forward = lambda x: x  # nobody looks at it
         try:
             yield
         finally:
-            for kept in self._kept:
-                del kept.module.forward  # the class's own forward shows again
+            for module in (module for kept in self._kept for module in (kept.module, *kept.feeding)):
+                del module.forward  # the class's own forward shows again
 
 
 class _Close:

@@ -255,8 +255,10 @@ class Weights:
         host's processor has nothing else to do then."""
 
         def read(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-            state = {name: self.tensor(f"{prefix}.{name}") for name in module.state_dict()}
-            return {name: x.pin_memory() for name, x in state.items()} if device.type == "cuda" else state
+            return {name: self.tensor(f"{prefix}.{name}") for name in module.state_dict()}
+
+        def read_ahead(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+            return {name: tensor.pin_memory() for name, tensor in read(module, prefix).items()}
 
         with ThreadPoolExecutor(1) as reader:
             ahead: Future[dict[str, Tensor]] | None = None
@@ -267,7 +269,7 @@ class Weights:
                     module.load_state_dict(state, strict=True, assign=True)
                     del state
                 following = modules[i + 1 : i + 2]
-                ahead = reader.submit(read, *following[0]) if following and device.type == "cuda" else None
+                ahead = reader.submit(read_ahead, *following[0]) if following and device.type == "cuda" else None
                 yield module
 
 

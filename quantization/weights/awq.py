@@ -16,7 +16,7 @@ another pass over them; `grouped_values` is an addition.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling, per_column
 from quantization.weights.awq_zoo import ZooBlock, read_zoo
 from quantization.weights.base import GridQuantizer
+from quantization.weights.gptq import Hessian
 
 __all__ = ["AWQ", "channel_scales", "clip_candidates", "clip_limits", "clipped", "is_clipped", "search_scales"]
 
@@ -144,29 +145,30 @@ class Inputs:
         self.count = 0
         self.magnitude = torch.zeros(())  # Σ|x|, (channels,)
         self.tokens: list[Tensor] = []
-        self._all: list[Tensor] = []  # float32, while they are fewer than the channels …
-        self._moment: Tensor | None = None  # … then Σ x xᵀ, (channels, channels)
+        self._all: list[Tensor] = []  # while they are fewer than the channels …
+        self._hessian, self._parts = Hessian(), 0  # … then 2/parts · Σ x xᵀ, (channels, channels)
 
     def add(self, x: Tensor) -> None:
         """Take the inputs of some tokens, (tokens, channels)."""
         self.tokens.append(x[-self.count % self._stride :: self._stride].clone())
         self.count += len(x)
-        x = x.float()
-        self.magnitude = self.magnitude.to(x.device) + x.abs().sum(0)
-        if not self._alone:
-            return
-        self._all.append(x)
-        if self._moment is None and self.count >= x.shape[1]:
-            self._moment = x.new_zeros(x.shape[1], x.shape[1])
-        if self._moment is not None:
-            for seen in self._all:
-                self._moment.addmm_(seen.T, seen)
-            self._all.clear()
+        self.magnitude = self.magnitude.to(x.device) + x.abs().sum(0, dtype=torch.float32)
+        if self._alone:
+            self._all.append(x)
+            if self.count >= x.shape[1]:
+                for seen in self._all:
+                    self._hessian.add(seen)
+                self._parts += len(self._all)
+                self._all.clear()
+
+    @cached_property
+    def _moment(self) -> Tensor:
+        return self._hessian.take().mul_(self._parts / 2)
 
     def squared_error(self, delta: Tensor) -> Tensor:
-        """Σ_t ‖ΔW x_t‖², of weights that are off by ΔW (out, channels)."""
-        if self._moment is None:
-            return torch.stack([(x @ delta.T).square_().sum() for x in self._all]).sum()
+        """Σ_t ‖ΔW x_t‖², of weights that are off by ΔW (out, channels); no tokens can be added any more."""
+        if self._all:
+            return torch.stack([(x.float() @ delta.T).square_().sum() for x in self._all]).sum()
         return (delta @ self._moment).mul_(delta).sum()
 
 
