@@ -217,7 +217,7 @@ def test_statistics_do_not_depend_on_the_batch(
         torch.testing.assert_close(hessian.take().double(), true[name], rtol=1e-4, atol=1e-5 * float(true[name].max()))
 
 
-@pytest.mark.parametrize("policy", [KIVI(2, group_size=4, residual=8), PerHead(3)], ids=["kivi", "per head"])
+@pytest.mark.parametrize("policy", [KIVI(2, group_size=8, residual=8), PerHead(3)], ids=["kivi", "per head"])
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["alone", "behind"])
 def test_a_policy_rounds_every_sample_as_if_it_were_alone(
     prefix: Tensor | None, policy: KVPolicy, tiny_model: Callable[..., PreTrainedModel],
