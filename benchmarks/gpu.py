@@ -39,6 +39,7 @@ STEPS = (
     Step("overhead", ("benchmarks.overhead", "--device", "cuda", "--shape", "8b", "--kv-bits", "4",
                       "--prompts", "512", "2048", "8192", "--prefixes", "1", "34"), 60),
     Step("gptq", ("benchmarks.peers.blocks", "--device", "cuda", "--peer-python", PEER), 150, (PEER,)),
+    Step("walk", ("benchmarks.gptq_walk", "--device", "cuda"), 40),
     Step("kv_decode", ("benchmarks.kv_decode", "--device", "cuda", "--rounds", "9"), 60, ("triton",)),
     Step("memory", ("benchmarks.memory", "--device", "cuda", "--recipe", "gptq", "--samples", "128",
                     "--length", "2048"), 120),

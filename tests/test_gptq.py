@@ -272,6 +272,15 @@ def test_float64_comes_after_three_steps_and_then_a_clear_refusal() -> None:
     assert repairs > 0
 
 
+@every("place", [(2, 2), (299, 299)])
+@every("value", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_has_no_factor(place: tuple[int, int], value: float) -> None:
+    h = torch.eye(300)  # more than a panel
+    h[place] = h[place[::-1]] = value
+    with pytest.raises(UserError, match=r"layer.*no Cholesky factor"):
+        inverse_factor(h, 0.01, "layer")
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     weight = random(8, 16)
     weight[2, 3] = float("nan")

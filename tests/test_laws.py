@@ -271,8 +271,8 @@ def test_the_checkpoint_computes_what_the_blocks_computed_that_were_written(case
 
 @torch.no_grad()
 def test_packed_weights_compute_the_same_bits(case: Case) -> None:
-    packed = load_quantized(case.out, kernel="unpack")
     stored = [name for index in range(2) for name in read_block(block_file(case.out, index)).linears]
+    packed = load_quantized(case.out, kernel="unpack" if stored else None)
     assert sorted(name for name, module in packed.named_modules() if isinstance(module, QuantLinear)) == sorted(stored)
     for prefix, logits in zip(case.prefixes, case.logits, strict=True):
         assert torch.equal(logits, case.attached(packed, prefix).score(TEXT))

@@ -17,7 +17,9 @@ import quantization.runs.pipeline
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.observe import hooked, on_input
+from intactkv.policy import KVPolicy
 from quantization.grids.uniform import UniformGrid, fake_quantize
+from quantization.kv_cache import KIVI, PerHead
 from quantization.model import text
 from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.stages import seconds_by_stage
@@ -213,6 +215,22 @@ def test_statistics_do_not_depend_on_the_batch(
     assert max(sizes) == int(batch)
     for name, hessian in found.items():
         torch.testing.assert_close(hessian.take().double(), true[name], rtol=1e-4, atol=1e-5 * float(true[name].max()))
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, group_size=8, residual=8), PerHead(3)], ids=["kivi", "per head"])
+@pytest.mark.parametrize("prefix", [None, PREFIX], ids=["alone", "behind"])
+def test_a_policy_rounds_every_sample_as_if_it_were_alone(
+    prefix: Tensor | None, policy: KVPolicy, tiny_model: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also one whose groups are runs of tokens: samples have one length, so there are no pads."""
+    passed = []
+    for batch in ("1", "3"):
+        monkeypatch.setenv(BATCH, batch)
+        block = first_block(tiny_model("llama"), prefix)
+        passed.append(torch.cat([*stream_of(block).passed(block, kv=policy)]))
+    torch.testing.assert_close(*passed, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(passed[0], torch.cat([*stream_of(block).passed(block)]), rtol=1e-2)
 
 
 class Waits(TorchDispatchMode):

@@ -97,7 +97,7 @@ def measure(options: Namespace, work: Path) -> None:
     truth = hidden_states(dense.to(options.device), ids[-1:])
     del dense
     for i in range(options.repeat):
-        arms = [*OURS, "llmcompressor"]
+        arms = [*options.arms, "llmcompressor"]
         for arm in arms if i % 2 == 0 else arms[::-1]:
             out = work / arm.replace(" ", "-")
             shutil.rmtree(out, ignore_errors=True)
@@ -113,7 +113,7 @@ def measure(options: Namespace, work: Path) -> None:
                 states = hidden_states(model.to(options.device), ids[-1:])
                 errors[arm] = float((states - truth).norm() / truth.norm())
                 del model
-    for arm in OURS:
+    for arm in options.arms:
         report(
             benchmark="gptq_blocks",
             by=arm,
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--arms", nargs="+", choices=OURS, default=OURS, help="of ours (default: both)")
     parser.add_argument("--batch-size", type=int, default=1, help="segments per forward pass of the peer (default: 1)")
     parser.add_argument("--repeat", type=int, default=1, help="rounds; seconds are medians (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ float64, instead of an error.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -102,9 +103,14 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor 
 
     h: (n, n) without zeros on its diagonal; overwritten. λ = damp · mean diag H. order: of U's channels, (n,), where it
     is another than that of H. With J the reversal of both axes and J(H_λ) = L Lᵀ: U = J(L⁻¹).
-    Raises UserError if even 10³ times the damping in float64 gives no factor.
+    Raises UserError if H is not finite, or if even 10³ times the damping in float64 gives no factor.
     """
     step, diagonal = damp * float(h.diagonal().mean()), h.diagonal()
+    if not math.isfinite(step):
+        raise UserError(
+            f"{name}: the Hessian has no Cholesky factor, as it is not finite: the calibration text gives values whose "
+            "squares float32 does not hold; the checkpoint is damaged"
+        )
     exact = h.dtype == torch.float64
     for attempt in range(DAMP_STEPS + 1):
         # λ, then 10λ, …: what is missing to the next is added.
