@@ -39,9 +39,11 @@ STEPS = (
     Step("lutgemm", ("benchmarks.lutgemm", "--device", "cuda"), 40, ("triton",)),
     Step("overhead", ("benchmarks.overhead", "--device", "cuda", "--shape", "8b", "--blocks", "32", "--rounds", "5",
                       "--prompts", "512", "2048", "8192", "--prefixes", "1", "34", "--new", "32"), 60),
+    Step("walk", ("benchmarks.gptq_walk", "--device", "cuda"), 40),
     Step("memory", ("benchmarks.memory", "--device", "cuda", "--recipe", "gptq", "--samples", "128",
                     "--length", "2048"), 120),
     Step("kv_decode", ("benchmarks.kv_decode", "--device", "cuda", "--rounds", "9"), 60, ("triton",)),
+    Step("spqr", ("benchmarks.spqr", "--device", "cuda"), 30, ("triton",)),
 )  # fmt: skip
 
 

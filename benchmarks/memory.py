@@ -29,7 +29,7 @@ SHAPES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
 }
-BLOCKS = {"cpu": {"small": (8, 32), "8b": (2, 4)}, "cuda": {"8b": (1, 2), "70b": (1, 2)}}
+BLOCKS = {"cpu": {"small": (8, 32), "8b": (2, 4)}, "cuda": {"8b": (1, 2), "70b": (1,)}}
 WHOLE = {"8b": 32, "70b": 80}  # blocks of the model
 REAL_VOCABULARY = 128_256  # of LLaMA 3
 VOCABULARY = 1000
@@ -85,11 +85,14 @@ def limit_mb(shape: str, samples: int, length: int, calibrates: bool) -> float:
     return 2 * block_mb(shape) + text / 1e6
 
 
-def whole_model(shape: str, gpu_mb: float, host_mb: float) -> dict[str, Any]:
-    """What a model of so many blocks, with its embeddings and head, takes in GB, and what is left of a GPU and a host.
+def whole_model(shape: str, blocks: int, gpu_mb: float, host_mb: float) -> dict[str, Any]:
+    """What a model of this shape, with its embeddings and head, takes in GB, and what is left of a GPU and a host.
 
-    The embeddings are on the GPU only before the first block, where less else is; they and the head are in host memory
-    while they are written."""
+    blocks: that were measured. One alone has none that is written meanwhile (weights and their codes, on the GPU), and
+    none that is read ahead. The embeddings are on the GPU only before the first block, where less else is; they and the
+    head are in host memory while they are written."""
+    if blocks == 1:
+        gpu_mb, host_mb = gpu_mb + 1.5 * block_mb(shape), host_mb + block_mb(shape)
     gpu, host = gpu_mb / 1e3, (host_mb + 2 * 2 * REAL_VOCABULARY * SHAPES[shape]["hidden_size"] / 1e6) / 1e3
     return {
         "blocks": WHOLE[shape],
@@ -111,7 +114,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="calibration samples (default: 4)")
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: 128)")
     parser.add_argument(
-        "--blocks", type=int, nargs=2, metavar=("FEW", "MANY"), help="(small: 8 32, 8b: 2 4, cuda: 1 2)"
+        "--blocks",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="few and many, or one number (small: 8 32, 8b: 2 4; on a GPU 8b: 1 2, 70b: 1)",
     )
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE")
     parser.add_argument("--child", nargs=2, type=Path, metavar=("SOURCE", "OUT"), help=argparse.SUPPRESS)
@@ -140,7 +147,7 @@ def main() -> None:
             figures: dict[str, Any] = {name: [round(x[name], 1) for x in took] for name in took[0]}
             if on_gpu and shape in WHOLE:
                 host = peaks[-1] + took[-1]["pinned_mb"]
-                limits = {"whole_model": whole_model(shape, took[-1]["gpu_reserved_mb"], host)}
+                limits = {"whole_model": whole_model(shape, counts[-1], took[-1]["gpu_reserved_mb"], host)}
             elif not on_gpu:
                 limit = alone + limit_mb(shape, options.samples, options.length, calibrates)
                 limits = {"imports_mb": round(alone), "limit_mb": round(limit)}
@@ -151,7 +158,7 @@ def main() -> None:
                 blocks=list(counts),
                 tokens=[options.samples, options.length] if calibrates else None,
                 peak_mb=[round(p) for p in peaks],
-                growth=round(peaks[1] / peaks[0] - 1, 4),
+                growth=round(peaks[-1] / peaks[0] - 1, 4) if len(peaks) > 1 else None,
                 **figures,
                 **limits,
             )

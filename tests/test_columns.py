@@ -93,6 +93,21 @@ def test_outliers_keep_a_correction_in_half_precision(limit: float, kernel: bool
     check(random(40, 24), factor, Levels(levels.scale, levels.zero_point, levels.group, 7, True, limits), kernel)
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+@every("shift", [0.2, 1.0, -2.0])
+def test_codes_beside_a_zero_point_with_a_fraction(shift: float, kernel: bool) -> None:
+    """Weights of one sign: q − z takes more digits than q, and must not come back as a little less than q."""
+    w = (torch.rand(8, 500, generator=torch.Generator().manual_seed(0)) + shift).to(DEVICE)
+    low, high = w.aminmax(dim=0, keepdim=True)
+    scale = (high - low) / 7
+    zero_point = -low / scale
+    expected = torch.round(w / scale + zero_point).clamp(0, 7)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=DEVICE)
+    grid = Levels(scale, zero_point, torch.zeros(8, dtype=torch.int32, device=DEVICE), 7, round_sum=True)
+    round_columns(w, torch.eye(8, device=DEVICE), grid, codes, kernel=kernel)
+    assert torch.equal(codes.float(), expected)
+
+
 @every("convention", CONVENTIONS)
 @every("bits", range(2, 9))
 def test_the_kernel_rounds_as_torch_does_bit_for_bit_where_nothing_is_summed(bits: int, convention: str) -> None:
