@@ -9,7 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -73,7 +73,7 @@ def check(bits: int, convention: str, dtype: torch.dtype) -> tuple[bool, str]:
         weight = replace(weight, group_index=index[torch.randperm(1280, device="cuda")].int())
     dense, made = weight.dequantize(torch.float64), PRODUCTS["uniform"].prepare(stored(weight))
     good, errors = True, []
-    for rows in (1, 4, 16, 200):
+    for rows in (1, 4, 16, 17):
         x, bias = random(rows, 1280).to(dtype), random(331).to(dtype)
         y, again = made.multiply(x, made.tensors, bias), made.multiply(x, made.tensors, bias)
         expected = x.double() @ dense.T + bias.double()
@@ -81,7 +81,7 @@ def check(bits: int, convention: str, dtype: torch.dtype) -> tuple[bool, str]:
         errors.append(float((y.double() - expected).abs().max() / size))
         good = good and errors[-1] < BOUNDS[dtype] and torch.equal(y, again)
     told = ", ".join(f"{error:.1e}" for error in errors)
-    return good, f"{'right' if good else 'WRONG'}: {bits} bits {convention} {dtype}, 1, 4, 16, 200 rows: errors {told}"
+    return good, f"{'right' if good else 'WRONG'}: {bits} bits {convention} {dtype}, 1, 4, 16, 17 rows: errors {told}"
 
 
 def graph_time(calls: list[Callable[[], Any]], replays: int = 7) -> float:
@@ -195,26 +195,27 @@ def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tu
     """The product by one tile."""
     from quantization.kernels.uniform_triton import DotTile, Tile, few_rows, some_rows
 
-    if tile in FEW_TILES + MORE_TILES:
-        few_rows(x, tensors, None, y, codes, len(x), Tile(*tile[:4], bool(tile[4]), bool(tile[5])))
+    if len(x) <= 4 and tile not in DOT_TILES:
+        few_rows(x, tensors, None, y, codes, len(x), Tile(*tile[:4], *map(bool, tile[4:6]), *tile[6:]))
     else:
         some_rows(x, tensors, None, y, codes, len(x), DotTile(*tile))
 
 
-def compile_one(job: tuple[int, int, tuple[int, ...] | None]) -> None:
-    """Compile what a number of bits, of rows, or a tile takes, into Triton's own cache."""
-    from quantization.kernels.uniform_triton import Codes, multiply
+def compile_one(job: tuple[int, int, int, int, tuple[int, ...] | None]) -> None:
+    """Compile what a number of bits and of rows takes for a shape, or a tile, into Triton's own cache."""
+    from quantization.kernels.uniform_triton import Codes, dot_tile_of, multiply, tile_of
 
-    bits, rows, tile = job
-    codes, tensors = Codes(bits, 1024, 256, GROUP // 32, None), random_tensors(bits, 256, 1024, "cuda")
-    x = torch.zeros(rows, 1024, device="cuda", dtype=torch.bfloat16)
-    if tile is None:
+    bits, rows, outputs, channels, tile = job
+    wanted, codes = Codes(bits, channels, outputs, GROUP // 32, None), Codes(bits, 1024, 256, GROUP // 32, None)
+    tensors, x = random_tensors(bits, 256, 1024, "cuda"), torch.zeros(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    if rows > 16:
         multiply(x, tensors, None, codes)
     else:
-        start(x, tensors, x.new_empty(rows, 256), codes, tile)
+        chosen = tile or astuple(tile_of(wanted, rows) if rows <= 4 else dot_tile_of(wanted, x.dtype))
+        start(x, tensors, x.new_empty(rows, 256), codes, chosen)
 
 
-def ahead(jobs: list[tuple[int, int, tuple[int, ...] | None]], checks: list[Any], workers: int) -> bool:
+def ahead(jobs: list[Any], checks: list[Any], workers: int) -> bool:
     """Compile and check in several processes; what is not compiled is left to the measurement. Whether all is right."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         checking, compiling = [pool.submit(check, *one) for one in checks], [pool.submit(compile_one, j) for j in jobs]
@@ -233,7 +234,7 @@ def main() -> None:
     """The check, then a line for every shape, number of bits and of rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, bits and rows; no check")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, bits, rows and checks")
     parser.add_argument("--variants", action="store_true", help="time other tiles, too, with 1 to 16 rows")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile ahead")
     parser.add_argument("--bits", type=int, nargs="+", default=None)
@@ -243,21 +244,21 @@ def main() -> None:
         return
     bits = options.bits or ((3, 4) if options.quick else BITS)
     shapes = (SHAPES[0], SHAPES[3], SHAPES[4]) if options.quick else SHAPES
-    rows = (1, 4, 16) if options.quick else ROWS
-    jobs: list[Any] = [(b, r, None) for b in bits for r in rows]
+    plan = [(b, *shape, (1, 4, 16, 64) if options.quick else ROWS) for b in bits for shape in shapes]
+    plan += [(b, *SHAPES[3], (1,)) for b in (2, 8)] if options.quick and options.bits is None else []
+    jobs = [(b, r, outputs, channels, None) for b, outputs, channels, rows in plan for r in rows]
     if options.variants:
-        jobs += [(b, 1, tile) for b in (3, 4) for tile in FEW_TILES]
-        jobs += [(3, 4, tile) for tile in MORE_TILES] + [(3, 16, tile) for tile in DOT_TILES[:12]]
+        jobs += [(b, 1, 256, 1024, tile) for b in (3, 4) for tile in FEW_TILES]
+        jobs += [(3, 4, 256, 1024, tile) for tile in MORE_TILES] + [(3, 16, 256, 1024, tile) for tile in DOT_TILES[:12]]
     with torch.inference_mode():
-        checks = [] if options.quick else [(b, *kind) for b in bits for kind in CHECKS]
+        checks = [(b, *kind) for b in bits for kind in (CHECKS[:1] if options.quick else CHECKS)]
         if not ahead(jobs, checks, options.workers):
             sys.exit("a product is wrong: nothing is timed")
         speed = bandwidth(options.device)
         print(f"copy bandwidth {speed / 1e12:.2f} TB/s, read and written", flush=True)
         dense_times: dict[Any, tuple[float, float]] = {}
-        for b in bits:
-            for outputs, channels in shapes:
-                measure(b, outputs, channels, rows, speed, options.device, dense_times)
+        for b, outputs, channels, rows in plan:
+            measure(b, outputs, channels, rows, speed, options.device, dense_times)
         if options.variants:
             for b, r in ((3, 1), (4, 1), (3, 4), (3, 16)):
                 for outputs, channels in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4]):

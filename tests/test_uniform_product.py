@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from quantization.kernels.protocols import Prepared, Stored
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from quantization.kernels import uniform_triton
 from quantization.kernels.uniform import Uniform, layout
+from quantization.kernels.uniform_triton import Codes, Tile, few_rows, tile_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What a product of so few channels may be off, of the norm of its inputs times that of the weights: the rounding of the
@@ -50,7 +53,7 @@ def error(weight: QuantizedTensor, x: Tensor, bias: Tensor | None = None) -> flo
 @every("bits", [2, 3, 4, 8])
 @every(
     ("rows", "dtype"),
-    [(1, torch.float32), (1, torch.bfloat16), (2, torch.float16), (4, torch.float32), (17, torch.bfloat16)],
+    [(1, torch.float32), (1, torch.bfloat16), (2, torch.float16), (4, torch.float32), (16, torch.bfloat16)],
 )
 def test_the_product_is_that_of_the_dequantized_matrix(bits: int, rows: int, dtype: torch.dtype) -> None:
     weight = quantize(random(67, 32 * 6), UniformGrid(bits, 96))  # outputs are filled up, units of a tile are missing
@@ -136,6 +139,85 @@ def test_only_what_the_kernels_know_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert not taken(4, 64, index=(torch.arange(128) > 60).int())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not taken(4, 32)
+
+
+@every(("bits", "rows"), [(2, 1), (3, 3), (4, 1), (8, 1)])
+@every(
+    "tile",
+    [
+        Tile(32, 2, 1),
+        Tile(8, 4, 1),
+        Tile(32, 2, 1, splits=2),
+        Tile(32, 2, 1, ahead=True, splits=3),
+        Tile(32, 2, 1, scaled=True),
+        Tile(32, 1, 1, scaled=True, ahead=True, splits=2),
+    ],
+)
+def test_every_tile_gives_the_product(bits: int, rows: int, tile: Tile) -> None:
+    weight = quantize(random(61, 320), UniformGrid(bits, 64))  # ten units: no number of those that are read at a time
+    codes, tensors, x, bias = Codes(bits, 320, 61, 2, None), prepared(weight).tensors, random(rows, 320), random(61)
+    y = torch.empty(rows, 61, device=DEVICE)
+    few_rows(x, tensors, bias, y, codes, rows, tile)
+    assert_close(y.double(), x.double() @ weight.dequantize(torch.float64).T + bias, rtol=1e-5, atol=1e-4)
+
+
+def test_every_shape_has_a_tile_that_its_outputs_fill() -> None:
+    for bits in (2, 3, 4, 8):
+        for outputs, channels in ((64, 64), (576, 1536), (4096, 14336), (14336, 4096), (12288, 49152), (128256, 8192)):
+            for rows in (1, 2, 4):
+                tile = tile_of(Codes(bits, channels, outputs, 4, None), rows)
+                assert 64 % (tile.outputs * tile.tiles) == 0
+                assert 1 <= tile.splits <= 8
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(32, 2, 1), Tile(32, 2, 1, scaled=True), Tile(32, 1, 1, scaled=True, ahead=True, splits=2)]
+)
+def test_a_second_call_hands_the_same_kernels_its_own_tensors(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the first call compiles, and later ones start what it compiled with addresses alone. Here a compiled
+    kernel is one that finds the tensors of the addresses and has them interpreted."""
+    if DEVICE == "cuda":
+        pytest.skip("there every test of few rows can tell")
+    known: dict[int, Tensor] = {}
+    started: list[str] = []
+
+    class Kernel:
+        def __init__(self, name: str):
+            self.name, self.kernel = name, getattr(uniform_triton, name)
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **options: self.kernel[grid](*arguments, **options) or Compiled(self)
+
+    class Compiled:
+        def __init__(self, of: Kernel):
+            self.of = of
+
+        def __getitem__(self, grid: Any) -> Any:
+            def start(*arguments: Any, stream: int) -> None:
+                started.append(self.of.name)
+                assert not any(isinstance(argument, Tensor) for argument in arguments)
+                self.of.kernel[grid](*(known.get(a, a) if isinstance(a, int) else a for a in arguments))
+
+            return start
+
+    def room(*arguments: Any) -> Any:
+        made = scratch(*arguments)
+        known.update({tensor.data_ptr(): tensor for tensor in made if tensor is not None})
+        return made
+
+    scratch = uniform_triton._scratch
+    for name in ("few_rows_kernel", "scale_kernel", "sum_kernel"):
+        monkeypatch.setattr(uniform_triton, name, Kernel(name))
+    monkeypatch.setattr(uniform_triton, "_scratch", room)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    codes = Codes(3, 128, 64, 1, None)
+    for seed in range(2):
+        weight = quantize(random(64, 128, seed=seed), UniformGrid(3, 32))
+        tensors, x, bias, y = prepared(weight).tensors, random(1, 128, seed=seed + 5), random(64), torch.empty(1, 64)
+        known.update({tensor.data_ptr(): tensor for tensor in (*tensors.values(), x, bias, y)})
+        few_rows(x, tensors, bias, y, codes, 1, tile)
+        assert_close(y.double(), x.double() @ weight.dequantize(torch.float64).T + bias, rtol=1e-5, atol=1e-4)
+    assert started == ["scale_kernel"] * tile.scaled + ["few_rows_kernel"] + ["sum_kernel"] * (tile.splits > 1)
 
 
 # Without a GPU --------------------------------------------------------------------------------------------------------

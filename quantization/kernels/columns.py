@@ -114,6 +114,6 @@ def _round_columns(
                 outlier = (x / pivots[first + i]).square_() > levels.limit
                 corrections[first + i] = x.where(outlier, 0.0)
                 x -= corrections[first + i]
-    # Rounded once more: beside a zero point with a fraction q − z + z may be q less a last bit, which uint8 cuts to q − 1.
+    # Rounded once more: where z has a fraction, q − z + z may be q less a last bit, which uint8 cuts to q − 1.
     codes.copy_(steps.add_(levels.zero_point.index_select(0, levels.group)).round_())
     w.div_(pivots[:, None])

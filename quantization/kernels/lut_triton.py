@@ -27,6 +27,10 @@ __all__ = ["Plan", "Signs", "dequantized", "plan_for", "product"]
 WORD = tl.constexpr(32)  # inputs of a word
 DENSE = 256  # outputs of a program that makes the matrix
 LONGEST = 16  # words that α is multiplied with at a time, at most
+ROWS = 1024  # of a tile
+AT_ONCE = 3  # programs of a multiprocessor, at least
+SMALL = 2**19  # words in all of a matrix for which starting a second kernel takes longer than tables save
+PARTS = 128  # that are read at a time when they are added, at most
 PROCESSORS = 132  # of an H100; where no GPU tells (the interpreter)
 
 
@@ -187,15 +191,15 @@ def _sum_kernel(sums, bias, y, parts, outputs, PARTS: tl.constexpr, OUTPUTS: tl.
     tl.store(y + tl.program_id(1).to(tl.int64) * outputs + n, total, mask=seen)
 
 
-@triton.jit(do_not_specialize=["words", "per_group"])
+@triton.jit(do_not_specialize=["words", "per_group", "bits"])
 def _signs_kernel(
-    x, planes, alpha, offset, bias, y, outputs, words, per_group,
-    BITS: tl.constexpr, PLANES: tl.constexpr, OUTPUTS: tl.constexpr, WORDS: tl.constexpr,
+    x, planes, alpha, offset, bias, y, outputs, words, per_group, bits,
+    PLANES: tl.constexpr, OUTPUTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """y = x Ŵᵀ + b without tables, in one go, for a small matrix: inputs are added with the sign of their bit."""
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     plane, seen = tl.arange(0, PLANES), n < outputs
-    real = (plane < BITS)[None, :, None] & seen[None, None, :]
+    real = (plane < bits)[None, :, None] & seen[None, None, :]
     x += tl.program_id(1).to(tl.int64) * words * WORD
     total = tl.zeros((WORDS, PLANES, OUTPUTS), tl.float32)
     shift = tl.zeros((WORDS, OUTPUTS), tl.float32)
@@ -204,7 +208,7 @@ def _signs_kernel(
         w, there = tl.minimum(number, words - 1), number < words
         group = (w // per_group).to(tl.int64)
         row = plane[None, :, None] * outputs + n[None, None, :]
-        word = tl.load(planes + w.to(tl.int64)[:, None, None] * (BITS * outputs) + row, mask=real, other=0)
+        word = tl.load(planes + w.to(tl.int64)[:, None, None] * (bits * outputs) + row, mask=real, other=0)
         product = tl.zeros((WORDS, PLANES, OUTPUTS), tl.float32)
         inputs = tl.zeros((WORDS,), tl.float32)
         for t in tl.static_range(WORD):
@@ -212,7 +216,7 @@ def _signs_kernel(
             flip = ~(word << (31 - t)) & -(2**31)
             product += (value.to(tl.int32, bitcast=True)[:, None, None] ^ flip).to(tl.float32, bitcast=True)
             inputs += value
-        a = tl.load(alpha + group[:, None, None] * (BITS * outputs) + row, mask=real, other=0.0)
+        a = tl.load(alpha + group[:, None, None] * (bits * outputs) + row, mask=real, other=0.0)
         total += a.to(tl.float32) * product
         if offset is not None:
             z = tl.load(offset + group[:, None] * outputs + n[None, :], mask=seen[None, :], other=0.0)
@@ -251,12 +255,21 @@ def _dequantize_kernel(
 
 
 @cache
-def plan_for(rows: int, words: int, device: torch.device) -> Plan | Signs:
-    """A plan that fills the GPU."""
+def plan_for(bits: int, outputs: int, words: int, groups: int, device: torch.device) -> Plan | Signs:
+    """For a small matrix one kernel without tables; else splits that give every multiprocessor as much to do, and
+    several programs at a time, since a program waits for its tables."""
+    if bits * outputs * words <= SMALL:
+        return Signs(8, 64) if words > 32 else Signs(16, 32)
     gpu = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else PROCESSORS
-    tile = 2048 if rows * words > 2**22 else 1024
-    return Plan(tile, warps=tile // 256, splits=max(1, min(words // 4, 4 * processors // -(-rows // tile))))
+    tiles, chunks = -(-bits * outputs // ROWS), groups * -(-words // groups // LONGEST)
+
+    def longest(per_split: int) -> int:  # what the busiest multiprocessor has to do, in chunks; a start is one more
+        return -(-tiles * -(-chunks // per_split) // processors) * (per_split + 1)
+
+    most = max(1, tiles * chunks // (AT_ONCE * processors))  # chunks of a split that leave enough programs
+    per_split = min(range(most, 0, -1), key=longest)
+    return Plan(ROWS, splits=-(-chunks // per_split))
 
 
 def product(
@@ -270,7 +283,7 @@ def product(
     """x Ŵᵀ + b by tables: x (batch > 0, 32·words), zero where a group fills no word; the rest as in `BinaryCoded`."""
     words, bits, outputs = planes.shape
     batch = len(x)
-    plan = plan or plan_for(bits * outputs, words, x.device)
+    plan = plan or plan_for(bits, outputs, words, len(alpha), x.device)
     y = x.new_empty(batch, outputs)
     if isinstance(plan, Signs):
         cut = outputs, words, words // len(alpha), bits, triton.next_power_of_2(bits), plan.outputs, plan.words
@@ -281,7 +294,9 @@ def product(
     sums = torch.empty(batch, splits, bits * outputs, device=x.device)
     grid = (-(-bits * outputs // plan.rows), splits, batch)
     start(_rows_kernel, grid, (x.contiguous(), planes, alpha, offset, sums, outputs, *numbers), plan.warps)
-    start(_sum_kernel, (-(-outputs // 64), batch, 1), (sums, bias, y, splits * bits, outputs, 16, 64), 4)
+    parts = splits * bits
+    read = min(PARTS, triton.next_power_of_2(parts))
+    start(_sum_kernel, (-(-outputs // 32), batch, 1), (sums, bias, y, parts, outputs, read, 32), 4)
     return y
 
 

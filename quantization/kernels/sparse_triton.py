@@ -18,12 +18,12 @@ from quantization.kernels.launch import start
 __all__ = ["Codes", "dequantized", "multiply"]
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
-ROWS = 4  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
-TILE = 32  # outputs of a program
-GROUPS = 32  # that a program reads at a time
+ROWS = 2  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
+TILE = 16  # outputs of a program
+GROUPS = 64  # that a program reads at a time
 WARPS = 8
-ENTRIES = 16  # outliers of a row that it reads at a time
-DENSE = 128  # outputs of a program that makes the matrix
+ENTRIES = 64  # outliers of a row that it reads at a time
+DENSE = 512  # outputs of a program that makes the matrix
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,23 @@ class Codes:
 
 
 @triton.jit
-def _grid(grid_codes, second_level, group, n, N, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, TILE: tl.constexpr):
-    """Scale and zero point of some groups and outputs: s₂(q_s − z_s), s₃(q_z − z_z), float32."""
-    code = tl.load(grid_codes + group * N + n).to(tl.int32)
-    tile = second_level + (group * (N // TILE) + n // TILE) * 4
-    s = (code & (2**SCALE_BITS - 1)).to(tl.float32) - tl.load(tile + 1).to(tl.float32)
-    z = ((code >> SCALE_BITS) & (2**ZERO_BITS - 1)).to(tl.float32) - tl.load(tile + 3).to(tl.float32)
-    return tl.maximum(s * tl.load(tile).to(tl.float32), SMALLEST), z * tl.load(tile + 2).to(tl.float32)
+def _level(tile, seen):
+    """s₂, z_s, s₃ and z_z of some tiles, float32."""
+    return (
+        tl.load(tile, mask=seen, other=0.0).to(tl.float32),
+        tl.load(tile + 1, mask=seen, other=0.0).to(tl.float32),
+        tl.load(tile + 2, mask=seen, other=0.0).to(tl.float32),
+        tl.load(tile + 3, mask=seen, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def _grid(code, s2, z_s, s3, z_z, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr):
+    """Scale and zero point of some groups and outputs: s₂(q_s − z_s), s₃(q_z − z_z)."""
+    code = code.to(tl.int32)
+    s = ((code & (2**SCALE_BITS - 1)).to(tl.float32) - z_s) * s2
+    z = (((code >> SCALE_BITS) & (2**ZERO_BITS - 1)).to(tl.float32) - z_z) * s3
+    return tl.maximum(s, SMALLEST), z
 
 
 @triton.jit
@@ -63,47 +73,51 @@ def _number(word, PLACE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["groups"])
 def _product_kernel(
-    x, order, words, grid_codes, second_level, row_pointers, columns, values, bias, y, N, groups,
+    x, words, grid_codes, second_level, row_pointers, columns, values, bias, y, N, groups,
     BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
     GROUPS: tl.constexpr, OUTPUTS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """y = x Ŵᵀ + b of OUTPUTS outputs and one row of x."""
     PER_WORD: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = (SIZE + PER_WORD - 1) // PER_WORD
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, seen = tl.minimum(n, N - 1), n < N
+    first_output = tl.program_id(0) * OUTPUTS
+    n = first_output + tl.arange(0, OUTPUTS)
+    seen = n < N  # no minimum: neighbours must be seen to be neighbours
     x += tl.program_id(1).to(tl.int64) * groups * SIZE
     total = tl.zeros((GROUPS, OUTPUTS), tl.float32)
     for begin in range(0, groups, GROUPS):
         number = begin + tl.arange(0, GROUPS)
         group, there = tl.minimum(number, groups - 1), number < groups
-        s, z = _grid(grid_codes, second_level, group[:, None], row[None, :], N, SCALE_BITS, ZERO_BITS, TILE)
+        code = tl.load(grid_codes + group[:, None] * N + n[None, :], mask=seen[None, :], other=0)
+        if TILE % OUTPUTS == 0:  # all outputs are in one tile
+            s2, z_s, s3, z_z = _level(second_level + (group * (N // TILE) + first_output // TILE) * 4, there)
+            s, z = _grid(code, s2[:, None], z_s[:, None], s3[:, None], z_z[:, None], SCALE_BITS, ZERO_BITS)
+        else:
+            tile = second_level + (group[:, None] * (N // TILE) + (n // TILE)[None, :]) * 4
+            s2, z_s, s3, z_z = _level(tile, seen[None, :])
+            s, z = _grid(code, s2, z_s, s3, z_z, SCALE_BITS, ZERO_BITS)
         product, inputs = tl.zeros((GROUPS, OUTPUTS), tl.float32), tl.zeros((GROUPS,), tl.float32)
         for w in tl.static_range(WORDS):
-            word = tl.load(words + (group * WORDS + w)[:, None] * N + row[None, :])
+            word = tl.load(words + (group * WORDS + w)[:, None] * N + n[None, :], mask=seen[None, :], other=0)
             for place in tl.static_range(min(PER_WORD, SIZE - w * PER_WORD)):
-                channel = group * SIZE + w * PER_WORD + place
-                if order is not None:
-                    channel = tl.load(order + channel)
-                value = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
+                value = tl.load(x + group * SIZE + w * PER_WORD + place, mask=there, other=0.0).to(tl.float32)
                 product += _number(word, place, BITS) * value[:, None]
                 inputs += value
         total += s * (product - z * inputs[:, None])
     result = tl.sum(total, 0)
 
-    first, last = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
+    first = tl.load(row_pointers + n, mask=seen, other=0)
+    last = tl.load(row_pointers + n + 1, mask=seen, other=0)
     outliers = tl.zeros((OUTPUTS, ENTRIES), tl.float32)
     for begin in range(0, tl.max(last - first, 0), ENTRIES):
         at = (first + begin)[:, None] + tl.arange(0, ENTRIES)[None, :]
         there = at < last[:, None]
         channel = tl.load(columns + at, mask=there, other=0).to(tl.int32)
-        if order is not None:
-            channel = tl.load(order + channel, mask=there, other=0)
         r = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
         outliers += r * tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
     result += tl.sum(outliers, 1)
     if bias is not None:
-        result += tl.load(bias + row).to(tl.float32)
+        result += tl.load(bias + n, mask=seen, other=0.0).to(tl.float32)
     tl.store(y + tl.program_id(1).to(tl.int64) * N + n, result.to(y.dtype.element_ty), mask=seen)
 
 
@@ -117,10 +131,12 @@ def _dequantize_kernel(
     PER_WORD: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = (SIZE + PER_WORD - 1) // PER_WORD
     group, n = tl.program_id(0), tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, seen = tl.minimum(n, N - 1), n < N
-    s, z = _grid(grid_codes, second_level, group, row, N, SCALE_BITS, ZERO_BITS, TILE)
+    seen = n < N  # no minimum: neighbours must be seen to be neighbours
+    s2, z_s, s3, z_z = _level(second_level + (group * (N // TILE) + n // TILE) * 4, seen)
+    code = tl.load(grid_codes + group * N + n, mask=seen, other=0)
+    s, z = _grid(code, s2, z_s, s3, z_z, SCALE_BITS, ZERO_BITS)
     for w in tl.static_range(WORDS):
-        word = tl.load(words + (group * WORDS + w) * N + row)
+        word = tl.load(words + (group * WORDS + w) * N + n, mask=seen, other=0)
         for place in tl.static_range(min(PER_WORD, SIZE - w * PER_WORD)):
             at = (group * SIZE + w * PER_WORD + place).to(tl.int64) * N + n
             tl.store(dense + at, ((_number(word, place, BITS) - z) * s).to(dense.dtype.element_ty), mask=seen)
@@ -136,19 +152,22 @@ def _outliers_kernel(
     PER_WORD: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = (SIZE + PER_WORD - 1) // PER_WORD
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, seen = tl.minimum(n, N - 1), n < N
-    first, last = tl.load(row_pointers + row), tl.load(row_pointers + row + 1)
+    seen = n < N  # no minimum: neighbours must be seen to be neighbours
+    first = tl.load(row_pointers + n, mask=seen, other=0)
+    last = tl.load(row_pointers + n + 1, mask=seen, other=0)
     for begin in range(0, tl.max(last - first, 0), ENTRIES):
         at = (first + begin)[:, None] + tl.arange(0, ENTRIES)[None, :]
-        there = (at < last[:, None]) & seen[:, None]
+        there = at < last[:, None]
         column = tl.load(columns + at, mask=there, other=0).to(tl.int32)
         group, place = column // SIZE, column % SIZE
-        s, z = _grid(grid_codes, second_level, group, row[:, None], N, SCALE_BITS, ZERO_BITS, TILE)
-        word = tl.load(words + (group * WORDS + place // PER_WORD) * N + row[:, None])
+        s2, z_s, s3, z_z = _level(second_level + (group * (N // TILE) + n[:, None] // TILE) * 4, there)
+        grid_code = tl.load(grid_codes + group * N + n[:, None], mask=there, other=0)
+        s, z = _grid(grid_code, s2, z_s, s3, z_z, SCALE_BITS, ZERO_BITS)
+        word = tl.load(words + (group * WORDS + place // PER_WORD) * N + n[:, None], mask=there, other=0)
         r = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
         code = (word >> (place % PER_WORD * BITS)) & (2**BITS - 1)
         w = (code.to(tl.float32) - z) * s + r
-        tl.store(dense + column.to(tl.int64) * N + row[:, None], w.to(dense.dtype.element_ty), mask=there)
+        tl.store(dense + column.to(tl.int64) * N + n[:, None], w.to(dense.dtype.element_ty), mask=there)
 
 
 # launch ---------------------------------------------------------------------------------------------------------------
@@ -156,14 +175,15 @@ def _outliers_kernel(
 
 def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
     """x Ŵᵀ + b: (..., channels) to (..., outputs), of any float dtype."""
-    rows = x.reshape(-1, x.shape[-1])
     words, order = tensors["words"], tensors.get("order")
+    if order is not None:
+        x = x.index_select(-1, order)
+    rows = x.reshape(-1, x.shape[-1])
     if not 0 < len(rows) <= ROWS or (x.requires_grad and torch.is_grad_enabled()):
-        inputs = x if order is None else x.index_select(-1, order)
-        return nn.functional.linear(inputs, dequantized(tensors, codes, x.dtype), bias)
+        return nn.functional.linear(x, dequantized(tensors, codes, x.dtype), bias)
     rows, outputs = rows.contiguous(), words.shape[2]
     y = rows.new_empty(*x.shape[:-1], outputs)
-    arguments = rows, order, words, *_parts(tensors), bias, y, outputs, len(words), *_numbers(codes)
+    arguments = rows, words, *_parts(tensors), bias, y, outputs, len(words), *_numbers(codes)
     start(_product_kernel, (-(-outputs // TILE), len(rows), 1), (*arguments, GROUPS, TILE, ENTRIES), WARPS)
     return y
 

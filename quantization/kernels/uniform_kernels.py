@@ -55,19 +55,24 @@ def _power(PLACE: tl.constexpr, BITS: tl.constexpr, OF: tl.constexpr):
 
 
 @triton.jit
+def _pair(words, seen):
+    both = tl.load(words) if seen is None else tl.load(words, mask=seen, other=0)
+    return both.to(tl.int32), (both >> 32).to(tl.int32)
+
+
+@triton.jit
 def _four(x, seen):
     """Four neighbours from x on, of any float dtype, as float32, loaded as words of 64 bits; zeros where nothing is
     seen."""
     words = x.to(tl.pointer_type(tl.int64), bitcast=True)
-    both = tl.load(words, mask=seen, other=0)
-    a, b = both.to(tl.int32), (both >> 32).to(tl.int32)
+    a, b = _pair(words, seen)
     if x.dtype.element_ty == tl.float16:
         found = (_half(a), _half(a >> 16), _half(b), _half(b >> 16))
     elif x.dtype.element_ty == tl.bfloat16:
         found = (_float(a << 16), _float(a & -65536), _float(b << 16), _float(b & -65536))
     else:
-        both = tl.load(words + 1, mask=seen, other=0)
-        found = (_float(a), _float(b), _float(both.to(tl.int32)), _float((both >> 32).to(tl.int32)))
+        c, d = _pair(words + 1, seen)
+        found = (_float(a), _float(b), _float(c), _float(d))
     return found
 
 
@@ -81,20 +86,22 @@ def _half(word):
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["size"])
-def scale_kernel(x, scaled, sums, size, BITS: tl.constexpr, UNITS: tl.constexpr):
+@triton.jit(do_not_specialize=["units", "filled"])
+def scale_kernel(x, scaled, sums, units, filled, BITS: tl.constexpr, UNITS: tl.constexpr):
     """scaled = x·2^(89−j), j where `_field` has the code of a channel, and sums = 2^(−60) Σ x of units; float32 both.
 
-    x, scaled: (size, 32). sums: (size,).
+    x: (rows, units, 32). scaled: (rows, filled, 32), sums: (rows, filled), with zeros behind. A program takes UNITS
+    units of a row.
     """
-    unit, place = tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.arange(0, 32)
-    at = unit.to(tl.int64)[:, None] * 32 + place[None, :]
-    there = unit < size
-    values = tl.load(x + at, mask=there[:, None], other=0.0).to(tl.float32)
+    m, unit, place = tl.program_id(1), tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.arange(0, 32)
+    at = (m * units + unit).to(tl.int64)[:, None] * 32 + place[None, :]
+    values = tl.load(x + at, mask=(unit < units)[:, None], other=0.0).to(tl.float32)
     bit = BITS * place % 32
     j = tl.where(bit + BITS > 32, 0, tl.where(bit + BITS > 23, bit - 16, bit))
-    tl.store(scaled + at, values * ((216 - j) << 23).to(tl.float32, bitcast=True)[None, :], mask=there[:, None])
-    tl.store(sums + unit, tl.sum(values, 1) * 2.0**-60, mask=there)
+    values_scaled = values * ((216 - j) << 23).to(tl.float32, bitcast=True)[None, :]
+    to = m * filled + unit
+    tl.store(scaled + to.to(tl.int64)[:, None] * 32 + place[None, :], values_scaled, mask=(unit < filled)[:, None])
+    tl.store(sums + to, tl.sum(values, 1) * 2.0**-60, mask=unit < filled)
 
 
 @triton.jit
@@ -106,27 +113,31 @@ def _grid(scale, zero, unit, n, N, PER: tl.constexpr, ZERO: tl.constexpr):
     return s, z
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["units", "filled", "per_split"])
 def few_rows_kernel(
-    x, unit_sums, words, scale, zero, bias, y, units, N, OUT,
+    x, unit_sums, words, scale, zero, bias, y, units, filled, per_split, N, OUT,
     ROWS: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y (ROWS, OUT) = x Ŵᵀ + b, on CUDA cores; a program takes OUTPUTS · TILES outputs.
 
-    x: (ROWS, 32·units), or what `scale_kernel` makes of it, with unit_sums. words: (units, BITS, N) int32. scale, zero:
-    (units/PER, N). UNITS: that are read at a time; AHEAD: while those before are multiplied.
+    x: (ROWS, units, 32), or what `scale_kernel` makes of it, with unit_sums and filled units a row. words: (units,
+    BITS, N) int32. scale, zero: (units/PER, N). UNITS: that are read at a time; AHEAD: while those before are
+    multiplied.
+    SPLIT: y (splits, ROWS, OUT) is 2^(−60) x Ŵᵀ over per_split units each, float32, for `sum_kernel`.
     """
     n = tl.program_id(0) * (OUTPUTS * TILES) + tl.arange(0, OUTPUTS)
-    channels = units * 32
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, units)
     total = (tl.zeros((UNITS, OUTPUTS), tl.float32),) * (ROWS * TILES)
     following = ()
     if AHEAD:
         for t in tl.static_range(TILES):
-            following += (_words(words, tl.minimum(tl.arange(0, UNITS), units - 1), n + t * OUTPUTS, N, BITS),)
-    for start in tl.range(0, units, UNITS, num_stages=STAGES):
+            following += (_words(words, tl.minimum(first + tl.arange(0, UNITS), units - 1), n + t * OUTPUTS, N, BITS),)
+    for start in tl.range(first, last, UNITS, num_stages=STAGES):
         row = start + tl.arange(0, UNITS)
-        seen, unit = row < units, tl.minimum(row, units - 1)
+        seen, unit = (row < last) if unit_sums is None else None, tl.minimum(row, units - 1)
         tiles, more = following, ()
         for t in tl.static_range(TILES):
             of = tl.minimum(row + UNITS, units - 1) if AHEAD else unit
@@ -141,11 +152,11 @@ def few_rows_kernel(
             if unit_sums is None:
                 sums += (tl.zeros((UNITS,), tl.float32),)
             else:
-                sums += (tl.load(unit_sums + m * units + unit, mask=seen, other=0.0),)
+                sums += (tl.load(unit_sums + m * filled + row),)
         for p in tl.static_range(0, 32, 4):
             inputs = ()
             for m in tl.static_range(ROWS):
-                inputs += (_four(x + m * channels + unit * 32 + p, seen),)
+                inputs += (_four(x + (m * filled + (unit if unit_sums is None else row)) * 32 + p, seen),)
             for i in tl.static_range(4):
                 scaled, more = (), ()
                 for m in tl.static_range(ROWS):
@@ -171,10 +182,14 @@ def few_rows_kernel(
     for t in tl.static_range(TILES):
         out = n + t * OUTPUTS
         for m in tl.static_range(ROWS):
-            result = tl.sum(total[t * ROWS + m], 0) * 2.0**60
-            if bias is not None:
-                result += tl.load(bias + out, mask=out < OUT, other=0.0).to(tl.float32)
-            tl.store(y + m * OUT + out, result.to(y.dtype.element_ty), mask=out < OUT)
+            result = tl.sum(total[t * ROWS + m], 0)
+            if SPLIT:
+                tl.store(y + (tl.program_id(1) * ROWS + m) * OUT + out, result, mask=out < OUT)
+            else:
+                result = result * 2.0**60
+                if bias is not None:
+                    result += tl.load(bias + out, mask=out < OUT, other=0.0).to(tl.float32)
+                tl.store(y + m * OUT + out, result.to(y.dtype.element_ty), mask=out < OUT)
 
 
 @triton.jit(do_not_specialize=["rows", "units", "filled"])

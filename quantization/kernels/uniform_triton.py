@@ -19,8 +19,11 @@ from quantization.kernels.uniform_kernels import (
 
 __all__ = ["Codes", "DotTile", "Tile", "dequantized", "few_rows", "multiply", "some_rows"]
 
-FEW, SOME = 4, 64  # rows up to which the kernels without and with tensor cores are taken
+FEW, SOME = 4, 16  # rows up to which the kernels without and with tensor cores are taken
+PROGRAMS = 768  # that share the inputs of a large matrix of 2 or 3 bits: six for each of an H200's processors
+LARGE = 2**27  # weights from which on operations count, not bytes or starts
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of inputs
+SUMMED = 256  # results that a program sums over the splits
 DENSE = 64  # outputs that a program dequantizes, a unit of each
 
 
@@ -39,7 +42,8 @@ class Codes:
 
 @dataclass(frozen=True)
 class Tile:
-    """How `few_rows_kernel` is started: outputs · tiles outputs of a program, warps, stages of loads."""
+    """How `few_rows_kernel` is started: outputs · tiles outputs of a program, warps, stages of loads; scaled: with
+    inputs that are scaled ahead; ahead: with words that are read ahead; splits: of the inputs."""
 
     outputs: int = 16
     tiles: int = 2
@@ -47,6 +51,7 @@ class Tile:
     stages: int = 1
     scaled: bool = False
     ahead: bool = False
+    splits: int = 1
 
     @property
     def units(self) -> int:
@@ -57,13 +62,13 @@ class Tile:
 @dataclass(frozen=True)
 class DotTile:
     """How `some_rows_kernel` is started: outputs of a program, units that are read at a time, warps, stages of loads;
-    inputs are split so that there are about so many programs."""
+    inputs are split so that there are about so many programs; aligned: with codes that are shifted to bit 0."""
 
     outputs: int = 64
-    units: int = 16
+    units: int = 32
     warps: int = 4
-    stages: int = 1
-    programs: int = 528
+    stages: int = 2
+    programs: int = 792
     aligned: bool = False
 
 
@@ -91,14 +96,31 @@ def _start(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Ten
     if rows <= FEW:
         few_rows(x, tensors, bias, y, codes, rows)
     else:
-        some_rows(x, tensors, bias, y, codes, rows, DotTile())
+        some_rows(x, tensors, bias, y, codes, rows, dot_tile_of(codes, x.dtype))
 
 
 def tile_of(codes: Codes, rows: int) -> Tile:
-    """What was fastest: with few outputs more threads share one, so that all of the GPU has work."""
+    """What was fastest on an H200, by shape, bits and rows.
+
+    In a large matrix the operations count, so inputs are scaled ahead, by a kernel of their own, and words are read
+    ahead. In a small one time counts. With few outputs more threads share one, so that all of the GPU has work.
+    """
+    large, many = codes.outputs * codes.channels >= LARGE, codes.outputs > 8192
     if rows > 1:
-        return Tile(16, 2 if rows < 4 else 1, 8)
-    return Tile(16, 2, 16) if codes.outputs <= 8192 else Tile(16, 4, 8)
+        return Tile(16, 2, 4, scaled=True) if large else Tile(16, 2 if rows < 4 else 1, 8)
+    if codes.bits == 8 and large:
+        return Tile(16, 2, 4, stages=3)
+    if not large:
+        return Tile(32, 2, 4, stages=3) if many and codes.bits < 8 else Tile(8, 2, 8)
+    if codes.bits == 4:
+        return Tile(32 if codes.outputs >= 2**15 else 16, 2, 8, scaled=True, ahead=True)
+    return Tile(32, 2, 4, scaled=True, ahead=True, splits=max(1, min(8, PROGRAMS * 64 // codes.outputs)))
+
+
+def dot_tile_of(codes: Codes, dtype: torch.dtype) -> DotTile:
+    """What was fastest on an H200 with 16 rows in half precision. What takes more room has one stage."""
+    large, wide = codes.outputs * codes.channels >= LARGE, codes.bits == 8 or dtype == torch.float32
+    return DotTile(aligned=codes.bits < 4 and large, stages=1 if wide else 2)
 
 
 def few_rows(
@@ -117,40 +139,70 @@ def few_rows(
     if again is not None:
         again(x, tensors, bias, y)
         return
-    tile = tile or tile_of(codes, rows)
-    units, size = words.shape[0], rows * words.shape[0]
-    constants = (units, words.shape[2], codes.outputs, rows, codes.bits, codes.per_group, codes.zero_point, tile.units,
-                 tile.outputs, tile.tiles, tile.stages, tile.ahead)  # fmt: skip
-    grid, scale_grid = (words.shape[2] // (tile.outputs * tile.tiles), 1, 1), (triton.cdiv(size, 16), 1, 1)
-    fixed = (words, tensors["scale"], tensors.get("zero_point"), bias, y, *constants)
+    again = _first_call(x, tensors, bias, y, codes, rows, tile or tile_of(codes, rows))
+    if again is not None:  # by the interpreter nothing is compiled
+        codes.started[key] = again
+
+
+def _first_call(
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor, codes: Codes, rows: int, tile: Tile
+) -> Callable[..., None] | None:
+    """The product by Triton's own start of kernels, which compiles them; what does it again for other tensors."""
+    words, device, bits = tensors["words"], x.get_device(), codes.bits
+    units, padded = words.shape[0], words.shape[2]
+    per_split = -(-units // (tile.units * tile.splits)) * tile.units
+    filled = per_split * tile.splits if tile.scaled else units
+    grid, scale_grid = (padded // (tile.outputs * tile.tiles), tile.splits, 1), (triton.cdiv(filled, 16), rows, 1)
+    sum_grid = (triton.cdiv(rows * codes.outputs, SUMMED), 1, 1)
+    constants = (units, filled, per_split, padded, codes.outputs, rows, bits, codes.per_group, codes.zero_point,
+                 tile.units, tile.outputs, tile.tiles, tile.stages, tile.ahead, tile.splits > 1)  # fmt: skip
+    scale_constants, sum_constants = (
+        (units, filled, bits, 16),
+        (tile.splits, rows * codes.outputs, codes.outputs, SUMMED),
+    )
+    scaled, sums, parts = _scratch(x, rows, filled, codes, tile)
+    split = parts is not None
+    scaling = None
     if tile.scaled:
-        scaled, sums = _scratch(x, rows, units)
-        scale_run = scale_kernel[scale_grid](x, scaled, sums, size, codes.bits, 16, num_warps=1)
-        run = few_rows_kernel[grid](scaled, sums, *fixed, num_warps=tile.warps)
-    else:
-        scale_run, run = None, few_rows_kernel[grid](x, None, *fixed, num_warps=tile.warps)
-    if run is None:  # by the interpreter nothing is compiled
-        return
-    start, start_scaling = run[grid], None if scale_run is None else scale_run[scale_grid]
+        scaling = scale_kernel[scale_grid](x, scaled, sums, *scale_constants, num_warps=1)
+    fixed = (words, tensors["scale"], tensors.get("zero_point"), None if split else bias, parts if split else y)
+    multiplying = few_rows_kernel[grid](x if scaled is None else scaled, sums, *fixed, *constants, num_warps=tile.warps)
+    summing = sum_kernel[sum_grid](parts, bias, y, *sum_constants) if split else None
+    if multiplying is None:
+        return None
+    start = multiplying[grid]
+    start_scaling = None if scaling is None else scaling[scale_grid]
+    start_summing = None if summing is None else summing[sum_grid]
 
-    def started(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor) -> None:
+    def again(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, y: Tensor) -> None:
         zero, stream = tensors.get("zero_point"), torch._C._cuda_getCurrentRawStream(device)
-        inputs, sums = x.data_ptr(), None
-        if start_scaling is not None:
-            scaled, unit_sums = _scratch(x, rows, units)
-            start_scaling(inputs, scaled.data_ptr(), unit_sums.data_ptr(), size, codes.bits, 16, stream=stream)
-            inputs, sums = scaled.data_ptr(), unit_sums.data_ptr()
-        start(
-            inputs, sums, tensors["words"].data_ptr(), tensors["scale"].data_ptr(), zero if zero is None else
-            zero.data_ptr(), bias if bias is None else bias.data_ptr(), y.data_ptr(), *constants, stream=stream,
-        )  # fmt: skip
+        inputs, unit_sums, result = x.data_ptr(), None, y.data_ptr()
+        added = None if bias is None else bias.data_ptr()
+        weight = tensors["words"].data_ptr(), tensors["scale"].data_ptr(), None if zero is None else zero.data_ptr()
+        if start_scaling is None and start_summing is None:
+            start(inputs, None, *weight, added, result, *constants, stream=stream)
+            return
+        scaled, sums, parts = _scratch(x, rows, filled, codes, tile)
+        if start_scaling is not None and scaled is not None and sums is not None:
+            start_scaling(inputs, scaled.data_ptr(), sums.data_ptr(), *scale_constants, stream=stream)
+            inputs, unit_sums = scaled.data_ptr(), sums.data_ptr()
+        if start_summing is None or parts is None:
+            start(inputs, unit_sums, *weight, added, result, *constants, stream=stream)
+            return
+        start(inputs, unit_sums, *weight, None, parts.data_ptr(), *constants, stream=stream)
+        start_summing(parts.data_ptr(), added, result, *sum_constants, stream=stream)
 
-    codes.started[key] = started
+    return again
 
 
-def _scratch(x: Tensor, rows: int, units: int) -> tuple[Tensor, Tensor]:
-    """Room for scaled inputs, and for the sums of their units."""
-    return torch.empty(rows, units, 32, device=x.device), torch.empty(rows, units, device=x.device)
+def _scratch(
+    x: Tensor, rows: int, filled: int, codes: Codes, tile: Tile
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for scaled inputs, for the sums of their units, and for the sums over splits."""
+    scaled = torch.empty(rows, filled, 32, device=x.device) if tile.scaled else None
+    sums = torch.empty(rows, filled, device=x.device) if tile.scaled else None
+    parts = torch.empty(tile.splits, rows, codes.outputs, device=x.device) if tile.splits > 1 else None
+    return scaled, sums, parts
 
 
 def some_rows(
@@ -172,7 +224,7 @@ def some_rows(
         UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", ALIGNED=tile.aligned,
         num_warps=tile.warps,
     )  # fmt: skip
-    sum_kernel[(triton.cdiv(y.numel(), 1024),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=1024)
+    sum_kernel[(triton.cdiv(y.numel(), SUMMED),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=SUMMED)
 
 
 def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype) -> Tensor:
