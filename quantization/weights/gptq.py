@@ -184,8 +184,7 @@ def column_loop(
     for start in range(0, len(w), columns):
         stop = min(start + columns, len(w))
         errors = w[start:stop]  # channels become errors as they are rounded
-        for first in range(start, stop, min(run, LONGEST)):
-            last = min(first + min(run, LONGEST), stop)
+        for first, last in _parts(start, stop, run):
             now, before = slice(first, last), slice(start, first)
             if first > start:
                 w[now].addmm_(factor[before, now].T, w[before], alpha=-1)
@@ -195,6 +194,15 @@ def column_loop(
             w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += torch.linalg.vector_norm(errors, dim=1).double().square().sum()
     return loss
+
+
+def _parts(start: int, stop: int, run: int) -> list[tuple[int, int]]:
+    """First and last of the channels that are rounded at a time: runs, and of long ones parts."""
+    return [
+        (first, min(first + LONGEST, begin + run, stop))
+        for begin in range(start, stop, run)
+        for first in range(begin, min(begin + run, stop), LONGEST)
+    ]
 
 
 def gptq(
