@@ -34,15 +34,16 @@ class Step:
 
 
 STEPS = (
-    Step("products", ("benchmarks.products", "--device", "cuda", "--quick"), 80, ("triton",)),
-    Step("lutgemm", ("benchmarks.lutgemm", "--device", "cuda"), 60, ("triton",)),
-    Step("overhead", ("benchmarks.overhead", "--device", "cuda", "--shape", "8b", "--kv-bits", "4",
-                      "--prompts", "512", "2048", "8192", "--prefixes", "1", "34"), 60),
     Step("gptq", ("benchmarks.peers.blocks", "--device", "cuda", "--peer-python", PEER), 150, (PEER,)),
+    Step("products", ("benchmarks.products", "--device", "cuda", "--quick"), 60, ("triton",)),
+    Step("lutgemm", ("benchmarks.lutgemm", "--device", "cuda"), 40, ("triton",)),
+    Step("overhead", ("benchmarks.overhead", "--device", "cuda", "--shape", "8b", "--blocks", "32", "--rounds", "5",
+                      "--prompts", "512", "2048", "8192", "--prefixes", "1", "34", "--new", "32"), 60),
     Step("walk", ("benchmarks.gptq_walk", "--device", "cuda"), 40),
-    Step("kv_decode", ("benchmarks.kv_decode", "--device", "cuda", "--rounds", "9"), 60, ("triton",)),
     Step("memory", ("benchmarks.memory", "--device", "cuda", "--recipe", "gptq", "--samples", "128",
                     "--length", "2048"), 120),
+    Step("kv_decode", ("benchmarks.kv_decode", "--device", "cuda", "--rounds", "9"), 60, ("triton",)),
+    Step("spqr", ("benchmarks.spqr", "--device", "cuda"), 30, ("triton",)),
 )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from quantization.programs.options import chosen_device
 from quantization.runs.plan import plan_run
 
 VOCABULARY = 32000  # of random models; the head is left out of prefill
-NEW = 64  # tokens of a decoding
 
 
 def real_model(directory: Path, corpus: str, device: torch.device) -> tuple[PreTrainedModel, torch.Tensor]:
@@ -56,6 +55,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8, help="of --shape (default: 8)")
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 2048], help="tokens of a prefill")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[1], help="tokens of the prefix (default: 1, [BOS])")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a decoding (default: 64)")
     parser.add_argument("--kv-bits", type=int, help="also with the KV policy per_head at so many bits")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
@@ -68,7 +68,7 @@ def main() -> None:
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")  # as transformers runs it; an attached model has ours
     pad = plain.generation_config.pad_token_id or 0
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": pad}
+    settings = {"max_new_tokens": options.new, "min_new_tokens": options.new, "do_sample": False, "pad_token_id": pad}
 
     def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], **of: Any) -> None:
         times = alternating(ours, theirs, options.rounds, device.type)
@@ -108,7 +108,7 @@ def main() -> None:
                     lambda whole=whole, mask=mask: plain.generate(whole, attention_mask=mask, **settings),
                     **of,
                     prompt_tokens=64,
-                    new_tokens=NEW,
+                    new_tokens=options.new,
                 )
 
 
