@@ -22,7 +22,7 @@ if find_spec("triton") is None:
 
 from quantization.kernels import uniform_triton
 from quantization.kernels.uniform import Uniform, layout
-from quantization.kernels.uniform_triton import Codes, Tile, few_rows, tile_of
+from quantization.kernels.uniform_triton import Codes, DotTile, Tile, few_rows, some_rows, tile_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What a product of so few channels may be off, of the norm of its inputs times that of the weights: the rounding of the
@@ -171,9 +171,12 @@ def test_every_shape_has_a_tile_that_its_outputs_fill() -> None:
 
 
 @pytest.mark.parametrize(
-    "tile", [Tile(32, 2, 1), Tile(32, 2, 1, scaled=True), Tile(32, 1, 1, scaled=True, ahead=True, splits=2)]
+    "tile",
+    [Tile(32, 2, 1), Tile(32, 2, 1, scaled=True), Tile(32, 1, 1, scaled=True, ahead=True, splits=2), DotTile(64, 16)],
 )
-def test_a_second_call_hands_the_same_kernels_its_own_tensors(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_hands_the_same_kernels_its_own_tensors(
+    tile: Tile | DotTile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU the first call compiles, and later ones start what it compiled with addresses alone. Here a compiled
     kernel is one that finds the tensors of the addresses and has them interpreted."""
     if DEVICE == "cuda":
@@ -200,24 +203,31 @@ def test_a_second_call_hands_the_same_kernels_its_own_tensors(tile: Tile, monkey
 
             return start
 
-    def room(*arguments: Any) -> Any:
-        made = scratch(*arguments)
-        known.update({tensor.data_ptr(): tensor for tensor in made if tensor is not None})
+    def room(*arguments: Any, **options: Any) -> Tensor:
+        made = empty(*arguments, **options)
+        known[made.data_ptr()] = made
         return made
 
-    scratch = uniform_triton._scratch
-    for name in ("few_rows_kernel", "scale_kernel", "sum_kernel"):
+    empty = torch.empty
+    names = ("few_rows_kernel", "scale_kernel", "sum_kernel", "turn_kernel", "some_rows_kernel")
+    for name in names:
         monkeypatch.setattr(uniform_triton, name, Kernel(name))
-    monkeypatch.setattr(uniform_triton, "_scratch", room)
+    monkeypatch.setattr(torch, "empty", room)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     codes = Codes(3, 128, 64, 1, None)
     for seed in range(2):
         weight = quantize(random(64, 128, seed=seed), UniformGrid(3, 32))
         tensors, x, bias, y = prepared(weight).tensors, random(1, 128, seed=seed + 5), random(64), torch.empty(1, 64)
         known.update({tensor.data_ptr(): tensor for tensor in (*tensors.values(), x, bias, y)})
-        few_rows(x, tensors, bias, y, codes, 1, tile)
+        if isinstance(tile, Tile):
+            few_rows(x, tensors, bias, y, codes, 1, tile)
+        else:
+            some_rows(x, tensors, bias, y, codes, 1, tile)
         assert_close(y.double(), x.double() @ weight.dequantize(torch.float64).T + bias, rtol=1e-5, atol=1e-4)
-    assert started == ["scale_kernel"] * tile.scaled + ["few_rows_kernel"] + ["sum_kernel"] * (tile.splits > 1)
+    if isinstance(tile, Tile):
+        assert started == ["scale_kernel"] * tile.scaled + ["few_rows_kernel"] + ["sum_kernel"] * (tile.splits > 1)
+    else:
+        assert started == ["turn_kernel", "some_rows_kernel", "sum_kernel"]
 
 
 # Without a GPU --------------------------------------------------------------------------------------------------------

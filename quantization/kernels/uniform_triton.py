@@ -215,16 +215,30 @@ def some_rows(
     per_split = -(-steps // max(1, min(tile.programs // programs, steps)))
     splits, filled = -(-steps // per_split), steps * tile.units
     turned = torch.empty(padded, 32, filled, dtype=x.dtype, device=x.device)
-    turn_kernel[(triton.cdiv(filled, 32), padded)](x, turned, rows, units, filled, UNITS=32, num_warps=1)
     parts = torch.empty(splits, rows, codes.outputs, dtype=torch.float32, device=x.device)
-    some_rows_kernel[(programs, splits)](
-        turned, words, tensors["scale"], tensors.get("zero_point"), parts, rows, units, filled, words.shape[2],
-        codes.outputs, per_split,
-        BITS=codes.bits, PER=codes.per_group, ZERO=codes.zero_point, ROWS=padded,
-        UNITS=tile.units, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION="ieee", ALIGNED=tile.aligned,
-        num_warps=tile.warps,
-    )  # fmt: skip
-    sum_kernel[(triton.cdiv(y.numel(), SUMMED),)](parts, bias, y, splits, y.numel(), codes.outputs, BLOCK=SUMMED)
+    key = (rows, x.dtype, x.get_device(), words.get_device(), bias is None, tile)
+    _launch(codes, ("turn", *key), turn_kernel, (triton.cdiv(filled, 32), padded, 1), 1,
+            x, turned, rows, units, filled, 32)  # fmt: skip
+    _launch(codes, ("some", *key), some_rows_kernel, (programs, splits, 1), tile.warps,
+            turned, words, tensors["scale"], tensors.get("zero_point"), parts, rows, units, filled, words.shape[2],
+            codes.outputs, per_split, codes.bits, codes.per_group, codes.zero_point, padded, tile.units, tile.outputs,
+            tile.stages, "ieee", tile.aligned)  # fmt: skip
+    _launch(codes, ("sum", *key), sum_kernel, (triton.cdiv(y.numel(), SUMMED), 1, 1), 4,
+            parts, bias, y, splits, y.numel(), codes.outputs, SUMMED)  # fmt: skip
+
+
+def _launch(
+    codes: Codes, key: tuple[Any, ...], kernel: Any, grid: tuple[int, int, int], warps: int, *arguments: Any
+) -> None:
+    """Start a kernel: by Triton the first time, then what that compiled, by addresses alone (as `few_rows` does)."""
+    start = codes.started.get(key)
+    if start is not None:
+        stream = torch._C._cuda_getCurrentRawStream(key[3])
+        start(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), stream=stream)
+        return
+    compiled = kernel[grid](*arguments, num_warps=warps)
+    if compiled is not None:
+        codes.started[key] = compiled[grid]
 
 
 def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype) -> Tensor:
