@@ -231,3 +231,11 @@ def bfloat16_products(monkeypatch):
         "create_dot",
         lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
     )
+
+
+@pytest.fixture
+def triton_anywhere(monkeypatch):
+    """Products take their weights on this machine's device, where Triton's kernels are interpreted if need be."""
+    pytest.importorskip("triton")
+    for name in ("lut", "spqr", "uniform"):
+        monkeypatch.setattr(f"quantization.kernels.{name}.runs_triton", lambda device: True)
