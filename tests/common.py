@@ -19,6 +19,7 @@ SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
 FOXES = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+KERNELS = [False, pytest.param(True, marks=needs_triton)]  # torch alone, and Triton's kernel
 
 
 def every(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import compiled_for, every, needs_triton
+from common import KERNELS, compiled_for, every, needs_triton
 from torch import Tensor
 
 import quantization.weights.gptq as driver
@@ -15,8 +15,6 @@ from quantization.weights.gptq import Hessian, gptq, inverse_factor
 from quantization.weights.spqr import SpQR, spqr
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernel runs in Triton's interpreter
-
-KERNELS = [False, pytest.param(True, marks=needs_triton)]
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from common import compiled_for, every
+from common import KERNELS, compiled_for, every, needs_triton
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -132,8 +132,6 @@ def test_products_with_blocks_of_tokens_are_products_with_the_numbers(bits, bloc
 
 # Attention ------------------------------------------------------------------------------------------------------------
 
-KERNELS = [False, True]
-
 
 def check(kernel: bool, query: Tensor, keys: list, values: list, mask: Tensor | None = None, **close: float) -> None:
     """`attend` over [prefix | codes | tail] (each may be None) is attention over their numbers."""
@@ -241,6 +239,7 @@ def test_strided_and_expanded_parts(kernel):
     check(kernel, query, [None, Made(codes, numbers), tail], [None, Made(codes, numbers), tail])
 
 
+@needs_triton
 @pytest.mark.parametrize("layout", ["lloyd", "zero"])
 def test_the_kernel_gives_the_same_bits_every_time_and_to_every_row(layout):
     keys, values = LAYOUTS[layout](3, 1, 2, 300, 32), LAYOUTS[layout](3, 1, 2, 300, 32)
@@ -259,6 +258,7 @@ def test_what_the_kernel_cannot_do_is_left_to_torch():
 # Without a GPU --------------------------------------------------------------------------------------------------------
 
 
+@needs_triton
 def test_the_kernels_compile_for_a_gpu(tmp_path):
     shared = compiled_for(90, "compiled_kv.py", tmp_path)
     assert len(shared) == 3
