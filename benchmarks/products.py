@@ -133,9 +133,9 @@ def in_turn(call: Callable[[int], Any], copies: int, enough: int) -> list[Callab
 def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed: float, device: str,
             dense_times: dict[Any, tuple[float, float]]) -> None:  # fmt: skip
     """Times of one shape, for all numbers of rows; a line each."""
-    from quantization.kernels.uniform_triton import Codes, dequantized, multiply
+    from quantization.kernels.uniform_triton import UniformCodes, dequantized, multiply
 
-    codes = Codes(bits, channels, outputs, GROUP // 32, None)
+    codes = UniformCodes(bits, channels, outputs, GROUP // 32, None)
     first = random_tensors(bits, outputs, channels, device)
     size = sum(tensor.nbytes for tensor in first.values())
     copies = max(1, -(-int(CACHE) // size))
@@ -165,9 +165,10 @@ def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed
 
 def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, device: str) -> None:
     """A few rows by every tile: microseconds, the fastest first."""
-    from quantization.kernels.uniform_triton import Codes
+    from quantization.kernels.uniform_triton import UniformCodes
 
-    codes, first = Codes(bits, channels, outputs, GROUP // 32, None), random_tensors(bits, outputs, channels, device)
+    codes = UniformCodes(bits, channels, outputs, GROUP // 32, None)
+    first = random_tensors(bits, outputs, channels, device)
     size = sum(tensor.nbytes for tensor in first.values())
     copies = max(1, -(-int(CACHE) // size))
     weights = [first, *({name: t.clone() for name, t in first.items()} for _ in range(copies - 1))]
@@ -203,10 +204,11 @@ def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tu
 
 def compile_one(job: tuple[int, int, int, int, tuple[int, ...] | None]) -> None:
     """Compile what a number of bits and of rows takes for a shape, or a tile, into Triton's own cache."""
-    from quantization.kernels.uniform_triton import Codes, dot_tile_of, multiply, tile_of
+    from quantization.kernels.uniform_triton import UniformCodes, dot_tile_of, multiply, tile_of
 
     bits, rows, outputs, channels, tile = job
-    wanted, codes = Codes(bits, channels, outputs, GROUP // 32, None), Codes(bits, 1024, 256, GROUP // 32, None)
+    wanted = UniformCodes(bits, channels, outputs, GROUP // 32, None)
+    codes = UniformCodes(bits, 1024, 256, GROUP // 32, None)
     tensors, x = random_tensors(bits, 256, 1024, "cuda"), torch.zeros(rows, 1024, device="cuda", dtype=torch.bfloat16)
     if rows > 16:
         multiply(x, tensors, None, codes)
