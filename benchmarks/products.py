@@ -5,9 +5,7 @@ take turns, so that the GPU's cache does not hold it. What a product reads is to
 """
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
 from multiprocessing import get_context
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.measure import report
+from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
 from quantization.kernels.products import PRODUCTS
 from quantization.kernels.protocols import Stored
@@ -26,7 +24,6 @@ GROUP = 128
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (12288, 49152), (49152, 12288))  # outputs, inputs
 BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 64, 2048)
-CACHE = 300e6  # bytes that matrices which take turns have together, at least
 BOUNDS = {
     torch.float32: 2e-6,
     torch.float16: 1e-3,
@@ -82,52 +79,6 @@ def check(bits: int, convention: str, dtype: torch.dtype) -> tuple[bool, str]:
         good = good and errors[-1] < BOUNDS[dtype] and torch.equal(y, again)
     told = ", ".join(f"{error:.1e}" for error in errors)
     return good, f"{'right' if good else 'WRONG'}: {bits} bits {convention} {dtype}, 1, 4, 16, 17 rows: errors {told}"
-
-
-def graph_time(calls: list[Callable[[], Any]], replays: int = 7) -> float:
-    """Median microseconds of a call within a CUDA graph of all of them, one after the other."""
-    torch.cuda.synchronize()  # what the calls read was made on another stream
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    return statistics.median(_elapsed(graph.replay) for _ in range(replays)) / len(calls)
-
-
-def eager_time(calls: list[Callable[[], Any]], rounds: int = 7) -> float:
-    """Median microseconds of a plain call."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return statistics.median(_elapsed(run) for _ in range(rounds)) / len(calls)
-
-
-def _elapsed(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end)
-
-
-def bandwidth(device: str) -> float:
-    """Bytes a second of a copy, read and written."""
-    source, target = (torch.zeros(2**28, device=device) for _ in range(2))
-    return 2 * 2**30 / (graph_time([lambda: torch.add(source, 1, out=target)] * 5) * 1e-6)
-
-
-def in_turn(call: Callable[[int], Any], copies: int, enough: int) -> list[Callable[[], Any]]:
-    """Calls with every copy in turn, so many that there are enough."""
-    count = copies * -(-enough // copies)
-    return [lambda i=i: call(i % copies) for i in range(count)]
 
 
 def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed: float, device: str,

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lutgemm import error
-from benchmarks.measure import report
-from benchmarks.products import CACHE, bandwidth, eager_time, graph_time, in_turn
+from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
 from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
 from quantization.kernels.protocols import Prepared, Stored
 from quantization.kernels.spqr import Spqr
