@@ -317,7 +317,7 @@ def test_a_full_gpu_names_the_budget_and_the_knob(monkeypatch: pytest.MonkeyPatc
     said, gpu = rf"24 GB of cuda.* with 7 calibration samples at once.*{BATCH} below 7", torch.device("cuda")
     with pytest.raises(UserError, match=said), said_when_full(gpu, 7):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
-    said = r"with 1 calibration samples at once .*; give fewer or shorter samples"
+    said = r"with 1 calibration sample at once .*; give fewer or shorter samples"
     with pytest.raises(UserError, match=said), said_when_full(gpu, 1):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from quantization.model.rescale import Rescaling, rescale
 from quantization.model.stages import stage
 from quantization.model.text import Text, batch_of, samples_at_once
 
+if TYPE_CHECKING:  # which imports this file
+    from quantization.model.walk import Walk
+
 __all__ = ["CalibrationStream", "DecoderBlock", "Reached", "Rounding"]
 
 
@@ -42,22 +45,6 @@ class Rounding(Protocol):
 
     def at_work(self, block: "DecoderBlock") -> AbstractContextManager[None]:
         """Let everything else of the block be rounded, for a while."""
-        ...
-
-
-class Passage(Protocol):
-    """A way through a block that the text has gone already, in pieces (`quantization.model.walk`)."""
-
-    def end(self, weights: Mapping[str, Any]) -> None:
-        """The block's linears have these weights now, by name."""
-        ...
-
-    def led_to(self, weights: Mapping[str, Any]) -> bool:
-        """Whether these are those weights."""
-        ...
-
-    def outputs(self) -> Sequence[Tensor]:
-        """What the block makes of the text with them."""
         ...
 
 
@@ -250,7 +237,7 @@ class CalibrationStream:
         # that ask (`WeightQuantizer.reads`).
         self.full: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
-        self.walk: Passage | None = None  # through the current block, by a method that went set after set
+        self.walk: Walk | None = None  # through the current block, by a method that went set after set
 
     @torch.no_grad()
     def seed(self, block: DecoderBlock) -> None:

@@ -111,7 +111,8 @@ class Known:
                 "device": self.device.type,
                 "packed": self.kernel is not None,
             }
-            # What unpacks computes the bits of the dequantized weights.
+            # What unpacks computes the bits of the dequantized weights. Which products `auto` means is known once the
+            # weights are read: here it stands beside the device, and `Plan.outcome` names the products.
             | ({} if self.kernel in (None, "unpack") else {"kernel": self.kernel})
             | ({"spread": True} if self.spread else {})
             | ({"kv_storage": "packed"} if self.packed_kv else {})
