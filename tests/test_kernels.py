@@ -134,10 +134,12 @@ def test_the_record_names_a_kernel_whose_figures_may_differ(run_main, checkpoint
     program = partial(run_main, main)
     common = ("ppl", "--model", checkpoint(), "--recipe", "rtn-w4", "--group-size", 32, "--corpus", text, "--window",
               32, "--limit", 1, "--json")  # fmt: skip
-    settings = {}
+    settings, products = {}, {}
     for kernel in (None, "unpack", "auto"):
         code, out, err = program(*common, *(() if kernel is None else ("--kernel", kernel)))
         assert code == 0, err
-        settings[kernel] = json.loads(out)["settings"]
+        record = json.loads(out)
+        settings[kernel], products[kernel] = record["settings"], record.get("products")
+    assert products == {None: None, "unpack": ["unpack"], "auto": ["unpack"]}
     assert [settings[kernel]["packed"] for kernel in (None, "unpack", "auto")] == [False, True, True]
     assert ["kernel" in settings[kernel] for kernel in (None, "unpack", "auto")] == [False, False, True]

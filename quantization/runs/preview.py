@@ -197,7 +197,8 @@ def _text(plan: Plan, sizes: Sizes) -> float:
     )  # elsewhere all is counted
     if getattr(method, "true_sequential", False) and (not known or to_spare(copy * sizes.inputs, plan.device)):
         channels.append(sizes.inputs)
-    size = sum(copy * wide for wide in channels if not known or fits(copy * wide, plan.device))
+    size = 8 * c.samples * c.length  # token ids
+    size += sum(copy * wide for wide in channels if not known or fits(copy * wide, plan.device))
     if known:
         batch = min(c.samples, samples_at_once(sizes.widths, c.length, sizes.dtype, plan.device))
         size += batch * c.length * left_by_token(sizes.widths, sizes.dtype)

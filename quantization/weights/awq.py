@@ -243,7 +243,8 @@ class AWQ(GridQuantizer):
     name: ClassVar[str] = "awq"
     reads: ClassVar[Literal["quantized", "full", "both"]] = "full"
     rescales: ClassVar[bool] = True
-    keeps: ClassVar[int] = 4  # what attention and the feed-forward part read and return
+    # What attention and the feed-forward part read and return; for limits, every k-th token in front of all linears.
+    keeps: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         if self.file and self.grouped_values:
