@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE")
     parser.add_argument("--profile", action="store_true", help="one block more under torch's profiler: 15 kernels")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("skipped: no GPU is here")
+        return
     shape = (options.samples, options.length)
     ids = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
     recipe = with_settings(named_recipe(options.recipe), options.settings)

@@ -149,6 +149,32 @@ def test_how_many_columns_wait_for_updates_changes_nothing(columns: int, run: in
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-9)
 
 
+@every("columns", [1, 128, 300, 1000])
+def test_a_long_run_is_rounded_in_parts_that_do_not_reach_into_the_next_run(columns: int) -> None:
+    """Of 150 channels, where 128 are rounded at a time: each run has its own grid."""
+    channels, asked, current = 300, [], []
+    full = random(ROWS, channels).double().T.contiguous()
+    factor, _ = inverse_factor(hessian_of(correlated(channels, 900)).double(), 0.01)
+    scale = torch.tensor([[0.25], [0.5]], dtype=torch.float64).expand(2, ROWS)
+    of_channels = (torch.arange(channels) // 150).int()
+    codes, expected = (torch.empty(channels, ROWS, dtype=torch.uint8) for _ in range(2))
+    levels = Levels(scale, torch.full_like(scale, 128), of_channels, 255)
+
+    def of_run(first: int, last: int) -> Levels:
+        asked.append((first, last))
+        current.append(w[first : first // 150 * 150 + 150].clone())
+        return levels.of(first, last)
+
+    w = full.clone()
+    column_loop(w, factor, of_run, codes, run=150, columns=columns)
+    assert asked == [(0, 128), (128, 150), (150, 278), (278, 300)]
+    one_by_one = full.clone()
+    column_loop(one_by_one, factor, levels.of, expected, run=1, columns=1)
+    assert torch.equal(codes, expected)
+    second = full[150:] - factor[:150, 150:].T @ one_by_one[:150]  # its weights when the first run is done
+    assert torch.allclose(current[2], second)
+
+
 def test_groups_that_are_fitted_on_the_way_see_all_updates_made_so_far() -> None:
     channels, size = 24, 8
     weight, h = random(16, channels), hessian_of(correlated(channels))

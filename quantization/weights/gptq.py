@@ -186,17 +186,26 @@ def column_loop(
     for start in range(0, len(w), columns):
         stop = min(start + columns, len(w))
         errors = w[start:stop]  # channels become errors as they are rounded
-        for first in range(start, stop, min(run, LONGEST)):
-            last = min(first + min(run, LONGEST), stop)
-            now, before = slice(first, last), slice(start, first)
-            if first > start:
-                w[now].addmm_(factor[before, now].T, w[before], alpha=-1)
+        for first, last, begin, end in _parts(start, stop, run):
+            now = slice(first, last)
+            if first == begin > start:  # the whole run is current when its grid is asked for
+                w[begin:end].addmm_(factor[start:begin, begin:end].T, w[start:begin], alpha=-1)
+            elif first > begin:
+                w[now].addmm_(factor[begin:first, now].T, w[begin:first], alpha=-1)
             correction = None if corrections is None else corrections[now]
             round_columns(w[now], factor[now, now], levels(first, last), codes[now], correction, kernel)
         if stop < len(w):
             w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += torch.linalg.vector_norm(errors, dim=1).double().square().sum()
     return loss
+
+
+def _parts(start: int, stop: int, run: int) -> list[tuple[int, int, int, int]]:
+    """First and last of the channels that are rounded at a time, runs or parts of long ones, and those of the run."""
+    runs = [(begin, min(begin + run, stop)) for begin in range(start, stop, run)]
+    return [
+        (first, min(first + LONGEST, end), begin, end) for begin, end in runs for first in range(begin, end, LONGEST)
+    ]
 
 
 def gptq(
