@@ -24,6 +24,7 @@ __all__ = [
     "TextWriter",
     "batch_of",
     "fits",
+    "given_batch",
     "left_by_token",
     "memory_of",
     "said_when_full",
@@ -58,12 +59,17 @@ def to_spare(size: int, device: torch.device) -> bool:
     return size <= SHARE_TO_SPARE[device.type] * memory
 
 
+def given_batch() -> int:
+    """Samples at once that the environment names, 0 if it names none. Raises UserError for what is no such number."""
+    return from_environment(BATCH, at_least(1), 0)
+
+
 def samples_at_once(widths: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many samples of so many tokens run through a block together, at least one.
 
     widths: (in, out) of a block's linears.
     """
-    if given := from_environment(BATCH, at_least(1), 0):
+    if given := given_batch():
         return given
     memory = memory_of(device)
     if memory is None:
