@@ -128,6 +128,11 @@ def test_a_kernel_without_quantized_weights_is_refused(run_main, checkpoint, qua
     assert "unknown kernel 'x'; choose from auto, " in err
 
 
+def test_the_help_names_every_product(run_main) -> None:
+    said = run_main(main, "ppl", "--help")[1].partition("--kernel NAME  ")[2].partition("--kv-storage")[0]
+    assert [name for name in (AUTO, *PRODUCTS) if name not in said] == []
+
+
 def test_the_record_names_a_kernel_whose_figures_may_differ(run_main, checkpoint, intactkv_root) -> None:
     text = intactkv_root / "text.txt"
     text.write_text("The fox runs over the hill and back. " * 40)
