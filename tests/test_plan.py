@@ -381,6 +381,18 @@ def test_quantizing_holds_no_more_than_the_plan_says(name, samples, length, dens
     assert held.most <= line.size <= 3 * held.most
 
 
+def test_text_that_a_gpu_leaves_to_the_host_is_not_counted_there(dense, text, monkeypatch):
+    monkeypatch.setenv("INTACTKV_CALIBRATION_BATCH", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    recipe = Recipe(weights=GPTQ(GRID), calibration=Calibration(str(text), samples=1000, length=32))
+    plan, copy = plan_run(dense, recipe, device=torch.device("cuda")), 1000 * 32 * 64 * 4
+    said = []
+    for memory in (8 * copy - 8, 8 * copy):  # a copy stays if it takes an eighth
+        monkeypatch.setattr("quantization.model.text.memory_of", lambda _device, memory=memory: memory)
+        said += [line.size for line in preview(plan, "checkpoint") if line.what == "memory to quantize"]
+    assert said[1] - said[0] == 2 * copy  # in front of the block and behind it
+
+
 def test_plan_shows_what_the_program_makes_and_nothing_else(dense, text, intactkv_root, run_main):
     calibration = ("--calibration", text, "--calibration-samples", 2, "--calibration-length", 32)
     small = ("--model", dense, "--recipe", "gptq", "--bits", 4, "--group-size", 16, *calibration)
