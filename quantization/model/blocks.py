@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, rescale
 from quantization.model.stages import stage
 from quantization.model.text import Text, batch_of, samples_at_once
-
-if TYPE_CHECKING:  # which imports this file
-    from quantization.model.walk import Walk
 
 __all__ = ["CalibrationStream", "DecoderBlock", "Reached", "Rounding"]
 
@@ -237,7 +234,8 @@ class CalibrationStream:
         # that ask (`WeightQuantizer.reads`).
         self.full: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
-        self.walk: Walk | None = None  # through the current block, by a method that went set after set
+        # A `quantization.model.walk.Walk` through the current block, by a method that went set after set.
+        self.walk: Any = None
 
     @torch.no_grad()
     def seed(self, block: DecoderBlock) -> None:
