@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure that needs a GPU, in about five minutes: JSON lines, a table last, and outputs/benchmarks/gpu.jsonl.
-# Usage: gpu.sh [--steps gptq products lutgemm overhead walk memory kv_decode spqr]      (default: all)
+# Usage: gpu.sh [--steps gptq products lutgemm overhead spqr kv_decode memory walk]      (default: all)
 # Needs torch, Triton and transformers, from .venv or from python3; what else is missing is left out, and that is said.
 # PEER_PYTHON: an interpreter with llm-compressor (default: that of benchmarks/peers/setup.sh).
 set -euo pipefail

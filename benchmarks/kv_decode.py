@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.measure import alternating, ratio, report
-from benchmarks.products import graph_time
+from benchmarks.measure import alternating, graph_time, ratio, report
 from intactkv.store import Store
 from quantization.kv_cache import KIVI, PerHead, Policy, TurboQuant
 

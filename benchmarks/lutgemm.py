@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import report
-from benchmarks.products import CACHE, bandwidth, eager_time, graph_time, in_turn
+from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.kernels.lut import Lut

@@ -101,3 +101,54 @@ def report(**figures: Any) -> None:
     machine = {k: v for k, v in environment().items() if k in ("processor", "cores", "gpu", "torch", "commit")}
     print(json.dumps(figures | machine | {"date": date.today().isoformat()}))
     sys.stdout.flush()
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+CACHE = 300e6  # bytes that matrices which take turns have together, at least: more than a GPU's cache
+
+
+def graph_time(calls: list[Callable[[], Any]], replays: int = 7) -> float:
+    """Median microseconds of a call within a CUDA graph of all of them, one after the other."""
+    torch.cuda.synchronize()  # what the calls read was made on another stream
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return statistics.median(_elapsed(graph.replay) for _ in range(replays)) / len(calls)
+
+
+def eager_time(calls: list[Callable[[], Any]], rounds: int = 7) -> float:
+    """Median microseconds of a plain call."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return statistics.median(_elapsed(run) for _ in range(rounds)) / len(calls)
+
+
+def _elapsed(run: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second of a copy, read and written."""
+    source, target = (torch.zeros(2**28, device=device) for _ in range(2))
+    return 2 * 2**30 / (graph_time([lambda: torch.add(source, 1, out=target)] * 5) * 1e-6)
+
+
+def in_turn(call: Callable[[int], Any], copies: int, enough: int) -> list[Callable[[], Any]]:
+    """Calls with every copy in turn, so many that there are enough."""
+    count = copies * -(-enough // copies)
+    return [lambda i=i: call(i % copies) for i in range(count)]

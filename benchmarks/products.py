@@ -5,9 +5,7 @@ take turns, so that the GPU's cache does not hold it. What a product reads is to
 """
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
 from multiprocessing import get_context
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.measure import report
+from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, quantize
 from quantization.kernels.products import PRODUCTS
 from quantization.kernels.protocols import Stored
@@ -26,7 +24,6 @@ GROUP = 128
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (12288, 49152), (49152, 12288))  # outputs, inputs
 BITS = (2, 3, 4, 8)
 ROWS = (1, 2, 4, 8, 16, 64, 2048)
-CACHE = 300e6  # bytes that matrices which take turns have together, at least
 BOUNDS = {
     torch.float32: 2e-6,
     torch.float16: 1e-3,
@@ -84,58 +81,12 @@ def check(bits: int, convention: str, dtype: torch.dtype) -> tuple[bool, str]:
     return good, f"{'right' if good else 'WRONG'}: {bits} bits {convention} {dtype}, 1, 4, 16, 17 rows: errors {told}"
 
 
-def graph_time(calls: list[Callable[[], Any]], replays: int = 7) -> float:
-    """Median microseconds of a call within a CUDA graph of all of them, one after the other."""
-    torch.cuda.synchronize()  # what the calls read was made on another stream
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    return statistics.median(_elapsed(graph.replay) for _ in range(replays)) / len(calls)
-
-
-def eager_time(calls: list[Callable[[], Any]], rounds: int = 7) -> float:
-    """Median microseconds of a plain call."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return statistics.median(_elapsed(run) for _ in range(rounds)) / len(calls)
-
-
-def _elapsed(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end)
-
-
-def bandwidth(device: str) -> float:
-    """Bytes a second of a copy, read and written."""
-    source, target = (torch.zeros(2**28, device=device) for _ in range(2))
-    return 2 * 2**30 / (graph_time([lambda: torch.add(source, 1, out=target)] * 5) * 1e-6)
-
-
-def in_turn(call: Callable[[int], Any], copies: int, enough: int) -> list[Callable[[], Any]]:
-    """Calls with every copy in turn, so many that there are enough."""
-    count = copies * -(-enough // copies)
-    return [lambda i=i: call(i % copies) for i in range(count)]
-
-
 def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed: float, device: str,
             dense_times: dict[Any, tuple[float, float]]) -> None:  # fmt: skip
     """Times of one shape, for all numbers of rows; a line each."""
-    from quantization.kernels.uniform_triton import Codes, dequantized, multiply
+    from quantization.kernels.uniform_triton import UniformCodes, dequantized, multiply
 
-    codes = Codes(bits, channels, outputs, GROUP // 32, None)
+    codes = UniformCodes(bits, channels, outputs, GROUP // 32, None)
     first = random_tensors(bits, outputs, channels, device)
     size = sum(tensor.nbytes for tensor in first.values())
     copies = max(1, -(-int(CACHE) // size))
@@ -165,9 +116,10 @@ def measure(bits: int, outputs: int, channels: int, rows: tuple[int, ...], speed
 
 def variants(bits: int, rows: int, outputs: int, channels: int, speed: float, device: str) -> None:
     """A few rows by every tile: microseconds, the fastest first."""
-    from quantization.kernels.uniform_triton import Codes
+    from quantization.kernels.uniform_triton import UniformCodes
 
-    codes, first = Codes(bits, channels, outputs, GROUP // 32, None), random_tensors(bits, outputs, channels, device)
+    codes = UniformCodes(bits, channels, outputs, GROUP // 32, None)
+    first = random_tensors(bits, outputs, channels, device)
     size = sum(tensor.nbytes for tensor in first.values())
     copies = max(1, -(-int(CACHE) // size))
     weights = [first, *({name: t.clone() for name, t in first.items()} for _ in range(copies - 1))]
@@ -203,10 +155,11 @@ def start(x: Tensor, tensors: dict[str, Tensor], y: Tensor, codes: Any, tile: tu
 
 def compile_one(job: tuple[int, int, int, int, tuple[int, ...] | None]) -> None:
     """Compile what a number of bits and of rows takes for a shape, or a tile, into Triton's own cache."""
-    from quantization.kernels.uniform_triton import Codes, dot_tile_of, multiply, tile_of
+    from quantization.kernels.uniform_triton import UniformCodes, dot_tile_of, multiply, tile_of
 
     bits, rows, outputs, channels, tile = job
-    wanted, codes = Codes(bits, channels, outputs, GROUP // 32, None), Codes(bits, 1024, 256, GROUP // 32, None)
+    wanted = UniformCodes(bits, channels, outputs, GROUP // 32, None)
+    codes = UniformCodes(bits, 1024, 256, GROUP // 32, None)
     tensors, x = random_tensors(bits, 256, 1024, "cuda"), torch.zeros(rows, 1024, device="cuda", dtype=torch.bfloat16)
     if rows > 16:
         multiply(x, tensors, None, codes)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.lutgemm import error
-from benchmarks.measure import report
-from benchmarks.products import CACHE, bandwidth, eager_time, graph_time, in_turn
+from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
 from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
 from quantization.kernels.protocols import Prepared, Stored
-from quantization.kernels.sparse import Sparse
+from quantization.kernels.spqr import Spqr
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # outputs, inputs
 ROWS = (1, 4, 16, 2048)
@@ -57,7 +56,7 @@ def measure(out: int, channels: int, limit: float, device: str, tiles: tuple[tup
     generator = torch.Generator(device).manual_seed(0)
     weight = random_weight(out, channels, generator)
     stored = Stored(weight.kind, weight.tensors(), weight.header())
-    prepared, truth = Sparse().prepare(stored), weight.dequantize()
+    prepared, truth = Spqr().prepare(stored), weight.dequantize()
     size = sum(t.nbytes for t in prepared.tensors.values())
     copies = [{name: t.clone() for name, t in prepared.tensors.items()} for _ in range(-(-int(CACHE) // size))]
     dense = [truth.bfloat16() for _ in range(-(-int(CACHE) // (2 * truth.numel())))]
@@ -90,13 +89,13 @@ def variants(
     tiles: tuple[tuple[int, int, int], ...], x: Tensor, prepared: Prepared, copies: list[dict[str, Tensor]]
 ) -> None:
     """Microseconds of one row by other tiles, the fastest first."""
-    from quantization.kernels import sparse_triton
+    from quantization.kernels import spqr_triton
 
-    found, usual = [], (sparse_triton.TILE, sparse_triton.GROUPS, sparse_triton.WARPS)
+    found, usual = [], (spqr_triton.TILE, spqr_triton.GROUPS, spqr_triton.WARPS)
     for tile in tiles:
-        sparse_triton.TILE, sparse_triton.GROUPS, sparse_triton.WARPS = tile
+        spqr_triton.TILE, spqr_triton.GROUPS, spqr_triton.WARPS = tile
         found.append((graph_time(in_turn(lambda i: prepared.multiply(x, copies[i], None), len(copies), 10)), tile))
-    sparse_triton.TILE, sparse_triton.GROUPS, sparse_triton.WARPS = usual
+    spqr_triton.TILE, spqr_triton.GROUPS, spqr_triton.WARPS = usual
     print("outputs/groups/warps: " + ", ".join(f"{tile} {took:.1f}" for took, tile in sorted(found)), flush=True)
 
 

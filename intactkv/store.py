@@ -111,8 +111,9 @@ class Side:
         `decode`, something of that shape alone."""
         first, last = self.length, self.length + new.shape[2]
         self.pairs += _total(range(first + 1, last + 1))
-        if self._never and decode and not self.packed:  # full precision: every step and layer passes here
-            self._states, self.length = self._joined([*self._parts(new), new]), last
+        if self._never and decode and not self.packed:  # full precision: every layer of every call passes here
+            front = self._states if self._states is not None else self._prefix_of(new)
+            self._states, self.length = new.contiguous() if front is None else torch.cat([front, new], dim=2), last
             return self._states, None
         self.settle()
         upto, limits = self._seen(first, last, prefill)
@@ -241,11 +242,19 @@ class Side:
             states[:, :, start : self._front + upto] = self._numbers(states[:, :, start : self._front + upto])
             self.coded = upto
 
+    def _prefix_of(self, like: Tensor) -> Tensor | None:
+        """The prefix where `like` is, and for its batch."""
+        if self.prefix is None:
+            return None
+        prefix = self.prefix.to(like)
+        return prefix if len(like) == 1 else prefix.expand(len(like), -1, -1, -1)
+
     def _parts(self, like: Tensor) -> list[Tensor]:
         """Prefix, rounded and exact tokens in the dtype and on the device of `like`, and for its batch."""
         if self._states is not None and not self.packed:
             return [self._states]
-        parts = [] if self.prefix is None else [self.prefix.to(like).expand(like.shape[0], -1, -1, -1)]
+        prefix = self._prefix_of(like)
+        parts = [] if prefix is None else [prefix]
         if self.codes:
             parts.append(self.rounding.decode(self.codes, self._places(0, self.coded)).to(like))
         return parts if self._states is None else [*parts, self._states]

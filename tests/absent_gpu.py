@@ -26,11 +26,10 @@ class Absent:
         return 0
 
 
-def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
     kernel = launched(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"]
-    compiled.append(kernel)
-    return kernel
+    compiled.append(kernel)  # and none to start, as in the interpreter
 
 
 compiled: list[Any] = []

@@ -3,8 +3,11 @@
 import hashlib
 import inspect
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 SMOLLM2 = ROOT / "modelzoo" / "smollm2" / "smollm2-135m"
 FOXES = " ".join(f"The {i} brown foxes jump over {i * i} lazy dogs, said no one." for i in range(60))
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+KERNELS = [False, pytest.param(True, marks=needs_triton)]  # torch alone, and Triton's kernel
 
 
 def every(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -98,3 +104,15 @@ class Rounds:
         from intactkv.rope import Places  # here: processes that are struck read this file without the project
 
         return self.roundings[side].numbers(states.float(), Places(0, states.shape[2])).to(states.dtype)
+
+
+def compiled_for(capability: int, program: str, cache: Path) -> list[int]:
+    """Have a program of this folder compile Triton kernels to machine code of a GPU that is not there, which finds what
+    the interpreter lets pass; the numbers that it prints. cache: a folder for what is compiled."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / program), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [int(line) for line in done.stdout.split()]

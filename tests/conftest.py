@@ -7,6 +7,7 @@ import os
 import string
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def _threads(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def bfloat16_products(monkeypatch):
     """Triton's interpreter (3.9) multiplies the bits of bfloat16 numbers, not the numbers: hand it float32."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
@@ -231,3 +232,11 @@ def bfloat16_products(monkeypatch):
         "create_dot",
         lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
     )
+
+
+@pytest.fixture
+def triton_anywhere(monkeypatch):
+    """Products take their weights on this machine's device, where Triton's kernels are interpreted if need be."""
+    pytest.importorskip("triton")
+    for name in ("lut", "spqr", "uniform"):
+        monkeypatch.setattr(f"quantization.kernels.{name}.runs_triton", lambda device: True)

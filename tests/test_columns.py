@@ -1,18 +1,13 @@
 """Rounding a run of channels, in torch and in Triton, against a plain loop in float64; Hessians and their factors."""
 
-import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, every
+from common import KERNELS, compiled_for, every, needs_triton
 from torch import Tensor
 
-import quantization.kernels.columns as columns
 import quantization.weights.gptq as driver
 from quantization.grids.uniform import CONVENTIONS, UniformGrid, fit, quantize
 from quantization.kernels.columns import LONGEST, Levels, round_columns
@@ -68,7 +63,7 @@ def check(w: Tensor, factor: Tensor, levels: Levels, kernel: bool) -> None:
         assert torch.allclose(e[c], missing / u[c, c], atol=2e-5 * float(w.abs().max() / u.diagonal().min()))
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
 @every("convention", ["gptq-asym", "gptq-sym", "smoothquant-sym", "deepspeed-asym", "spqr-asym"])
 @every(("bits", "n", "out"), [(2, 1, 1), (3, 37, 35), (8, 64, 7)])
 def test_a_run_is_rounded_as_a_plain_loop_in_float64_does(
@@ -78,13 +73,13 @@ def test_a_run_is_rounded_as_a_plain_loop_in_float64_does(
     check(random(n, out), factor, grids(n, out, UniformGrid(bits, 40, convention)), kernel)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_run_of_the_longest_kind(kernel: bool) -> None:
     factor, _ = inverse_factor(hessian(LONGEST), 0.01)
     check(random(LONGEST, 32), factor, grids(LONGEST, 32, UniformGrid(4, 40)), kernel)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
 @every("limit", [0.0, 0.05])
 def test_outliers_keep_a_correction_in_half_precision(limit: float, kernel: bool) -> None:
     factor, _ = inverse_factor(hessian(40), 0.01)
@@ -93,7 +88,7 @@ def test_outliers_keep_a_correction_in_half_precision(limit: float, kernel: bool
     check(random(40, 24), factor, Levels(levels.scale, levels.zero_point, levels.group, 7, True, limits), kernel)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
 @every("shift", [0.2, 1.0, -2.0])
 def test_codes_beside_a_zero_point_with_a_fraction(shift: float, kernel: bool) -> None:
     """Weights of one sign: q − z takes more digits than q, and must not come back as a little less than q."""
@@ -108,6 +103,7 @@ def test_codes_beside_a_zero_point_with_a_fraction(shift: float, kernel: bool) -
     assert torch.equal(codes.float(), expected)
 
 
+@needs_triton
 @every("convention", CONVENTIONS)
 @every("bits", range(2, 9))
 def test_the_kernel_rounds_as_torch_does_bit_for_bit_where_nothing_is_summed(bits: int, convention: str) -> None:
@@ -123,6 +119,7 @@ def test_the_kernel_rounds_as_torch_does_bit_for_bit_where_nothing_is_summed(bit
     assert torch.allclose(errors, w - (codes - zero_point) * scale, atol=1e-5)
 
 
+@needs_triton
 @every(
     ("bits", "group_size", "act_order", "static_groups", "columns"),
     [
@@ -151,12 +148,14 @@ def test_gptq_through_the_kernel(
     assert (result.codes == reference.codes).float().mean() > 0.97
 
 
+@needs_triton
 def test_with_an_identity_hessian_the_kernel_is_rtn_bit_for_bit() -> None:
     weight, grid = random(32, 64), UniformGrid(3, 16)
     result, _, _ = gptq(weight, 7.0 * torch.eye(64, device=DEVICE), grid, kernel=True)
     assert torch.equal(result.dequantize(), quantize(weight, grid).dequantize())
 
 
+@needs_triton
 @every(("threshold", "size"), [(math.inf, 16), (0.25, 16), (0.25, 48), (0.5, -1)])
 def test_spqr_through_the_kernel(threshold: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, h, how = random(32, 144), hessian(144), SpQR(UniformGrid(3, size, "spqr-asym"), threshold=threshold)
@@ -170,19 +169,6 @@ def test_spqr_through_the_kernel(threshold: float, size: int, monkeypatch: pytes
     assert loss == pytest.approx(float(torch.trace(error @ damped @ error.T)), rel=1e-4)
     assert (stored.dequantize() - reference.dequantize()).abs().lt(1e-3).float().mean() > 0.97
     assert (stored.corrections.values.numel() > 0) == (threshold < math.inf)
-
-
-def test_without_triton_channels_are_rounded_in_torch_and_the_log_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    columns._works.cache_clear()
-    monkeypatch.setattr(columns, "TRITON", False)
-    with caplog.at_level(logging.WARNING):
-        assert [columns._works(torch.device("cuda:0")) for _ in range(3)] == [False] * 3
-    columns._works.cache_clear()
-    assert [record.getMessage() for record in caplog.records] == [
-        "Triton is not installed: channels are rounded in torch, which takes much longer"
-    ]
 
 
 # Hessian --------------------------------------------------------------------------------------------------------------
@@ -216,18 +202,9 @@ def test_the_factor_is_computed_panel_by_panel(channels: int) -> None:
 
 # Without a GPU --------------------------------------------------------------------------------------------------------
 
-COMPILE = ROOT / "tests" / "compiled_columns.py"
 
-
+@needs_triton
 def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
-    """Machine code for a GPU that nothing here can run: it finds what the interpreter lets pass."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(COMPILE), "90"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shared = [int(line) for line in done.stdout.split()]
+    shared = compiled_for(90, "compiled_columns.py", tmp_path)
     assert len(shared) == 3
     assert max(shared) <= 1024  # bytes, for one channel of U: what the sums run over stays in registers

@@ -8,6 +8,8 @@ from intactkv.attach import attach
 from intactkv.policy import Bound
 from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid, quantize
+from quantization.kernels.linear import QuantLinear
+from quantization.kernels.protocols import Stored
 from quantization.kv_cache import KIVI, PerHead, Rotated, TurboQuant
 from quantization.model.placement import spread
 from quantization.weights.gptq import Hessian, gptq
@@ -125,3 +127,15 @@ def test_decoding_from_packed_codes_is_decoding_from_numbers(policy, dtype, tiny
         logits.append(torch.cat([behind.feed(part, cache=cache).logits for part in text[:, 40:].split(1, dim=1)], 1))
     tolerance = {torch.float32: 0.02, torch.float16: 0.03, torch.bfloat16: 0.1}[dtype]  # codes may tip
     assert (logits[1] - logits[0]).float().norm() < tolerance * logits[0].float().norm()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_packed_linear_may_change_its_dtype(rows):
+    """What was compiled for float32 scales is not started for bfloat16 ones."""
+    weight = quantize(torch.randn(128, 512, generator=torch.Generator().manual_seed(0)).cuda(), UniformGrid(4, 64))
+    linear = QuantLinear(Stored(weight.kind, weight.tensors(), weight.header()), weight.codes.shape, None, "uniform")
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).cuda()
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        linear.to(dtype)
+        expected = x.double() @ linear.dequantize(torch.float64).T
+        assert (linear(x).double() - expected).norm() < 1e-5 * expected.norm()

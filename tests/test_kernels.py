@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from quantization.grids.uniform import UniformGrid, quantize
 from quantization.kernels.linear import QuantLinear
 from quantization.kernels.products import AUTO, PRODUCTS, choose
 from quantization.kernels.protocols import Stored
-from quantization.kernels.uniform import Uniform
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.pipeline import quantize_checkpoint
@@ -29,16 +27,6 @@ CPU = torch.device("cpu")
 IDS = torch.arange(4, 24)[None]
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton product takes its weights on a CPU, too, where its kernels are interpreted."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    takes = Uniform.takes
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(Uniform, "takes", lambda self, stored, device: takes(self, stored, torch.device("cuda")))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +45,7 @@ def test_on_a_cpu_auto_unpacks_and_computes_the_same_bits(quantized: Path) -> No
     assert torch.equal(plain(IDS).logits, packed(IDS).logits)
 
 
-@pytest.mark.usefixtures("anywhere", "bfloat16_products")
+@pytest.mark.usefixtures("triton_anywhere", "bfloat16_products")
 @every(("kernel", "dtype", "near"), [("auto", torch.float32, 1e-5), ("uniform", torch.bfloat16, 3e-2)])
 def test_a_packed_model_computes_what_the_dequantized_one_does(
     kernel: str, dtype: torch.dtype, near: float, quantized: Path
@@ -72,7 +60,7 @@ def test_a_packed_model_computes_what_the_dequantized_one_does(
                          rtol=near, atol=near * 0.01)  # fmt: skip
 
 
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("triton_anywhere")
 def test_a_product_prepares_a_weight_once_and_keeps_nothing_else(quantized: Path) -> None:
     model = load_quantized(quantized, kernel="auto")
     linear = next(module for module in model.modules() if isinstance(module, QuantLinear))
@@ -88,7 +76,7 @@ def test_a_name_that_takes_nothing_here_is_refused(quantized: Path) -> None:
         load_quantized(quantized, kernel="x")
 
 
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("triton_anywhere")
 def test_a_weight_that_a_named_product_does_not_take_goes_to_the_next_and_is_said_once(
     checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,15 +1,12 @@
 """Attention straight from packed KV codes, in torch and in Triton, against the dequantized product in float64."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from common import ROOT, every
+from common import KERNELS, compiled_for, every, needs_triton
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -135,8 +132,6 @@ def test_products_with_blocks_of_tokens_are_products_with_the_numbers(bits, bloc
 
 # Attention ------------------------------------------------------------------------------------------------------------
 
-KERNELS = [False, True]
-
 
 def check(kernel: bool, query: Tensor, keys: list, values: list, mask: Tensor | None = None, **close: float) -> None:
     """`attend` over [prefix | codes | tail] (each may be None) is attention over their numbers."""
@@ -244,6 +239,7 @@ def test_strided_and_expanded_parts(kernel):
     check(kernel, query, [None, Made(codes, numbers), tail], [None, Made(codes, numbers), tail])
 
 
+@needs_triton
 @pytest.mark.parametrize("layout", ["lloyd", "zero"])
 def test_the_kernel_gives_the_same_bits_every_time_and_to_every_row(layout):
     keys, values = LAYOUTS[layout](3, 1, 2, 300, 32), LAYOUTS[layout](3, 1, 2, 300, 32)
@@ -261,18 +257,9 @@ def test_what_the_kernel_cannot_do_is_left_to_torch():
 
 # Without a GPU --------------------------------------------------------------------------------------------------------
 
-COMPILE = ROOT / "tests" / "compiled_for_gpu.py"
 
-
+@needs_triton
 def test_the_kernels_compile_for_a_gpu(tmp_path):
-    """Machine code for a GPU that nothing here can run: it finds what the interpreter lets pass."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(COMPILE), "90"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shared = [int(line) for line in done.stdout.split()]
+    shared = compiled_for(90, "compiled_kv.py", tmp_path)
     assert len(shared) == 3
     assert max(shared) <= 99 * 1024  # what the smallest GPUs of today have

@@ -1,29 +1,30 @@
 """LUT-GEMM's kernels in Triton against the dequantized matrix in float64, in the interpreter or on a GPU."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, every
+from common import compiled_for, every
 from torch import Tensor
 
-import quantization.kernels.lut
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes, pad_groups
 from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
 from quantization.kernels.lut import CPU_ROWS, ROWS, Lut
-from quantization.kernels.lut_triton import Plan, Signs, dequantized, product
 from quantization.kernels.protocols import Stored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.weights.bcq import GPTQToBCQ
 from quantization.weights.gptq import GPTQ
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from quantization.kernels.lut_triton import Plan, Signs, dequantized, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 CLOSE = 1e-6  # of the norm: float32 sums of some hundred terms
@@ -119,13 +120,8 @@ def test_the_matrix_is_made_with_the_same_bits_as_in_torch(dtype, out, channels,
     assert torch.equal(found, weight.dequantize(dtype))
 
 
-@pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels run on this machine's device, in the interpreter if need be."""
-    monkeypatch.setattr(quantization.kernels.lut, "has_kernels", lambda device: True)
-
-
-def test_binary_coded_weights_are_taken_and_no_others() -> None:
+def test_binary_coded_weights_are_taken_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantization.kernels.lut.runs_triton", lambda device: device.type == "cuda")
     weight = coded(8, 32, 2)
     stored = Stored(weight.kind, weight.tensors(), weight.header())
     for device in ("cuda", "cpu"):
@@ -140,6 +136,7 @@ def check_any_batch(size: int, device: str, rows: int) -> None:
     stored = Stored(weight.kind, weight.tensors(), weight.header())
     linear = QuantLinear(stored, torch.Size((24, 64)), bias, kernel="lut")
     assert linear.kernel == "lut"
+    assert torch.allclose(linear.dequantize(torch.float32), weight.dequantize(), atol=1e-6)
     for shape in ((1,), (3,), (rows + 1,), (2, 1), (2, rows), (0,)):
         x = randn(*shape, 64, seed=8).to(device)
         y = linear(x)
@@ -152,7 +149,7 @@ def check_any_batch(size: int, device: str, rows: int) -> None:
     assert float((x.grad - weight.dequantize().sum(0)).norm()) <= 1e-5 * float(x.grad.norm())
 
 
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("triton_anywhere")
 @pytest.mark.parametrize("size", [32, 16, -1])
 def test_a_linear_multiplies_any_batch_by_its_codes(size: int) -> None:
     check_any_batch(size, DEVICE, ROWS)
@@ -163,7 +160,7 @@ def test_a_linear_on_a_cpu_does_so_in_plain_torch(size: int) -> None:
     check_any_batch(size, "cpu", CPU_ROWS)
 
 
-@pytest.mark.usefixtures("anywhere")
+@pytest.mark.usefixtures("triton_anywhere")
 def test_gptq_in_binary_coding_is_served_by_tables(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "dense", "llama", num_hidden_layers=2)
     out = {
@@ -183,18 +180,8 @@ def test_gptq_in_binary_coding_is_served_by_tables(tiny_checkpoint: Callable[...
 
 # Without a GPU --------------------------------------------------------------------------------------------------------
 
-COMPILE = ROOT / "tests" / "compiled_lut.py"
-
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """Machine code for a GPU that nothing here can run: it finds what the interpreter lets pass."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(COMPILE), "90"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shared = [int(line) for line in done.stdout.split()]
+    shared = compiled_for(90, "compiled_lut.py", tmp_path)
     assert len(shared) == 3
     assert max(shared) <= 2**13  # bytes: tables, or what a tile of rows is turned in

@@ -8,19 +8,15 @@ once, and only the d of earlier ones are summed. Rows of the weight do not depen
 torch, which says what the kernel of `columns_triton` has to compute; that one runs on CUDA.
 """
 
-import logging
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from quantization.kernels.launch import runs_triton
+
 __all__ = ["LONGEST", "Levels", "round_columns"]
 
-log = logging.getLogger(__name__)
-
-TRITON = find_spec("triton") is not None
 LONGEST = 128  # channels of a run: the kernel holds the d of all of them in registers
 TILE = 16  # channels that torch rounds between two matrix products; changes the speed only
 
@@ -62,7 +58,7 @@ def round_columns(
     pivots = factor.diagonal()
     before = factor.triu(1).div_(pivots[:, None]).T.contiguous()  # U_kc / U_kk at [c, k], k < c
     if kernel is None:
-        kernel = w.is_cuda and w.dtype == torch.float32 and _works(w.device)
+        kernel = w.is_cuda and w.dtype == torch.float32 and runs_triton(w.device)
     if kernel:
         from quantization.kernels.columns_triton import launch  # triton is not everywhere
 
@@ -71,18 +67,6 @@ def round_columns(
         launch(w, before, pivots, *grid, codes, corrections, levels.top, levels.round_sum)
     else:
         _round_columns(w, before, pivots, levels, codes, corrections)
-
-
-@cache
-def _works(device: torch.device) -> bool:
-    """Whether Triton serves a GPU; a reason why not goes into the log, once."""
-    if TRITON and torch.cuda.get_device_capability(device) >= (8, 0):
-        return True
-    why = (
-        f"{torch.cuda.get_device_name(device)} is older than Triton's kernels" if TRITON else "Triton is not installed"
-    )
-    log.warning("%s: channels are rounded in torch, which takes much longer", why)
-    return False
 
 
 def _round_columns(

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantization.kernels.launch import start
+
 __all__ = ["launch"]
 
 ROWS = 32  # of a program: as many as a warp has threads
@@ -102,25 +104,7 @@ def launch(
     """`columns.round_columns` by the kernel. before: U_kc / U_kk at [c, k], (n, n). pivots: diag U. Grids: `Levels`."""
     n, out = w.shape
     columns = max(SHORTEST, triton.next_power_of_2(n))
-    with torch.cuda.device_of(w):  # Triton starts kernels on the current device
-        _columns_kernel[(triton.cdiv(out, ROWS),)](
-            w,
-            torch.nn.functional.pad(before, (0, columns - n, 0, columns - n)) if n < columns else before,
-            pivots.contiguous(),
-            scale,
-            zero_point,
-            group,
-            limit,
-            codes,
-            corrections,
-            n,
-            out,
-            w.stride(0),
-            codes.stride(0),
-            TOP=top,
-            ROUND_SUM=round_sum,
-            COLUMNS=columns,
-            ROWS=ROWS,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
+    square = torch.nn.functional.pad(before, (0, columns - n, 0, columns - n)) if n < columns else before
+    tensors = (w, square, pivots.contiguous(), scale, zero_point, group, limit, codes, corrections)
+    numbers = (n, out, w.stride(0), codes.stride(0), top, round_sum, columns, ROWS)
+    start(_columns_kernel, (-(-out // ROWS), 1, 1), tensors, numbers, WARPS)

@@ -12,16 +12,13 @@ A side of a layer is [exact prefix | codes | exact tail], and keys may hold more
 in plain torch, in float32, which says what the kernel of `kv_triton` has to compute; that one runs on CUDA.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from quantization.kernels.kv_codes import Coded, Side, known
+from quantization.kernels.launch import runs_triton
 
 __all__ = ["attend", "attend_reference", "output", "scores"]
-
-TRITON = find_spec("triton") is not None
 
 
 def attend(
@@ -34,7 +31,7 @@ def attend(
     """
     size = query.shape[-1]
     if kernel is None:
-        kernel = query.is_cuda and TRITON and known(keys, size) and known(values, size)
+        kernel = runs_triton(query.device) and known(keys, size) and known(values, size)
     if kernel:
         from quantization.kernels.kv_triton import attend as triton_attend  # triton is not everywhere
 

@@ -35,16 +35,15 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = shape
         product = choose(stored, kernel, device or next(iter(stored.parts.values())).device)
         prepared = product.prepare(stored)
-        self.kernel, self._multiply = product.name, prepared.multiply
+        self.kernel = product.name
+        self._multiply, self._dequantize = prepared.multiply, prepared.dequantize
         for name, tensor in prepared.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Ŵ as the product multiplies with it, (out, in): what it makes of the unit vectors."""
-        device = next(self.buffers()).device
-        unit = torch.eye(self.in_features, dtype=dtype, device=device)
-        return self._multiply(unit, dict(self.named_buffers()), None).T
+        """Ŵ as the product multiplies with it, (out, in)."""
+        return self._dequantize(dict(self.named_buffers()), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""

@@ -12,7 +12,6 @@ batch goes through the same tables, up to `ROWS`; a larger one dequantizes the m
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from corpora.errors import UserError
 from quantization.grids.binary_coding import WORD, BinaryCoded, pad_groups
+from quantization.kernels.launch import runs_triton
 from quantization.kernels.protocols import Prepared, Stored
 
-__all__ = ["CPU_ROWS", "INPUTS", "ROWS", "Lut", "has_kernels", "lut_matmul", "tables"]
+__all__ = ["CPU_ROWS", "INPUTS", "ROWS", "Lut", "lut_matmul", "tables"]
 
-TRITON = find_spec("triton") is not None
 INPUTS = 8  # of a table: one byte of a word
 ROWS = 4  # of x that the kernels multiply one by one; with more it is cheaper to make the matrix
 CPU_ROWS = 16  # the same on a CPU
@@ -73,11 +72,6 @@ def _product(table: Tensor, weight: BinaryCoded) -> Tensor:
     return y
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels run there."""
-    return device.type == "cuda" and TRITON
-
-
 class Lut:
     """x Ŵᵀ + b of binary-coded weights: by tables for a few rows of x, else with the matrix made anew.
 
@@ -87,8 +81,8 @@ class Lut:
     name: ClassVar[str] = "lut"
 
     def takes(self, stored: Stored, device: torch.device) -> bool:
-        """Binary-coded matrices on a CPU, or on a CUDA device if Triton is installed."""
-        return stored.kind == BinaryCoded.kind and (device.type == "cpu" or has_kernels(device))
+        """Binary-coded matrices on a CPU, or on a CUDA device if Triton serves it."""
+        return stored.kind == BinaryCoded.kind and (device.type == "cpu" or runs_triton(device))
 
     def prepare(self, stored: Stored) -> Prepared:
         """The tensors as they are stored: planes, alpha and offset already lie as the kernels read them."""
@@ -96,21 +90,26 @@ class Lut:
         size = channels if header["group_size"] == -1 else header["group_size"]
 
         def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-            kernels, inputs = has_kernels(x.device), x.reshape(-1, channels)
+            kernels, inputs = runs_triton(x.device), x.reshape(-1, channels)
             most = ROWS if kernels else CPU_ROWS
             by_tables = 0 < len(inputs) <= most and not (x.requires_grad and torch.is_grad_enabled())
+            if not by_tables:
+                return nn.functional.linear(x, dequantize(tensors, x.dtype), bias)
             if not kernels:
-                weight = BinaryCoded.restore(tensors, header)
-                if not by_tables:
-                    return nn.functional.linear(x, weight.dequantize(x.dtype), bias)
-                y = lut_matmul(x, weight)
+                y = lut_matmul(x, BinaryCoded.restore(tensors, header))
                 return y if bias is None else y + bias
-            from quantization.kernels.lut_triton import dequantized, product
+            from quantization.kernels.lut_triton import product
 
             parts = tensors["planes"], tensors["alpha"], tensors.get("offset")
-            if not by_tables:
-                return nn.functional.linear(x, dequantized(*parts, channels, size, x.dtype), bias)
             padded = inputs if size % WORD == 0 else pad_groups(inputs, size).flatten(1)
             return product(padded, *parts, bias).view(*x.shape[:-1], parts[0].shape[2])
 
-        return Prepared({name: part.contiguous() for name, part in stored.parts.items()}, multiply)
+        def dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+            planes = tensors["planes"]
+            if not runs_triton(planes.device):
+                return BinaryCoded.restore(tensors, header).dequantize(dtype)
+            from quantization.kernels.lut_triton import dequantized
+
+            return dequantized(planes, tensors["alpha"], tensors.get("offset"), channels, size, dtype)
+
+        return Prepared({name: part.contiguous() for name, part in stored.parts.items()}, multiply, dequantize)

@@ -288,15 +288,15 @@ def product(
     if isinstance(plan, Signs):
         cut = outputs, words, words // len(alpha), bits, triton.next_power_of_2(bits), plan.outputs, plan.words
         grid = (-(-outputs // plan.outputs), batch, 1)
-        start(_signs_kernel, grid, (x.contiguous(), planes, alpha, offset, bias, y, *cut), plan.warps)
+        start(_signs_kernel, grid, (x.contiguous(), planes, alpha, offset, bias, y), cut, plan.warps)
         return y
     splits, numbers = _cut(words, bits * outputs, len(alpha), plan)
     sums = torch.empty(batch, splits, bits * outputs, device=x.device)
     grid = (-(-bits * outputs // plan.rows), splits, batch)
-    start(_rows_kernel, grid, (x.contiguous(), planes, alpha, offset, sums, outputs, *numbers), plan.warps)
+    start(_rows_kernel, grid, (x.contiguous(), planes, alpha, offset, sums), (outputs, *numbers), plan.warps)
     parts = splits * bits
     read = min(PARTS, triton.next_power_of_2(parts))
-    start(_sum_kernel, (-(-outputs // 32), batch, 1), (sums, bias, y, parts, outputs, read, 32), 4)
+    start(_sum_kernel, (-(-outputs // 32), batch, 1), (sums, bias, y), (parts, outputs, read, 32), 4)
     return y
 
 
@@ -319,5 +319,5 @@ def dequantized(
     words, bits, outputs = planes.shape
     dense = torch.empty(channels, outputs, device=planes.device, dtype=dtype)
     numbers = outputs, size, words // len(alpha), bits, DENSE
-    start(_dequantize_kernel, (len(alpha), -(-outputs // DENSE), 1), (planes, alpha, offset, dense, *numbers), 4)
+    start(_dequantize_kernel, (len(alpha), -(-outputs // DENSE), 1), (planes, alpha, offset, dense), numbers, 4)
     return dense.T

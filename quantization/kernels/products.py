@@ -14,7 +14,7 @@ from corpora.errors import UserError
 from quantization.grids.stored import restore
 from quantization.kernels.lut import Lut
 from quantization.kernels.protocols import Prepared, Product, Stored
-from quantization.kernels.sparse import Sparse
+from quantization.kernels.spqr import Spqr
 from quantization.kernels.uniform import Uniform
 
 __all__ = ["AUTO", "PRODUCTS", "check_kernel", "choose"]
@@ -35,13 +35,16 @@ class Unpack:
         """The tensors as they are stored."""
         kind, header = stored.kind, stored.header
 
+        def dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+            return restore(kind, tensors, header).dequantize(dtype)
+
         def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-            return nn.functional.linear(x, restore(kind, tensors, header).dequantize(x.dtype), bias)
+            return nn.functional.linear(x, dequantize(tensors, x.dtype), bias)
 
-        return Prepared(stored.parts, multiply)
+        return Prepared(stored.parts, multiply, dequantize)
 
 
-ROWS = (Uniform(), Lut(), Sparse(), Unpack())  # the faster ones first
+ROWS = (Uniform(), Lut(), Spqr(), Unpack())  # the faster ones first
 PRODUCTS: Mapping[str, Product] = {product.name: product for product in ROWS}
 
 

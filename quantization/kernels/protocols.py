@@ -10,10 +10,13 @@ from torch import Tensor
 
 from quantization.grids.stored import StoredWeight, restore
 
-__all__ = ["Multiply", "Prepared", "Product", "Stored"]
+__all__ = ["Dequantize", "Multiply", "Prepared", "Product", "Stored", "in_place"]
 
 # (x, tensors, bias) → x Ŵᵀ + bias: x (..., in) of any float dtype, (..., out) in that dtype; tensors as prepared.
 Multiply = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
+
+# (tensors, dtype) → Ŵ (out, in) in that dtype, as the product multiplies with it.
+Dequantize = Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +38,12 @@ class Prepared:
     """A matrix as a product reads it.
 
     tensors: what a module keeps as its buffers, by a name without a dot that is not `bias`; scales stay of a float
-    dtype, so that damage is found. multiply: gets the tensors as they are then, where the module has gone.
+    dtype, so that damage is found. multiply, dequantize: get the tensors as they are then, where the module has gone.
     """
 
     tensors: Mapping[str, Tensor]
     multiply: Multiply
+    dequantize: Dequantize
 
 
 class Product(Protocol):
@@ -54,3 +58,8 @@ class Product(Protocol):
     def prepare(self, stored: Stored) -> Prepared:
         """Lay a matrix out for the product, once, on the device that its tensors are on."""
         ...
+
+
+def in_place(dense: Tensor, order: Tensor | None) -> Tensor:
+    """(out, in) with its channels where they belong, of one that has them in another order: channel `order[k]` at k."""
+    return dense if order is None else dense.index_select(1, order.argsort())

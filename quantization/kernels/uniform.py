@@ -11,21 +11,19 @@ More: the matrix is dequantized once, for torch's own product, which is also wha
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantization.grids.uniform import QuantizedTensor
-from quantization.kernels.protocols import Prepared, Stored
+from quantization.kernels.launch import runs_triton
+from quantization.kernels.protocols import Prepared, Stored, in_place
 
 __all__ = ["BITS", "UNIT", "Uniform", "layout"]
 
-TRITON = find_spec("triton") is not None
 BITS = (2, 3, 4, 8)
 UNIT = 32  # channels
-CAPABILITY = (8, 0)  # of a GPU: products in bfloat16
 PAD = 64  # outputs are filled up to a multiple, so that tiles need no masks
 
 
@@ -35,20 +33,19 @@ class Uniform:
     name: ClassVar[str] = "uniform"
 
     def takes(self, stored: Stored, device: torch.device) -> bool:
-        """Uniform codes of 2, 3, 4 or 8 bits in groups of whole units, on a GPU that knows bfloat16."""
-        if stored.kind != QuantizedTensor.kind or device.type != "cuda" or not TRITON:
+        """Uniform codes of 2, 3, 4 or 8 bits in groups of whole units, where Triton runs."""
+        if stored.kind != QuantizedTensor.kind or not runs_triton(device):
             return False
         channels, size = stored.header["channels"], stored.header["group_size"]
         size = channels if size == -1 else size
         index = stored.parts.get("group_index")
         even = index is None or bool((index.long().bincount() == size).all())
-        fits = stored.header["bits"] in BITS and size % UNIT == 0 and channels % size == 0 and even
-        return fits and torch.cuda.get_device_capability(device) >= CAPABILITY
+        return stored.header["bits"] in BITS and size % UNIT == 0 and channels % size == 0 and even
 
     def prepare(self, stored: Stored) -> Prepared:
         """words (units, bits, outputs) int32, scale and zero_point (groups, outputs), outputs filled up to `PAD`; order
         (channels,) int64, the channels by their groups, where groups are not runs of neighbours."""
-        from quantization.kernels.uniform_triton import Codes, multiply  # triton is not everywhere
+        from quantization.kernels.uniform_triton import UniformCodes, dequantized, multiply  # triton is not everywhere
 
         weight = stored.weight
         assert isinstance(weight, QuantizedTensor)
@@ -64,12 +61,15 @@ class Uniform:
         outputs, channels = codes.shape
         constant = float(weight.zero_point[0, 0]) if rule.zero_point == "constant" else None
         per_group = channels // weight.scale.shape[1] // UNIT
-        laid_out = Codes(weight.grid.bits, channels, outputs, per_group, constant)
+        laid_out = UniformCodes(weight.grid.bits, channels, outputs, per_group, constant)
 
         def product(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
             return multiply(x, tensors, bias, laid_out)
 
-        return Prepared(tensors, product)
+        def dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+            return in_place(dequantized(tensors, laid_out, dtype), tensors.get("order"))
+
+        return Prepared(tensors, product, dequantize)
 
 
 def _filled(rows: Tensor) -> Tensor:

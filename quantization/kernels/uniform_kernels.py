@@ -137,7 +137,10 @@ def few_rows_kernel(
             following += (_words(words, tl.minimum(first + tl.arange(0, UNITS), units - 1), n + t * OUTPUTS, N, BITS),)
     for start in tl.range(first, last, UNITS, num_stages=STAGES):
         row = start + tl.arange(0, UNITS)
-        seen, unit = (row < last) if unit_sums is None else None, tl.minimum(row, units - 1)
+        # Scaled inputs have zeros behind and need no mask. With one, ptxas keeps more of the loads ahead (80 registers,
+        # not 64): one row of 49152 x 12288 took 5 to 17 % less, relative to the dense product, on an H200.
+        MASKED: tl.constexpr = unit_sums is None or (AHEAD and not SPLIT)
+        seen, unit = (row < last) if MASKED else None, tl.minimum(row, units - 1)
         tiles, more = following, ()
         for t in tl.static_range(TILES):
             of = tl.minimum(row + UNITS, units - 1) if AHEAD else unit

@@ -1,26 +1,28 @@
 """The kernels of SpQR's product in Triton against the dequantized matrix, in the interpreter or on a GPU."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, every
+from common import compiled_for, every
 from torch import Tensor
 
 from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
 from quantization.kernels.linear import QuantLinear
 from quantization.kernels.protocols import Stored
-from quantization.kernels.sparse import GROUP, Sparse, layout
-from quantization.kernels.sparse_triton import ROWS
+from quantization.kernels.spqr import GROUP, Spqr, layout
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from quantization.kernels.spqr_triton import ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 CLOSE = 2e-6  # of the norm: float32 sums of some hundred terms, some of which cancel (z·Σx)
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "triton_anywhere")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -51,13 +53,6 @@ def spqr_weight(
     codes = torch.randint(2**bits, (out, channels), generator=draw, dtype=torch.uint8).to(DEVICE)
     channel = torch.randperm(channels, generator=draw).to(torch.uint16).to(DEVICE) if order else None
     return SpQRWeight(codes, level(-3.0), level(0.5), corrections, channel, bits, second, second)
-
-
-@pytest.fixture(autouse=True)
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product takes SpQR's weights on this machine's device, in the interpreter if need be."""
-    takes = Sparse.takes
-    monkeypatch.setattr(Sparse, "takes", lambda self, stored, device: takes(self, stored, torch.device("cuda")))
 
 
 def linear_of(weight: SpQRWeight, bias: Tensor | None = None) -> QuantLinear:
@@ -99,6 +94,7 @@ def test_a_one_hot_input_picks_a_column_with_its_outliers(dtype, order):
     rounding = {"rtol": 2e-6, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2**-11, "atol": 2**-11}
     torch.testing.assert_close(linear(eye[:ROWS]).T, dense[:, :ROWS], **rounding)  # z·x is taken off a sum
     found = linear(eye).T
+    assert torch.equal(linear.dequantize(dtype), found)
     assert torch.equal(found, dense) or DEVICE == "cuda"  # whose compiler contracts s·(q − z) + r
     torch.testing.assert_close(found, dense, **rounding)
 
@@ -122,30 +118,20 @@ def test_words_hold_every_code(bits, size):
 
 
 def test_spqr_weights_on_a_gpu_are_taken_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr("quantization.kernels.spqr.runs_triton", lambda device: device.type == "cuda")
     weight = spqr_weight(8, 64, 16)
     stored = Stored(weight.kind, weight.tensors(), weight.header())
-    assert Sparse().takes(stored, torch.device("cuda"))
-    assert not Sparse().takes(stored, torch.device("cpu"))
-    assert not Sparse().takes(replace(stored, kind="uniform"), torch.device("cuda"))
+    assert Spqr().takes(stored, torch.device("cuda"))
+    assert not Spqr().takes(stored, torch.device("cpu"))
+    assert not Spqr().takes(replace(stored, kind="uniform"), torch.device("cuda"))
     large = spqr_weight(8, 4 * GROUP, 2 * GROUP)
-    assert not Sparse().takes(Stored(large.kind, large.tensors(), large.header()), torch.device("cuda"))
+    assert not Spqr().takes(Stored(large.kind, large.tensors(), large.header()), torch.device("cuda"))
 
 
 # Without a GPU --------------------------------------------------------------------------------------------------------
 
-COMPILE = ROOT / "tests" / "compiled_sparse.py"
-
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """Machine code for a GPU that nothing here can run: it finds what the interpreter lets pass."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(COMPILE), "90"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shared = [int(line) for line in done.stdout.split()]
+    shared = compiled_for(90, "compiled_spqr.py", tmp_path)
     assert len(shared) == 6
     assert max(shared) <= 2**15  # bytes, for sums across warps

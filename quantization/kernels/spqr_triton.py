@@ -1,4 +1,4 @@
-"""Triton kernels for SpQR's weights: products of a few rows of x, and the matrix; `sparse.py` says what they compute.
+"""Triton kernels for SpQR's weights: products of a few rows of x, and the matrix; `spqr.py` says what they compute.
 
 A program takes a tile of outputs, all their groups and all their outliers, and sums in float32, always in the same
 order. So the outliers are added before the only rounding, and a call gives the same bits every time.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantization.grids.sparse import SMALLEST_SCALE
 from quantization.kernels.launch import start
 
-__all__ = ["Codes", "dequantized", "multiply"]
+__all__ = ["SpqrCodes", "dequantized", "multiply"]
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
 ROWS = 2  # of x that the kernel multiplies one by one; with more it is cheaper to make the matrix
@@ -27,8 +27,8 @@ DENSE = 512  # outputs of a program that makes the matrix
 
 
 @dataclass(frozen=True)
-class Codes:
-    """What the tensors of `Sparse.prepare` do not tell.
+class SpqrCodes:
+    """What the tensors of `Spqr.prepare` do not tell.
 
     bits, scale_bits, zero_bits: of q, q_s and q_z. size: channels of a group. tile: rows that share the second level.
     """
@@ -173,7 +173,7 @@ def _outliers_kernel(
 # launch ---------------------------------------------------------------------------------------------------------------
 
 
-def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: Codes) -> Tensor:
+def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, codes: SpqrCodes) -> Tensor:
     """x Ŵᵀ + b: (..., channels) to (..., outputs), of any float dtype."""
     words, order = tensors["words"], tensors.get("order")
     if order is not None:
@@ -183,20 +183,22 @@ def multiply(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, code
         return nn.functional.linear(x, dequantized(tensors, codes, x.dtype), bias)
     rows, outputs = rows.contiguous(), words.shape[2]
     y = rows.new_empty(*x.shape[:-1], outputs)
-    arguments = rows, words, *_parts(tensors), bias, y, outputs, len(words), *_numbers(codes)
-    start(_product_kernel, (-(-outputs // TILE), len(rows), 1), (*arguments, GROUPS, TILE, ENTRIES), WARPS)
+    numbers = outputs, len(words), *_numbers(codes), GROUPS, TILE, ENTRIES
+    grid = (-(-outputs // TILE), len(rows), 1)
+    start(_product_kernel, grid, (rows, words, *_parts(tensors), bias, y), numbers, WARPS)
     return y
 
 
-def dequantized(tensors: Mapping[str, Tensor], codes: Codes, dtype: torch.dtype) -> Tensor:
+def dequantized(tensors: Mapping[str, Tensor], codes: SpqrCodes, dtype: torch.dtype) -> Tensor:
     """Ŵ with its channels in the order of quantization, (outputs, channels): a view of its transpose."""
     words = tensors["words"]
     groups, _, outputs = words.shape
     dense = torch.empty(groups * codes.size, outputs, dtype=dtype, device=words.device)
     grid_codes, second_level, *outliers = _parts(tensors)
-    grids, numbers = (words, grid_codes, second_level), (dense, outputs, *_numbers(codes))
-    start(_dequantize_kernel, (groups, -(-outputs // DENSE), 1), (*grids, *numbers, DENSE), 4)
-    start(_outliers_kernel, (-(-outputs // TILE), 1, 1), (*grids, *outliers, *numbers, TILE, ENTRIES), 4)
+    grids, numbers = (words, grid_codes, second_level), (outputs, *_numbers(codes))
+    start(_dequantize_kernel, (groups, -(-outputs // DENSE), 1), (*grids, dense), (*numbers, DENSE), 4)
+    tiles = (-(-outputs // TILE), 1, 1)
+    start(_outliers_kernel, tiles, (*grids, *outliers, dense), (*numbers, TILE, ENTRIES), 4)
     return dense.T
 
 
@@ -204,5 +206,5 @@ def _parts(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [tensors[name] for name in ("grid_codes", "second_level", "row_pointers", "columns", "values")]
 
 
-def _numbers(codes: Codes) -> tuple[int, ...]:
+def _numbers(codes: SpqrCodes) -> tuple[int, ...]:
     return codes.bits, codes.scale_bits, codes.zero_bits, codes.size, codes.tile

@@ -1,6 +1,6 @@
 """Compile the kernels of packed KV attention for a GPU that is not there; `tests/test_kv_attention.py` starts this.
 
-usage: python compiled_for_gpu.py CAPABILITY     such as 90; prints the shared memory of every kernel in bytes
+usage: python compiled_kv.py CAPABILITY     such as 90; prints the shared memory of every kernel in bytes
 """
 
 import torch
