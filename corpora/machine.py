@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "peak_memory_mb"]
+__all__ = ["device_name", "environment", "peak_memory_mb"]
 
 
 def environment() -> dict[str, Any]:
@@ -48,6 +48,13 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """Name of the GPU, or of the processor."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
 
 
 def peak_memory_mb(device_type: str) -> float:

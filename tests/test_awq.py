@@ -26,8 +26,9 @@ from quantization.__main__ import main as quantization_main
 from quantization.export.awq_search import recovered_limits
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid, fake_quantize, quantize
-from quantization.model.blocks import DecoderBlock
+from quantization.model.blocks import CalibrationStream, DecoderBlock
 from quantization.model.rescale import per_column, rescale_all
+from quantization.model.text import BATCH
 from quantization.named import named_recipe
 from quantization.programs.export import export
 from quantization.programs.export import main as export_main
@@ -36,7 +37,16 @@ from quantization.runs.checkpoint import block_file, load_quantized, read_block,
 from quantization.runs.identities import by_tokens
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.runs.plan import plan_run
-from quantization.weights.awq import AWQ, Inputs, channel_scales, clip_limits, clipped, is_clipped, search_scales
+from quantization.weights.awq import (
+    AWQ,
+    Inputs,
+    _fresh_cache,
+    channel_scales,
+    clip_limits,
+    clipped,
+    is_clipped,
+    search_scales,
+)
 from quantization.weights.rtn import RTN
 
 MHA = {"num_key_value_heads": 4}
@@ -839,3 +849,26 @@ def test_a_document_counts_with_its_start_token_and_is_never_cut_to_fit(
     assert pieces.tolist() == [[1, *tiny_tokenizer()("b" * 9, add_special_tokens=False)["input_ids"]]]
     with pytest.raises(UserError, match="fill no piece of 5"):
         packed_documents(tiny_tokenizer(), str(file), samples=4, length=5, seed=0)
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+@pytest.mark.parametrize("behind", [None, PREFIX], ids=["alone", "behind"])
+def test_a_call_that_is_repeated_with_the_same_weights_returns_the_same_bits(
+    behind: Tensor | None, batch: str, tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BATCH, batch)
+    model = tiny_model("llama")
+    architecture = architecture_of(model.config)
+    stream = CalibrationStream(model, architecture, SEGMENTS, behind)
+    block = DecoderBlock(0, architecture.blocks_of(model)[0], architecture, model.config, stream)
+    stream.seed(block)
+    _, calls = AWQ(W3)._observe(block)
+    assert calls.keys() == {"self_attn", "mlp"}
+    for name, of_module in calls.items():
+        module = block.module.get_submodule(name)
+        pairs = list(of_module.again(module, {}, lambda: _fresh_cache(block)))
+        assert sum(len(wanted) for _, wanted in pairs) == len(SEGMENTS)
+        assert of_module.numbers == sum(wanted.numel() for _, wanted in pairs) == SEGMENTS.numel() * 64
+        assert all(torch.equal(made, wanted) for made, wanted in pairs)
+        doubled = {n: 2 * x for n, x in module.named_parameters()}
+        assert not any(torch.equal(a, b) for a, b in of_module.again(module, doubled, lambda: _fresh_cache(block)))

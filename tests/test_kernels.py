@@ -116,16 +116,23 @@ def test_a_kernel_without_quantized_weights_is_refused(run_main, checkpoint, qua
     assert "unknown kernel 'x'; choose from auto, " in err
 
 
+def test_the_help_names_every_product(run_main) -> None:
+    said = run_main(main, "ppl", "--help")[1].partition("--kernel NAME  ")[2].partition("--kv-storage")[0]
+    assert [name for name in (AUTO, *PRODUCTS) if name not in said] == []
+
+
 def test_the_record_names_a_kernel_whose_figures_may_differ(run_main, checkpoint, intactkv_root) -> None:
     text = intactkv_root / "text.txt"
     text.write_text("The fox runs over the hill and back. " * 40)
     program = partial(run_main, main)
     common = ("ppl", "--model", checkpoint(), "--recipe", "rtn-w4", "--group-size", 32, "--corpus", text, "--window",
               32, "--limit", 1, "--json")  # fmt: skip
-    settings = {}
+    settings, products = {}, {}
     for kernel in (None, "unpack", "auto"):
         code, out, err = program(*common, *(() if kernel is None else ("--kernel", kernel)))
         assert code == 0, err
-        settings[kernel] = json.loads(out)["settings"]
+        record = json.loads(out)
+        settings[kernel], products[kernel] = record["settings"], record.get("products")
+    assert products == {None: None, "unpack": ["unpack"], "auto": ["unpack"]}
     assert [settings[kernel]["packed"] for kernel in (None, "unpack", "auto")] == [False, True, True]
     assert ["kernel" in settings[kernel] for kernel in (None, "unpack", "auto")] == [False, False, True]

@@ -1,7 +1,9 @@
 """Plans: what they read and what they do not, what they name, and what `--plan` prints."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import corpora.text
 import quantization.runs.auto_prefix
@@ -333,6 +336,70 @@ def test_the_size_of_a_checkpoint_is_in_its_own_dtype(intactkv_root, tiny_checkp
         if line.what == "quantized checkpoint"
     ]
     assert sizes[0] == sizes[1]
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, of those that operations made; without what only waits for
+    the garbage collector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        made = call(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        if self.now > self.most:
+            gc.collect()
+            self.most = max(self.most, self.now)
+        return made
+
+    def _freed(self, which: int, size: int) -> None:
+        self._alive.discard(which)
+        self.now -= size
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq at once", "awq", "smoothquant-w8a8"])
+@pytest.mark.parametrize(("samples", "length"), [(64, 64), (2, 256)], ids=["text", "batch"])
+def test_quantizing_holds_no_more_than_the_plan_says(name, samples, length, dense, text, monkeypatch):
+    text.write_text("The fox runs over the hill and back. " * 4000)
+    recipe = RECIPES[name.split()[0]].recipe
+    if recipe.weights.grid.group_size > 0:
+        recipe = replace(recipe, weights=replace(recipe.weights, grid=replace(recipe.weights.grid, group_size=16)))
+    if name.endswith("at once"):
+        recipe = replace(recipe, weights=replace(recipe.weights, true_sequential=False))
+    calibration = Calibration(str(text), samples=samples, length=length)
+    plan = plan_run(dense, replace(recipe, calibration=calibration), device=CPU)
+    monkeypatch.setattr("quantization.runs.preview.LIBRARIES", {})
+    (line,) = (line for line in preview(plan, "checkpoint") if line.what == "memory to quantize")
+    assert plan.segments.shape == (samples, length)
+    gc.collect()
+    gc.freeze()  # the libraries' objects, which would be looked at each time
+    try:
+        with Held() as held:
+            plan.written(plan.recipe)
+    finally:
+        gc.unfreeze()
+    assert held.most <= line.size <= 3 * held.most
+
+
+def test_text_that_a_gpu_leaves_to_the_host_is_not_counted_there(dense, text, monkeypatch):
+    monkeypatch.setenv("INTACTKV_CALIBRATION_BATCH", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    recipe = Recipe(weights=GPTQ(GRID), calibration=Calibration(str(text), samples=1000, length=32))
+    plan, copy = plan_run(dense, recipe, device=torch.device("cuda")), 1000 * 32 * 64 * 4
+    said = []
+    for memory in (8 * copy - 8, 8 * copy):  # a copy stays if it takes an eighth
+        monkeypatch.setattr("quantization.model.text.memory_of", lambda _device, memory=memory: memory)
+        said += [line.size for line in preview(plan, "checkpoint") if line.what == "memory to quantize"]
+    assert said[1] - said[0] == 2 * copy  # in front of the block and behind it
 
 
 def test_plan_shows_what_the_program_makes_and_nothing_else(dense, text, intactkv_root, run_main):

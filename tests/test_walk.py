@@ -1,5 +1,6 @@
 """The calibration text on its way through a block: batches, what is kept between sets, what waits for a device."""
 
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import quantization.runs.one_block
 import quantization.runs.pipeline
 from corpora.errors import UserError
+from corpora.machine import environment
 from intactkv.architecture import architecture_of
 from intactkv.observe import hooked, on_input
 from intactkv.policy import KVPolicy
@@ -307,9 +309,32 @@ def test_a_batch_fits_into_its_share_of_the_memory(monkeypatch: pytest.MonkeyPat
     assert samples_at_once(WIDTHS_70B, 64, torch.bfloat16, torch.device("cpu")) == 8
     monkeypatch.setenv(BATCH, "5")
     assert samples_at_once(WIDTHS_70B, 2048, torch.bfloat16, gpu) == 5
-    monkeypatch.setenv(BATCH, "none")
-    with pytest.raises(UserError, match=BATCH):
-        samples_at_once(WIDTHS_70B, 2048, torch.bfloat16, gpu)
+
+
+@pytest.mark.parametrize("word", ["0", "x", "-1", "1.5"])
+def test_a_batch_that_is_none_is_refused_and_nothing_is_left(
+    word: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BATCH, word)
+    source = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(UserError, match=f"the environment variable {BATCH}={word} is not allowed; give "):
+        quantize_checkpoint(source, Recipe(weights=GPTQ(W4)), tmp_path / "out", segments=SEGMENTS)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+@pytest.mark.parametrize("batch", ["2", "5"])
+def test_a_checkpoint_says_how_many_samples_went_at_once_and_on_what(
+    batch: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BATCH, batch)
+    source = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
+    costs = {
+        name: read_cost(quantize_checkpoint(source, Recipe(weights=method), tmp_path / name, segments=SEGMENTS))
+        for name, method in (("gptq", GPTQ(W4)), ("rtn", RTN(W4)))
+    }
+    assert costs["gptq"]["calibration_batch"] == int(batch)
+    assert costs["rtn"]["calibration_batch"] is None
+    assert costs["gptq"]["device_name"] in (environment()["processor"], platform.machine())
 
 
 def test_a_full_gpu_names_the_budget_and_the_knob(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +342,7 @@ def test_a_full_gpu_names_the_budget_and_the_knob(monkeypatch: pytest.MonkeyPatc
     said, gpu = rf"24 GB of cuda.* with 7 calibration samples at once.*{BATCH} below 7", torch.device("cuda")
     with pytest.raises(UserError, match=said), said_when_full(gpu, 7):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
-    said = r"with 1 calibration samples at once .*; give fewer or shorter samples"
+    said = r"with 1 calibration sample at once .*; give fewer or shorter samples"
     with pytest.raises(UserError, match=said), said_when_full(gpu, 1):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

@@ -10,7 +10,7 @@ from corpora.errors import UserError
 from quantization.kernels.products import AUTO, choose
 from quantization.kernels.protocols import Stored
 
-__all__ = ["QuantLinear", "name_products"]
+__all__ = ["QuantLinear", "name_products", "products_of"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,11 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}, {grid}, "
             f"kernel={self.kernel}"
         )
+
+
+def products_of(model: nn.Module) -> list[str]:
+    """Names of the products that multiply by a model's packed weights, sorted."""
+    return sorted({module.kernel for module in model.modules() if isinstance(module, QuantLinear)})
 
 
 def name_products(model: nn.Module, kernel: str, device: torch.device) -> None:

@@ -45,22 +45,6 @@ class Rounding(Protocol):
         ...
 
 
-class Passage(Protocol):
-    """A way through a block that the text has gone already, in pieces (`quantization.model.walk`)."""
-
-    def end(self, weights: Mapping[str, Any]) -> None:
-        """The block's linears have these weights now, by name."""
-        ...
-
-    def led_to(self, weights: Mapping[str, Any]) -> bool:
-        """Whether these are those weights."""
-        ...
-
-    def outputs(self) -> Sequence[Tensor]:
-        """What the block makes of the text with them."""
-        ...
-
-
 @dataclass(frozen=True)
 class DecoderBlock:
     """A block in full precision, with the calibration stream in front of it (None if nothing calibrates).
@@ -250,7 +234,8 @@ class CalibrationStream:
         # that ask (`WeightQuantizer.reads`).
         self.full: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
-        self.walk: Passage | None = None  # through the current block, by a method that went set after set
+        # A `quantization.model.walk.Walk` through the current block, by a method that went set after set.
+        self.walk: Any = None
 
     @torch.no_grad()
     def seed(self, block: DecoderBlock) -> None:

@@ -24,6 +24,8 @@ __all__ = [
     "TextWriter",
     "batch_of",
     "fits",
+    "given_batch",
+    "left_by_token",
     "memory_of",
     "said_when_full",
     "samples_at_once",
@@ -57,19 +59,28 @@ def to_spare(size: int, device: torch.device) -> bool:
     return size <= SHARE_TO_SPARE[device.type] * memory
 
 
+def given_batch() -> int:
+    """Samples at once that the environment names, 0 if it names none. Raises UserError for what is no such number."""
+    return from_environment(BATCH, at_least(1), 0)
+
+
 def samples_at_once(widths: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many samples of so many tokens run through a block together, at least one.
 
-    widths: (in, out) of a block's linears. A token leaves what each of them reads and writes in the model's dtype, and
-    a method turns the widest of these into float32, twice at most.
+    widths: (in, out) of a block's linears.
     """
-    if given := from_environment(BATCH, at_least(1), 0):
+    if given := given_batch():
         return given
     memory = memory_of(device)
     if memory is None:
         return max(1, CPU_TOKENS // tokens)
-    of_token = sum(map(sum, widths)) * dtype.itemsize + 8 * max(map(max, widths))
-    return max(1, int(SHARE_OF_BATCH * memory) // (tokens * of_token))
+    return max(1, int(SHARE_OF_BATCH * memory) // (tokens * left_by_token(widths, dtype)))
+
+
+def left_by_token(widths: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Bytes that a token leaves in a block: what each linear reads and writes in the model's dtype, and a method turns
+    the widest of these into float32, twice at most. widths: (in, out) of the linears."""
+    return sum(map(sum, widths)) * dtype.itemsize + 8 * max(map(max, widths))
 
 
 @contextmanager
@@ -82,7 +93,7 @@ def said_when_full(device: torch.device, batch: int | None = None) -> Iterator[N
     except torch.OutOfMemoryError as error:
         way_out, at_once = "give fewer or shorter samples (--calibration-samples, --calibration-length), or", ""
         if batch is not None:
-            at_once = f" with {batch} calibration samples at once"
+            at_once = f" with {batch} calibration sample{'s' * (batch > 1)} at once"
             way_out = (f"set the environment variable {BATCH} below {batch}, " if batch > 1 else "") + way_out
         raise UserError(
             f"the {(memory_of(device) or 0) / 1e9:.0f} GB of {device} are used up{at_once} "

@@ -171,8 +171,9 @@ def add_run_options(group: argparse._ActionsContainer) -> None:
         type=values.name,
         default=None,
         metavar="NAME",
-        help="keep quantized weights packed, and multiply by the product of this name: auto is the fastest that takes "
-        "a weight, unpack computes the same bits as dequantized weights (default: dequantize when loading)",
+        help="keep quantized weights packed, and multiply by the product of this name: uniform (grids, on a GPU), lut "
+        "(binary coding), spqr (on a GPU) or unpack, which computes the same bits as dequantized weights; auto is the "
+        "fastest that takes a weight (default: dequantize when loading)",
     )
     group.add_argument(
         "--kv-storage",

@@ -24,8 +24,8 @@ __all__ = [
     "check_discovered",
     "check_fits",
     "check_needed",
-    "check_packed",
     "check_prefix",
+    "check_storage",
     "fitting",
     "model_of",
     "name_other_weights",
@@ -46,9 +46,9 @@ def check_fits(checkpoint: Checkpoint, context: int | None, option: str, tokens:
         )
 
 
-def check_packed(kernel: str | None, packed_kv: bool, recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Raise UserError for a kernel that nobody knows, or that has no quantized weight to multiply by, and for a packed
-    cache of exact numbers."""
+def check_storage(kernel: str | None, packed_kv: bool, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """How weights and the KV cache are kept: raise UserError for a kernel that nobody knows, or that has no quantized
+    weight to multiply by, and for a packed cache of exact numbers."""
     if packed_kv and recipe.kv_cache is None:
         raise UserError(
             "--kv-storage packed has nothing to act on: the KV cache has full precision; add --kv-bits N, or leave "

@@ -15,6 +15,7 @@ from corpora.storage import identity
 from intactkv.prefix import Prefix
 from quantization.kv_cache import Policy
 from quantization.labels import full_label
+from quantization.model.text import given_batch
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.auto_prefix import Search
 from quantization.runs.checkpoint import Checkpoint, read_manifest
@@ -111,7 +112,8 @@ class Known:
                 "device": self.device.type,
                 "packed": self.kernel is not None,
             }
-            # What unpacks computes the bits of the dequantized weights.
+            # What unpacks computes the bits of the dequantized weights. Which products `auto` means is known once the
+            # weights are read: here it stands beside the device, and `Plan.outcome` names the products.
             | ({} if self.kernel in (None, "unpack") else {"kernel": self.kernel})
             | ({"spread": True} if self.spread else {})
             | ({"kv_storage": "packed"} if self.packed_kv else {})
@@ -139,7 +141,9 @@ class Known:
         check_fits(self.checkpoint, self.context, option, tokens)
 
     def check_calibration(self, front: int) -> None:
-        """Raise UserError for calibration text that does not fit the model. front: tokens of the prefix."""
+        """Raise UserError for calibration text that does not fit the model, and for a batch of it that is no number.
+        front: tokens of the prefix."""
+        given_batch()
         length, behind = self.recipe.calibration.length, self.recipe.calibrate_behind_prefix
         self.check_fits(f"--calibration-length {length}", length + (front if behind else 0))
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.json_files import write_json
-from corpora.machine import peak_memory_mb
+from corpora.machine import device_name, peak_memory_mb
 from corpora.storage import checkpoint_fingerprint
 from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
@@ -149,13 +149,15 @@ def quantize_checkpoint(
         done = sum(block.is_file() for block in blocks)
         started = time.perf_counter()
         try:
-            _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
+            batch = _work_off(weights, model, recipe, partial, segments, behind, torch.device(device))
         except UserError:
             if not any(block.is_file() for block in blocks):  # there is nothing to go on with
                 shutil.rmtree(partial)
             raise
-        cost = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": torch.device(device).type}
-        cost["peak_memory_mb"] = peak_memory_mb(torch.device(device).type)
+        kind = torch.device(device).type
+        cost: dict[str, Any] = {"seconds": time.perf_counter() - started, "blocks_found": done, "device": kind}
+        cost |= {"device_name": device_name(str(device)), "calibration_batch": batch}
+        cost["peak_memory_mb"] = peak_memory_mb(kind)
         # How a model chats and samples may be edited, and is part of what is made with it.
         left_out = (CHECKSUMS, GENERATION, "chat_template.jinja")
         files = [file for file in partial.iterdir() if not file.name.startswith(".") and file.name not in left_out]
@@ -217,8 +219,11 @@ def _work_off(
     segments: Tensor | None,
     behind: Tensor | Prefix | None,
     device: torch.device,
-) -> None:
-    """Process every block that has no file yet, then the ends. model: without weights."""
+) -> int | None:
+    """Process every block that has no file yet, then the ends. model: without weights.
+
+    Returns how many calibration samples went through a block at once, None if nothing calibrates.
+    """
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
     count = len(blocks)
@@ -254,6 +259,7 @@ def _work_off(
             )
             del block, write
     write_ends(partial, _ends(weights, ends, recipe, model))
+    return batch
 
 
 def _place(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device) -> None:

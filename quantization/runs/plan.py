@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import identity
 from corpora.text import calibration_segments, packed_documents
 from corpora.writing import drop_dead_lock, refuse_special
-from intactkv.architecture import architecture_of
 from intactkv.attach import IntactModel, attach
-from intactkv.cache import IntactCache
-from intactkv.policy import Bound
-from intactkv.prefix import Prefix, check_owner, identity_of
+from intactkv.prefix import Prefix, identity_of
+from quantization.kernels.linear import products_of
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
@@ -35,16 +33,16 @@ from quantization.runs.dense import DenseCheckpoint, read_config
 from quantization.runs.fitting import (
     check_discovered,
     check_needed,
-    check_packed,
     check_prefix,
+    check_storage,
     fitting,
     model_of,
     name_other_weights,
-)  # fmt: skip
+)
+from quantization.runs.fitting_kv import check_kv
 from quantization.runs.identities import by_tokens
 from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.known import Known
-from quantization.runs.kv_artefact import AGAIN as MAKE_KV
 from quantization.runs.kv_artefact import KVArtefact, calibrate_kv, tidy
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
 from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
@@ -102,6 +100,7 @@ class Plan(Known):
         if calibrated is not None:
             calibrated.check_front(self.choice.ids if intact else (), prefix)
         model = self._open(source, self.kernel)
+        self.__dict__["_products"] = products_of(model)
         tensors = None if calibrated is None else calibrated.tensors
         attached = attach(model, prefix, bound_kv(self.recipe, model, self.packed_kv, tensors))
         if prefix is not None and built:  # nothing is kept for a checkpoint that is refused
@@ -197,10 +196,13 @@ class Plan(Known):
 
     def outcome(self) -> dict[str, Any]:
         """What a run's record says of what it found or made: what the quantized checkpoint took (None for a dense
-        one), and the tokens that `auto` stands for. Call it after `load`."""
+        one), the products that multiply by packed weights, and the tokens that `auto` stands for. Call it after
+        `load`."""
         made = self.checkpoint.manifest is not None or self.recipe.makes_checkpoint
         cost = read_cost(self.written(self.recipe)) if made else None
-        told = {"quantization": cost and {name: value for name, value in cost.items() if name != "sha256"}}
+        told: dict[str, Any] = {"quantization": cost and {n: value for n, value in cost.items() if n != "sha256"}}
+        if "_products" in self.__dict__ and self.kernel is not None:
+            told["products"] = self.__dict__["_products"]
         return told if self.search is None else {**told, "prefix_ids": list(self.choice.ids)}
 
     def intact_prefix(self) -> Prefix:
@@ -259,62 +261,6 @@ class Plan(Known):
         return rescaled(twin, self.written(recipe)) if recipe.rescales else twin
 
 
-def check_kv(plan: Plan, config: PreTrainedConfig, makes: str) -> None:
-    """Raise UserError for a KV policy that the model cannot have, and for a given artefact of it that is not the run's;
-    before any work. config: of the model; makes: as `plan_run` takes it."""
-    recipe, given, kv, checkpoint = plan.recipe, plan.given_kv, plan.recipe.kv_cache, plan.checkpoint
-    if recipe.calibrate_behind_prefix and not (plan.makes_weights_of_text or plan.makes_kv):
-        raise UserError(
-            "calibrate_behind_prefix=true has nothing to act on: what the KV cache is calibrated to is there already; "
-            "leave it out"
-        )
-    if makes == "kv" and not plan.makes_kv:
-        if kv is None or not kv.calibrates:
-            what = "a KV cache in full precision" if kv is None else type(kv).__name__
-            raise UserError(
-                f"{what} calibrates on no text, so there is nothing to make; name a policy that does, for example --kv "
-                "static --kv-bits 4"
-            )
-        raise UserError(
-            f"{type(kv).__name__} is calibrated with the weights of {checkpoint.name}, whose checkpoint keeps what it "
-            "found; there is nothing to make"
-        )
-    if makes == "kv" and plan.has_prefix and not recipe.calibrate_behind_prefix:
-        raise UserError(
-            f"--prefix {recipe.prefix} has nothing to act on: the calibration text does not run behind it; add "
-            "--calibrate-behind-prefix, or leave it out"
-        )
-    if kv is None:
-        return
-    IntactCache(config, policy=Bound(kv, {} if given is None else given.tensors, plan.packed_kv))
-    if plan.makes_kv:
-        architecture_of(config)
-        if plan.vanilla and recipe.calibrate_behind_prefix:
-            raise UserError(
-                "the KV cache is calibrated behind the intact prefix, and only fits behind it; leave --vanilla or "
-                "--calibrate-behind-prefix out"
-            )
-    if given is None:
-        return
-    if checkpoint.manifest is None and recipe.trains_kv:
-        raise UserError(f"the weights of {recipe.label()} are trained with a KV cache of their own; leave {given} out")
-    if kv != given.policy:
-        raise UserError(
-            f"the KV artefact {given} is for {given.policy}, not for {kv}; leave the options of the KV cache out"
-        )
-    check_owner(
-        given.owner, model_of(checkpoint.directory, (checkpoint.fingerprint, plan.basis)), "KV artefact", MAKE_KV
-    )
-    if plan.named is not None or plan.vanilla:
-        given.check_front(() if plan.vanilla or plan.named is None else plan.named.ids)
-    calibrated, running = identity(given.made_of["weights"]), identity(plan.weights_made_of)
-    if calibrated != running:
-        log.warning(
-            "the KV artefact %s was calibrated on the weights %s (%s); those that run now are %s (%s)",
-            given, given.weights, calibrated, plan.weights_label, running,
-        )  # fmt: skip
-
-
 def plan_run(
     source: Path | Checkpoint,
     recipe: Recipe,
@@ -350,7 +296,7 @@ def plan_run(
         raise UserError(
             "--vanilla compares with an intact prefix, but none was named; add --prefix bos, or leave it out"
         )
-    check_packed(kernel, packed_kv, recipe, checkpoint)
+    check_storage(kernel, packed_kv, recipe, checkpoint)
     config = read_config(directory)
     text_config = config.get_text_config(decoder=True)
     recipe = fitting_kv(recipe, checkpoint, text_config)

@@ -2,10 +2,11 @@
 
 Nothing is run: sizes of what is there come from the disk, of what is missing from the shapes of the empty model.
     to run       the model's weights in the computation's dtype (packed ones at their bits)
-    to quantize  the ends, two copies of one block in float32, two of its largest Hessian, and the calibration text's
-                 hidden states in float32, as often as the method reads them
+    to quantize  the ends, two copies of one block in float32 and four of its largest Hessian; the calibration text's
+                 hidden states as often as the method keeps them, but for those that a GPU leaves to the host; what one
+                 batch of the text leaves in a block; on a GPU also the block that is being written, with its codes
     to calibrate the ends, one block and the text's hidden states; all weights, if the KV policy needs gradients
-Activations of a pass are not in it: they grow with the batch. On a CPU the libraries take LIBRARIES besides.
+What a method that trains keeps for its gradients is not in it. On a CPU the libraries take LIBRARIES besides.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import torch
 from corpora.storage import weight_files
 from intactkv.architecture import architecture_of
 from quantization.kv_cache import Policy
+from quantization.model.text import fits, left_by_token, samples_at_once, to_spare
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, is_quantized
 from quantization.runs.dense import empty_model, tied_names
@@ -41,17 +43,23 @@ class Line:
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of a model. ends: outside the blocks. block: of the largest one. linears: of all blocks, quantized.
-    inputs: of the widest linear. width: of the residual stream. blocks: how many.
-    item: bytes of a stored number."""
+    inputs: of the widest linear. widths: (in, out) of a block's linears. width: of the residual stream. blocks: how
+    many. dtype: of a stored number."""
 
     all: int
     ends: int
     block: int
     linears: int
     inputs: int
+    widths: list[tuple[int, int]]
     width: int
     blocks: int
-    item: float
+    dtype: torch.dtype
+
+    @property
+    def item(self) -> int:
+        """Bytes of a stored number."""
+        return self.dtype.itemsize
 
 
 def sizes_of(directory: Path, unties: bool) -> Sizes:
@@ -69,9 +77,10 @@ def sizes_of(directory: Path, unties: bool) -> Sizes:
         block=max(counts),
         linears=sum(linear.weight.numel() for mine in linears for linear in mine.values()),
         inputs=max(linear.in_features for mine in linears for linear in mine.values()),
+        widths=[(linear.in_features, linear.out_features) for linear in linears[0].values()],
         width=int(model.config.get_text_config(decoder=True).hidden_size),
         blocks=len(blocks),
-        item=torch.finfo(model.dtype).bits / 8,
+        dtype=model.dtype,
     )
 
 
@@ -167,12 +176,32 @@ def _running(plan: Plan, sizes: Sizes, packed: bool = False) -> float:
 
 
 def _quantizing(plan: Plan, sizes: Sizes) -> float:
-    """Bytes that quantizing takes: one block at a time, and the text in front of it."""
-    size = sizes.ends * sizes.item + 2 * sizes.block * 4
+    """Bytes that quantizing takes: one block at a time, and the text on its way through it."""
+    size = float(sizes.ends * sizes.item + 2 * sizes.block * 4)
+    if plan.device.type == "cuda":
+        size += 1.5 * sizes.block * sizes.item  # is being written; the one that is read ahead lies on the host
     if plan.text is not None:
-        c, method = plan.recipe.calibration, plan.recipe.tuning or plan.recipe.weights
-        copies = 1 if method is None or method.reads == "quantized" else 3
-        size += copies * c.samples * c.length * sizes.width * 4 + 2 * sizes.inputs**2 * 4
+        size += 4 * sizes.inputs**2 * 4 + _text(plan, sizes)
+    return size
+
+
+def _text(plan: Plan, sizes: Sizes) -> float:
+    """Bytes of the calibration text while a block is quantized, and of what one batch of it leaves there."""
+    c, method = plan.recipe.calibration, plan.recipe.tuning or plan.recipe.weights
+    reads = "quantized" if method is None else method.reads
+    channels = (4 if reads == "both" else 2) * [sizes.width]  # of each copy: in front of the block and behind it
+    channels += getattr(method, "keeps", 0) * [sizes.width]
+    copy = c.samples * c.length * sizes.item
+    known = (
+        plan.device.type == "cpu" or (plan.device.index or 0) < torch.cuda.device_count()
+    )  # elsewhere all is counted
+    if getattr(method, "true_sequential", False) and (not known or to_spare(copy * sizes.inputs, plan.device)):
+        channels.append(sizes.inputs)
+    size = 8 * c.samples * c.length  # token ids
+    size += sum(copy * wide for wide in channels if not known or fits(copy * wide, plan.device))
+    if known:
+        batch = min(c.samples, samples_at_once(sizes.widths, c.length, sizes.dtype, plan.device))
+        size += batch * c.length * left_by_token(sizes.widths, sizes.dtype)
     return size
 
 

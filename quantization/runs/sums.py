@@ -45,6 +45,8 @@ class _Cost(_Sums):
     figures: dict[str, float]
     blocks_found: Count
     device: str
+    device_name: NotRequired[str]
+    calibration_batch: NotRequired[Count | None]  # samples at once: their number changes the order of sums
 
 
 def read_cost(directory: Path) -> dict[str, Any]:

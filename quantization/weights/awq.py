@@ -14,7 +14,7 @@ and of one group, comes from the second moment of its inputs, tr(ΔW Σxxᵀ ΔW
 another pass over them; `grouped_values` is an addition.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from quantization.grids.uniform import (
 )
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling, per_column
+from quantization.model.text import TextWriter
 from quantization.weights.awq_zoo import ZooBlock, read_zoo
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import Hessian
@@ -50,7 +51,7 @@ CLIP_STEPS = 20  # candidates 1 − i/20 …
 CLIP_SHRINK = 0.5  # … for i < 10
 CLIP_TOKENS = 512  # at least, where there are as many: every k-th one
 AT_ONCE = {"cpu": 2**17, "cuda": 2**25}  # weights that are rounded together: on a CPU those that its cache holds
-CACHE = "past_key_values"
+CACHE, HIDDEN = "past_key_values", "hidden_states"  # arguments of a module
 # Share of a file's clip limits that no search over these weights gives (give or take 2% for half precision).
 STRANGE_LIMITS = 0.01
 
@@ -172,18 +173,43 @@ class Inputs:
         return (delta @ self._moment).mul_(delta).sum()
 
 
-@dataclass(frozen=True)
-class Call:
-    """Some samples' call of a module in full precision, to be repeated with other weights."""
+class Calls:
+    """A module's calls in full precision, of all samples, to be repeated with other weights.
 
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
-    output: Tensor
+    What it read and returned lies where the text does (`Text`); its other arguments hold for all samples.
+    """
 
-    def again(self, module: nn.Module, weights: dict[str, Tensor], cache: IntactCache | None) -> Tensor:
-        """The output with these weights. cache: a fresh one, because a call leaves its keys and values there."""
-        keywords = self.keywords | ({CACHE: cache} if CACHE in self.keywords else {})
-        return _output(torch.func.functional_call(module, weights, self.positional, keywords))
+    def __init__(self, samples: int, device: torch.device):
+        self._read, self._returned = (TextWriter(samples, device) for _ in range(2))
+        self._batches: list[int] = []  # samples of each call
+        self._positional: tuple[Any, ...] = ()
+        self._keywords: dict[str, Any] = {}
+        self.numbers = 0  # that it returned in all
+
+    def note(self, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        """One call, as a hook sees it."""
+        given, made = positional[0] if positional else keywords[HIDDEN], _output(output)
+        self._read.add(given)
+        self._returned.add(made)
+        self._batches.append(len(given))
+        self.numbers += made.numel()
+        # Not the cache: it holds this call's keys and values.
+        self._positional = positional[1:]
+        self._keywords = {n: None if n == CACHE else x for n, x in keywords.items() if n != HIDDEN}
+
+    def again(
+        self, module: nn.Module, weights: dict[str, Tensor], new_cache: Callable[[], IntactCache | None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the module returns with these weights, and what it did return, call by call. new_cache: for each one,
+        because a call leaves its keys and values there."""
+        start = 0
+        for samples in self._batches:
+            stop = start + samples
+            keywords = self._keywords | ({CACHE: new_cache()} if CACHE in self._keywords else {})
+            positional = (self._read.text.batch(start, stop), *self._positional)
+            made = torch.func.functional_call(module, weights, positional, keywords)
+            yield _output(made), self._returned.text.batch(start, stop)
+            start = stop
 
 
 def _output(of_module: Any) -> Tensor:
@@ -217,6 +243,8 @@ class AWQ(GridQuantizer):
     name: ClassVar[str] = "awq"
     reads: ClassVar[Literal["quantized", "full", "both"]] = "full"
     rescales: ClassVar[bool] = True
+    # What attention and the feed-forward part read and return; for limits, every k-th token in front of all linears.
+    keeps: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         if self.file and self.grouped_values:
@@ -277,7 +305,7 @@ class AWQ(GridQuantizer):
             producer = block.module.get_submodule(feed.producer)
             channels = len(producer.get_parameter("weight"))
             seen = inputs[feed.consumers[0]]
-            loss = self._loss(block, feed, seen, calls.pop(feed.inside, []))
+            loss = self._loss(block, feed, seen, calls.pop(feed.inside, None))
             magnitude = _per_producer(seen.magnitude / seen.count, channels, block.head_size)
             scale, smallest = search_scales(magnitude, loss, f"{block.name}.{feed.producer}")
             steps.append(Rescaling(feed.producer, feed.consumers, scale))
@@ -295,25 +323,20 @@ class AWQ(GridQuantizer):
                 limits[name] = clip_limits(linear.weight, x, self.grid)
         return limits
 
-    def _observe(self, block: DecoderBlock) -> tuple[dict[str, Inputs], dict[str, list[Call]]]:
+    def _observe(self, block: DecoderBlock) -> tuple[dict[str, Inputs], dict[str, Calls]]:
         """Run the text through the block once: the inputs of every linear, the calls of every measured module."""
         stream, feeds = block.stream, self.rescaled_feeds(block)
         assert stream is not None, "AWQ without a file calibrates, but no calibration text was given"
         stride = max(1, sum(hidden.shape[1] for hidden in stream.hidden) // CLIP_TOKENS)
         alone = {feed.inside for feed in feeds if feed.inside in feed.consumers}
         inputs = {names[0]: Inputs(stride, names[0] in alone) for names in block.architecture.linears}
-        calls: dict[str, list[Call]] = {feed.inside: [] for feed in feeds if feed.inside not in alone}
-
-        def note(inside: str, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            # Not the cache: it holds this call's keys and values.
-            keywords = keywords | ({CACHE: None} if CACHE in keywords else {})
-            calls[inside].append(Call(args, keywords, _output(output)))
-
-        with hooked(after(block.module.get_submodule(inside), partial(note, inside)) for inside in calls):
+        inside = {feed.inside for feed in feeds if feed.inside not in alone}
+        calls = {name: Calls(len(stream.hidden), stream.device) for name in inside}
+        with hooked(after(block.module.get_submodule(name), of.note) for name, of in calls.items()):
             block.observe(lambda name, x: inputs[name].add(x.flatten(0, 1)) if name in inputs else None)
         return {name: inputs[names[0]] for names in block.architecture.linears for name in names}, calls
 
-    def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: list[Call]) -> Callable[[Tensor], Tensor]:
+    def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: Calls | None) -> Callable[[Tensor], Tensor]:
         """The mean squared error of the measured module as a function of s, with the weights as they are now."""
         weights = {name: block.linears()[name].weight for name in feed.consumers}
 
@@ -333,11 +356,12 @@ class AWQ(GridQuantizer):
                 for name, w in candidates(scale).items()
             }
             module = block.module.get_submodule(feed.inside)
-            errors = torch.stack([
-                (call.again(module, rounded, _fresh_cache(block)).float() - call.output.float()).square_().sum()
-                for call in calls
-            ])  # fmt: skip
-            return errors.double().sum() / sum(call.output.numel() for call in calls)
+            assert calls is not None
+            errors = [
+                (made.float() - wanted.float()).square_().sum()
+                for made, wanted in calls.again(module, rounded, partial(_fresh_cache, block))
+            ]
+            return torch.stack(errors).double().sum() / calls.numbers
 
         return of_linear if feed.inside in feed.consumers else of_module
 

@@ -25,6 +25,7 @@ class GridQuantizer:
     calibrates: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
     sees_rounding: ClassVar[bool] = False
+    keeps: ClassVar[int] = 0  # copies of the calibration text, beside those in front of a block and behind it
 
     @property
     def label(self) -> str:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Weight = TypeVar("Weight", bound=StoredWeight)
 
-COLUMNS = 128  # that are updated one by one before the rest is; changes the speed only
+COLUMNS = 128  # channels that are rounded before all later ones get their errors; changes the speed only
 TOKENS = 1024  # of one product of a Hessian: on tensor cores a share of 2⁻¹⁸ is lost (H200; 2⁻¹⁴ with 16384 tokens)
 PANEL = 192  # rows that are computed at a time where a triangle is asked for; changes the speed only
 PANELS = {"cuda": 2048}  # where it is another: large products fill a GPU
@@ -173,10 +173,12 @@ def column_loop(
 ) -> Tensor:
     """Round channel after channel, spreading each one's error over the later ones.
 
-    w: (in, out) float32, input channels in processing order; becomes the errors e. factor: U, (in, in). levels: the
-    first and the last of some channels to their grid; called for `run` channels at a time, or for parts of so many one
-    after another, when the weights of the whole run are current. codes: (in, out) uint8, and corrections, (in, out)
-    float16, if `levels` has a limit: written. columns: updated before the rest is. kernel: see `round_columns`.
+    w: (in, out) float32, input channels in processing order; becomes the errors e. factor: U, (in, in). codes: (in,
+    out) uint8, is written; so is corrections, (in, out) float16, if `levels` has a limit.
+    levels(first, last): the grid of these channels. It is asked for at the start of every run, when the run's weights
+    have the errors of all channels before it; of a run longer than `LONGEST` part by part.
+    run: channels of one run. columns: how many channels are rounded before their errors go to all the later ones;
+    rounded up to whole runs. kernel: see `round_columns`.
     Returns Σ‖e_c‖², which is tr(ΔW H_λ ΔWᵀ), as a float64 scalar on the device of w.
     """
     loss = torch.zeros((), dtype=torch.float64, device=w.device)

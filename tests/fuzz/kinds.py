@@ -112,6 +112,7 @@ JUDGED = r"^outputs/mt_bench/model_judgment/"
 QUANTIZED_PROGRAMS = (
     ppl("--model", "q"),
     ppl("--model", "q", "--prefix", "bos", "--kernel", "unpack", name="ppl-bos-packed"),
+    ppl("--model", "q", "--kernel", "auto", name="ppl-auto"),
     Program("export-dense", ("quantization", "export", "--model", "q", "--format", "dense", "--out", "x"),
             tensors_of("x/*.safetensors")),
     Program("export-ct", ("quantization", "export", "--model", "q", "--out", "x"), tensors_of("x/*.safetensors")),
@@ -154,6 +155,10 @@ KINDS = {
              QUANTIZED_PROGRAMS),
         Kind("block-kv", worlds.rotated, ("q/block-*.safetensors", "q/quantization.json"), (
             ppl("--model", "q"), ppl("--model", "q", "--prefix", "bos", "--kernel", "unpack", name="ppl-bos-packed"),
+        ), own=True),
+        Kind("block-coded", worlds.coded, ("q/block-*.safetensors",), (
+            ppl("--model", "q", "--kernel", "auto", name="ppl-auto"),
+            ppl("--model", "q", "--kernel", "lut", name="ppl-lut"),
         ), own=True),
         Kind("partial", worlds.partial_, ("q.partial/block-000.safetensors", "q.partial/*.json"),
              (Program("resume", (*QUANTIZE, "q"), tensors_of("q/*.safetensors")),), own=True,

@@ -1,9 +1,11 @@
-"""Nonsense for every option of every program: the wrong type, beyond the range, paths of something else.
+"""Nonsense for every option of every program, and for a variable of the environment that some read: the wrong type,
+beyond the range, paths of something else.
 
 The options are those that the programs' own parsers declare, so a new one is tried the day it is added.
 """
 
 import argparse
+import os
 import random
 import re
 import sys
@@ -66,6 +68,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
                   "--samples", "1", "--held-out", "1", "--max-length", "200", "--min-assistant", "5", "--steps", "1",
                   "--batch-size", "1", "--evaluate-every", "1", "--out", "c.safetensors"),
 }  # fmt: skip
+VARIABLES = {"INTACTKV_CALIBRATION_BATCH": ("quantization", "kv")}  # of the environment, and who reads them
 # What is no nonsense after all, by the option: literal texts, numbers that are in range, names to filter by.
 NUMBERS = {"0", "-0", "-1", "1.5", "1e400", "nan", "inf", "-inf"}
 FINE: dict[str, set[str]] = {
@@ -79,7 +82,7 @@ FINE: dict[str, set[str]] = {
     "--threshold": {"1.5"}, "--outlier-threshold": {"1.5"},
     "--corpus": {"text.txt"}, "--calibration": {"text.txt"}, "--layers": {"0", "-0"},
     "--temperature": {"0", "-0", "1.5"}, "--depths": {"0", "-0", "1,2"}, "--max-memory": set(),
-    "--key-variable": {"abc", "None", "true"},
+    "--key-variable": {"abc", "None", "true"}, "INTACTKV_CALIBRATION_BATCH": {""},
 }  # fmt: skip
 
 
@@ -123,10 +126,11 @@ def options_of(words: tuple[str, ...]) -> list[argparse.Action]:
 
 
 def option_cases(name: str) -> Iterator[str]:
-    """PROGRAM:OPTION:INDEX of every nonsense for every option of a program."""
-    for action in options_of(PROGRAMS[name]):
+    """PROGRAM:OPTION:INDEX of every nonsense for every option of a program, and for the variables that it reads."""
+    options = [action.option_strings[-1] for action in options_of(PROGRAMS[name])]
+    for option in options + [variable for variable, readers in VARIABLES.items() if name in readers]:
         for index in range(len(NONSENSE)):
-            yield f"option:{name}:{action.option_strings[-1]}:{index}"
+            yield f"option:{name}:{option}:{index}"
 
 
 def run_option(scratch: Scratch, name: str) -> Call:
@@ -136,7 +140,12 @@ def run_option(scratch: Scratch, name: str) -> Call:
     value, words = NONSENSE[int(index)], PROGRAMS[program]
     with scratch.copy(template) as world:
         before = tree(world.parents[2])
-        outcome = call(world, (*words, f"{option}={value}"))
+        if option in VARIABLES:
+            value = value.encode("utf-8", "ignore").decode()  # a variable holds nothing else
+            with mock.patch.dict(os.environ, {option: value}):
+                outcome = call(world, words)
+        else:
+            outcome = call(world, (*words, f"{option}={value}"))
         after = tree(world.parents[2])
 
         def same() -> bool:

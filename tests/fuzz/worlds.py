@@ -64,6 +64,12 @@ def quantized(world: Path, scratch: Scratch) -> None:
     ran(world, *QUANTIZE, "q")
 
 
+def coded(world: Path, scratch: Scratch) -> None:
+    """A checkpoint of binary codes."""
+    copied(world, scratch, dense)
+    ran(world, "quantization", "--model", MODEL, "--recipe", "bcq-w3", "--group-size", "32", "--out", "q")
+
+
 TEXT = ("--calibration", "text.txt", "--calibration-samples", "2", "--calibration-length", "32")
 STATIC = ("--kv", "static", "--kv-bits", "4", "--prefix", "bos", "--calibrate-behind-prefix", *TEXT)
 
