@@ -5,12 +5,10 @@ to the store of a KV policy (`intactkv.store`), so attention already reads quant
 Models need no patch: they call `update` as always. What attention must know besides the tensors (`Read`) travels with
 the keys, to the attention function of `intactkv.attention`.
 
-The prefix has batch 1 and is shared by all sequences; its own tensors are never written to, and every call gets a fresh
-cache.
+The prefix has batch 1 and is shared by all sequences; it is never written to, and every call gets a fresh cache.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +40,10 @@ class Rows:
 
 
 class _Intact(CacheLayerMixin):
-    """What layers behind a prefix share. prefix: K and V, each (1, KV heads, P, D). near: they, where states are."""
+    """What layers behind a prefix share. prefix: K and V, each (1, KV heads, P, D). copies: of it, by layer."""
 
-    near: Callable[[Tensor], tuple[Tensor, Tensor]]
+    copies: Copies | None = None
+    index = 0
 
     def _start(self, prefix: Prefix, store: Store, rows: Rows, rope: Rope | None, single_pass: bool) -> None:
         self.prefix, self.store, self.rows, self.rope = prefix, store, rows, rope
@@ -53,6 +52,9 @@ class _Intact(CacheLayerMixin):
         self.passed_tokens = 0
         self.unread: Read | None = None
         store.begin(prefix, self._places)
+
+    def _near(self, like: Tensor) -> Prefix:
+        return self.prefix and (self.copies or Copies()).near(self.index, self.prefix, like)
 
     def _places(self, first: int, last: int) -> Places:
         length = self.prefix_length
@@ -105,8 +107,7 @@ class IntactLayer(_Intact, DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The prefix comes to where the states are; the store begins with the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        if self.prefix is not None:
-            self.store.begin(self.near(key_states), self._places)
+        self.store.begin(self._near(key_states), self._places)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -183,9 +184,9 @@ class IntactSlidingLayer(_Intact, DynamicSlidingWindowLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with the prefix, one view per sequence of the batch, in the dtype and on the device of the states."""
         super().lazy_initialization(key_states, value_states)
-        if self.prefix is not None:
+        if (prefix := self._near(key_states)) is not None:
             batch = key_states.shape[0]
-            self.keys, self.values = (x.expand(batch, -1, -1, -1) for x in self.near(key_states))
+            self.keys, self.values = (x.expand(batch, -1, -1, -1) for x in prefix)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, rounded; return what attention reads, the prefix first while it is there."""
@@ -289,8 +290,7 @@ class IntactCache(Cache):
                     f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "
                     "prefix needs layers of full or sliding-window attention"
                 )
-            if prefix is not None:
-                layers[-1].near = partial(copies.near, index, prefix)
+            layers[-1].copies, layers[-1].index = copies, index
         super().__init__(layers=list(layers))
         self.intact_layers = layers
         self.prefix_length = layers[0].prefix_length

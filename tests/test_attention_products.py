@@ -1,6 +1,7 @@
 """Attention's products: queries and softmax rows on their grids, against a slow formula, whatever the cache holds."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from corpora.errors import UserError
 from intactkv.attach import attach
 from intactkv.attention import ROWS
-from intactkv.prefix import Prefix, build_prefix
+from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import PerHead
 from quantization.model.attention import AttentionProducts
@@ -201,7 +202,7 @@ def test_a_prefix_is_trained_through_the_grids_as_if_they_were_not_there(
         prefix = build_prefix(model, PREFIX)
         with torch.enable_grad():
             keys = tuple(x.clone().requires_grad_() for x in prefix.keys)
-            trained = Prefix(**{**vars(prefix), "keys": keys})
+            trained = replace(prefix, keys=keys)
             attach(model, trained).feed(ids).logits.logsumexp(-1).sum().backward()
         assert all(key.grad is not None for key in keys)
         return torch.cat([key.grad.flatten() for key in keys if key.grad is not None])

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eval.__main__ import main as evaluate
 from intactkv.__main__ import main as intactkv
-from intactkv.prefix import Prefix, build_prefix
+from intactkv.prefix import build_prefix
 from quantization.__main__ import main as quantize
 from quantization.runs.opening import load_model
 
@@ -286,7 +287,7 @@ def test_a_prefix_that_was_trained_behind_another_kv_policy_is_told(
     plain = build_prefix(load_model(model, torch.float32, CPU), [1, 20, 30])
     weights = {"weights": "fp16", "made_of": {"source": plain.model.fingerprint}, "kv": kv}
     trained = {"for": weights, "conversations": {"source": "sample"}}
-    Prefix(**{**vars(plain), "calibrated": trained}).save(file)
+    replace(plain, calibrated=trained).save(file)
     for prefix in (file, intactkv_root / "adapter"):
         code, _, err = call("ppl", "--model", model, "--prefix", prefix)
         assert code == 0, err
