@@ -19,7 +19,7 @@ from corpora.paths import outputs_dir
 from corpora.writing import refuse_special, refuse_unwritable
 from eval.record_forms import Head, disagreement, form_of
 
-__all__ = ["all_records", "identity_of", "record_of"]
+__all__ = ["all_records", "identity_of", "record_at", "record_of"]
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,12 @@ def all_records(task: str, left_out: list[str] | None = None) -> list[dict[str, 
             else:
                 left_out.append(line)
     return sorted(records, key=lambda record: record["started"])
+
+
+def record_at(path: Path) -> dict[str, Any]:
+    """A record by its file, whose name begins with its task. Raises UserError as for every damaged one, and for a file
+    that is not there."""
+    return _read(path, path.name.partition("-")[0])
 
 
 def _read(path: Path, task: str) -> dict[str, Any]:

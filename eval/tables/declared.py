@@ -1,0 +1,169 @@
+"""What a published table is: rows of methods and columns of measures, with the figures that a paper gives.
+
+    Paper: rows × measures  ──cells_of──▶  Run: one call of one program  ──ledger──▶  its record
+
+A row is a method behind an arm, a measure is a program with its options. `eval.tables.asked` makes runs of them for a
+model, `eval.tables.ledger` finds their records. None of these imports torch: a table is planned in an instant.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+__all__ = [
+    "ALONE",
+    "BOS",
+    "PUBLISHED",
+    "Arm",
+    "Figure",
+    "Measure",
+    "Method",
+    "Paper",
+    "Row",
+    "Scope",
+    "Words",
+    "with_arms",
+]
+
+Words = tuple[str, ...]  # options of a program, as a shell would split them
+Figure = float | str | None  # as published: a number, an answer, or nothing
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column: what is measured, and which number of the record it is.
+
+    program: of `python -m eval`. item: the corpus of ppl, the task of tasks, the prompt of chat. options: of the
+    program. metric: of a task's record (default: the program's one figure). generates: the model writes answers, which
+    a KV policy may treat otherwise. average_of: heads of other columns, whose plain mean this is; it is not run.
+    """
+
+    head: str
+    program: Literal["ppl", "tasks", "needle", "chat", "judge", "latency"] = "ppl"
+    item: str = ""
+    options: Words = ()
+    metric: str = ""
+    better: Literal["lower", "higher", "words"] = "lower"
+    generates: bool = False
+    average_of: Words = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the model of a row is made, in options of the programs.
+
+    name: what --only calls it. options: of the recipe (--bits, --group-size, --set); a group size that is not given is
+    the model's own. kv: of the cache; kv_generating: the same where the model writes answers, if that differs.
+    calibrates: it looks at text, so a seed changes it. quantizes: it makes a checkpoint, once for all its runs.
+    """
+
+    name: str
+    recipe: str = "fp16"
+    options: Words = ()
+    kv: Words = ()
+    kv_generating: Words | None = None
+    calibrates: bool = False
+    quantizes: bool = False
+
+    def words(self, generates: bool = False) -> Words:
+        """All options, of weights and of the cache."""
+        kv = self.kv_generating if generates and self.kv_generating is not None else self.kv
+        return ("--recipe", self.recipe, *self.options, *kv)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What stands in front. label: as a table writes it. prefix: the word of --prefix. behind: the method's text runs
+    behind it, too. vanilla: the same tokens, computed by the quantized model. trains: `python -m intactkv` trains the
+    prefix first, by these words."""
+
+    label: str
+    prefix: str = "none"
+    behind: bool = False
+    vanilla: bool = False
+    trains: Words = ()
+
+
+ALONE = Arm("")
+BOS = Arm("[B]", "bos")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method behind an arm. published: by model, a figure for every measure of the table (None: not given)."""
+
+    label: str
+    method: Method
+    arm: Arm = ALONE
+    published: Mapping[str, tuple[Figure, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A table. name: what `reproduce` calls it. project: whose page it is of. source: which table or section.
+
+    protocol: what a figure is, in words. models: those with published figures, by their names in modelzoo/.
+    notes: what a reader must know, errors of the published table among them.
+    """
+
+    name: str
+    project: str
+    title: str
+    source: str
+    protocol: str
+    models: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def value(self, row: Row, model: str, measure: Measure) -> Figure:
+        """The published figure of a cell; None for a measure that the paper does not have."""
+        figures = row.published.get(model)
+        return figures[self.measures.index(measure)] if figures is not None and measure in self.measures else None
+
+
+def with_arms(rows: Iterable[Row], *arms: Arm) -> tuple[Row, ...]:
+    """Every row, followed by the same method behind each arm, which the paper does not have. Full precision in front of
+    a full-precision cache is the same function behind its own prefix: it stays alone."""
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        if row.method.recipe != "fp16" or row.method.kv:
+            found += [replace(row, arm=arm, published={}) for arm in arms]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is run of a table, and at what size.
+
+    seeds: of calibration, one run for each; none: the recipes' own. only: names of methods, arms (`[B]`, `alone`) or
+    measures. corpora, limit, window, data: of what is scored; calibration: options of the text that methods calibrate
+    on. options: more options of every recipe. All that is not given is the published size, or the model's own.
+    """
+
+    seeds: tuple[int, ...] = ()
+    only: Words = ()
+    corpora: Words = ()
+    limit: int | None = None
+    window: int | None = None
+    data: str | None = None
+    calibration: Words = ()
+    options: Words = ()
+    judge: Words = ()  # options of `eval judge`; without them nothing is judged
+
+    @property
+    def reduced(self) -> Words:
+        """What is not as published, in words; nothing if figures compare."""
+        given = {
+            "corpus": self.corpora, "limit": self.limit, "window": self.window, "data": self.data,
+            "calibration": self.calibration, "options": self.options,
+        }  # fmt: skip
+        return tuple(f"{name} {_shown(value)}" for name, value in given.items() if value)
+
+
+PUBLISHED = Scope()  # every figure as the paper has it
+
+
+def _shown(value: Words | int | str | None) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
