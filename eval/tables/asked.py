@@ -53,6 +53,11 @@ class Run:
         }, 16)  # fmt: skip
 
     @property
+    def label(self) -> str:
+        """What is asked, in one line for a reader."""
+        return " ".join([*MODULES[self.program][-1:], self.model.name, *self.words, self.item]).rstrip()
+
+    @property
     def file(self) -> Path | None:
         """The file that it writes beside its record; None for programs that name theirs themselves."""
         if self.program not in FILES:
@@ -70,7 +75,18 @@ class Call:
 
     @property
     def first(self) -> Run:
+        """Which stands for all but for the item."""
         return self.runs[0]
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """What must be made before."""
+        return self.first.needs
+
+    @property
+    def label(self) -> str:
+        """What is asked, in one line for a reader, with all items."""
+        return " ".join([replace(self.first, item="").label, *(run.item for run in self.runs)]).rstrip()
 
     def command(self, device: str = "auto") -> list[str]:
         """The command line, with this interpreter in front."""
