@@ -106,7 +106,10 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         if not corpora and own != ModelDefaults().default_corpora:
             corpora = model_defaults(model.name).corpora_of(protocol)
         if measure.program == "ppl" and corpora:
-            found |= {replace(measure, item=name, head=Path(name).name): None for name in corpora}
+            own_columns = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
+            found |= {
+                own_columns.get(name, replace(measure, item=name, head=Path(name).name)): None for name in corpora
+            }
         else:
             found[measure] = None
     return tuple(found)
