@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from corpora.catalog import FAMILIES
+from corpora.catalog import catalog_name
 from eval.tables import render
 from eval.tables.asked import Cell, cells_of
 from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
 from eval.tables.ledger import answer_of
 from eval.tables.render import Table, mean_of, signed
 
-__all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_name", "paper_table", "scatter", "value_of", "verdict_of"]
+__all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
 
 # How many questions the published accuracies are of: MMLU's test files, and the splits that lm-eval scores.
 QUESTIONS: Mapping[str, int] = {
@@ -52,15 +52,6 @@ class Filled:
     difference: float | None = None
     verdict: str = ""
     departs: tuple[str, ...] = ()
-
-
-def paper_name(model: str) -> str:
-    """A model's name as the tables spell it: the hub's `Llama-2-7b-hf` is `llama-2-7b`; others stay as they are."""
-    for family, known in FAMILIES.items():
-        for size, hub_id in known.sizes.items():
-            if hub_id is not None and model.lower() == hub_id.rpartition("/")[2].lower():
-                return f"{family}-{size}"
-    return model
 
 
 def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
@@ -114,7 +105,7 @@ def _place(row: Row) -> tuple[str, Arm]:
 
 def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, records: Sequence[dict[str, Any]]) -> Filled:
     measure = cell.measure
-    theirs = paper.value(cell.row, paper_name(model), measure)
+    theirs = paper.value(cell.row, catalog_name(model), measure)
     values = [value for record in records if (value := value_of(record, measure)) is not None]
     numbers = [value for value in values if isinstance(value, float)]
     ours = mean_of(numbers) if numbers else next(iter(map(str, values)), None)
@@ -174,7 +165,7 @@ def _departs(
 ) -> tuple[str, ...]:
     """What of a cell is not as published."""
     measure, method = cell.measure, cell.row.method
-    words = [] if paper_name(model) in paper.models else [f"model {model}"]
+    words = [] if catalog_name(model) in paper.models else [f"model {model}"]
     if measure not in paper.measures:
         words.append(f"corpus {measure.item}")
     given = {
@@ -182,6 +173,7 @@ def _departs(
         "data": scope.data if measure.program == "tasks" else None,
         "calibration": scope.calibration if method.calibrates else (),
         "options": scope.options if method.recipe != "fp16" else (),
+        "training": scope.training if cell.row.arm.trains else (),
     }  # fmt: skip
     for name, value in given.items():
         if value:
@@ -212,7 +204,7 @@ def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
     """Ours beside theirs, for one model or several: the published figures of the paper's models, ours of every model
     that was run, and the difference where one is taken."""
     models = dict.fromkeys(one.model for one in cells)
-    published = [name for name in paper.models if name in map(paper_name, models)] or list(paper.models)
+    published = [name for name in paper.models if name in map(catalog_name, models)] or list(paper.models)
     rows = list({_place(one.row): one.row for one in cells}.values())
     heads: list[str] = []
     columns: list[list[render.Cell]] = []
@@ -222,9 +214,9 @@ def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
             heads.append(head)
             columns.append(values)
 
-    several = len(dict.fromkeys([*published, *map(paper_name, models)])) > 1
-    for name in dict.fromkeys([*published, *map(paper_name, models)]):
-        mine = [one for one in cells if paper_name(one.model) == name]
+    several = len(dict.fromkeys([*published, *map(catalog_name, models)])) > 1
+    for name in dict.fromkeys([*published, *map(catalog_name, models)]):
+        mine = [one for one in cells if catalog_name(one.model) == name]
         measures = list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures)
         for measure in measures:
             column = {_place(one.row): one for one in mine if one.measure == measure}
