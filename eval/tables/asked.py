@@ -27,7 +27,7 @@ ITEMS = {"ppl": "--corpus", "tasks": "--tasks", "chat": "--prompt"}
 # Programs that write a file of our naming: its folder below the root, and its ending.
 FILES = {
     "calibrate": ("modelzoo/prefixes", ".safetensors"), "train-prefix": ("modelzoo/prefixes", ".safetensors"),
-    "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"), "chat": ("outputs/chat", ".json"),
+    "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
 WITHOUT_MODEL = ("judge", "latency")
 
@@ -157,7 +157,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     size = _size(measure, scope)
     words = (*made, *kv, *text, *front, *measure.options, *size)
     if measure.program == "latency":
-        return Run("latency", model, measure.item, measure.options)
+        return Run("latency", model, measure.item, (*method.options, *measure.options))
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
         return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
