@@ -27,7 +27,7 @@ ITEMS = {"ppl": "--corpus", "tasks": "--tasks", "chat": "--prompt"}
 # Programs that write a file of our naming: its folder below the root, and its ending.
 FILES = {
     "calibrate": ("modelzoo/prefixes", ".safetensors"), "train-prefix": ("modelzoo/prefixes", ".safetensors"),
-    "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"), "chat": ("outputs/chat", ".json"),
+    "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
 WITHOUT_MODEL = ("judge", "latency")
 
