@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every figure that needs a GPU: JSON lines, a table last, and outputs/benchmarks/gpu.jsonl. The first three steps take
-# 158 s on an H200; name some steps where time is short.
+# Every figure that needs a GPU: JSON lines, a table last, and outputs/benchmarks/gpu.jsonl. All steps take
+# 312 s on an H200; name some where time is short.
 # Usage: gpu.sh [--steps gptq products lutgemm overhead spqr kv_decode memory walk]      (default: all)
 # Needs torch, Triton and transformers, from .venv or from python3; what else is missing is left out, and that is said.
 # PEER_PYTHON: an interpreter with llm-compressor (default: that of benchmarks/peers/setup.sh).

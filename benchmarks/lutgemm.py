@@ -1,12 +1,15 @@
 """The published latency table of LUT-GEMM: one row of x times packed weights, beside cuBLAS over half precision.
 
 Every shape is checked first, against the dequantized matrix in float64. Times are medians of replayed CUDA graphs in
-which every call reads another copy of the weights, so that no cache holds them.
+which every call reads another copy of the weights, so that no cache holds them. With --json the figures are a run
+record, read back if there is one.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
+from corpora import values
+from corpora.errors import Parser, UserError, run_program
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.kernels.lut import Lut
@@ -225,18 +230,70 @@ VARIANTS: list[tuple[int, ...]] = [
 ]  # fmt: skip
 
 
+def shape(word: str) -> tuple[int, int]:
+    """A shape of the published table as OUTxIN. Raises argparse.ArgumentTypeError for another one."""
+    for n, k in PUBLISHED:
+        if word == f"{n}x{k}":
+            return n, k
+    known = ", ".join(f"{n}x{k}" for n, k in PUBLISHED)
+    raise argparse.ArgumentTypeError(f"{values.shown(word)} is not in the published table; give of {known}")
+
+
+def record(shapes: tuple[tuple[int, int], ...], device: torch.device, force: bool) -> dict[str, Any]:
+    """The run record of some shapes, n × k and k × n each."""
+    from eval.runs import record_of
+
+    settings = {
+        "benchmark": "lutgemm",
+        "shapes": [list(shape) for shape in shapes],
+        "group": GROUP,
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+
+    def figures() -> dict[str, Any]:
+        limit = bandwidth(str(device))
+        return {
+            "bandwidth": limit,
+            "products": [
+                {"out": out, "channels": channels, "products": measure(out, channels, device, limit)}
+                for n, k in shapes
+                for out, channels in ((n, k), (k, n))
+            ],
+        }
+
+    name = "lutgemm-" + "-".join(f"{n}x{k}" for n, k in shapes[:2])
+    return record_of("latency", name, settings, figures, force=force)
+
+
 def main() -> None:
     """Seven shapes, n × k and k × n: a line each, and the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
+    parser = Parser(prog="python -m benchmarks.lutgemm", description=__doc__)
+    parser.add_argument("--device", type=values.device, default="auto", help="a GPU (default: the first)")
     parser.add_argument("--variants", action="store_true", help="time the table product's plans instead")
+    parser.add_argument(
+        "--shapes",
+        type=values.several(shape),
+        default=tuple(PUBLISHED),
+        metavar="NxK,…",
+        help="of the published table, such as 512x2048 (default: all seven)",
+    )
+    parser.add_argument("--json", action="store_true", help="keep a run record, and print it instead of the table")
+    parser.add_argument("--force", action="store_true", help="with --json: measure again, even if there is a record")
     options = parser.parse_args()
     if options.device == "cpu" or not torch.cuda.is_available() or find_spec("triton") is None:
-        print("skipped: LUT-GEMM's kernel needs a CUDA device and Triton; one of them is not here")
+        said = "LUT-GEMM's kernel needs a CUDA device and Triton; one of them is not here"
+        if options.json:
+            raise UserError(f"{said}, so there is no latency to measure; run it where both are")
+        print(f"skipped: {said}")
         return
-    device = torch.device(options.device)
+    device = torch.device("cuda" if options.device == "auto" else options.device)
     with torch.inference_mode():
-        limit = bandwidth(options.device)
+        if options.json:
+            print(json.dumps(record(options.shapes, device, options.force), indent=2))
+            return
+        limit = bandwidth(str(device))
         print(f"copy bandwidth {limit / 1e12:.2f} TB/s, read and written", flush=True)
         if options.variants:
             with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
@@ -247,7 +304,7 @@ def main() -> None:
                 variants(out, channels, bits, device, limit)
             return
         results = {}
-        for n, k in PUBLISHED:
+        for n, k in options.shapes:
             for out, channels in ((n, k), (k, n)):
                 results[out, channels] = measure(out, channels, device, limit)
                 for name, figures in results[out, channels].items():
@@ -256,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -13,8 +13,8 @@ from corpora.errors import UserError
 from corpora.files import data_files
 from corpora.paths import datasets_dir, modelzoo_dir
 
-__all__ = ["CORPORA", "FAMILIES", "TEXT_FILE", "Corpus", "Family", "ModelDefaults", "corpus_directory", "corpus_files",
-           "model_defaults", "model_directory", "split_patterns"]  # fmt: skip
+__all__ = ["CORPORA", "FAMILIES", "TEXT_FILE", "Corpus", "Family", "ModelDefaults", "catalog_name", "corpus_directory",
+           "corpus_files", "model_defaults", "model_directory", "split_patterns"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(_named("Qwen/Qwen3-{}", "0.6B", "1.7B", "4B", "8B")),
     "opt": Family(_named("facebook/opt-{}", "125m", "350m", "1.3b", "2.7b", "6.7b", "13b")),
 }
+
+
+def catalog_name(model: str) -> str:
+    """A model's name in the catalogue: the hub's `Llama-2-7b-hf` is `llama-2-7b`; others stay as they are."""
+    for family, known in FAMILIES.items():
+        for size, hub_id in known.sizes.items():
+            if hub_id is not None and model.lower() == hub_id.rpartition("/")[2].lower():
+                return f"{family}-{size}"
+    return model
 
 
 def model_defaults(name: str) -> ModelDefaults:

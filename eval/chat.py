@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, NotRequired
+from typing import Any, Literal
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, TextStreamer
@@ -22,6 +22,7 @@ from corpora.json_files import Count, Hash
 from eval.generation import Generation
 from eval.mtbench.answers import GREEDY, RowSampler, row_generator, warpers_of
 from eval.mtbench.chat_templates import ChatTemplate
+from eval.record_forms import Reference, Said
 from intactkv.attach import IntactModel
 from intactkv.cache import IntactCache
 from intactkv.store import Memory
@@ -35,37 +36,6 @@ PROMPTS = {
     "runner in?",
     "distillation": "What is knowledge distillation in machine learning? Give a definition.",
 }
-
-Stopped = Literal["end", "length", "context", "interrupted"]
-
-
-class Reference(TypedDict):
-    """What the full-precision model says in the same place. first_divergence: index of the first other token of the
-    answer; None if there is none."""
-
-    answer: str
-    ids: list[Count]
-    first_divergence: Count | None
-
-
-class Said(TypedDict):
-    """One answer. dialogue: how many times the conversation began anew, from 1; prompt, fed: tokens of the rendered
-    dialogue, and those of them that the model had to read; seconds_to_first: until the first token of the answer;
-    quantized: of the elements behind the prefix those that the cache holds rounded, once all is said (not of what
-    attention read); cache_bytes: of all it holds."""
-
-    dialogue: Count
-    user: str
-    answer: str
-    ids: list[Count]
-    stopped: Stopped
-    prompt: Count
-    fed: Count
-    seconds: float
-    seconds_to_first: float
-    quantized: float
-    cache_bytes: Count
-    reference: NotRequired[Reference]
 
 
 class Transcript(TypedDict):
@@ -205,7 +175,7 @@ class Conversation:
         return str(self.template.tokenizer.decode(new[:end], skip_special_tokens=True,
                                                   clean_up_tokenization_spaces=False))  # fmt: skip
 
-    def _stopped(self, new: Sequence[int], room: int) -> Stopped:
+    def _stopped(self, new: Sequence[int], room: int) -> Literal["end", "length", "context", "interrupted"]:
         if new[-1] in self.generation.stops:
             return "end"
         if len(new) < room:

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from corpora.json_files import Count
 
-__all__ = ["Head", "NeedleResult", "disagreement", "form_of"]
+__all__ = ["Head", "NeedleResult", "Reference", "Said", "disagreement", "form_of"]
 
 
 class Head(TypedDict):
@@ -213,6 +213,78 @@ class _Needles(TypedDict):
     quantization: NotRequired[_Cost | None]
 
 
+class Reference(TypedDict):
+    """What the full-precision model says in the same place. first_divergence: index of the first other token of the
+    answer; None if there is none."""
+
+    answer: str
+    ids: list[Count]
+    first_divergence: Count | None
+
+
+class Said(TypedDict):
+    """One answer. dialogue: how many times the conversation began anew, from 1; prompt, fed: tokens of the rendered
+    dialogue, and those of them that the model had to read; seconds_to_first: until the first token of the answer;
+    quantized: of the elements behind the prefix those that the cache holds rounded, once all is said (not of what
+    attention read); cache_bytes: of all it holds."""
+
+    dialogue: Count
+    user: str
+    answer: str
+    ids: list[Count]
+    stopped: Literal["end", "length", "context", "interrupted"]
+    prompt: Count
+    fed: Count
+    seconds: float
+    seconds_to_first: float
+    quantized: float
+    cache_bytes: Count
+    reference: NotRequired[Reference]
+
+
+class _ChatSettings(_Settings):
+    prompts: list[str]
+    script: str
+    template: str
+    max_new_tokens: int
+    temperature: Number
+
+
+class _Chat(TypedDict):
+    settings: _ChatSettings
+    answers: Annotated[list[Said], Field(min_length=1)]
+    seconds: float
+    quantization: NotRequired[_Cost | None]
+
+
+Time = Annotated[float, Field(gt=0, lt=1e300)]
+
+
+class _Product(TypedDict):
+    """us: microseconds of a call, the median of replayed graphs. speedup: of half precision's time over it."""
+
+    us: Time
+    speedup: Time
+
+
+class _Products(TypedDict):
+    out: Count
+    channels: Count
+    products: dict[str, _Product]
+
+
+class _LatencySettings(TypedDict):
+    benchmark: Literal["lutgemm"]
+    shapes: Annotated[list[Annotated[list[Count], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    group: Count
+    gpu: str
+
+
+class _Latency(TypedDict):
+    settings: _LatencySettings
+    products: Annotated[list[_Products], Field(min_length=1)]
+
+
 class _JudgeSettings(TypedDict):
     judge: str
     mode: Literal["single", "pair"]
@@ -252,6 +324,8 @@ FORMS: Mapping[str, Any] = {
     "mtbench": _Answers,
     "judge": _Judged,
     "needle": _Needles,
+    "chat": _Chat,
+    "latency": _Latency,
 }
 # The columns that tables and figures of statistics read.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -290,6 +364,10 @@ def disagreement(task: str, record: Mapping[str, Any]) -> str | None:
             return "its results are not those of its lengths, depths and keys"
         if not math.isclose(fmean(row["found"] for row in results), record["found"], abs_tol=1e-9):
             return "its share of found keys is not that of its results"
+    if task == "latency":
+        shapes = [shape for n, k in record["settings"]["shapes"] for shape in ((n, k), (k, n))]
+        if shapes != [(found["out"], found["channels"]) for found in record["products"]]:
+            return "its products are not those of its shapes"
     for row in record["rows"] if task in COLUMNS else ():
         if lacking := [name for name in COLUMNS[task] if name not in row]:
             return f"a row of it has no {lacking[0]!r}"

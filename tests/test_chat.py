@@ -20,6 +20,7 @@ from eval.chat import PROMPTS, Conversation, cache_state, first_divergence, weig
 from eval.generation import Generation
 from eval.mtbench.chat_templates import chat_template
 from eval.programs import chat as program_file
+from eval.runs import record_at
 from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.kv_cache import KIVI, PerHead
@@ -66,6 +67,10 @@ def talk_of(tiny_model, tiny_tokenizer, *, prefix=False, kv=None, template=TEMPL
     intact = build_prefix(model, torch.tensor([BOS])) if prefix else None
     plain = chat_template("tokenizer", tokenizer, "tiny")
     return Conversation(attach(model, intact, kv), plain, STOPS, new, CONTEXT, **options)
+
+
+def transcript_of(file: Path):
+    return json.loads(file.read_text())
 
 
 # what the model reads -------------------------------------------------------------------------------------------------
@@ -276,6 +281,33 @@ def test_the_published_questions_each_begin_anew(program, model, tmp_path):
     assert tuple(PROMPTS) == program_file.PROMPTS
 
 
+def test_a_script_leaves_a_record_that_is_read_back(program, model, script, tmp_path):
+    words = ("--model", model, "--prompt", "riddle", "--kv-bits", 4, "--prefix", "bos", "--max-new-tokens", 4)
+    out = tmp_path / "t.json"
+    assert program(*words, "--out", out)[0] == 0
+    code, printed, err = program(*words, "--json")
+    assert code == 0, err
+    record = json.loads(printed)  # and nothing else: the conversation goes to stderr
+    assert f"> {PROMPTS['riddle']}" in err
+    assert [said["ids"] for said in record["answers"]] == [said["ids"] for said in transcript_of(out)["answers"]]
+    assert record["settings"]["prompts"] == ["riddle"]
+    assert record_at(Path(record["path"])) == record
+    assert json.loads(program(*words, "--json")[1]) == record
+    assert json.loads(program(*words, "--json", "--force")[1])["started"] >= record["started"]
+    others = [(*words, "--prefix", "none"), (*words, "--max-new-tokens", 5), (*words, "--prompt", "distillation"),
+              ("--model", model, "--script", script, *words[4:])]  # fmt: skip
+    found = {json.loads(program(*other, "--json")[1])["identity"] for other in others}
+    assert len(found - {record["identity"]}) == len(others)
+
+
+def test_a_record_of_a_conversation_that_says_nothing_is_refused(program, model):
+    record = json.loads(program("--model", model, "--prompt", "riddle", "--max-new-tokens", 2, "--json")[1])
+    path, _ = Path(record.pop("path")), record.pop("sha256")
+    path.write_text(json.dumps(with_sum(record | {"answers": []})))
+    with pytest.raises(UserError, match="answers"):
+        record_at(path)
+
+
 def test_only_a_transcript_is_replaced(program, model, script, tmp_path):
     out = tmp_path / "t.json"
     words = ("--model", model, "--script", script, "--max-new-tokens", 2, "--out", out)
@@ -304,6 +336,8 @@ BAD_INPUT = {
     "a longer line than the model": ("x" * CONTEXT, (), "positions, which leaves none for an answer"),
     "no tokens": ("hi", ("--max-new-tokens", "0"), "--max-new-tokens: 0 is not allowed"),
     "a temperature below none": ("hi", ("--temperature", "-1"), "--temperature: -1 is not allowed"),
+    "a record and a transcript": ("hi", ("--json", "--out", "t.json"), "leave it out, or --out and --compare"),
+    "no record to make again": ("hi", ("--force",), "add --json, or leave it out"),
     "a transcript of another kind": ("hi", ("--out", "t.txt"), "ends in .json"),
 }
 

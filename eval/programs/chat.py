@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError
+from eval.programs.transcripts import Keeper, refuse_other
 from quantization.programs.options import add_plan_options, plan_of, show_log
 from quantization.programs.out_option import check_out
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from eval.chat import Conversation, Said
+    from eval.chat import Conversation
+    from eval.record_forms import Said
     from intactkv.prefix import Prefix
     from quantization.runs.plan import Plan
 
@@ -33,6 +33,7 @@ EXAMPLES = """\
 examples:
   python -m eval chat --model modelzoo/smollm2/smollm2-135m --recipe rtn-w4 --kv-bits 4 --prefix prompt
   python -m eval chat --model modelzoo/smollm2/smollm2-135m --kv-bits 2 --prompt riddle --compare --out riddle.json
+  python -m eval chat --model modelzoo/smollm2/smollm2-135m --kv-bits 2 --prompt distillation --json
 
 In a terminal: /reset, /stats, /exit, /help; Ctrl-C ends the answer, twice the program. Where standard input is no
 terminal its lines are the script.
@@ -92,6 +93,11 @@ def add(commands: Any) -> None:
         help="let the full-precision model answer every line behind the same past, when the conversation is over, and "
         "tell the first token in which it differs",
     )
+    chat.add_argument(
+        "--json", action="store_true", help="keep a run record of a script or --prompt, and print it; the conversation "
+        "goes to stderr"
+    )  # fmt: skip
+    chat.add_argument("--force", action="store_true", help="with --json: talk again, even if there is a record")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -102,12 +108,18 @@ def run(options: argparse.Namespace) -> None:
     from eval.mtbench.chat_templates import chat_template
     from quantization.runs.checkpoint import dense_directory
 
+    if options.json and (options.out is not None or options.compare):
+        raise UserError("--json keeps the conversation in a run record; leave it out, or --out and --compare")
+    if options.force and not options.json:
+        raise UserError("--force is of the run record, which --json keeps; add --json, or leave it out")
     if options.out is not None:
         check_out(options, ".json")
-        _refuse_other(options.out)
+        refuse_other(options.out)
     show_log()
     plan = plan_of(options, several=True)
     lines = _given(options)
+    if options.json and lines is None:
+        raise UserError("--json is of a conversation that is a script; give --script FILE or --prompt")
     if options.prepend and not plan.has_prefix:
         raise UserError("--prepend puts a prefix in front, but none was named; add --prefix, or leave it out")
     if options.compare:
@@ -126,6 +138,7 @@ def run(options: argparse.Namespace) -> None:
         "temperature": options.temperature,
         "seed": options.answer_seed,
         "script": None if lines is None else identity({"lines": lines}, 64),
+        "prompts": options.prompt or [],
     }
 
     def conversation(model: Any) -> "Conversation":
@@ -135,7 +148,10 @@ def run(options: argparse.Namespace) -> None:
             model, template, generation, options.max_new_tokens, plan.context, options.temperature, options.answer_seed
         )
 
-    keep = _Keeper(options.out, settings)
+    if options.json:
+        _record(plan, conversation, lines or [], settings, options.force)
+        return
+    keep = Keeper(options.out, settings)
     prefix = _talk(plan, conversation, lines, keep)
     if options.compare and keep.answers:
         _compare(plan, prefix, conversation, keep)
@@ -214,7 +230,7 @@ def _typed() -> Iterator[str]:
 
 
 def _talk(
-    plan: "Plan", conversation: "Callable[[Any], Conversation]", script: list[str] | None, keep: "_Keeper"
+    plan: "Plan", conversation: "Callable[[Any], Conversation]", script: list[str] | None, keep: "Keeper"
 ) -> "Prefix | None":
     """Answer every line, and return the prefix; the model itself is let go, so that another one has room.
 
@@ -287,7 +303,7 @@ def _help() -> str:
     return "\n".join(f"{command:8}{told}" for command, told in COMMANDS.items()) + "\nCtrl-C ends the answer"
 
 
-def _stats(talk: "Conversation", keep: "_Keeper") -> str:
+def _stats(talk: "Conversation", keep: "Keeper") -> str:
     """What `/stats` prints."""
     from eval.chat import cache_state
 
@@ -310,54 +326,38 @@ def _stats(talk: "Conversation", keep: "_Keeper") -> str:
     return "\n".join(told)
 
 
-# the transcript -------------------------------------------------------------------------------------------------------
+def _record(
+    plan: "Plan",
+    conversation: "Callable[[Any], Conversation]",
+    script: list[str],
+    settings: dict[str, Any],
+    force: bool,
+) -> None:
+    """Print the record of a script, which is answered now unless there is one."""
+    import json
+    from contextlib import redirect_stdout
 
+    from corpora.machine import peak_memory_mb
+    from eval.runs import record_of
 
-class _Keeper:
-    """What was said so far, in a file if one was named: every answer is on the disk before the next line is read."""
+    def figures() -> dict[str, Any]:
+        keep = Keeper(None, settings)
+        with redirect_stdout(sys.stderr):
+            _talk(plan, conversation, script, keep)
+        return {
+            "answers": keep.answers,
+            "weight_bytes": keep.weight_bytes,
+            "seconds": round(sum(said["seconds"] for said in keep.answers), 3),
+            "peak_memory_mb": round(peak_memory_mb(plan.device.type), 1),
+            **plan.outcome(),
+        }
 
-    def __init__(self, out: "Path | None", settings: dict[str, Any]) -> None:
-        from datetime import UTC, datetime
-
-        self.out, self.settings = out, settings
-        self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        self.weight_bytes = 0
-        self.answers: list[Said] = []
-
-    def add(self, said: "Said") -> None:
-        """Take in an answer."""
-        self.answers.append(said)
-        self.write()
-
-    def write(self) -> None:
-        """Write all answers."""
-        from corpora.json_files import with_sum, write_json
-        from corpora.machine import environment
-
-        if self.out is not None:
-            told = {
-                "format": 1,
-                "settings": self.settings,
-                "weight_bytes": self.weight_bytes,
-                "answers": self.answers,
-                "started": self.started,
-                "environment": environment(),
-            }
-            write_json(self.out, with_sum(told))
-
-
-def _refuse_other(out: "Path") -> None:
-    """Raise UserError if something else than a transcript is where one is written."""
-    from corpora.json_files import read_json, without_sum
-    from eval.chat import Transcript
-
-    if out.exists():
-        what, mend = "the transcript", "name another file with --out FILE.json, or move this one away"
-        without_sum(read_json(out, what, Transcript, mend=mend), f"{what} {out}", mend=mend)
+    name = f"{settings['model']}-{settings['weights']}"
+    print(json.dumps(record_of("chat", name, settings, figures, force=force), indent=2))
 
 
 def _compare(
-    plan: "Plan", prefix: "Prefix | None", conversation: "Callable[[Any], Conversation]", keep: "_Keeper"
+    plan: "Plan", prefix: "Prefix | None", conversation: "Callable[[Any], Conversation]", keep: "Keeper"
 ) -> None:
     """Let the full-precision twin answer, and print a table. A trained prefix is not its own: it reads the tokens."""
     from eval.chat import divergences

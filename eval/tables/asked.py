@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from corpora.catalog import ModelDefaults, model_defaults
+from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
-from eval.tables.declared import PUBLISHED, Measure, Paper, Row, Scope, Words
+from eval.tables.declared import PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
 
 __all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "runs_of"]
 
@@ -27,7 +27,7 @@ ITEMS = {"ppl": "--corpus", "tasks": "--tasks", "chat": "--prompt"}
 # Programs that write a file of our naming: its folder below the root, and its ending.
 FILES = {
     "calibrate": ("modelzoo/prefixes", ".safetensors"), "train-prefix": ("modelzoo/prefixes", ".safetensors"),
-    "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"), "chat": ("outputs/chat", ".json"),
+    "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
 WITHOUT_MODEL = ("judge", "latency")
 
@@ -122,7 +122,10 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         if not corpora and own != ModelDefaults().default_corpora:
             corpora = model_defaults(model.name).corpora_of(protocol)
         if measure.program == "ppl" and corpora:
-            found |= {replace(measure, item=name, head=Path(name).name): None for name in corpora}
+            own_columns = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
+            found |= {
+                own_columns.get(name, replace(measure, item=name, head=Path(name).name)): None for name in corpora
+            }
         else:
             found[measure] = None
     return tuple(found)
@@ -154,27 +157,46 @@ def _runs(row: Row, measure: Measure, model: Path, scope: Scope) -> tuple[Run, .
 
 def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None) -> Run:
     method, arm = row.method, row.arm
-    made = ("--recipe", method.recipe, *method.options, *(scope.options if method.recipe != "fp16" else ()))
-    text = (*scope.calibration, *(() if seed is None else ("--seed", str(seed)))) if method.calibrates else ()
-    behind = ("--calibrate-behind-prefix",) if arm.behind and method.calibrates else ()
-    prefix = ("--prefix", arm.prefix) if arm.prefix else ()
-    needs: tuple[Run, ...] = ()
-    if method.quantizes:
-        needs = (Run("quantization", model, "", (*made, *text, *behind, *(prefix if behind else ()))),)
-    kv = method.words(measure.generates)[2 + len(method.options) :]
-    if arm.trains:
-        command, *words = arm.trains
-        needs = (*needs, Run(command, model, "", (*made, *text, *prefix, *words), needs))
-        prefix = ("--prefix", f"{{{len(needs) - 1}}}")
-    front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
-    size = _size(measure, scope)
-    words = (*made, *kv, *text, *front, *measure.options, *size)
     if measure.program == "latency":
-        return Run("latency", model, measure.item, measure.options)
+        return Run("latency", model, measure.item, (*method.options, *measure.options))
+    own = dict(method.by_model).get(catalog_name(model.name), ())
+    more = scope.options if method.recipe != "fp16" else ()
+    made: Words = ("--recipe", method.recipe, *method.options, *own, *more)
+    text = _text(method, model, scope, seed)
+    behind: Words = ("--calibrate-behind-prefix",) if arm.behind and method.calibrates else ()
+    inside = bool(behind) or method.behind  # the method's text runs behind the prefix: that is made first
+    prefix: Words = ("--prefix", arm.prefix) if arm.prefix else ()
+    needs: tuple[Run, ...] = ()
+    if arm.trains and inside:
+        needs = (_trained(arm, model, (*made, *text, *prefix), scope, ()),)
+        prefix = ("--prefix", "{0}")
+    if method.quantizes:
+        words = (*made, *text, *behind, *(prefix if inside else ()))
+        needs = (*needs, Run("quantization", model, "", words, needs))
+    if arm.trains and not inside:
+        needs = (*needs, _trained(arm, model, (*made, *text, *prefix), scope, needs))
+        prefix = ("--prefix", f"{{{len(needs) - 1}}}")
+    kv = method.words(measure.generates)[2 + len(method.options) :]
+    front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
+    words = (*made, *kv, *text, *front, *measure.options, *_size(measure, scope))
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
         return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
     return Run(measure.program, model, measure.item, words, needs)
+
+
+def _text(method: Method, model: Path, scope: Scope, seed: int | None) -> Words:
+    """What a method calibrates on, where that is not the recipe's or the model's own text."""
+    if not method.calibrates:
+        return ()
+    published = method.text if model_defaults(model.name).default_calibration is None else ()
+    return (*published, *scope.calibration, *(() if seed is None else ("--seed", str(seed))))
+
+
+def _trained(arm: Arm, model: Path, words: Words, scope: Scope, needs: tuple[Run, ...]) -> Run:
+    """The run that trains an arm's prefix."""
+    command, *own = arm.trains
+    return Run(command, model, "", (*words, *own, *scope.training), needs)
 
 
 def _size(measure: Measure, scope: Scope) -> Words:

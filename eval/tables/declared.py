@@ -54,7 +54,10 @@ class Method:
 
     name: what --only calls it. options: of the recipe (--bits, --group-size, --set); a group size that is not given is
     the model's own. kv: of the cache; kv_generating: the same where the model writes answers, if that differs.
-    calibrates: it looks at text, so a seed changes it. quantizes: it makes a checkpoint, once for all its runs.
+    by_model: more options that the paper gives one model, by its name in modelzoo/. text: of the calibration, where the
+    recipe's own is not the table's; a model with a text of its own keeps that. calibrates: it looks at text, so a seed
+    changes it. quantizes: it makes a checkpoint, once for all its runs. behind: the recipe itself calibrates behind its
+    prefix.
     """
 
     name: str
@@ -62,8 +65,11 @@ class Method:
     options: Words = ()
     kv: Words = ()
     kv_generating: Words | None = None
+    by_model: tuple[tuple[str, Words], ...] = ()
+    text: Words = ()
     calibrates: bool = False
     quantizes: bool = False
+    behind: bool = False
 
     def words(self, generates: bool = False) -> Words:
         """All options, of weights and of the cache."""
@@ -150,6 +156,7 @@ class Scope:
     data: str | None = None
     calibration: Words = ()
     options: Words = ()
+    training: Words = ()  # more options of what trains a prefix
     judge: Words = ()  # options of `eval judge`; without them nothing is judged
 
     @property
@@ -157,7 +164,7 @@ class Scope:
         """What is not as published, in words; nothing if figures compare."""
         given = {
             "corpus": self.corpora, "limit": self.limit, "window": self.window, "data": self.data,
-            "calibration": self.calibration, "options": self.options,
+            "calibration": self.calibration, "options": self.options, "training": self.training,
         }  # fmt: skip
         return tuple(f"{name} {_shown(value)}" for name, value in given.items() if value)
 

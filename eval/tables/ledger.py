@@ -13,7 +13,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from corpora.catalog import CORPORA, corpus_files
-from corpora.errors import UserError
+from corpora.errors import UserError, one_line
 from corpora.json_files import read_json, write_json
 from corpora.paths import outputs_dir, root
 from eval.runs import record_at
@@ -93,14 +93,17 @@ def entry_of(run: Run) -> Entry | None:
     return max(entries, key=lambda entry: entry["finished"], default=None)
 
 
-def answer_of(run: Run) -> dict[str, Any] | None:
-    """The record of a run; None if there is none that can be read. With `path`, where it lies."""
+def answer_of(run: Run, left_out: list[str] | None = None) -> dict[str, Any] | None:
+    """The record of a run; None if there is none that can be read. With `path`, where it lies. left_out: gets a line
+    for one that cannot be read."""
     entry = entry_of(run)
     if entry is None or "record" not in entry:
         return None
     try:
         return record_at(outputs_dir() / "runs" / entry["record"])
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
+        if left_out is not None:
+            left_out.append(f"left out: {one_line(str(error))}")
         return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fuzz import worlds
 from fuzz.engine import Outcome, Program, Scratch, said
-from fuzz.worlds import ANSWER, CALIBRATE, CHAT, JUDGE, MODEL, NEEDLE, QUANTIZE, RTN, WINDOW
+from fuzz.worlds import ANSWER, CALIBRATE, CHAT, JUDGE, MODEL, NEEDLE, QUANTIZE, RTN, TALK, WINDOW
 
 __all__ = ["KINDS", "Kind", "named"]
 
@@ -127,7 +127,12 @@ def _turns(path: Path) -> Any:
 
 def _said(path: Path) -> Any:
     """The answers of a transcript."""
-    return [(said["user"], said["ids"]) for said in json.loads(path.read_text())["answers"]]
+    return _answers(json.loads(path.read_text()))
+
+
+def _answers(kept: Any) -> Any:
+    """The answers of a transcript, or of a conversation's record."""
+    return [(said["user"], said["ids"]) for said in kept["answers"]]
 
 
 def named(outcome: Outcome, file: str) -> bool:
@@ -195,6 +200,7 @@ KINDS = {
             Program("ppl-again", ("eval", "ppl", "--model", MODEL, *RTN, *WINDOW[:-1]), record),
             Program("plot", ("eval", "plot", "perplexity", "--model", "tiny-llama", "--out", "f.png"),
                     files_of("f.csv")),
+            Program("chat-again", TALK, lambda outcome, world: _answers(json.loads(outcome.out))),
             Program("table-needle", ("eval", "table", "needle"), printed),
             Program("plot-needle", ("eval", "plot", "needle", "--model", "tiny-llama", "--out", "f.png"),
                     files_of("f.csv")),

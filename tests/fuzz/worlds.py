@@ -17,7 +17,7 @@ from conftest import _tiny_checkpoint, _tiny_tokenizer
 from fuzz.engine import Outcome, Scratch, call
 from intactkv.architecture import LLAMA
 
-__all__ = ["ANSWER", "CALIBRATE", "CHAT", "JUDGE", "MODEL", "NEEDLE", "QUANTIZE", "RTN", "WINDOW"]
+__all__ = ["ANSWER", "CALIBRATE", "CHAT", "JUDGE", "MODEL", "NEEDLE", "QUANTIZE", "RTN", "TALK", "WINDOW"]
 
 MODEL = "modelzoo/tiny-llama"
 
@@ -178,6 +178,7 @@ def records(world: Path, scratch: Scratch) -> None:
     _tasks(world)
     ran(world, "eval", "tasks", "--model", MODEL, "--tasks", "piqa", "--data", "local", "--limit", "2", "--json")
     ran(world, *NEEDLE)
+    ran(world, *TALK)
 
 
 TASKS = {
@@ -304,6 +305,9 @@ def mtbench(world: Path, scratch: Scratch) -> None:
 NEEDLE = ("eval", "needle", "--model", MODEL, "--lengths", "400", "--depths", "0,100", "--keys", "2",
           "--max-new-tokens", "2", "--kv-bits", "4", "--json")  # fmt: skip
 CHAT = ("eval", "chat", "--model", MODEL, "--script", "script.txt", "--max-new-tokens", "2", "--out", "t.json")
+
+
+TALK = ("eval", "chat", "--model", MODEL, "--prompt", "riddle", "--max-new-tokens", "2", "--json")
 
 
 def needles(world: Path, scratch: Scratch) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from eval.tables.declared import Paper
+from eval.tables.papers import gptq, intactkv
 
 __all__ = ["PAPERS"]
 
-PAPERS: Mapping[str, Paper] = {}
+PAPERS: Mapping[str, Paper] = {paper.name: paper for module in (intactkv, gptq) for paper in module.TABLES}

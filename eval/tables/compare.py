@@ -1,0 +1,260 @@
+"""Ours beside theirs: the figures of a declared table, read from the ledger, and how far they are from the published.
+
+A difference is taken only where nothing departs from what was published: model, text, amount of it, options. Its
+verdict is a band, `BANDS`, in units of what such a figure scatters by: of accuracies the binomial standard error of
+their questions, of perplexities one half percent, of grades and times what is said there.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from corpora.catalog import catalog_name
+from eval.tables import render
+from eval.tables.asked import Cell, cells_of
+from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
+from eval.tables.ledger import answer_of
+from eval.tables.render import Table, mean_of, signed
+
+__all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
+
+# How many questions the published accuracies are of: MMLU's test files, and the splits that lm-eval scores.
+QUESTIONS: Mapping[str, int] = {
+    "mmlu": 14042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
+    "hellaswag": 10042, "lambada_openai": 5153, "piqa": 1838, "gsm8k": 1319, "truthfulqa_gen": 817, "bbh": 6511,
+}  # fmt: skip
+WINDOW = 2048  # of every published perplexity
+JUDGE = "gpt-4-0125-preview"  # inferred from the reference answers
+
+# A difference of so many scatters at most.
+BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
+# What a figure scatters by, as a share of it; accuracies have their own.
+SHARES: Mapping[str, float] = {"ppl": 0.005, "latency": 0.1}
+GRADE = 0.25  # points: 160 grades of 1 to 10 that spread by 3
+
+FRACTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are shares of the questions
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A cell with what was run. records: of its runs, as far as they are there. ours: mean ± sd over seeds; theirs: as
+    published; difference: ours less theirs, None unless the figures compare. departs: what is not as published."""
+
+    row: Row
+    measure: Measure
+    model: str
+    records: tuple[dict[str, Any], ...] = ()
+    ours: render.Figure | str | None = None
+    theirs: Figure = None
+    difference: float | None = None
+    verdict: str = ""
+    departs: tuple[str, ...] = ()
+
+
+def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
+    """The number that stands in a cell, accuracies in percent; of a conversation its last answer. None if the record
+    has no such figure."""
+    match measure.program:
+        case "ppl":
+            return float(record["perplexity"])
+        case "tasks":
+            metric = measure.metric or "acc"
+            value = record["metrics"].get(metric)
+            if value is None:
+                return None
+            name = metric.partition(",")[0]  # lm-eval's filter may stand behind
+            return float(100 * value if name in FRACTIONS or name.endswith("_acc") else value)
+        case "needle":
+            return 100 * float(record["found"])
+        case "judge":
+            (grades,) = record["models"].values()
+            return None if grades["score"] is None else float(grades["score"])
+        case "chat":
+            return str(record["answers"][-1]["answer"])
+        case "latency":
+            value = record.get(measure.metric)
+            return None if value is None else float(value)
+
+
+def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[str] | None = None) -> list[Filled]:
+    """The cells of a table for one model, with what the ledger has of them. model: its directory, which need not be
+    there. left_out: gets a line for every record that cannot be read."""
+    cells = cells_of(paper, model, scope)
+    found: list[Filled] = []
+    by_row: dict[tuple[str, Arm], dict[str, Filled]] = {}
+    for cell in cells:
+        answers = [answer_of(run, left_out) for run in cell.runs]
+        one = _filled(paper, model.name, cell, scope, [record for record in answers if record is not None])
+        found.append(one)
+        by_row.setdefault(_place(cell.row), {})[cell.measure.head] = one
+    return [
+        _average(one, [by_row[_place(one.row)].get(head) for head in one.measure.average_of])
+        if one.measure.average_of
+        else one
+        for one in found
+    ]
+
+
+def _place(row: Row) -> tuple[str, Arm]:
+    """What tells a row of a table from all others."""
+    return row.label, row.arm
+
+
+def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, records: Sequence[dict[str, Any]]) -> Filled:
+    measure = cell.measure
+    theirs = paper.value(cell.row, catalog_name(model), measure)
+    values = [value for record in records if (value := value_of(record, measure)) is not None]
+    numbers = [value for value in values if isinstance(value, float)]
+    ours = mean_of(numbers) if numbers else next(iter(map(str, values)), None)
+    departs = _departs(paper, model, cell, scope, records)
+    one = Filled(cell.row, measure, model, tuple(records), ours, theirs, departs=departs)
+    return _compared(one, scatter(measure, theirs, [record.get("samples", 0) for record in records]))
+
+
+def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:
+    """The mean of some columns, run by run: there only if all of them are."""
+    parts = [column for column in columns if column is not None]
+    counts = {len(part.records) for part in parts}
+    if len(parts) < len(columns) or len(counts) != 1 or counts == {0}:
+        return one
+    by_part = [[value_of(record, part.measure) for record in part.records] for part in parts]
+    means = [fmean(run) for run in zip(*by_part, strict=True) if all(isinstance(value, float) for value in run)]
+    departs = tuple(dict.fromkeys(word for part in parts for word in part.departs))
+    errors = [scatter(part.measure, part.theirs, [r.get("samples", 0) for r in part.records]) for part in parts]
+    wholes = [error for error in errors if error is not None]
+    error = math.hypot(*wholes) / len(parts) if len(wholes) == len(parts) else None
+    return _compared(replace(one, ours=mean_of(means), departs=departs), error)
+
+
+def _compared(one: Filled, error: float | None) -> Filled:
+    """With the difference and its verdict, where the figures compare. error: what such a figure scatters by."""
+    if one.departs or not isinstance(one.ours, render.Figure) or not isinstance(one.theirs, float):
+        return one
+    difference = one.ours.value - one.theirs
+    return replace(one, difference=difference, verdict=verdict_of(difference, error))
+
+
+def scatter(measure: Measure, theirs: Figure, samples: Sequence[int]) -> float | None:
+    """What a figure scatters by, in its own unit; None where nothing is known.
+
+    Of an accuracy p in % of n questions: 100 √(p (1 − p) / n), p in shares. Of others see `SHARES` and `GRADE`.
+    """
+    if not isinstance(theirs, float):
+        return None
+    if measure.program in SHARES:
+        return theirs * SHARES[measure.program]
+    if measure.program == "judge":
+        return GRADE
+    questions = min(samples, default=0) or QUESTIONS.get(measure.item, 0)
+    share = theirs / 100
+    return 100 * math.sqrt(share * (1 - share) / questions) if questions and 0 <= share <= 1 else None
+
+
+def verdict_of(difference: float, error: float | None) -> str:
+    """agrees, near or off: by `BANDS`; nothing where it is not known what the figure scatters by."""
+    if error is None:
+        return ""
+    return next((word for word, many in BANDS.items() if abs(difference) <= many * error + 1e-9), "off")
+
+
+def _departs(
+    paper: Paper, model: str, cell: Cell, scope: Scope, records: Iterable[Mapping[str, Any]]
+) -> tuple[str, ...]:
+    """What of a cell is not as published."""
+    measure, method = cell.measure, cell.row.method
+    words = [] if catalog_name(model) in paper.models else [f"model {model}"]
+    if measure not in paper.measures:
+        words.append(f"corpus {measure.item}")
+    given = {
+        "limit": scope.limit, "window": scope.window if measure.program == "ppl" else None,
+        "data": scope.data if measure.program == "tasks" else None,
+        "calibration": scope.calibration if method.calibrates else (),
+        "options": scope.options if method.recipe != "fp16" else (),
+        "training": scope.training if cell.row.arm.trains else (),
+    }  # fmt: skip
+    for name, value in given.items():
+        if value:
+            words.append(f"{name} {' '.join(value) if isinstance(value, tuple) else value}")
+    for record in records:
+        words += _not_published(measure, record, scope)
+    return tuple(dict.fromkeys(words))
+
+
+def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) -> list[str]:
+    """What a record says of its text that is not as published, and was not asked for."""
+    settings = record["settings"]
+    if measure.program == "ppl" and scope.window is None and settings["window"] != WINDOW:
+        return [f"windows of {settings['window']} tokens"]
+    if measure.program == "tasks" and scope.data is None:
+        if settings["data"] == "sample":
+            return ["data sample"]
+        whole = QUESTIONS.get(measure.item, record["samples"])
+        if scope.limit is None and record["samples"] != whole:
+            return [f"{record['samples']} of {whole} questions"]
+    if measure.program == "judge":
+        words = [] if settings["judge"] == JUDGE and "endpoint" not in settings else [f"judge {settings['judge']}"]
+        return words if settings["questions"] == "mt_bench" else [*words, f"questions {settings['questions']}"]
+    return []
+
+
+def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
+    """Ours beside theirs, for one model or several: the published figures of the paper's models, ours of every model
+    that was run, and the difference where one is taken."""
+    models = dict.fromkeys(one.model for one in cells)
+    published = [name for name in paper.models if name in map(catalog_name, models)] or list(paper.models)
+    rows = list({_place(one.row): one.row for one in cells}.values())
+    heads: list[str] = []
+    columns: list[list[render.Cell]] = []
+
+    def add(head: str, values: list[render.Cell], always: bool = True) -> None:
+        if always or any(value is not None for value in values):
+            heads.append(head)
+            columns.append(values)
+
+    several = len(dict.fromkeys([*published, *map(catalog_name, models)])) > 1
+    for name in dict.fromkeys([*published, *map(catalog_name, models)]):
+        mine = [one for one in cells if catalog_name(one.model) == name]
+        measures = list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures)
+        for measure in measures:
+            column = {_place(one.row): one for one in mine if one.measure == measure}
+            head = " ".join([measure.head, *([name] if several else [])])
+            if name in published:
+                add(f"{head}: published", [_shown(paper.value(row, name, measure)) for row in rows])
+            if mine:
+                ones = [column.get(_place(row)) for row in rows]
+                add(f"{head}: ours", [None if one is None else one.ours for one in ones])
+                add(f"{head}: difference", [_difference(one) for one in ones], always=False)
+                add(f"{head}: verdict", [one.verdict or None if one else None for one in ones], always=False)
+    lines = tuple((row.label, row.arm.label or "alone", *values) for row, *values in zip(rows, *columns, strict=True))
+    caption = f"{paper.name}: {paper.title} ({paper.source}); {paper.protocol}"
+    return [Table(caption, ("method", "prefix", *heads), lines, 2, (*_notes(cells), *paper.notes))]
+
+
+def _shown(figure: Figure) -> render.Cell:
+    return render.Figure(figure) if isinstance(figure, float) else figure
+
+
+def _difference(one: Filled | None) -> render.Cell:
+    return None if one is None or one.difference is None else render.Figure(one.difference, signed)
+
+
+def _notes(cells: Sequence[Filled]) -> list[str]:
+    """Why figures do not compare, and what verdicts mean."""
+    notes = []
+    for model in dict.fromkeys(one.model for one in cells):
+        ran = [one for one in cells if one.model == model and one.ours is not None]
+        words = dict.fromkeys(word for one in ran for word in one.departs)
+        if words:
+            notes.append(
+                f"{model}: not as published ({'; '.join(words)}), so no difference is taken; compare how much a method "
+                "or a prefix changes a figure, not the figures"
+            )
+    if any(one.verdict for one in cells):
+        bands = ", ".join(f"{word}: within {many:g}" for word, many in BANDS.items())
+        notes.append(
+            f"verdict, in standard errors of the questions or half percents of a perplexity: {bands}, else off"
+        )
+    return notes
