@@ -17,8 +17,9 @@ from typing import NoReturn, TypeVar
 
 from corpora.errors import UserError
 
-__all__ = ["LARGEST_SEED", "MANY", "automatic", "count", "device", "finite", "from_environment", "group_size", "limit", "name",
-           "number", "path", "real", "seed", "several", "shown", "size", "text", "unshown", "whole", "words"]  # fmt: skip
+__all__ = ["LARGEST_SEED", "MANY", "automatic", "count", "device", "finite", "from_environment",
+           "group_size", "limit", "name", "number", "path", "real", "seed", "several", "shown", "size",
+           "text", "unshown", "whole", "words"]  # fmt: skip
 
 Value = TypeVar("Value")
 
