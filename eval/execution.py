@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from corpora.errors import UserError, one_line
 from corpora.paths import outputs_dir, root
@@ -117,8 +117,8 @@ class Outcome:
     left_out: list[Failure] = field(default_factory=list)
 
 
-class Watcher:
-    """What is told while runs are made. Does nothing; `eval.programs.reproduce` prints."""
+class Watcher(Protocol):
+    """Who is told while runs are made."""
 
     def doing(self, calls: Sequence[tuple[Call, str]]) -> None:
         """Several times a second: what runs now, each with the last line that it said."""
@@ -136,14 +136,13 @@ def execute(
     *,
     again: bool = False,
     force: bool = False,
-    watcher: Watcher | None = None,
+    watcher: Watcher,
 ) -> Outcome:
     """Make what calls ask for and is not there yet; each as soon as what it needs is there.
 
     calls: in any order. again: ask every program, finished or not; it reads its own record back. force: have programs
     that write records measure anew. Returns what became of every run. KeyboardInterrupt ends the processes first.
     """
-    watcher = watcher or Watcher()
     outcome, open_calls = Outcome(), list[Call]()
     for call in calls:
         left = tuple(run for run in call.runs if again or force or not is_done(run))

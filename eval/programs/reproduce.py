@@ -33,9 +33,10 @@ def add(commands: Any) -> None:
         "reproduce",
         help="run published tables, and print our figures beside theirs",
         description=(
-            "Runs what published tables need: shared checkpoints and prefixes once, then every figure, each as a program "
-            "of its own. What is finished is not run again, so a killed call goes on when it is repeated. Prints our "
-            "figures beside the published ones. At full size a table takes the published models, data and hours."
+            "Runs what published tables need: shared checkpoints and prefixes once, then every figure, each as a "
+            "program of its own. What is finished is not run again, so a killed call goes on when it is "
+            "repeated. Prints our figures beside the published ones. At full size a table takes the published models, "
+            "data and hours."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,6 +111,9 @@ def _add_scope(reproduce: argparse.ArgumentParser) -> None:
         "--options", type=values.words, default=(), metavar='"--OPTION …"', help="more options of every such recipe"
     )
     group.add_argument(
+        "--training", type=values.words, default=(), metavar='"--OPTION …"', help="more options of what trains a prefix"
+    )
+    group.add_argument(
         "--judge-model", type=values.name, metavar="NAME|local:DIR", help="judge answers (default: none is asked)"
     )
     group.add_argument(
@@ -158,6 +162,7 @@ def scope_of(options: argparse.Namespace) -> "Scope":
         data=options.data,
         calibration=tuple(calibration),
         options=(*settings, *options.options),
+        training=options.training,
         judge=judge,
     )
 
@@ -179,15 +184,13 @@ def run(options: argparse.Namespace) -> None:
     chosen, scope = _models(papers, options, scope)
     asked = _asked(chosen, scope)
     if not asked:
-        raise UserError(
-            f"{' '.join(scope.only) or 'what was asked'}: nothing of {', '.join(p.name for p in papers)} is left to run; "
-            "--only takes methods, models, arms and measures of --list TABLE"
-        )
+        raise UserError(_nothing(chosen, scope))
     models = list(dict.fromkeys(run.model for run in asked))
     if options.dry_run:
-        table, lines = plan_tables(papers, models, scope, asked, options.commands)
+        table, lines = plan_tables(papers, models, scope, asked, options.device)
         print(render([table], options.format), end="")
-        print("".join(f"{line}\n" for line in lines), end="")
+        if options.commands:
+            print("", *lines, sep="\n")
         return
     if missing := lacking(asked, _texts(asked, scope)):
         raise UserError(f"{', '.join(p.name for p in papers)} cannot run: {'; '.join(missing)}")
@@ -251,8 +254,9 @@ def _models(
         if not options.dry_run and not options.model:
             there = [place for place in places if (place / "config.json").is_file()]
             if not there and len(papers) == 1:
+                names = ", ".join(place.name for place in places)
                 raise UserError(
-                    f"none of the models of {paper.name} is in modelzoo/ ({', '.join(place.name for place in places)}); "
+                    f"none of the models of {paper.name} is in modelzoo/ ({names}); "
                     "name a directory with --model DIR, or fetch one as modelzoo/README.md says"
                 )
             places = there
@@ -267,6 +271,19 @@ def _asked(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> "lis
     from eval.tables.asked import cells_of, runs_of
 
     return runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
+
+
+def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> str:
+    """Why no run is left, with the words that --only takes of these tables."""
+    from eval.tables.asked import words_of
+
+    known: dict[str, None] = {}
+    for paper, _ in chosen:
+        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures) for word in sorted(kind))
+    names = ", ".join(paper.name for paper, _ in chosen)
+    if not scope.only:
+        return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
+    return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
 
 
 def _texts(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
@@ -295,7 +312,12 @@ def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: 
     from eval.tables.render import render
 
     left_out: list[str] = []
-    tables = [paper_table(paper, filled(paper, model, scope, left_out)) for paper, models in chosen for model in models]
+    tables = [
+        table
+        for paper, models in chosen
+        for model in models
+        for table in paper_table(paper, filled(paper, model, scope, left_out))
+    ]
     print(render(tables, style), end="")
     for line in left_out:
         print(line, file=sys.stderr)

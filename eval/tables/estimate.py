@@ -1,4 +1,4 @@
-"""What runs will take, before anything runs: hours of one GPU and bytes of disk, in closed form. Estimates, no promises.
+"""What runs will take, before anything runs: hours of one GPU and bytes of disk, in closed form. Estimates alone.
 
     forward pass    2 · parameters · tokens / FORWARD                 quantizing    share · GPTQ · parameters · tokens
     one new token   max(bytes of the weights / BANDWIDTH, STEP · blocks)
@@ -16,7 +16,7 @@ from pathlib import Path
 from corpora.catalog import CORPORA, corpus_files, model_defaults
 from eval.tables.asked import Call, Run
 
-__all__ = ["ModelSize", "SOURCES", "bits_per_weight", "disk_of", "seconds_of", "size_of"]
+__all__ = ["SOURCES", "ModelSize", "bits_per_weight", "disk_of", "seconds_of", "size_of"]
 
 BLOCK = 218e6  # parameters of a decoder block of an 8B model
 FORWARD = 2 * 32 * BLOCK * 512 / 24.2e-3  # operations a second: 512 tokens through 32 blocks of an 8B model
@@ -32,8 +32,8 @@ SHARES = {
 START = 6.0  # seconds until a program has imported what it needs and planned
 READING = 2e9  # bytes a second of a checkpoint that is read: a common disk
 SOURCES = (
-    "hours of one NVIDIA H200, from figures of docs/performance.md (a forward pass: On a GPU, 24.2 ms; GPTQ: Beside other "
-    "libraries, 6.3 s; a copy: Packed weights, 4.25 TB/s) and docs/results.md (other methods over GPTQ: Weights only)",
+    "of one NVIDIA H200, from docs/performance.md (a forward pass: 24.2 ms, GPTQ: 6.3 s, a copy: 4.25 TB/s) and "
+    "docs/results.md (other methods over GPTQ)"
 )
 # Windows of 2,048 tokens by a LLaMA tokenizer, and thousands of tokens that a task has, all its answers counted.
 WINDOWS = {"wikitext2": 166, "c4": 256, "c4-old": 256, "ptb": 60, "pile": 256}

@@ -1,4 +1,4 @@
-"""What `reproduce` would do, and what it lacks, without doing it: from the declared tables, the ledger and file headers."""
+"""What `reproduce` would do, and what it lacks, without doing it: of declared tables, the ledger and file headers."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -47,25 +47,22 @@ def lacking(runs: Iterable[Run], texts: Iterable[str] = ()) -> list[str]:
     """What is not here and no run makes: models, corpora that are scored, and `texts` that methods calibrate on. A line
     for each, with the way to get it."""
     runs = list(runs)
-    lines = []
-    for model in dict.fromkeys(run.model for run in runs if run.program != "latency"):
-        if not (model / "config.json").is_file():
-            lines.append(f"the model {model} is not here; python -m corpora says where it comes from")
-    for name in dict.fromkeys(run.item for run in runs if run.program == "ppl"):
-        lines += _absent(name, "evaluation", "--corpus")
-    for name in dict.fromkeys(texts):
-        lines += _absent(name, "calibration", "--calibration")
-    return lines
+    models = dict.fromkeys(run.model for run in runs if run.program != "latency")
+    absent = [str(model) for model in models if not (model / "config.json").is_file()]
+    lines = [f"no model in {', '.join(absent)}; `python -m corpora` says where it comes from"] if absent else []
+    scored = dict.fromkeys("c4" if run.item == "c4-old" else run.item for run in runs if run.program == "ppl")
+    wanted = [(name, "evaluation", "--corpus") for name in scored]
+    wanted += [(name, "calibration", "--calibration") for name in dict.fromkeys(texts)]
+    return lines + [line for want in wanted if (line := _absent(*want))]
 
 
-def _absent(name: str, role: str, option: str) -> list[str]:
-    known = "c4" if name == "c4-old" else name
-    if known not in CORPORA:
-        return [] if Path(name).is_file() else [f"the text {name} is not here; name another with {option}"]
-    if corpus_files(known, role):
-        return []
-    made = f"python -m corpora prepare data {known}"
-    return [f"{known} ({role}) is not in {corpus_directory(known)}; `{made}`, or another text: {option} NAME|FILE"]
+def _absent(name: str, role: str, option: str) -> str:
+    if name not in CORPORA:
+        return "" if Path(name).is_file() else f"the text {name} is not here; name another with {option}"
+    if corpus_files(name, role):
+        return ""
+    made = f"python -m corpora prepare data {name}"
+    return f"{name} for {role} is not in {corpus_directory(name)}; `{made}`, or another text: {option} NAME|FILE"
 
 
 def changed_defaults(models: Sequence[Path], scope: Scope) -> list[str]:
@@ -89,9 +86,9 @@ def changed_defaults(models: Sequence[Path], scope: Scope) -> list[str]:
 
 
 def plan_tables(
-    papers: Sequence[Paper], models: Sequence[Path], scope: Scope, runs: Sequence[Run], commands: bool = False
+    papers: Sequence[Paper], models: Sequence[Path], scope: Scope, runs: Sequence[Run], device: str = "auto"
 ) -> tuple[Table, list[str]]:
-    """The table of --dry-run, a row for every model and stage, and the command lines if they are asked for."""
+    """The table of --dry-run, a row for every model and stage, and the command lines of what is left."""
     rows: list[tuple[str, ...]] = []
     lines: list[str] = []
     hours = disk = 0.0
@@ -110,12 +107,11 @@ def plan_tables(
             hours, disk = hours + seconds / 3600, disk + bytes_left
             rows.append((model.name, stage.title, str(number), str(number - open_runs), str(len(left)),
                          _size(bytes_left), f"{seconds / 3600:.2f}"))  # fmt: skip
-            if commands:
-                lines += [shlex.join(call.command()) for call in left]
+            lines += [shlex.join(["python", *call.command(device)[1:]]) for call in left]
     rows.append(
         ("in all", "", *(str(sum(int(row[i]) for row in rows)) for i in (2, 3, 4)), _size(disk), f"{hours:.2f}")
     )
-    notes = [f"GPU hours are an estimate: {SOURCES[0]}"]
+    notes = [f"GPU hours are an estimate: {SOURCES}"]
     if unknown:
         notes.append(f"no estimate for {', '.join(sorted(unknown))}: neither its files nor its name say its size")
     if scope.reduced:
