@@ -1,11 +1,10 @@
 """cluster.env: all that a site wants to be told, in one file that git ignores.
 
-A line is KEY=VALUE, or a comment. Nothing here is evaluated by a shell but SETUP, which stands in the batch script as it
-is. What Slurm is asked for reaches sbatch through its own variables, so no script of ours names a site's accounts.
+A line is KEY=VALUE, or a comment. Nothing here is evaluated by a shell but SETUP, which stands in the batch script as
+it is. What Slurm is asked for reaches sbatch through its own variables, so no script of ours names a site's accounts.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +31,12 @@ ASKED: dict[str, tuple[str, Callable[[str], Any]]] = {
     "MEM": ("SBATCH_MEM_PER_NODE", values.memory),
 }
 LIMITS = {"time": ASKED["TIME"][0], "mem": ASKED["MEM"][0]}  # which options may raise
-OWN: dict[str, Callable[[str], Any]] = {"CPUS": values.count(1, 4096), "PYTHON": values.name, "LAUNCH": values.name, "SETUP": values.name}
+OWN: dict[str, Callable[[str], Any]] = {
+    "CPUS": values.count(1, 4096),
+    "PYTHON": values.name,
+    "LAUNCH": values.words,
+    "SETUP": values.name,
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,7 @@ def read_site() -> Site:
             continue
         try:
             (OWN[key] if key in OWN else ASKED[key][1])(word)
-            words = shlex.split(word) if key == "LAUNCH" else []
-        except (argparse.ArgumentTypeError, ValueError) as error:
+        except argparse.ArgumentTypeError as error:
             raise UserError(f"{path}, line {number}: {key}={error}") from None
         if key == "SETUP":
             setup.append(word)
@@ -85,6 +88,6 @@ def read_site() -> Site:
         asked={ASKED[key][0]: word for key, word in found.items() if key in ASKED},
         cpus=int(found["CPUS"]) if "CPUS" in found else None,
         setup=tuple(setup),
-        launch=tuple(shlex.split(found.get("LAUNCH", ""))),
+        launch=values.words(found["LAUNCH"]) if "LAUNCH" in found else (),
         python=found.get("PYTHON", sys.executable),
     )

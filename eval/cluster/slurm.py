@@ -56,7 +56,9 @@ def submit(script: Path, options: Sequence[str], environment: Mapping[str, str])
     said = _asked(["sbatch", "--parsable", *options, script.name], environment=environment, cwd=script.parent)
     found = re.fullmatch(r"(\d+)(;.*)?", said.strip())
     if found is None:
-        raise UserError(f"sbatch printed {one_line(said)[:100]!r} in place of a job id; submit {script} by hand to see why")
+        raise UserError(
+            f"sbatch printed {one_line(said)[:100]!r} in place of a job id; submit {script} by hand to see why"
+        )
     return found[1]
 
 
@@ -73,7 +75,9 @@ def ended(jobs: Iterable[str]) -> dict[str, str]:
     if not ids:
         return {}
     try:
-        said = _asked(["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}"])
+        said = _asked(
+            ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}"]
+        )
     except UserError:  # off at many sites
         return {}
     rows = [line.split("|") for line in said.splitlines() if line.count("|") == 1]

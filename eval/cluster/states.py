@@ -1,10 +1,10 @@
 """How far the tasks of a submission are: the ledger first, then the queue, then what the tasks say of themselves.
 
-    done         the ledger has all its runs
-    pending      it waits in the queue        requeued   the same, and it ran before
-    running      it runs                      failed     it has ended, and the ledger lacks a run; `retry` takes it
-    cancelled    `cancel` took it out         open       it was never submitted
-    unknown      squeue does not answer
+done         the ledger has all its runs
+pending      it waits in the queue        requeued   the same, and it ran before
+running      it runs                      failed     it has ended, and the ledger lacks a run; `retry` takes it
+cancelled    `cancel` took it out         open       it was never submitted
+unknown      squeue does not answer
 """
 
 import re
@@ -20,7 +20,19 @@ from corpora.json_files import read_json, write_json
 from eval.cluster.slurm import Queued
 from eval.cluster.tasks import Task, folder_of, is_finished
 
-__all__ = ["Job", "Note", "State", "job_of", "keep_note", "last_line", "log_of", "note_of", "read_jobs", "states_of", "write_jobs"]
+__all__ = [
+    "Job",
+    "Note",
+    "State",
+    "job_of",
+    "keep_note",
+    "last_line",
+    "log_of",
+    "note_of",
+    "read_jobs",
+    "states_of",
+    "write_jobs",
+]
 
 TAIL = 4096  # bytes of a log that hold its last line
 MEND = "delete the file; what is finished stays, and `submit` goes on"

@@ -1,7 +1,7 @@
 """Submit what is left of a list, once: what is finished, or waits or runs as a part of any submission, is left out.
 
-An array waits for what its tasks need (afterok), and for nothing else. Slurm removes tasks that can never start, because
-an artefact failed (--kill-on-invalid-dep=yes in the scripts), and `status` says why.
+An array waits for what its tasks need (afterok), and for nothing else. Slurm removes tasks that can never start,
+because an artefact failed (--kill-on-invalid-dep=yes in the scripts), and `status` says why.
 """
 
 from collections.abc import Mapping, Sequence

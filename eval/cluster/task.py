@@ -138,7 +138,10 @@ def _print_head(name: str, task: Task, device: str) -> None:
         ("versions", f"python {sys.version.split()[0]}, {', '.join(map(_version, PACKAGES))}"),
         ("gpu", _gpu()),
         ("runs", " ".join(run.key for run in task.call.runs)),
-        ("task", f"{task.index} of {name}, job {_job() or 'none'} on {socket.gethostname()}, queued again {restarts} times"),
+        (
+            "task",
+            f"{task.index} of {name}, job {_job() or 'none'} on {socket.gethostname()}, queued again {restarts} times",
+        ),
     ):
         print(f"{what}: {one_line(said)}", flush=True)
 
@@ -167,4 +170,7 @@ def _gpu() -> str:
 def _results(task: Task) -> list[str]:
     """Where the results lie, one a line."""
     entries = [entry for run in task.call.runs if (entry := entry_of(run)) is not None]
-    return [str(outputs_dir() / "runs" / entry["record"] if "record" in entry else root() / entry["made"]) for entry in entries]
+    return [
+        str(outputs_dir() / "runs" / entry["record"] if "record" in entry else root() / entry["made"])
+        for entry in entries
+    ]

@@ -24,7 +24,18 @@ from corpora.writing import write_beside
 from eval.tables.asked import MODULES, Call, Run, calls_of, needed_first
 from eval.tables.ledger import is_done
 
-__all__ = ["Array", "Task", "arrays_of", "folder_of", "is_finished", "names", "read_tasks", "submission_name", "tasks_of", "write_tasks"]
+__all__ = [
+    "Array",
+    "Task",
+    "arrays_of",
+    "folder_of",
+    "is_finished",
+    "names",
+    "read_tasks",
+    "submission_name",
+    "tasks_of",
+    "write_tasks",
+]
 
 LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 where nobody has set it
 LONGEST_NAME = 80

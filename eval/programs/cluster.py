@@ -4,12 +4,11 @@ failed."""
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import Parser, UserError
-from eval.programs.reproduce import add_asked, asked_for
+from eval.programs.asked import add_asked, asked_for, refuse_lacking
 
 if TYPE_CHECKING:
     from eval.cluster.site import Site
@@ -34,8 +33,9 @@ def add(commands: Any) -> None:
     cluster = commands.add_parser(
         "cluster",
         help="the runs of published tables as Slurm jobs",
-        description="The runs of `python -m eval reproduce` as Slurm arrays. What your cluster wants stands in cluster.env "
-        "(scripts/cluster/cluster.env.example explains it); all that is submitted lies in outputs/cluster/NAME/.",
+        description="The runs of `python -m eval reproduce` as Slurm arrays. What your cluster wants stands in "
+        "cluster.env (scripts/cluster/cluster.env.example explains it); all that is submitted lies in "
+        "outputs/cluster/NAME/.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +45,9 @@ def add(commands: Any) -> None:
         description="Submits what is not finished and not in the queue yet; the same line again submits nothing twice.",
     )  # fmt: skip
     add_asked(submit)
-    submit.add_argument("--name", type=values.plain, metavar="NAME", help="of the submission (default: tables and models)")
+    submit.add_argument(
+        "--name", type=values.plain, metavar="NAME", help="of the submission (default: tables and models)"
+    )
     submit.add_argument("--dry-run", action="store_true", help="write the scripts, print the plan, submit nothing")
     _add_limits(submit)
     status = actions.add_parser("status", help="how far every task is", description="Every task, with the last line of "
@@ -58,8 +60,11 @@ def add(commands: Any) -> None:
                                "vanished, and what could not start for it.")  # fmt: skip
     retry.add_argument("name", type=values.plain, metavar="NAME", help="a submission")
     _add_limits(retry)
-    task = actions.add_parser("run", help="run one task here, as a job does", description="What a job calls. It "
-                              "exits with 75 when it was told to stop, and goes on when it is called again.")  # fmt: skip
+    task = actions.add_parser(
+        "run",
+        help="run one task here, as a job does",
+        description="What a job calls. It exits with 75 when it was told to stop, and goes on when it is called again.",
+    )
     task.add_argument("name", type=values.plain, metavar="NAME", help="a submission")
     task.add_argument("task", type=values.count(0), metavar="TASK", help="its number in tasks.jsonl")
 
@@ -67,8 +72,12 @@ def add(commands: Any) -> None:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     """What a site allows a task, and how many run at a time."""
     group = parser.add_argument_group("how it is queued")
-    group.add_argument("--at-once", type=values.count(1, 100_000), metavar="K",
-                       help="at most so many tasks of an array run at a time (default: as many as the cluster lets)")  # fmt: skip
+    group.add_argument(
+        "--at-once",
+        type=values.count(1, 100_000),
+        metavar="K",
+        help="at most so many tasks of an array run at a time (default: as many as the cluster lets)",
+    )
     group.add_argument("--time", type=values.duration, metavar="TIME", help="a task may take (default: cluster.env's)")
     group.add_argument("--mem", type=values.memory, metavar="SIZE", help="a task may use (default: cluster.env's)")
 
@@ -87,10 +96,9 @@ def _run(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> None:
     from eval.cluster.submitting import submit, write_scripts
     from eval.cluster.tasks import submission_name, tasks_of
-    from eval.tables.preview import lacking
 
     options.model = [path.absolute() for path in options.model or ()] or None
-    chosen, scope, asked = asked_for(options)
+    asked, chosen, scope = asked_for(options)
     tasks = tasks_of(asked)
     models = list(dict.fromkeys(path for _, paths in chosen for path in paths))
     name = _checked(options.name) or submission_name([paper.name for paper, _ in chosen], models, tasks)
@@ -98,8 +106,7 @@ def _submit(options: argparse.Namespace) -> None:
         write_scripts(name, tasks, _site(options, missing=True), options.at_once)
         _print_plan(name, tasks)
         return
-    if missing := lacking(asked):
-        raise UserError(f"{name} is not submitted: {'; '.join(missing)}")
+    refuse_lacking(asked, chosen, scope)
     _tell(name, tasks, submit(name, tasks, _site(options), at_once=options.at_once))
 
 
@@ -205,7 +212,10 @@ def _print_states(name: str, states: "Sequence[State]") -> None:
     for state in states:
         said = last_line(log_of(name, state.task, state.job)) if state.job else ""
         more = "; ".join(part for part in (state.why, said) if part)
-        print(f"{state.task.index:>4}  {state.word:<9}  {state.job:<10}  {_short(state.task.call.label)}" + f"  {more}" * bool(more))
+        print(
+            f"{state.task.index:>4}  {state.word:<9}  {state.job:<10}  {_short(state.task.call.label)}"
+            + f"  {more}" * bool(more)
+        )
 
 
 def _short(label: str, longest: int = 90) -> str:
