@@ -13,7 +13,7 @@ from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
 from eval.tables.declared import ALONE, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
-from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, TASKS, TRUTHFULQA
+from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
 
 __all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of", "runs_of",
            "words_of"]  # fmt: skip
@@ -32,7 +32,7 @@ FILES = {
     "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
 WITHOUT_MODEL = ("judge", "latency")
-KNOWN_TASKS = (*TASKS, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
+KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
 
 
 @dataclass(frozen=True)
@@ -174,21 +174,21 @@ def _chosen(row: Row, measure: Measure, kinds: Sequence[set[str]], scope: Scope)
     """Whether --only leaves a cell: of each kind of word that was given, one must name it. A word that names nothing of
     a table leaves nothing of it."""
     words = {word.lower() for word in scope.only}
-    given = [words & known for known in kinds]
-    fits = all(name in some or not some for name, some in zip(_names(row, measure), given, strict=True))
+    fits = all(words & names or not words & known for names, known in zip(_names(row, measure), kinds, strict=True))
     return fits and not words.difference(*kinds)
 
 
-def _names(row: Row, measure: Measure) -> tuple[str, ...]:
-    """What --only calls a cell: method, width, arm, measure."""
+def _names(row: Row, measure: Measure) -> tuple[set[str], ...]:
+    """What --only calls a cell: its method or row, width, arm, measure."""
     method = row.method
-    return method.name.lower(), method.bits, row.arm.label.lower() or "alone", measure.head.lower()
+    words = ((method.name, row.label), (method.bits,), (row.arm.label or "alone",), (measure.head,))
+    return tuple({word.lower() for word in kind} for kind in words)
 
 
 def words_of(paper: Paper, measures: Iterable[Measure], scope: Scope = PUBLISHED) -> list[set[str]]:
-    """The words that --only takes of a table, by kind: methods, widths, arms, measures."""
+    """The words that --only takes of a table, by kind: methods and rows, widths, arms, measures."""
     names = [_names(row, measure) for row in rows_of(paper, scope) for measure in measures]
-    return [set(kind) for kind in zip(*names, strict=True)]
+    return [set[str]().union(*kind) for kind in zip(*names, strict=True)]
 
 
 def _runs(row: Row, measure: Measure, model: Path, scope: Scope) -> tuple[Run, ...]:
