@@ -10,14 +10,16 @@ import argparse
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from corpora.errors import UserError
 
-__all__ = ["LARGEST_SEED", "MANY", "count", "device", "finite", "from_environment", "group_size", "limit", "name",
-           "number", "path", "real", "seed", "several", "shown", "size", "text", "unshown", "whole"]  # fmt: skip
+__all__ = ["LARGEST_SEED", "MANY", "automatic", "count", "device", "finite", "from_environment",
+           "group_size", "limit", "name", "number", "path", "real", "seed", "several", "shown", "size",
+           "text", "unshown", "whole", "words"]  # fmt: skip
 
 Value = TypeVar("Value")
 
@@ -115,6 +117,26 @@ def number(
 
 
 finite = number()
+
+
+def automatic(read: Callable[[str], Value]) -> Callable[[str], Value | None]:
+    """Reader of what `read` takes, or of `auto`, which is None: the program chooses."""
+
+    def read_one(word: str) -> Value | None:
+        try:
+            return None if word == "auto" else read(word)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+
+    return read_one
+
+
+def words(word: str) -> tuple[str, ...]:
+    """Options of a program in one word, split as a shell splits them."""
+    try:
+        return tuple(shlex.split(name(word)))
+    except ValueError as error:  # a quote is not closed
+        raise argparse.ArgumentTypeError(f"{shown(word)} is not allowed ({error}); close every quote") from None
 
 
 def size(word: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from corpora.errors import Parser, run_program
-from eval.programs import chat, judge, mtbench, needle, plot, ppl, stats, table, tasks
+from eval.programs import chat, judge, mtbench, needle, plot, ppl, reproduce, stats, table, tasks
 
 PROGRAMS = {
     "ppl": ppl,
@@ -16,6 +16,7 @@ PROGRAMS = {
     "stats": stats,
     "table": table,
     "plot": plot,
+    "reproduce": reproduce,
 }
 
 

@@ -14,7 +14,7 @@ from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
 from eval.tables.declared import PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
 
-__all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "runs_of"]
+__all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "runs_of", "words_of"]
 
 # What the programs are, for `python -m`, and how they take what they score.
 MODULES = {
@@ -53,6 +53,11 @@ class Run:
         }, 16)  # fmt: skip
 
     @property
+    def label(self) -> str:
+        """What is asked, in one line for a reader."""
+        return " ".join([*MODULES[self.program][-1:], self.model.name, *self.words, self.item]).rstrip()
+
+    @property
     def file(self) -> Path | None:
         """The file that it writes beside its record; None for programs that name theirs themselves."""
         if self.program not in FILES:
@@ -70,7 +75,18 @@ class Call:
 
     @property
     def first(self) -> Run:
+        """Which stands for all but for the item."""
         return self.runs[0]
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """What must be made before."""
+        return self.first.needs
+
+    @property
+    def label(self) -> str:
+        """What is asked, in one line for a reader, with all items."""
+        return " ".join([replace(self.first, item="").label, *(run.item for run in self.runs)]).rstrip()
 
     def command(self, device: str = "auto") -> list[str]:
         """The command line, with this interpreter in front."""
@@ -118,18 +134,33 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
 def cells_of(paper: Paper, model: Path, scope: Scope = PUBLISHED) -> list[Cell]:
     """The cells of a table for one model, row by row. model: its directory, which need not be there."""
     measures = measures_of(paper, model, scope)
+    kinds = words_of(paper, measures)
     return [
         Cell(row, measure, _runs(row, measure, model, scope))
         for row in paper.rows
         for measure in measures
-        if _chosen(row, measure, scope)
+        if _chosen(row, measure, kinds, scope)
     ]
 
 
-def _chosen(row: Row, measure: Measure, scope: Scope) -> bool:
-    """Whether --only leaves a cell: of each kind of word that was given, one must name it."""
-    names = {row.method.name.lower(), row.arm.label.lower() or "alone", measure.head.lower()}
-    return not scope.only or all(word.lower() in names for word in scope.only)
+def _chosen(row: Row, measure: Measure, kinds: Sequence[set[str]], scope: Scope) -> bool:
+    """Whether --only leaves a cell: of each kind of word that was given, one must name it. A word that names nothing of
+    a table leaves nothing of it."""
+    words = {word.lower() for word in scope.only}
+    given = [words & known for known in kinds]
+    fits = all(name in some or not some for name, some in zip(_names(row, measure), given, strict=True))
+    return fits and not words.difference(*kinds)
+
+
+def _names(row: Row, measure: Measure) -> tuple[str, str, str]:
+    """What --only calls a cell: method, arm, measure."""
+    return row.method.name.lower(), row.arm.label.lower() or "alone", measure.head.lower()
+
+
+def words_of(paper: Paper, measures: Iterable[Measure]) -> tuple[set[str], set[str], set[str]]:
+    """The words that --only takes of a table, by kind: methods, arms, measures."""
+    names = [_names(row, measure) for row in paper.rows for measure in measures]
+    return {method for method, _, _ in names}, {arm for _, arm, _ in names}, {head for _, _, head in names}
 
 
 def _runs(row: Row, measure: Measure, model: Path, scope: Scope) -> tuple[Run, ...]:

@@ -1,6 +1,7 @@
 """python -m quantization: write a quantized checkpoint, or list the recipes."""
 
 import argparse
+import json
 import logging
 
 from corpora import values
@@ -32,6 +33,7 @@ def quantize_parser(listing: bool) -> argparse.ArgumentParser:
             metavar="DIR",
             help="where to write (default: modelzoo/quantized/MODEL/RECIPE-IDENTITY)",
         )
+        parser.add_argument("--json", action="store_true", help="print where it lies and what it took as JSON")
         parser.add_argument("--verbose", action="store_true", help="one log line per block on stderr")
     parser.add_argument(
         "--list", action="store_true", help="print the named recipes with their parts, one a line, and stop"
@@ -62,6 +64,9 @@ def quantize(arguments: list[str]) -> None:
 
     out = plan.written(plan.recipe, options.out)
     cost = read_cost(out)
+    if options.json:
+        print(json.dumps({"directory": str(out), "label": full_label(plan.recipe), **cost}, indent=2))
+        return
     bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "
     repaired = int(cost["figures"].get("repaired_hessians", 0))
     print(
