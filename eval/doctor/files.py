@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from corpora.catalog import CORPORA, FAMILIES, corpus_files, model_defaults, model_directory
+from corpora.catalog import CORPORA, FAMILIES, corpus_files, model_defaults
 from corpora.errors import UserError, one_line
 from corpora.mmlu import MMLU_ARCHIVE, mmlu_directory
 from corpora.paths import CHECKOUT, root
@@ -13,23 +13,13 @@ from corpora.prepare import model_is_present
 from corpora.task_data import SAMPLE_TASKS, SAMPLE_TASKS_NAME, TASK_DATA, sample_directory, scored_files, task_directory
 from eval.doctor.machine import Finding
 from eval.tables.asked import Run
-from eval.tables.declared import Paper
 
-__all__ = ["model", "models_of", "refused", "scored"]
-
-
-def models_of(paper: Paper) -> list[Path]:
-    """The directories of the models that a table is published of."""
-    found = []
-    for name in paper.models:
-        for family, known in FAMILIES.items():
-            found += [model_directory(family, size) for size in known.sizes if name == f"{family}-{size}"]
-    return found
+__all__ = ["calibrated_on", "model", "refused", "scored"]
 
 
 def model(directory: Path) -> Finding:
     """Whether a model is there with its tokenizer; what is inside is looked at by whoever plans with it."""
-    shown = os.path.relpath(directory, root()) if directory.is_relative_to(root()) else str(directory)
+    shown = _place(directory)
     needed = "configuration, tokenizer and all weights"
     if (directory / "quantization.json").is_file() or model_is_present(directory):
         return Finding(f"model {directory.name}", needed, shown)
@@ -45,7 +35,7 @@ def scored(runs: Iterable[Run]) -> list[Finding]:
     found: dict[str, Finding] = {}
     for run in runs:
         if run.program == "ppl":
-            one = _corpus(run.item)
+            one = _corpus(run.item, "evaluation")
         elif run.program == "tasks":
             one = _task(run.item, _option(run, "--data") or model_defaults(run.model.name).default_task_data)
         elif run.program == "mtbench":
@@ -66,17 +56,26 @@ def _option(run: Run, name: str) -> str:
     return run.words[places[-1] + 1] if places else ""
 
 
-def _corpus(item: str) -> Finding:
-    name = "c4" if item == "c4-old" else item
+def calibrated_on(text: str) -> Finding:
+    """The text that methods calibrate on."""
+    return _corpus(text, "calibration")
+
+
+def _corpus(item: str, role: str) -> Finding:
+    name, what = "c4" if item == "c4-old" else item, f"text {item} for {role}"
     if name not in CORPORA:
         there = Path(item).exists()
         way_out = "" if there else f"name a file that is there, or one of {', '.join(CORPORA)}"
-        return Finding(f"text {item}", "a file", "there" if there else "missing", "ok" if there else "lacks", way_out)
-    files = corpus_files(name, "evaluation")
+        return Finding(what, "a file", "there" if there else "missing", "ok" if there else "lacks", way_out)
+    files = corpus_files(name, role)
     if files:
-        return Finding(f"text {item}", "its evaluation part", os.path.relpath(files[0], root()))
-    way_out = f"python -m corpora prepare data {name}"
-    return Finding(f"text {item}", "its evaluation part", "missing", "lacks", way_out)
+        return Finding(what, "its files", _place(files[0]))
+    return Finding(what, "its files", "missing", "lacks", f"python -m corpora prepare data {name}")
+
+
+def _place(path: Path) -> str:
+    """A path as a reader finds it: from the root, where it is below that."""
+    return os.path.relpath(path, root()) if path.is_relative_to(root()) else str(path)
 
 
 def _task(name: str, source: str) -> Finding:
@@ -100,15 +99,15 @@ def _task(name: str, source: str) -> Finding:
     else:
         return Finding(what, needed, "not looked for", "warning", "datasets/README.md says where its files belong")
     if folder.is_dir():
-        return Finding(what, needed, os.path.relpath(folder, root()))
+        return Finding(what, needed, _place(folder))
     return Finding(what, needed, "missing", "lacks", way_out)
 
 
 def _questions(word: str) -> Finding:
     path = CHECKOUT / "fastchat" / "data" / word / "question.jsonl" if word in ("sample", "mt_bench") else Path(word)
     if path.is_file():
-        return Finding("MT-bench's questions", word, str(path))
-    return Finding("MT-bench's questions", word, "missing", "lacks", "bash scripts/prepare/mtbench.sh, or --limit none")
+        return Finding("MT-bench's questions", word, _place(path))
+    return Finding("MT-bench's questions", word, "missing", "lacks", "bash scripts/prepare/mtbench.sh")
 
 
 def _judge(run: Run) -> Finding:
@@ -136,5 +135,5 @@ def _kernel() -> Finding:
 
 def refused(what: str, error: UserError | OSError) -> Finding:
     """What a plan refuses, with its own words: they name the thing and the way out."""
-    said, _, way_out = one_line(str(error)).rpartition("; ")
-    return Finding(what, "a plan that can be made", said or way_out, "lacks", way_out if said else "")
+    said, _, way_out = one_line(str(error)).partition("; ")
+    return Finding(what, "a plan that can be made", said, "lacks", way_out)

@@ -4,10 +4,10 @@ Nothing is made, fetched or changed.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -49,10 +49,8 @@ def machine(device: str = "auto") -> list[Finding]:
 
 
 def _python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= (3, 11):
-        return Finding("Python", "3.11 or newer", found)
-    return Finding("Python", "3.11 or newer", found, "lacks", "PYTHON=/path/to/python3.11 bash scripts/setup.sh")
+    """Another Python than setup.sh takes does not come so far."""
+    return Finding("Python", "3.11 or newer", platform.python_version())
 
 
 def _packages() -> Finding:
@@ -91,7 +89,7 @@ def _gpu(device: str) -> Iterator[Finding]:
         there = find_spec("triton") is not None
         yield Finding(
             "Triton", "for kernels of packed weights and caches", version("triton") if there else "not installed",
-            "ok" if there else "warning", "" if there else "without it slower products run; .venv/bin/pip install triton",
+            "ok" if there else "warning", "" if there else "slower products run; install triton",
         )  # fmt: skip
     else:
         yield Finding(

@@ -5,13 +5,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from corpora import values
-from corpora.errors import UserError
+from corpora.errors import Parser, UserError
+from eval.programs.reproduce import add_scope, asked_of, models_of, papers_of, scope_of, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from eval.doctor.machine import Finding
     from eval.tables.asked import Call, Run
+    from eval.tables.declared import Scope
     from quantization.runs.plan import Plan
 
 __all__ = ["add", "run"]
@@ -19,7 +22,7 @@ __all__ = ["add", "run"]
 EXAMPLES = """\
 examples:
   python -m corpora doctor                           this machine
-  python -m corpora doctor gptq-llama                and all that the table needs, for the models that it is published of
+  python -m corpora doctor gptq-llama                and all that the table needs, for its published models
   python -m corpora doctor kivi-chat --model modelzoo/smollm2/smollm2-135m --device cpu
 
 Exit code 0: nothing lacks. 1: something does; the last column says how to get it.
@@ -36,7 +39,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    doctor.add_argument("tables", nargs="*", type=values.name, metavar="TABLE", help="names of published tables")
+    doctor.add_argument("tables", nargs="*", type=values.name, metavar="TABLE", help="as of eval reproduce, or all")
     doctor.add_argument(
         "--model",
         action="append",
@@ -44,10 +47,12 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="a model directory; may be given several times (default: all models that the table is published of)",
     )
+    add_scope(doctor)
     doctor.add_argument(
         "--device", type=values.device, default="auto", metavar="auto|cpu|cuda[:N]", help="where it shall compute"
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(dry_run=True)  # models need not be here
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,10 +61,11 @@ def run(options: argparse.Namespace) -> None:
 
     from eval.doctor.machine import machine, space
 
-    if options.model and not options.tables:
-        raise UserError("--model is of a table; name one, or leave it out")
+    scope = scope_of(options)
+    if not options.tables and (options.model or scope.reduced or scope.only):
+        raise UserError("--model and what is run are of a table; name one, or leave them out")
     findings = machine(options.device)
-    findings += _tables(options) if options.tables else [space(0)]
+    findings += _tables(options, scope) if options.tables else [space(0)]
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
@@ -82,28 +88,26 @@ def _shown(findings: "list[Finding]") -> str:
 # tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _tables(options: argparse.Namespace) -> "list[Finding]":
+def _tables(options: argparse.Namespace, scope: "Scope") -> "list[Finding]":
     """What the tables need, each thing once."""
-    from pathlib import Path
-
-    from eval.doctor.files import model, models_of, scored
+    from eval.doctor.files import calibrated_on, model, scored
     from eval.doctor.machine import memory, space
-    from eval.tables.asked import calls_of, cells_of, runs_of
-    from eval.tables.papers import PAPERS
+    from eval.tables.asked import calls_of
 
-    found: dict[str, Finding] = {}
-    sizes = _Sizes()
-    for name in dict.fromkeys(options.tables):
-        if name not in PAPERS:
-            raise UserError(f"there is no table {name!r}; known are {', '.join(PAPERS)}")
-        for directory in options.model or models_of(PAPERS[name]):
-            runs = runs_of(cells_of(PAPERS[name], Path(directory)))
-            here = [model(directory)] if any(run.program != "latency" for run in runs) else []
-            for one in (*here, *scored(runs)):
-                found.setdefault(one.what, one)
-            if here and here[0].verdict == "ok":
-                for one in _planned(calls_of(runs), options.device, sizes):
-                    found.setdefault(one.what, one)
+    chosen, scope = models_of(papers_of(options.tables), options, scope)
+    runs, sizes = asked_of(chosen, scope), _Sizes()
+    found = {}
+    for directory in dict.fromkeys(run.model for run in runs if run.program != "latency"):
+        found[str(directory)] = model(directory)
+    for one in (*scored(runs), *map(calibrated_on, texts_of(runs, scope))):
+        found.setdefault(one.what, one)
+    for directory in dict.fromkeys(run.model for run in runs):
+        mine = [run for run in runs if run.model == directory]
+        if str(directory) in found and found[str(directory)].verdict == "ok":
+            for one in _planned(calls_of(mine), options.device, sizes):
+                found.setdefault(one.found, one)
+        else:
+            sizes.guess(directory, mine, options.device)
     if sizes.memory:
         found["memory"] = memory(sizes.memory, sizes.what, sizes.device)
     found["disk"] = space(sum(sizes.files.values()))
@@ -127,6 +131,18 @@ class _Sizes:
                 self.what = f"{line.what.removeprefix('memory ')}, {plan.checkpoint.name}"
             elif line.state not in ("present", "about"):
                 self.files[line.path] = line.size or 0.0
+
+    def guess(self, model: "Path", runs: "Sequence[Run]", device: str) -> None:
+        """The same from the size that the name of a model says that is not here: its weights, and what runs write."""
+        from eval.tables.estimate import disk_of, size_of
+
+        size = size_of(model)
+        if size is None or not runs:
+            return
+        if size.parameters * size.bytes > self.memory:
+            self.memory, self.device = size.parameters * size.bytes, "cpu" if device == "cpu" else "cuda"
+            self.what = f"the weights of {model.name} alone"
+        self.files |= {run.key: disk_of(run, size) for run in runs}
 
 
 def _planned(calls: "Iterable[Call]", device: str, sizes: _Sizes) -> "Iterator[Finding]":
@@ -165,7 +181,7 @@ def _options(call: "Call", device: str) -> argparse.Namespace | None:
         return quantize_parser(False).parse_args(words)
     if call.first.program not in programs:
         return None
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = Parser(prog="python -m eval")
     programs[call.first.program].add(parser.add_subparsers(dest="command"))
     return parser.parse_args(words)
 

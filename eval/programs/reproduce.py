@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from eval.tables.asked import Call, Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["add", "run", "scope_of"]
+__all__ = ["add", "add_scope", "asked_of", "models_of", "papers_of", "run", "scope_of", "texts_of"]
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
         help="directory of a dense checkpoint; may be given several times (default: every published model of the table "
         "that is in modelzoo/)",
     )
-    _add_scope(reproduce)
+    add_scope(reproduce)
     _add_execution(reproduce)
     reproduce.add_argument(
         "--dry-run",
@@ -64,9 +64,9 @@ def add(commands: Any) -> None:
     )
 
 
-def _add_scope(reproduce: argparse.ArgumentParser) -> None:
+def add_scope(parser: argparse.ArgumentParser) -> None:
     """Which runs of a table, and at what size."""
-    group = reproduce.add_argument_group("what is run (default: the whole table, at the published size)")
+    group = parser.add_argument_group("what is run (default: the whole table, at the published size)")
     group.add_argument(
         "--only",
         type=values.name,
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         _list()
         return
-    papers = _papers(options.tables)
+    papers = papers_of(options.tables)
     if options.commands and not options.dry_run:
         raise UserError("--commands are of --dry-run; add it, or leave --commands out")
     scope = scope_of(options)
@@ -181,8 +181,8 @@ def run(options: argparse.Namespace) -> None:
     from eval.tables.preview import lacking, plan_tables
     from eval.tables.render import render
 
-    chosen, scope = _models(papers, options, scope)
-    asked = _asked(chosen, scope)
+    chosen, scope = models_of(papers, options, scope)
+    asked = asked_of(chosen, scope)
     if not asked:
         raise UserError(_nothing(chosen, scope))
     models = list(dict.fromkeys(run.model for run in asked))
@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
         if options.commands:
             print("", *lines, sep="\n")
         return
-    if missing := lacking(asked, _texts(asked, scope)):
+    if missing := lacking(asked, texts_of(asked, scope)):
         raise UserError(f"{', '.join(p.name for p in papers)} cannot run: {'; '.join(missing)}")
 
     from eval.execution import execute, workers_of
@@ -210,7 +210,8 @@ def run(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _papers(names: Sequence[str]) -> "list[Paper]":
+def papers_of(names: Sequence[str]) -> "list[Paper]":
+    """The tables of some names. Raises UserError for one that there is not, or none."""
     from eval.tables.papers import PAPERS
 
     if not names:
@@ -231,7 +232,7 @@ def _list() -> None:
         print(f"{name:<{width}}  {paper.source}: {paper.title}  [{', '.join(paper.models)}]")
 
 
-def _models(
+def models_of(
     papers: "Sequence[Paper]", options: argparse.Namespace, scope: "Scope"
 ) -> "tuple[list[tuple[Paper, list[Path]]], Scope]":
     """Every table with the models that it is run for, and the scope without the words of --only that are models.
@@ -266,7 +267,7 @@ def _models(
     return chosen, scope
 
 
-def _asked(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> "list[Run]":
+def asked_of(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> "list[Run]":
     """All runs of all tables, each once."""
     from eval.tables.asked import cells_of, runs_of
 
@@ -286,7 +287,7 @@ def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> st
     return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
 
 
-def _texts(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
+def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
     """The corpora that methods calibrate on."""
     from corpora.catalog import model_defaults
 
