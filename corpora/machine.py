@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["device_name", "environment", "peak_memory_mb"]
+__all__ = ["commit", "device_name", "environment", "peak_memory_mb"]
 
 
 def environment() -> dict[str, Any]:
@@ -21,14 +21,14 @@ def environment() -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "accelerate")}
     return packages | {
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "gpu": gpu,
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of the code, with `+changes` if the work tree differs; `unknown` outside a checkout."""
     here = Path(__file__).parent
     try:

@@ -17,9 +17,9 @@ from typing import NoReturn, TypeVar
 
 from corpora.errors import UserError
 
-__all__ = ["LARGEST_SEED", "MANY", "automatic", "count", "device", "finite", "from_environment",
-           "group_size", "limit", "name", "number", "path", "real", "seed", "several", "shown", "size",
-           "text", "unshown", "whole", "words"]  # fmt: skip
+__all__ = ["LARGEST_SEED", "MANY", "automatic", "count", "device", "duration", "finite", "from_environment",
+           "group_size", "limit", "memory", "name", "number", "path", "plain", "real", "seed", "several", "shown",
+           "size", "text", "unshown", "whole", "words"]  # fmt: skip
 
 Value = TypeVar("Value")
 
@@ -144,6 +144,27 @@ def size(word: str) -> int:
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([KMGT]i?B)?", word, re.IGNORECASE)
     value = int(float(found[1]) * UNITS[(found[2] or "").upper()]) if found else 0
     return value if value > 0 else _refuse(word, "a size such as 65GiB")
+
+
+def memory(word: str) -> str:
+    """The memory of a Slurm job, as --mem has it."""
+    return word if re.fullmatch(r"[1-9][0-9]{0,8}[KMGT]?", word) else _refuse(word, "a memory such as 64G")
+
+
+def duration(word: str) -> str:
+    """How long a Slurm job may take, as --time has it."""
+    if not re.fullmatch(r"[0-9]{1,6}(:[0-9]{1,2}){0,2}|[0-9]{1,3}-[0-9]{1,2}(:[0-9]{1,2}){0,2}", word) or not re.search(
+        "[1-9]", word
+    ):
+        _refuse(word, "minutes, hours:minutes:seconds or days-hours, such as 90, 4:00:00 or 1-12")
+    return word
+
+
+def plain(word: str) -> str:
+    """A word without spaces and control characters, as Slurm's names are."""
+    if not re.fullmatch(r"[!-~]{1,200}", word):
+        _refuse(word, "one word of plain letters, digits and signs, up to 200")
+    return word
 
 
 def device(word: str) -> str:

@@ -101,10 +101,12 @@ def _visible_gpus() -> list[str]:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that failed, or that could not be made because another one did. said: why, in one line."""
+    """A run that failed, or that could not be made because another one did. said: why, in one line. signal: that
+    ended its program."""
 
     run: Run
     said: str
+    signal: int = 0
 
 
 @dataclass
@@ -153,11 +155,11 @@ def execute(
     lost: set[str] = set()  # keys of runs that failed or were left out
     free, busy = list(workers), dict[Future[list[Entry]], tuple[Call, Worker, _Process]]()
 
-    def fail(call: Call, said: str, to: list[Failure]) -> None:
+    def fail(call: Call, said: str, to: list[Failure], number: int = 0) -> None:
         for run in call.runs:
             waiting.discard(run.key)
             lost.add(run.key)
-            to.append(Failure(run, said))
+            to.append(Failure(run, said, number))
             watcher.failed(to[-1])
 
     with _terminated_as_interrupted(), ThreadPoolExecutor(len(workers)) as threads:
@@ -183,7 +185,7 @@ def execute(
                         if len(call.runs) > 1:  # one item may be the reason, and the others are asked alone
                             open_calls = [*(Call((run,)) for run in call.runs), *open_calls]
                         else:
-                            fail(call, str(error), outcome.failed)
+                            fail(call, str(error), outcome.failed, getattr(error, "signal", 0))
                         continue
                     for run, entry in zip(call.runs, entries, strict=True):
                         keep(run, entry)
@@ -247,11 +249,19 @@ class _Process:
         return True
 
 
+class _Ended(UserError):
+    """A program failed. signal: that ended it."""
+
+    def __init__(self, said: str, number: int):
+        super().__init__(said)
+        self.signal = number
+
+
 def _made(call: Call, process: _Process) -> list[Entry]:
     """What a call leaves behind, an entry for every run. Raises UserError with the one line of a program that fails."""
     code, out = process.ended()
     if code != 0:
-        raise UserError(_why(call, process, code))
+        raise _Ended(_why(call, process, code), max(0, -code))
     common: dict[str, Any] = {
         "program": call.first.program, "model": call.first.model.name, "command": process.command,
         "seconds": round(process.seconds / len(call.runs), 2), "finished": datetime.now(UTC).isoformat(),

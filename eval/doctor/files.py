@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from corpora.catalog import CORPORA, FAMILIES, corpus_files, model_defaults
+from corpora.catalog import CORPORA, FAMILIES, CalibrationText, corpus_files, model_defaults
 from corpora.errors import UserError, one_line
 from corpora.mmlu import MMLU_ARCHIVE, mmlu_directory
 from corpora.paths import CHECKOUT, root
@@ -14,7 +14,9 @@ from corpora.task_data import SAMPLE_TASKS, SAMPLE_TASKS_NAME, TASK_DATA, sample
 from eval.doctor.machine import Finding
 from eval.tables.asked import Run
 
-__all__ = ["calibrated_on", "model", "refused", "scored"]
+__all__ = ["calibrated_on", "model", "refused", "scored", "unnamed_judge"]
+
+PILE = CalibrationText("pile", 512, 1024)  # what `intactkv train-prefix` draws from
 
 
 def model(directory: Path) -> Finding:
@@ -56,9 +58,18 @@ def _option(run: Run, name: str) -> str:
     return run.words[places[-1] + 1] if places else ""
 
 
-def calibrated_on(text: str) -> Finding:
-    """The text that methods calibrate on."""
-    return _corpus(text, "calibration")
+def calibrated_on(runs: Iterable[Run], texts: Iterable[str]) -> list[Finding]:
+    """The texts that methods calibrate on, and prefixes are trained on. texts: those of recipes that name none."""
+    found = dict.fromkeys(texts)
+    for run in runs:
+        own = model_defaults(run.model.name)
+        if run.program == "calibrate":
+            found[_option(run, "--conversations") or own.default_conversations] = None
+        if run.program == "train-prefix":
+            found[_option(run, "--corpus") or (own.default_calibration or PILE).corpus] = None
+        if given := _option(run, "--calibration"):
+            found[given] = None
+    return [_corpus(text, "calibration") for text in found]
 
 
 def _corpus(item: str, role: str) -> Finding:
@@ -122,6 +133,12 @@ def _judge(run: Run) -> Finding:
         return Finding("judge", f"${variable} for {name}", "set")
     way_out = f"export {variable}=…, or --judge-model local:DIR"
     return Finding("judge", f"${variable} for {name}", "not set", "lacks", way_out)
+
+
+def unnamed_judge() -> Finding:
+    """Of a table of judged answers, where nobody was named to judge them."""
+    way_out = "its cells stay n/a; add --judge-model, with the key in $OPENAI_API_KEY, or local:DIR"
+    return Finding("judge", "--judge-model", "none is named", "warning", way_out)
 
 
 def _kernel() -> Finding:

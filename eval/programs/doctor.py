@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import Parser, UserError
-from eval.programs.reproduce import add_scope, asked_of, models_of, papers_of, scope_of, texts_of
+from eval.programs.asked import add_asked, asked_for, scope_of, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from eval.doctor.machine import Finding
     from eval.tables.asked import Call, Run
-    from eval.tables.declared import Scope
     from quantization.runs.plan import Plan
 
 __all__ = ["add", "run"]
@@ -39,15 +38,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    doctor.add_argument("tables", nargs="*", type=values.name, metavar="TABLE", help="as of eval reproduce, or all")
-    doctor.add_argument(
-        "--model",
-        action="append",
-        type=values.path,
-        metavar="DIR",
-        help="a model directory; may be given several times (default: all models that the table is published of)",
-    )
-    add_scope(doctor)
+    add_asked(doctor)
     doctor.add_argument(
         "--device", type=values.device, default="auto", metavar="auto|cpu|cuda[:N]", help="where it shall compute"
     )
@@ -65,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.tables and (options.model or scope.reduced or scope.only):
         raise UserError("--model and what is run are of a table; name one, or leave them out")
     findings = machine(options.device)
-    findings += _tables(options, scope) if options.tables else [space(0)]
+    findings += _tables(options) if options.tables else [space(0)]
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
@@ -88,18 +79,20 @@ def _shown(findings: "list[Finding]") -> str:
 # tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _tables(options: argparse.Namespace, scope: "Scope") -> "list[Finding]":
+def _tables(options: argparse.Namespace) -> "list[Finding]":
     """What the tables need, each thing once."""
-    from eval.doctor.files import calibrated_on, model, scored
+    from eval.doctor.files import calibrated_on, model, scored, unnamed_judge
     from eval.doctor.machine import memory, space
     from eval.tables.asked import calls_of
 
-    chosen, scope = models_of(papers_of(options.tables), options, scope)
-    runs, sizes = asked_of(chosen, scope), _Sizes()
+    runs, chosen, scope = asked_for(options)
+    sizes = _Sizes()
     found = {}
+    if not scope.judge and any(measure.program == "judge" for paper, _ in chosen for measure in paper.measures):
+        found["judge"] = unnamed_judge()
     for directory in dict.fromkeys(run.model for run in runs if run.program != "latency"):
         found[str(directory)] = model(directory)
-    for one in (*scored(runs), *map(calibrated_on, texts_of(runs, scope))):
+    for one in (*scored(runs), *calibrated_on(runs, texts_of(runs, scope))):
         found.setdefault(one.what, one)
     for directory in dict.fromkeys(run.model for run in runs):
         mine = [run for run in runs if run.model == directory]

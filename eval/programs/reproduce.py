@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError, one_line
+from eval.programs.asked import add_asked, asked_for, refuse_lacking
 
 if TYPE_CHECKING:
     from eval.execution import Failure, Outcome, Worker
     from eval.tables.asked import Call, Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["add", "add_scope", "asked_of", "models_of", "papers_of", "run", "scope_of", "texts_of"]
+__all__ = ["add", "run"]
 
 EXAMPLES = """\
 examples:
@@ -24,7 +25,6 @@ examples:
   python -m eval reproduce intactkv-1 --model modelzoo/smollm2/smollm2-135m --window 512 --limit 4
   python -m eval reproduce intactkv-1 intactkv-5 --model modelzoo/llama-2/llama-2-7b --only rtn gptq --workers 2
 """
-ALL = "all"
 
 
 def add(commands: Any) -> None:
@@ -41,17 +41,8 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    reproduce.add_argument("tables", nargs="*", type=values.name, metavar="TABLE", help="names of --list, or all")
     reproduce.add_argument("--list", action="store_true", help="print the tables, one a line, and stop")
-    reproduce.add_argument(
-        "--model",
-        type=values.path,
-        action="append",
-        metavar="DIR",
-        help="directory of a dense checkpoint; may be given several times (default: every published model of the table "
-        "that is in modelzoo/)",
-    )
-    add_scope(reproduce)
+    add_asked(reproduce)
     _add_execution(reproduce)
     reproduce.add_argument(
         "--dry-run",
@@ -61,77 +52,6 @@ def add(commands: Any) -> None:
     reproduce.add_argument("--commands", action="store_true", help="with --dry-run: also every command line")
     reproduce.add_argument(
         "--format", default="markdown", choices=["markdown", "csv", "latex"], help="of the table (default: markdown)"
-    )
-
-
-def add_scope(parser: argparse.ArgumentParser) -> None:
-    """Which runs of a table, and at what size."""
-    group = parser.add_argument_group("what is run (default: the whole table, at the published size)")
-    group.add_argument(
-        "--only",
-        type=values.name,
-        nargs="+",
-        action="extend",
-        metavar="WORD",
-        help="methods, widths (4-bit), models, arms ([B]; alone: without a prefix) or measures; of several kinds, one "
-        "of each must fit",
-    )
-    group.add_argument(
-        "--seeds",
-        type=values.seed,
-        nargs="+",
-        metavar="S",
-        help="of calibration, a run for each (default: the recipe's)",
-    )
-    group.add_argument(
-        "--corpus",
-        type=values.name,
-        action="append",
-        metavar="NAME|FILE",
-        help="for perplexity, in place of the table's",
-    )
-    group.add_argument("--protocol", choices=["intactkv", "gptq"], help="of perplexity, in place of the table's")
-    group.add_argument("--window", type=values.count(3), metavar="TOKENS", help="of perplexity (default: the table's)")
-    group.add_argument(
-        "--limit", type=values.count(), metavar="N", help="at most so many windows, or questions of a task"
-    )
-    group.add_argument(
-        "--tasks",
-        type=values.several(values.name),
-        metavar="NAME,…",
-        help="columns of these tasks, in place of the table's",
-    )
-    group.add_argument("--mmlu-protocol", choices=["hendrycks", "lm-eval"], help="of MMLU, in place of the table's")
-    group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
-    group.add_argument("--batch-size", type=values.count(), metavar="N", help="windows or rows of a forward pass")
-    group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
-    group.add_argument(
-        "--calibration", type=values.name, metavar="NAME|FILE", help="the text that methods calibrate on"
-    )
-    group.add_argument("--calibration-samples", type=values.count(), metavar="N", help="pieces of it")
-    group.add_argument("--calibration-length", type=values.count(), metavar="T", help="tokens of a piece")
-    group.add_argument(
-        "--behind", action="store_true", help="methods that calibrate also do so behind the prefix of an arm"
-    )
-    group.add_argument(
-        "--set",
-        type=values.name,
-        action="append",
-        dest="settings",
-        metavar="PART.FIELD=VALUE",
-        help="a setting of every recipe but full precision, such as weights.damp=0.1",
-    )
-    group.add_argument(
-        "--options", type=values.words, default=(), metavar='"--OPTION …"', help="more options of every such recipe"
-    )
-    group.add_argument(
-        "--training", type=values.words, default=(), metavar='"--OPTION …"', help="more options of what trains a prefix"
-    )
-    group.add_argument(
-        "--judge-model", type=values.name, metavar="NAME|local:DIR", help="judge answers (default: none is asked)"
-    )
-    group.add_argument(
-        "--judge-options", type=values.words, default=(), metavar='"--OPTION …"', help="more options of `eval judge`"
     )
 
 
@@ -156,57 +76,20 @@ def _add_execution(reproduce: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="measure again, even if there is a record")
 
 
-def scope_of(options: argparse.Namespace) -> "Scope":
-    """What the options leave of a table."""
-    from eval.tables.declared import Scope
-
-    def told(**given: object) -> tuple[str, ...]:
-        return tuple(word for name, value in given.items() if value is not None
-                     for word in (f"--{name.replace('_', '-')}", str(value)))  # fmt: skip
-
-    names = ("calibration", "calibration_samples", "calibration_length")
-    calibration = told(**{name: getattr(options, name) for name in names})
-    judge = () if options.judge_model is None else ("--judge-model", options.judge_model, *options.judge_options)
-    if options.judge_options and not judge:
-        raise UserError("--judge-options are of a judge, but none is named; add --judge-model, or leave them out")
-    settings = [word for setting in options.settings or () for word in ("--set", setting)]
-    return Scope(
-        seeds=tuple(dict.fromkeys(options.seeds or ())),
-        only=tuple(options.only or ()),
-        behind=options.behind,
-        corpora=tuple(options.corpus or ()),
-        tasks=options.tasks or (),
-        limit=options.limit,
-        window=options.window,
-        data=options.data,
-        scoring=told(protocol=options.protocol, batch_size=options.batch_size),
-        asking=told(fewshot=options.fewshot, batch_size=options.batch_size),
-        mmlu=told(protocol=options.mmlu_protocol),
-        calibration=calibration,
-        options=(*settings, *options.options),
-        training=options.training,
-        judge=judge,
-    )
-
-
 def run(options: argparse.Namespace) -> None:
     """Plan, and run what is left; exit code 1 if a run failed."""
     if options.list:
         _list()
         return
-    papers = papers_of(options.tables)
     if options.commands and not options.dry_run:
         raise UserError("--commands are of --dry-run; add it, or leave --commands out")
-    scope = scope_of(options)
+    asked, chosen, scope = asked_for(options)
 
     from eval.tables.asked import calls_of
-    from eval.tables.preview import lacking, plan_tables
+    from eval.tables.preview import plan_tables
     from eval.tables.render import render
 
-    chosen, scope = models_of(papers, options, scope)
-    asked = asked_of(chosen, scope)
-    if not asked:
-        raise UserError(_nothing(chosen, scope))
+    papers = [paper for paper, _ in chosen]
     models = list(dict.fromkeys(run.model for run in asked))
     if options.dry_run:
         table, lines = plan_tables(papers, models, scope, asked, options.device)
@@ -214,8 +97,7 @@ def run(options: argparse.Namespace) -> None:
         if options.commands:
             print("", *lines, sep="\n")
         return
-    if missing := lacking(asked, texts_of(asked, scope)):
-        raise UserError(f"{', '.join(p.name for p in papers)} cannot run: {'; '.join(missing)}")
+    refuse_lacking(asked, chosen, scope)
 
     from eval.execution import execute, workers_of
 
@@ -232,101 +114,12 @@ def run(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def papers_of(names: Sequence[str]) -> "list[Paper]":
-    """The tables of some names. Raises UserError for one that there is not, or none."""
-    from eval.tables.papers import PAPERS
-
-    if not names:
-        raise UserError("no table is named; `python -m eval reproduce --list` prints all, `all` stands for every one")
-    if ALL in names:
-        return list(PAPERS.values())
-    for name in names:
-        if name not in PAPERS:
-            raise UserError(f"unknown table {values.shown(name)}; known are {', '.join(PAPERS)}, and all")
-    return [PAPERS[name] for name in dict.fromkeys(names)]
-
-
 def _list() -> None:
     from eval.tables.papers import PAPERS
 
     width = max(map(len, PAPERS), default=0)
     for name, paper in PAPERS.items():
         print(f"{name:<{width}}  {paper.source}: {paper.title}  [{', '.join(paper.models)}]")
-
-
-def models_of(
-    papers: "Sequence[Paper]", options: argparse.Namespace, scope: "Scope"
-) -> "tuple[list[tuple[Paper, list[Path]]], Scope]":
-    """Every table with the models that it is run for, and the scope without the words of --only that are models.
-
-    Raises UserError if nothing of modelzoo/ is in a table and no model is named.
-    """
-    from dataclasses import replace
-
-    from eval.tables.preview import place_of
-
-    published = {name.lower() for paper in papers for name in paper.models}
-    given = {path.name.lower() for path in options.model or ()}
-    wanted = {word.lower() for word in scope.only if word.lower() in published | given}
-    scope = replace(scope, only=tuple(word for word in scope.only if word.lower() not in wanted))
-    chosen = []
-    for paper in papers:
-        places = list(options.model or map(place_of, paper.models))
-        if wanted:
-            places = [place for place in places if place.name.lower() in wanted]
-        if not options.dry_run and not options.model:
-            there = [place for place in places if (place / "config.json").is_file()]
-            if not there and len(papers) == 1:
-                names = ", ".join(place.name for place in places)
-                raise UserError(
-                    f"none of the models of {paper.name} is in modelzoo/ ({names}); "
-                    "name a directory with --model DIR, or fetch one as modelzoo/README.md says"
-                )
-            places = there
-        chosen.append((paper, places))
-    if not any(places for _, places in chosen):
-        raise UserError("no model is left to run; name a directory with --model DIR")
-    return chosen, scope
-
-
-def asked_of(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> "list[Run]":
-    """All runs of all tables, each once."""
-    from eval.tables.asked import cells_of, runs_of
-
-    return runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
-
-
-def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> str:
-    """Why no run is left, with the words that --only takes of these tables."""
-    from eval.tables.asked import words_of
-
-    known: dict[str, None] = {}
-    for paper, _ in chosen:
-        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures) for word in sorted(kind))
-    names = ", ".join(paper.name for paper, _ in chosen)
-    if not scope.only:
-        return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
-    return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
-
-
-def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
-    """The corpora that methods calibrate on."""
-    from corpora.catalog import model_defaults
-
-    if "--calibration" in scope.calibration:
-        return [scope.calibration[scope.calibration.index("--calibration") + 1]]
-    found: list[str] = []
-    for run in asked:
-        if run.program != "quantization" or model_defaults(run.model.name).default_calibration is not None:
-            continue
-        if "--calibration" in run.words:
-            found.append(run.words[run.words.index("--calibration") + 1])
-        else:
-            from quantization.named import RECIPES
-
-            recipe = RECIPES[run.words[run.words.index("--recipe") + 1]].recipe
-            found += [recipe.calibration.corpus] if recipe.calibrates else []
-    return found
 
 
 def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: str) -> None:
