@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["add_asked", "asked_for", "refuse_lacking", "scope_of"]
+__all__ = ["add_asked", "asked_for", "refuse_lacking", "scope_of", "texts_of"]
 
 ALL = "all"
 
@@ -166,7 +166,7 @@ def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[P
     """Raise UserError if a model or a text is not here that runs need."""
     from eval.tables.preview import lacking
 
-    if missing := lacking(asked, _texts(asked, scope)):
+    if missing := lacking(asked, texts_of(asked, scope)):
         raise UserError(f"{', '.join(paper.name for paper, _ in chosen)} cannot run: {'; '.join(missing)}")
 
 
@@ -231,7 +231,7 @@ def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> st
     return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
 
 
-def _texts(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
+def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
     """The corpora that methods calibrate on."""
     from corpora.catalog import model_defaults
 
