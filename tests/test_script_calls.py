@@ -18,7 +18,8 @@ from common import ROOT, every, refusals
 
 from corpora.catalog import FAMILIES, model_defaults
 from eval.__main__ import parser as eval_parser
-from eval.tables.paper_runs import departures
+from eval.programs.asked import asked_for
+from eval.tables.preview import staged
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.programs.options import chosen_recipe
@@ -65,15 +66,25 @@ def run(project: Path, call: str, **variables: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def calls(project: Path) -> Calls:
-    """calls("script argument…", **variables) -> the programs that it ran, each as its words."""
+    """calls("script argument…", **variables) -> the programs that it ran, each as its words; of a table what measures,
+    and with `artefacts=True` what is made for that before."""
 
-    def made(call: str, **variables: str) -> list[Call]:
+    def made(call: str, *, artefacts: bool = False, **variables: str) -> list[Call]:
         (project / "calls").unlink(missing_ok=True)
         done = run(project, call, **variables)
         assert done.returncode == 0, done.stderr
-        return [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+        ran = [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+        return [words for made in ran for words in ([made] if "reproduce" not in made else becomes(made, artefacts))]
 
     return made
+
+
+def becomes(call: Call, artefacts: bool = False) -> list[Call]:
+    """The programs that `python -m eval reproduce` calls, as words behind `python -m`."""
+    options = eval_parser().parse_args([*call[1:], "--dry-run"])
+    asked, _, _ = asked_for(options)
+    stages = staged(asked)
+    return [made.command(options.device)[2:] for stage in (stages if artefacts else stages[-1:]) for made in stage.calls]
 
 
 def recipe_of(call: Call) -> Recipe:

@@ -94,8 +94,8 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         type=values.name,
         action="append",
         dest="settings",
-        metavar="PART.FIELD=VALUE",
-        help="a setting of every recipe but full precision, such as weights.damp=0.1",
+        metavar="[NAME:]PART.FIELD=VALUE",
+        help="a setting of every recipe but full precision, such as weights.damp=0.1, or of the method or recipe NAME",
     )
     group.add_argument(
         "--options", type=values.words, default=(), metavar='"--OPTION …"', help="more options of every such recipe"
