@@ -18,9 +18,8 @@ from typing import NoReturn, TypeVar
 from corpora.errors import UserError
 
 __all__ = ["LARGEST_SEED", "MANY", "automatic", "count", "device", "duration", "finite", "from_environment",
-           "group_size", "limit", "memory", "name", "number", "path", "plain", "real", "seed", "several", "shown", "size",
-           "text", "unshown", "whole", "words"]  # fmt: skip
-           "text", "unshown", "whole", "words"]  # fmt: skip
+           "group_size", "limit", "memory", "name", "number", "path", "plain", "real", "seed", "several", "shown",
+           "size", "text", "unshown", "whole", "words"]  # fmt: skip
 
 Value = TypeVar("Value")
 
