@@ -36,6 +36,7 @@ class Measure:
     program: of `python -m eval`. item: the corpus of ppl, the task of tasks, the prompt of chat. options: of the
     program. metric: of a task's record (default: the program's one figure). generates: the model writes answers, which
     a KV policy may treat otherwise. average_of: heads of other columns, whose plain mean this is; it is not run.
+    digits: decimals that are printed.
     """
 
     head: str
@@ -46,6 +47,7 @@ class Measure:
     better: Literal["lower", "higher", "words"] = "lower"
     generates: bool = False
     average_of: Words = ()
+    digits: int = 2
 
 
 @dataclass(frozen=True)

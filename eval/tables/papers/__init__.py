@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from eval.tables.declared import Paper
-from eval.tables.papers import gptq, intactkv
+from eval.tables.papers import gptq, intactkv, kivi, kvquant, lutgemm, prefixquant, smoothquant, spqr, zeroquant
 
 __all__ = ["PAPERS"]
 
-PAPERS: Mapping[str, Paper] = {paper.name: paper for module in (intactkv, gptq) for paper in module.TABLES}
+MODULES = (intactkv, smoothquant, zeroquant, gptq, lutgemm, spqr, kivi, kvquant, prefixquant)
+PAPERS: Mapping[str, Paper] = {paper.name: paper for module in MODULES for paper in module.TABLES}
