@@ -15,9 +15,10 @@ from corpora.paths import CHECKOUT
 from eval.cluster.site import Site
 from eval.cluster.tasks import Array, folder_of
 
-__all__ = ["WARNING", "indices", "script_of"]
+__all__ = ["RESTARTS", "WARNING", "indices", "script_of"]
 
 WARNING = 120  # seconds before the time is up; an interrupted program gets 60 to end cleanly
+RESTARTS = 10  # a task that is stopped more often does nothing else
 
 
 def indices(numbers: Iterable[int], at_once: int | None = None) -> str:
@@ -31,12 +32,12 @@ def indices(numbers: Iterable[int], at_once: int | None = None) -> str:
     return ",".join("-".join(map(str, part)) for part in parts) + (f"%{at_once}" if at_once else "")
 
 
-def script_of(name: str, array: Array, site: Site, at_once: int | None) -> str:
+def script_of(name: str, array: Array, site: Site, at_once: int | None, device: str) -> str:
     """The text of an array's script. Site's partition, account and limits are sbatch's variables, not part of it."""
     tasks = array.tasks
     needs = ", ".join(map(str, tasks[0].needs)) or "nothing"
     what = f"task {array.first}" if len(tasks) == 1 else f"tasks {array.first} to {tasks[-1].index}"
-    program = shlex.join([*site.launch, site.python, "-m", "eval", "cluster", "run", name])
+    program = shlex.join([*site.launch, site.python, "-m", "eval", "cluster", "run", "--device", device, name])
     root = os.environ.get("INTACTKV_ROOT", "")
     setup = "\n".join(("# From cluster.env", *site.setup, "")) if site.setup else ""
     return f"""\
@@ -69,7 +70,10 @@ done
 trap '' USR1 TERM
 
 # 75: it was told to stop and goes on later. Above 128: it was killed, which may be the machine's fault once.
-if [ "$code" = 75 ] || {{ [ "$code" -gt 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; }}; then
+again=0 restarts=${{SLURM_RESTART_COUNT:-0}}
+[ "$code" != 75 ] || again={RESTARTS}
+[ "$code" -le 128 ] || again=1
+if [ "$restarts" -lt "$again" ]; then
     job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
     # Who cancelled the job does not want it back.
     [ "$(squeue -h -j "$job" -o %T)" != RUNNING ] || scontrol requeue "$job"

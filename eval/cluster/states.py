@@ -164,6 +164,8 @@ def _submitted(
         return State(task, "unknown", f"squeue does not answer; it said {note['state']!r} last" if note else "", job)
     if array.get("cancelled"):
         return State(task, "cancelled", "", job)
+    if note is not None and note["state"] == "stopped":
+        return State(task, "failed", "it was told to stop too often; `retry` it with more --time", job)
     if broken:
         return State(task, "failed", f"it needs task {broken[0]}, which failed", job)
     word = ended.get(job)

@@ -30,7 +30,7 @@ class Part:
     elsewhere: tuple[Task, ...] = ()
 
 
-def write_scripts(name: str, tasks: Sequence[Task], site: Site, at_once: int | None) -> None:
+def write_scripts(name: str, tasks: Sequence[Task], site: Site, at_once: int | None, device: str) -> None:
     """Write the list and the batch scripts."""
     if "%" in str(outputs_dir()):
         raise UserError(f"{outputs_dir()} holds a %, which Slurm replaces in the names of logs; use a root without it")
@@ -38,7 +38,7 @@ def write_scripts(name: str, tasks: Sequence[Task], site: Site, at_once: int | N
     (folder_of(name) / "logs").mkdir(exist_ok=True)
     for array in arrays_of(tasks):
         with write_beside(folder_of(name) / array.file_name) as beside:
-            beside.write_text(script_of(name, array, site, at_once), encoding="utf-8")
+            beside.write_text(script_of(name, array, site, at_once, device), encoding="utf-8")
 
 
 def wanted(tasks: Sequence[Task]) -> set[int]:
@@ -55,9 +55,10 @@ def wanted(tasks: Sequence[Task]) -> set[int]:
 def at_work(queue: Mapping[str, Queued]) -> dict[str, str]:
     """Runs that wait or run as a part of any submission: key of the run → its task, as Slurm calls it."""
     found: dict[str, str] = {}
+    arrays = {job.partition("_")[0] for job in queue}
     for name in names():
         jobs = read_jobs(name)
-        if any(job.partition("_")[0] in {array["job"] for array in jobs} for job in queue):
+        if any(array["job"] in arrays for array in jobs):
             for task in read_tasks(name):
                 at = job_of(task, jobs)
                 if at is not None and at[0] in queue:
@@ -76,15 +77,21 @@ def parts_of(tasks: Sequence[Task], chosen: set[int], busy: Mapping[str, str]) -
 
 
 def submit(
-    name: str, tasks: Sequence[Task], site: Site, *, at_once: int | None = None, failed_alone: bool = False
+    name: str,
+    tasks: Sequence[Task],
+    site: Site,
+    *,
+    at_once: int | None = None,
+    device: str = "auto",
+    failed_alone: bool = False,
 ) -> list[Part]:
-    """Submit what is left of a list. at_once: of one array. failed_alone: only what failed, and what could not start
-    for it. Returns what was submitted, and what is at work elsewhere.
+    """Submit what is left of a list. at_once: of one array. device: as --device has it. failed_alone: only what failed,
+    and what could not start for it. Returns what was submitted, and what is at work elsewhere.
 
     Raises UserError if Slurm refuses; what was submitted until then stays.
     """
     with locked(outputs_dir() / "cluster" / "submitting"):  # two submissions at once would both see an empty queue
-        write_scripts(name, tasks, site, at_once)
+        write_scripts(name, tasks, site, at_once, device)
         queue = slurm.queue()
         busy = at_work(queue)
         chosen = wanted(tasks)

@@ -108,6 +108,10 @@ class _Log(Watcher):
                 self._last, self._at = line, time.monotonic()
                 print(one_line(line), flush=True)
 
+    def made(self, call: Call, seconds: float) -> None:
+        """A call has ended well."""
+        print(f"{seconds:.1f} s: {call.label}", flush=True)
+
     def failed(self, failure: Failure) -> None:
         """A run has failed."""
         self.said = one_line(failure.said)

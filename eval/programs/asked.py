@@ -35,7 +35,8 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="WORD",
-        help="methods, models, arms ([B]; alone: without a prefix) or measures; of several kinds, one of each must fit",
+        help="methods, widths (4-bit), models, arms ([B]; alone: without a prefix) or measures; of several kinds, one "
+        "of each must fit",
     )
     group.add_argument(
         "--seeds",
@@ -51,16 +52,29 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="for perplexity, in place of the table's",
     )
+    group.add_argument("--protocol", choices=["intactkv", "gptq"], help="of perplexity, in place of the table's")
     group.add_argument("--window", type=values.count(3), metavar="TOKENS", help="of perplexity (default: the table's)")
     group.add_argument(
         "--limit", type=values.count(), metavar="N", help="at most so many windows, or questions of a task"
     )
+    group.add_argument(
+        "--tasks",
+        type=values.several(values.name),
+        metavar="NAME,…",
+        help="columns of these tasks, in place of the table's",
+    )
+    group.add_argument("--mmlu-protocol", choices=["hendrycks", "lm-eval"], help="of MMLU, in place of the table's")
+    group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
+    group.add_argument("--batch-size", type=values.count(), metavar="N", help="windows or rows of a forward pass")
     group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
     group.add_argument(
         "--calibration", type=values.name, metavar="NAME|FILE", help="the text that methods calibrate on"
     )
     group.add_argument("--calibration-samples", type=values.count(), metavar="N", help="pieces of it")
     group.add_argument("--calibration-length", type=values.count(), metavar="T", help="tokens of a piece")
+    group.add_argument(
+        "--behind", action="store_true", help="methods that calibrate also do so behind the prefix of an arm"
+    )
     group.add_argument(
         "--set",
         type=values.name,
@@ -87,9 +101,12 @@ def scope_of(options: argparse.Namespace) -> "Scope":
     """What the options leave of a table."""
     from eval.tables.declared import Scope
 
-    calibration = [word for name in ("calibration", "calibration_samples", "calibration_length")
-                   if (value := getattr(options, name)) is not None
-                   for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    def told(**given: object) -> tuple[str, ...]:
+        return tuple(word for name, value in given.items() if value is not None
+                     for word in (f"--{name.replace('_', '-')}", str(value)))  # fmt: skip
+
+    names = ("calibration", "calibration_samples", "calibration_length")
+    calibration = told(**{name: getattr(options, name) for name in names})
     judge = () if options.judge_model is None else ("--judge-model", options.judge_model, *options.judge_options)
     if options.judge_options and not judge:
         raise UserError("--judge-options are of a judge, but none is named; add --judge-model, or leave them out")
@@ -97,11 +114,16 @@ def scope_of(options: argparse.Namespace) -> "Scope":
     return Scope(
         seeds=tuple(dict.fromkeys(options.seeds or ())),
         only=tuple(options.only or ()),
+        behind=options.behind,
         corpora=tuple(options.corpus or ()),
+        tasks=options.tasks or (),
         limit=options.limit,
         window=options.window,
         data=options.data,
-        calibration=tuple(calibration),
+        scoring=told(protocol=options.protocol, batch_size=options.batch_size),
+        asking=told(fewshot=options.fewshot, batch_size=options.batch_size),
+        mmlu=told(protocol=options.mmlu_protocol),
+        calibration=calibration,
         options=(*settings, *options.options),
         training=options.training,
         judge=judge,

@@ -65,13 +65,25 @@ def add(commands: Any) -> None:
         help="run one task here, as a job does",
         description="What a job calls. It exits with 75 when it was told to stop, and goes on when it is called again.",
     )
+    _add_device(task)
     task.add_argument("name", type=values.plain, metavar="NAME", help="a submission")
     task.add_argument("task", type=values.count(0), metavar="TASK", help="its number in tasks.jsonl")
+
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device",
+        type=values.device,
+        default="auto",
+        metavar="auto|cpu|cuda|cuda:all",
+        help="where a task computes, of what Slurm lets it see (default: auto; cuda:all: one model over all its GPUs)",
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     """What a site allows a task, and how many run at a time."""
     group = parser.add_argument_group("how it is queued")
+    _add_device(group)
     group.add_argument(
         "--at-once",
         type=values.count(1, 100_000),
@@ -90,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from eval.cluster.task import run_task
 
-    sys.exit(run_task(options.name, options.task))
+    sys.exit(run_task(options.name, options.task, options.device))
 
 
 def _submit(options: argparse.Namespace) -> None:
@@ -103,11 +115,12 @@ def _submit(options: argparse.Namespace) -> None:
     models = list(dict.fromkeys(path for _, paths in chosen for path in paths))
     name = _checked(options.name) or submission_name([paper.name for paper, _ in chosen], models, tasks)
     if options.dry_run:
-        write_scripts(name, tasks, _site(options, missing=True), options.at_once)
+        write_scripts(name, tasks, _site(options, missing=True), options.at_once, options.device)
         _print_plan(name, tasks)
         return
     refuse_lacking(asked, chosen, scope)
-    _tell(name, tasks, submit(name, tasks, _site(options), at_once=options.at_once))
+    parts = submit(name, tasks, _site(options), at_once=options.at_once, device=options.device)
+    _tell(name, tasks, parts)
 
 
 def _checked(name: str | None) -> str | None:
@@ -124,8 +137,10 @@ def _retry(options: argparse.Namespace) -> None:
     from eval.cluster.tasks import read_tasks
 
     tasks = read_tasks(_checked(options.name) or "")
-    site = _site(options)
-    _tell(options.name, tasks, submit(options.name, tasks, site, at_once=options.at_once, failed_alone=True))
+    parts = submit(
+        options.name, tasks, _site(options), at_once=options.at_once, device=options.device, failed_alone=True
+    )
+    _tell(options.name, tasks, parts)
 
 
 def _cancel(options: argparse.Namespace) -> None:

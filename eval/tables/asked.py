@@ -12,9 +12,11 @@ from pathlib import Path
 from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
-from eval.tables.declared import PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.declared import ALONE, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
 
-__all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "runs_of", "words_of"]
+__all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of", "runs_of",
+           "words_of"]  # fmt: skip
 
 # What the programs are, for `python -m`, and how they take what they score.
 MODULES = {
@@ -30,6 +32,7 @@ FILES = {
     "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
 WITHOUT_MODEL = ("judge", "latency")
+KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
 
 
 @dataclass(frozen=True)
@@ -113,31 +116,55 @@ class Cell:
 
 
 def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
-    """The columns that a model fills: perplexities of other corpora than the paper's stand in the place of its own."""
-    own = model_defaults(model.name).default_corpora
+    """The columns that a model fills: of other corpora or tasks than the paper's where the scope, or for perplexity the
+    model, has some; behind what is the paper's own."""
     found: dict[Measure, None] = {}
     for measure in paper.measures:
-        protocol = "gptq" if "gptq" in measure.options else "intactkv"
-        corpora = scope.corpora
-        if not corpora and own != ModelDefaults().default_corpora:
-            corpora = model_defaults(model.name).corpora_of(protocol)
-        if measure.program == "ppl" and corpora:
-            own_columns = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
-            found |= {
-                own_columns.get(name, replace(measure, item=name, head=Path(name).name)): None for name in corpora
-            }
+        corpora = _corpora(measure, model, scope) if measure.program == "ppl" else ()
+        if corpora:
+            own = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
+            found |= {own.get(name, replace(measure, item=name, head=Path(name).name)): None for name in corpora}
         else:
             found[measure] = None
+    if scope.tasks:
+        asked = {m.item: m for m in (*KNOWN_TASKS, *paper.measures) if m.program == "tasks" and m.item}
+        columns = [asked.get(name, Measure(name, "tasks", name, metric="acc", better="higher")) for name in scope.tasks]
+        heads = {column.head for column in columns}
+        means = [m for m in found if m.average_of and heads.issuperset(m.average_of)]
+        found = dict.fromkeys([*(m for m in found if m.program != "tasks"), *columns, *means])
+    return tuple(found)
+
+
+def _corpora(measure: Measure, model: Path, scope: Scope) -> Words:
+    """What a column of perplexity scores in place of its own corpus; nothing if that is what it scores."""
+    own = model_defaults(model.name).default_corpora
+    if scope.corpora or own == ModelDefaults().default_corpora:
+        return scope.corpora
+    by = (*measure.options, *scope.scoring)
+    return model_defaults(model.name).corpora_of("gptq" if "gptq" in by else "intactkv")
+
+
+def rows_of(paper: Paper, scope: Scope) -> tuple[Row, ...]:
+    """The rows, with those that the scope adds: calibrated behind the prefix of an arm."""
+    found: list[Row] = []
+    for row in paper.rows:
+        found.append(row)
+        arm, method = row.arm, row.method
+        plain = arm.prefix != ALONE.prefix and not (arm.behind or arm.vanilla or arm.trains)
+        if scope.behind and plain and method.calibrates and not method.behind:
+            behind = replace(arm, label=f"behind {arm.label}", behind=True)
+            if not any(other.method == method and other.arm.behind for other in paper.rows):
+                found.append(replace(row, arm=behind, published={}))
     return tuple(found)
 
 
 def cells_of(paper: Paper, model: Path, scope: Scope = PUBLISHED) -> list[Cell]:
     """The cells of a table for one model, row by row. model: its directory, which need not be there."""
     measures = measures_of(paper, model, scope)
-    kinds = words_of(paper, measures)
+    kinds = words_of(paper, measures, scope)
     return [
         Cell(row, measure, _runs(row, measure, model, scope))
-        for row in paper.rows
+        for row in rows_of(paper, scope)
         for measure in measures
         if _chosen(row, measure, kinds, scope)
     ]
@@ -147,20 +174,21 @@ def _chosen(row: Row, measure: Measure, kinds: Sequence[set[str]], scope: Scope)
     """Whether --only leaves a cell: of each kind of word that was given, one must name it. A word that names nothing of
     a table leaves nothing of it."""
     words = {word.lower() for word in scope.only}
-    given = [words & known for known in kinds]
-    fits = all(name in some or not some for name, some in zip(_names(row, measure), given, strict=True))
+    fits = all(words & names or not words & known for names, known in zip(_names(row, measure), kinds, strict=True))
     return fits and not words.difference(*kinds)
 
 
-def _names(row: Row, measure: Measure) -> tuple[str, str, str]:
-    """What --only calls a cell: method, arm, measure."""
-    return row.method.name.lower(), row.arm.label.lower() or "alone", measure.head.lower()
+def _names(row: Row, measure: Measure) -> tuple[set[str], ...]:
+    """What --only calls a cell: its method or row, width, arm, measure."""
+    method = row.method
+    words = ((method.name, row.label), (method.bits,), (row.arm.label or "alone",), (measure.head,))
+    return tuple({word.lower() for word in kind} for kind in words)
 
 
-def words_of(paper: Paper, measures: Iterable[Measure]) -> tuple[set[str], set[str], set[str]]:
-    """The words that --only takes of a table, by kind: methods, arms, measures."""
-    names = [_names(row, measure) for row in paper.rows for measure in measures]
-    return {method for method, _, _ in names}, {arm for _, arm, _ in names}, {head for _, _, head in names}
+def words_of(paper: Paper, measures: Iterable[Measure], scope: Scope = PUBLISHED) -> list[set[str]]:
+    """The words that --only takes of a table, by kind: methods and rows, widths, arms, measures."""
+    names = [_names(row, measure) for row in rows_of(paper, scope) for measure in measures]
+    return [set[str]().union(*kind) for kind in zip(*names, strict=True)]
 
 
 def _runs(row: Row, measure: Measure, model: Path, scope: Scope) -> tuple[Run, ...]:
@@ -175,8 +203,9 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     if measure.program == "latency":
         return Run("latency", model, measure.item, (*method.options, *measure.options))
     own = dict(method.by_model).get(catalog_name(model.name), ())
-    more = scope.options if method.recipe != "fp16" else ()
-    made: Words = ("--recipe", method.recipe, *method.options, *own, *more)
+    more = scope.options if method.quantizes_something else ()
+    plain: Words = ("--recipe", method.recipe, *method.options, *own)
+    made = (*plain, *more)
     text = _text(method, model, scope, seed)
     behind: Words = ("--calibrate-behind-prefix",) if arm.behind and method.calibrates else ()
     inside = bool(behind) or method.behind  # the method's text runs behind the prefix: that is made first
@@ -193,7 +222,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
         prefix = ("--prefix", f"{{{len(needs) - 1}}}")
     kv = method.words(measure.generates)[2 + len(method.options) :]
     front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
-    words = (*made, *kv, *text, *front, *measure.options, *_size(measure, scope))
+    words = (*plain, *kv, *more, *text, *front, *measure.options, *_size(measure, scope))
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
         return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
@@ -216,7 +245,8 @@ def _trained(arm: Arm, model: Path, words: Words, scope: Scope, needs: tuple[Run
 
 def _size(measure: Measure, scope: Scope) -> Words:
     """How much is scored, where it is not the published amount."""
-    size: list[str] = []
+    more = {"ppl": scope.scoring, "tasks": scope.asking}
+    size: list[str] = [*more.get(measure.program, ()), *(scope.mmlu if measure.item == "mmlu" else ())]
     if scope.limit is not None and measure.program in ("ppl", "tasks", "judge"):
         size += ["--limit", str(scope.limit)]
     if scope.window is not None and measure.program == "ppl":

@@ -167,12 +167,15 @@ def _departs(
     measure, method = cell.measure, cell.row.method
     words = [] if catalog_name(model) in paper.models else [f"model {model}"]
     if measure not in paper.measures:
-        words.append(f"corpus {measure.item}")
+        words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
     given = {
         "limit": scope.limit, "window": scope.window if measure.program == "ppl" else None,
         "data": scope.data if measure.program == "tasks" else None,
+        "perplexity by": scope.scoring if measure.program == "ppl" else (),
+        "tasks by": scope.asking if measure.program == "tasks" else (),
+        "MMLU by": scope.mmlu if measure.item == "mmlu" else (),
         "calibration": scope.calibration if method.calibrates else (),
-        "options": scope.options if method.recipe != "fp16" else (),
+        "options": scope.options if method.quantizes_something else (),
         "training": scope.training if cell.row.arm.trains else (),
     }  # fmt: skip
     for name, value in given.items():

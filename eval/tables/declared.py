@@ -6,6 +6,7 @@ A row is a method behind an arm, a measure is a program with its options. `eval.
 model, `eval.tables.ledger` finds their records. None of these imports torch: a table is planned in an instant.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -73,6 +74,19 @@ class Method:
     quantizes: bool = False
     behind: bool = False
 
+    @property
+    def quantizes_something(self) -> bool:
+        """Weights, activations or the cache; else more options have nothing to act on."""
+        return self.recipe != "fp16" or bool(self.kv)
+
+    @property
+    def bits(self) -> str:
+        """What --only calls its width, by its options or its recipe's name: of the cache where that is all."""
+        words = (*self.options, *self.kv)
+        given = [words[i + 1] for i, word in enumerate(words) if word in ("--bits", "--kv-bits")]
+        named = re.findall(r"(?:w|kv)(\d+)", self.recipe)
+        return f"{(given or named or ['16'])[0]}-bit"
+
     def words(self, generates: bool = False) -> Words:
         """All options, of weights and of the cache."""
         kv = self.kv_generating if generates and self.kv_generating is not None else self.kv
@@ -136,7 +150,7 @@ def with_arms(rows: Iterable[Row], *arms: Arm) -> tuple[Row, ...]:
     found: list[Row] = []
     for row in rows:
         found.append(row)
-        if row.method.recipe != "fp16" or row.method.kv:
+        if row.method.quantizes_something:
             found += [replace(row, arm=arm, published={}) for arm in arms]
     return tuple(found)
 
@@ -145,17 +159,24 @@ def with_arms(rows: Iterable[Row], *arms: Arm) -> tuple[Row, ...]:
 class Scope:
     """What is run of a table, and at what size.
 
-    seeds: of calibration, one run for each; none: the recipes' own. only: names of methods, arms (`[B]`, `alone`) or
-    measures. corpora, limit, window, data: of what is scored; calibration: options of the text that methods calibrate
-    on. options: more options of every recipe. All that is not given is the published size, or the model's own.
+    seeds: of calibration, one run for each; none: the recipes' own. only: names of methods, widths (`4-bit`), arms
+    (`[B]`, `alone`) or measures. behind: methods that calibrate also do so behind the prefix of an arm. corpora, tasks:
+    in place of the table's; limit, window, data: of what is scored; scoring, asking, mmlu: more options of ppl, of
+    tasks, of MMLU alone; calibration: options of the text that methods calibrate on. options: more options of every
+    recipe. All that is not given is the published size, or the model's own.
     """
 
     seeds: tuple[int, ...] = ()
     only: Words = ()
+    behind: bool = False
     corpora: Words = ()
+    tasks: Words = ()
     limit: int | None = None
     window: int | None = None
     data: str | None = None
+    scoring: Words = ()
+    asking: Words = ()
+    mmlu: Words = ()
     calibration: Words = ()
     options: Words = ()
     training: Words = ()  # more options of what trains a prefix
@@ -165,8 +186,9 @@ class Scope:
     def reduced(self) -> Words:
         """What is not as published, in words; nothing if figures compare."""
         given = {
-            "corpus": self.corpora, "limit": self.limit, "window": self.window, "data": self.data,
-            "calibration": self.calibration, "options": self.options, "training": self.training,
+            "corpus": self.corpora, "tasks": self.tasks, "limit": self.limit, "window": self.window, "data": self.data,
+            "perplexity by": self.scoring, "tasks by": (*self.asking, *self.mmlu), "calibration": self.calibration,
+            "options": self.options, "training": self.training,
         }  # fmt: skip
         return tuple(f"{name} {_shown(value)}" for name, value in given.items() if value)
 

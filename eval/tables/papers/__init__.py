@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from eval.tables.declared import Paper
-from eval.tables.papers import gptq, intactkv, kivi, kvquant, lutgemm, prefixquant, smoothquant, spqr, zeroquant
+from eval.tables.papers import gptq, intactkv, kivi, kvquant, lutgemm, ours, prefixquant, smoothquant, spqr, zeroquant
 
 __all__ = ["PAPERS"]
 
-MODULES = (intactkv, smoothquant, zeroquant, gptq, lutgemm, spqr, kivi, kvquant, prefixquant)
+MODULES = (intactkv, smoothquant, zeroquant, gptq, lutgemm, spqr, kivi, kvquant, prefixquant, ours)
 PAPERS: Mapping[str, Paper] = {paper.name: paper for module in MODULES for paper in module.TABLES}

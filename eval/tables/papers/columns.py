@@ -11,7 +11,8 @@ from dataclasses import replace
 from eval.tables.declared import BOS, Arm, Figure, Measure, Method, Row, with_arms
 
 __all__ = ["BIGBENCH", "C4", "C4_OLD", "CSQA", "FULL", "GSM8K", "LLAMA31", "MMLU", "PERPLEXITY", "QLLM",
-           "SIXTEEN_BITS", "TRUTHFULQA", "WIKITEXT", "acc", "by_models", "mean", "rows", "task_averages"]  # fmt: skip
+           "SIX", "SIXTEEN_BITS", "TRUTHFULQA", "WIKITEXT", "acc", "by_models", "mean", "rows",
+           "task_averages"]  # fmt: skip
 
 LLAMA31 = ("llama-3.1-instruct-8b",)  # the model of most of qllm's tables
 QLLM = "windows of 2048 tokens of the plain stream, C4's old draw; tasks of lm-eval, % of all questions"
