@@ -285,7 +285,7 @@ reproduce() { # DEVICE MODEL_DIRECTORY TABLE, then options of `python -m eval re
         ${OPTIONS:+--options "${OPTIONS//$'\n'/ }"}
 }
 
-beside() { # TABLE WIDTH…: its rows that BESIDE names, if it names any; OPTIONS are of the method, not of these
+beside() { # TABLE WIDTH…: its rows of these widths that BESIDE names
     local name rows=()
     for name in "${beside[@]}"; do
         case $name in
@@ -293,7 +293,17 @@ beside() { # TABLE WIDTH…: its rows that BESIDE names, if it names any; OPTION
             *) rows+=("$name" "${@:2}") ;;
         esac
     done
-    [ "${#rows[@]}" -eq 0 ] || OPTIONS="${GROUP_SIZE:+--group-size $GROUP_SIZE}" reproduce "$device" "$model" "$1" --only "${rows[@]}"
+    rows_beside "$1" "${rows[@]}"
+}
+
+rows_beside() { # TABLE [WORD…]: rows of these words; of OPTIONS they take what is not of a recipe
+    local i mine=${GROUP_SIZE:+--group-size $GROUP_SIZE}
+    [ $# -gt 1 ] || return 0
+    words options OPTIONS
+    for ((i = 0; i < ${#options[@]}; i++)); do
+        case ${options[i]} in --dtype | --kernel | --kv-storage) mine+=" ${options[i]} ${options[i + 1]:-}" ;; esac
+    done
+    OPTIONS=$mine reproduce "$device" "$model" "$1" --only "${@:2}"
 }
 
 named() { # WORD WORD…: whether the first is among the others

@@ -24,5 +24,4 @@ for bits in ${BITS:-4}; do
     done
 done
 reproduce "$device" "$model" lutgemm-perplexity --only "${own[@]}"
-[ "${#others[@]}" -eq 0 ] || OPTIONS="${GROUP_SIZE:+--group-size $GROUP_SIZE}" \
-    reproduce "$device" "$model" lutgemm-perplexity --only "${others[@]}"
+rows_beside lutgemm-perplexity "${others[@]}"
