@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from report_worlds import ENVIRONMENT, answer, answer_all, drawn
 
 from corpora.targets import REPORT
 from eval import runs
-from eval.__main__ import main
+from eval.__main__ import main, parser
+from eval.programs.asked import scope_of, scope_of_words, words_of
 from eval.report import html as html_module
 from eval.report import pictures
 from eval.report.gains import charts_of
 from eval.report.html import html_of
-from eval.report.page import report_of
+from eval.report.page import Shown, report_of
 from eval.tables.asked import Run, cells_of
 from eval.tables.compare import filled
 from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
+from eval.tables.noted import note
 from eval.tables.papers import PAPERS
 from eval.tables.render import Figure
 
@@ -62,13 +65,14 @@ def world(intactkv_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A made-up table, run for a published model and for another one, over three seeds."""
     monkeypatch.setattr(runs, "environment", lambda: dict(ENVIRONMENT))
     monkeypatch.setattr("eval.tables.papers.PAPERS", {PAPER.name: PAPER})
+    note([(PAPER, [MODEL, OTHER])], ["--seeds", "1", "2", "3"])
     answer_all(PAPER, MODEL, value, SEEDS)
     answer_all(PAPER, OTHER, value, SEEDS, lambda row, measure: measure.program == "ppl")
     return intactkv_root
 
 
 def page() -> str:
-    report = report_of([(PAPER, {MODEL: True, OTHER: True})], SEEDS)
+    report = report_of([Shown(PAPER, MODEL, SEEDS), Shown(PAPER, OTHER, SEEDS)])
     return html_of(report, made="today", command="python -m eval report")
 
 
@@ -235,7 +239,7 @@ def test_a_record_cannot_write_markup(intactkv_root: Path, monkeypatch: pytest.M
     (folder / f"{pictures.plain_name(model.name)}__{EVIL.replace('/', '∕')}.svg").write_text(
         "<svg><script>x()</script></svg>"
     )
-    report = report_of([(PAPER, {model: True})], Scope(), ["--options=" + EVIL])
+    report = report_of([Shown(PAPER, model)])
     report.left_out.append(EVIL)
     text = html_of(report, made=EVIL, command=EVIL)
     tree = Tree(text).top
@@ -272,29 +276,61 @@ def program(run_main: Callable[..., tuple[int, str, str]]) -> Callable[..., tupl
     return lambda *arguments: run_main(main, "report", *arguments)
 
 
-def test_the_program_shows_what_was_run_at_the_size_that_it_is_asked_for(world: Path, program: Any) -> None:
-    code, out, err = program("--seeds", 1, 2, 3)
+def titles(path: Path) -> list[str]:
+    """The models that a report has sections of, with their sizes."""
+    return [" ".join(e.text.split()) for e in Tree(path.read_text()).top.all("h3") if e.attributes.get("id")]
+
+
+def test_without_options_the_program_shows_what_was_run_as_it_was_run(world: Path, program: Any) -> None:
+    small, words = Scope(limit=4, window=64), ["--window=64", "--limit=4"]
+    note([(PAPER, [OTHER, Path("modelzoo/never/never-run")])], words)
+    answer_all(PAPER, OTHER, value, small, lambda row, measure: measure.program == "ppl")
+    code, out, err = program()
     path = world / "outputs" / "report.html"
     assert (code, out) == (0, f"{path}\n"), err
-    tree = Tree(path.read_text()).top
-    assert [e.text for e in tree.all("h3") if e.parent.attributes.get("class") == "model"] == [
-        "smollm2-135m",
-        "llama-2-7b",
-    ]
-    code, out, err = program("--seeds", 1, 2, 3, "--only", "llama-2-7b", "[B]")
-    assert code == 0
-    assert "smollm2-135m" not in path.read_text().partition('id="runs"')[0]
+    reduced = "smollm2-135m limit 4, window 64"
+    assert sorted(titles(path)) == ["llama-2-7b", "smollm2-135m", reduced]
+    assert f"reproduce made-up --model {OTHER} --window=64 --limit=4" in path.read_text()
+    for words, expected in {
+        ("--limit", 4, "--window", 64): [reduced], ("--model", "llama-2-7b"): ["llama-2-7b"],
+        ("made-up", "--only", "smollm2-135m", "RTN"): sorted(["smollm2-135m", reduced]),
+        ("made-up", "--model", "llama-7b"): ["llama-7b"],
+        ("made-up", "--limit", 4, "--window", 64): ["llama-2-7b limit 4, window 64", reduced],
+    }.items():  # fmt: skip
+        assert program(*words)[0] == 0
+        assert sorted(titles(path)) == expected, words
     assert "more finished runs stand in no table here" in path.read_text()
-    code, _, err = program("--limit", 4, "--only", "C4")
+    code, _, err = program("--limit", 5)
     assert code == 2
-    assert "give the options that `reproduce` was given (the newest run: " in error_line(err)
+    assert "nothing that was run fits what is asked for; there are made-up --model llama-2-7b --seeds 1 2 3; " in err
+    error_line(err)
+
+
+def test_the_words_of_a_size_ask_for_the_same_size() -> None:
+    """Every option that stands in them comes back, and only what is not as by default."""
+    words = ["--seeds", "1", "2", "--corpus=c4", "--corpus=a b.txt", "--protocol=gptq", "--window=64", "--limit=4",
+             "--tasks=piqa,boolq", "--data=local", "--calibration=c4", "--recipe", "rtn-w3", "gptq-w3", "--behind",
+             "--set=weights.damp=0.1", "--options=--group-size 64 --x 'a b'", "--judge-model=x"]  # fmt: skip
+    options = parser().parse_args(["reproduce", "intactkv-1", "--only", "GPTQ", "--model", "x", *words])
+    assert words_of(options) == words
+    assert replace(scope_of_words(words), only=("GPTQ",)) == scope_of(options)
+    assert words_of(parser().parse_args(["reproduce", "intactkv-1"])) == []
+    assert scope_of_words([]) == Scope()
+
+
+def test_a_note_that_cannot_be_read_is_named(world: Path, program: Any) -> None:
+    for text in ("{", '{"table": "made-up", "model": "x", "words": ["--colour"]}'):
+        (world / "outputs" / "asked" / "tables" / "a.json").write_text(text)
+        assert program()[0] == 0
+        text = (world / "outputs" / "report.html").read_text()
+        assert "1 left out: could not be read" in text
+        assert "a.json" in text
 
 
 def test_a_named_table_is_shown_also_where_nothing_was_run(intactkv_root: Path, program: Any) -> None:
-    assert "no table has a finished run" in error_line(program()[2])
+    assert "no table was run" in error_line(program()[2])
     assert program("intactkv-1", "--out", intactkv_root / "r.html")[0] == 0
-    text = (intactkv_root / "r.html").read_text()
-    assert all(model in text for model in PAPERS["intactkv-1"].models)
+    assert titles(intactkv_root / "r.html") == list(PAPERS["intactkv-1"].models)
     code, _, err = program("intactkv-9")
     assert code == 2
     assert "unknown table intactkv-9" in error_line(err)
