@@ -1,9 +1,10 @@
 """The report: one HTML file of published tables with ours beside them."""
 
 import re
+import resource
+import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,14 +61,24 @@ def value(row: Row, measure: Measure, run: Run) -> Any:
     return {"lower": number, "higher": number / 100, "words": f"I am\na {row.label} model."}[measure.better]
 
 
-@pytest.fixture
-def world(intactkv_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up table, run for a published model and for another one, over three seeds."""
-    monkeypatch.setattr(runs, "environment", lambda: dict(ENVIRONMENT))
+    root = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTACTKV_ROOT", str(root))
+        patch.setattr(runs, "environment", lambda: dict(ENVIRONMENT))
+        answer_all(PAPER, MODEL, value, SEEDS)
+        answer_all(PAPER, OTHER, value, SEEDS, lambda row, measure: measure.program == "ppl")
+        note([(PAPER, [MODEL, OTHER])], ["--seeds", "1", "2", "3"])
+    return root
+
+
+@pytest.fixture
+def world(built: Path, intactkv_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it."""
+    shutil.copytree(built / "outputs", intactkv_root / "outputs")
     monkeypatch.setattr("eval.tables.papers.PAPERS", {PAPER.name: PAPER})
-    note([(PAPER, [MODEL, OTHER])], ["--seeds", "1", "2", "3"])
-    answer_all(PAPER, MODEL, value, SEEDS)
-    answer_all(PAPER, OTHER, value, SEEDS, lambda row, measure: measure.program == "ppl")
     return intactkv_root
 
 
@@ -353,11 +364,11 @@ def test_the_report_of_all_tables_is_small_quick_and_needs_no_torch(intactkv_roo
         "import sys; sys.argv = ['x', 'report', 'all', '--out', 'all.html']\n"
         "from eval.__main__ import main; main()\nassert 'torch' not in sys.modules"
     )
-    started = time.perf_counter()
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # of the processor: others may be at work, too
     subprocess.run([sys.executable, "-c", code], check=True, cwd=intactkv_root, env={
         "PYTHONPATH": str(ROOT), "INTACTKV_ROOT": str(intactkv_root), "PATH": "",
     })  # fmt: skip
-    assert time.perf_counter() - started < 5
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started < 5
     text = (intactkv_root / "all.html").read_text()
     assert len(text) < 5_000_000
     tree = Tree(text).top
