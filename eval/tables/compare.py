@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from corpora.catalog import catalog_name
+from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
 from eval.tables.asked import Cell, cells_of
-from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
+from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words
 from eval.tables.ledger import answer_of
 from eval.tables.render import Table, change_of, mean_of, plain, signed
 
@@ -35,6 +35,10 @@ BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
 SHARES: Mapping[str, float] = {"ppl": 0.005, "latency": 0.1}
 GRADE = 0.25  # points: 160 grades of 1 to 10 that spread by 3
 
+# Models without an original to fetch: a package holds them in fewer bits.
+PACKAGED = [
+    f"{name}-{size}" for name, family in FAMILIES.items() for size, hub_id in family.sizes.items() if not hub_id
+]
 FRACTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are shares of the questions
 
 
@@ -188,9 +192,9 @@ def _departs(
     given = {
         "limit": scope.limit, "window": scope.window if measure.program == "ppl" else None,
         "data": scope.data if measure.program == "tasks" else None,
-        "perplexity by": scope.scoring if measure.program == "ppl" else (),
-        "tasks by": scope.asking if measure.program == "tasks" else (),
-        "MMLU by": scope.mmlu if measure.item == "mmlu" else (),
+        "perplexity by": _otherwise(measure, scope.scoring) if measure.program == "ppl" else (),
+        "tasks by": _otherwise(measure, scope.asking) if measure.program == "tasks" else (),
+        "MMLU by": _otherwise(measure, scope.mmlu) if measure.item == "mmlu" else (),
         "calibration": scope.calibration if method.calibrates else (),
         "options": scope.options if method.quantizes_something else (),
         "training": scope.training if cell.row.arm.trains else (),
@@ -201,6 +205,13 @@ def _departs(
     for record in records:
         words += _not_published(measure, record, scope)
     return tuple(dict.fromkeys(words))
+
+
+def _otherwise(measure: Measure, words: Words) -> Words:
+    """Options that say something else than the column's own; a batch size changes no figure but in its last bits."""
+    own = dict(zip(measure.options[::2], measure.options[1::2], strict=True))
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return tuple(word for pair in pairs if pair[0] != "--batch-size" and own.get(pair[0]) != pair[1] for word in pair)
 
 
 def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) -> list[str]:
@@ -277,6 +288,20 @@ def _difference(one: Filled | None) -> render.Cell:
     return render.Figure(one.difference, signed if digits == 2 else lambda value: f"{value:+.{digits}f}")
 
 
+def _grades(cells: Iterable[Filled], model: str) -> list[str]:
+    """What a reader of scores must know of the judge."""
+    records = [record for one in cells if one.measure.program == "judge" for record in one.records]
+    grades = [grade for record in records for grade in record["models"].values()]
+    if not grades:
+        return []
+    lost = sum(sum(grade["unscored"].values()) for grade in grades)
+    whole = sum(grade["judgements"] for grade in grades)
+    notes = [f"{model}: {lost} of our {whole} judgements hold no grade and count nowhere"]
+    if any(record["settings"]["judge"].startswith("local-") for record in records):
+        notes.append("a local judge shows the flow; a small model's grades say nothing about quality")
+    return notes
+
+
 def _notes(cells: Sequence[Filled]) -> list[str]:
     """Why figures do not compare, and what verdicts mean."""
     notes = []
@@ -285,6 +310,9 @@ def _notes(cells: Sequence[Filled]) -> list[str]:
     for model in dict.fromkeys(one.model for one in cells):
         ran = [one for one in cells if one.model == model and one.ours is not None]
         words = dict.fromkeys(word for one in ran for word in one.departs)
+        notes += _grades(ran, model)
+        if ran and model in PACKAGED:
+            notes.append(f"16 bits of {model}: its package's weights, dequantized; they compare only with themselves")
         if words:
             notes.append(
                 f"{model}: not as published ({'; '.join(words)}), so no difference is taken; compare how much a method "

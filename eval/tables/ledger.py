@@ -19,7 +19,7 @@ from corpora.paths import outputs_dir, root
 from eval.runs import record_at
 from eval.tables.asked import Run
 
-__all__ = ["Entry", "answer_of", "entry_of", "is_done", "keep", "stamp_of"]
+__all__ = ["Entry", "answer_of", "entry_of", "is_done", "keep", "models_asked", "stamp_of"]
 
 PLACES, BYTES = 16, 4096  # of a large file that a stamp looks at
 MEND = "delete the file; `python -m eval reproduce` asks again"
@@ -91,6 +91,12 @@ def entry_of(run: Run) -> Entry | None:
     files = [_file(run, stamp)] if stamp else list((outputs_dir() / "asked").glob(f"{run.key}-*.json"))
     entries: list[Entry] = [read_json(file, "what was asked", Entry, mend=MEND) for file in files if file.is_file()]
     return max(entries, key=lambda entry: entry["finished"], default=None)
+
+
+def models_asked() -> list[str]:
+    """The names of all models that something was asked of. Raises UserError for a damaged entry."""
+    files = (outputs_dir() / "asked").glob("*.json")
+    return sorted({read_json(file, "what was asked", Entry, mend=MEND)["model"] for file in files})
 
 
 def answer_of(run: Run, left_out: list[str] | None = None) -> dict[str, Any] | None:
