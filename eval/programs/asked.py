@@ -1,4 +1,4 @@
-"""Which runs of published tables are asked for: the options that `reproduce` and `cluster submit` share."""
+"""Which runs of published tables are asked for: the options that `reproduce`, `cluster submit` and `report` share."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["add_asked", "add_choice", "asked_for", "refuse_lacking", "scope_of", "texts_of"]
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "texts_of",
+           "without_models"]  # fmt: skip
 
 ALL = "all"
 
 
 def add_asked(reproduce: argparse.ArgumentParser) -> None:
-    """Which tables, which runs of them, and at what size; `cluster submit` has the same."""
+    """Which tables, which runs of them, and at what size; `cluster submit` and `report` have the same."""
     reproduce.add_argument("tables", nargs="*", type=values.name, metavar="TABLE", help="names of --list, or all")
     reproduce.add_argument(
         "--model",
@@ -160,7 +161,7 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     """
     from eval.tables.asked import cells_of, runs_of
 
-    chosen, scope = _models(_papers(options.tables), options, scope_of(options))
+    chosen, scope = _models(papers_of(options.tables), options, scope_of(options))
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
@@ -175,7 +176,8 @@ def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[P
         raise UserError(f"{', '.join(paper.name for paper, _ in chosen)} cannot run: {'; '.join(missing)}")
 
 
-def _papers(names: Sequence[str]) -> "list[Paper]":
+def papers_of(names: Sequence[str]) -> "list[Paper]":
+    """The tables of some names, or all. Raises UserError for an unknown name, and for none."""
     from eval.tables.papers import PAPERS
 
     if not names:
@@ -195,19 +197,15 @@ def _models(
 
     Raises UserError if nothing of modelzoo/ is in a table and no model is named.
     """
-    from dataclasses import replace
-
     from eval.tables.preview import place_of
 
-    published = {name.lower() for paper in papers for name in paper.models}
-    given = {path.name.lower() for path in options.model or ()}
-    wanted = {word.lower() for word in scope.only if word.lower() in published | given}
-    scope = replace(scope, only=tuple(word for word in scope.only if word.lower() not in wanted))
+    published = [Path(name) for paper in papers for name in paper.models]
+    wanted, scope = without_models(scope, [*published, *(options.model or ())])
     chosen = []
     for paper in papers:
         places = list(options.model or map(place_of, paper.models))
         if wanted:
-            places = [place for place in places if place.name.lower() in wanted]
+            places = [place for place in places if place.name in wanted]
         if not options.dry_run and not options.model:
             there = [place for place in places if (place / "config.json").is_file()]
             if not there and len(papers) == 1:
@@ -221,6 +219,16 @@ def _models(
     if not any(places for _, places in chosen):
         raise UserError("no model is left to run; name a directory with --model DIR")
     return chosen, scope
+
+
+def without_models(scope: "Scope", models: Sequence[Path]) -> "tuple[set[str], Scope]":
+    """The names of models that --only chooses (none: it names no model), and the scope without them."""
+    from dataclasses import replace
+
+    words = {word.lower() for word in scope.only}
+    wanted = {place.name for place in models if place.name.lower() in words}
+    lower = {name.lower() for name in wanted}
+    return wanted, replace(scope, only=tuple(word for word in scope.only if word.lower() not in lower))
 
 
 def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> str:

@@ -238,7 +238,7 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
     """
     from corpora.catalog import catalog_name
     from eval.tables.compare import filled, paper_table
-    from eval.tables.ledger import models_asked
+    from eval.tables.ledger import all_entries
     from eval.tables.papers import PAPERS
     from eval.tables.preview import place_of
 
@@ -248,12 +248,12 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
             f"table {values.shown(options.which)} is not known; choose 1 to 5 (IntactKV's), a name of "
             f"`python -m eval reproduce --list`, {', '.join(RUNS)}, or nothing for all perplexities"
         )
-    paper, known = PAPERS[name], models_asked()
+    lines: list[str] = []
+    paper, known = PAPERS[name], sorted({entry["model"] for entry in all_entries(lines)})
     wanted = _models(options)
     names = [other for model in wanted for other in known if catalog_name(other) == catalog_name(model)]
     scope = _scope(options)
     cells: list[Any] = []
-    lines: list[str] = []
     for model in dict.fromkeys([*wanted, *names] if wanted else known):
         mine = filled(paper, place_of(model), scope, lines)
         if any(one.ours is not None for one in mine) or (wanted and catalog_name(model) in paper.models):

@@ -143,11 +143,16 @@ def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:
     runs = list(zip(*(part.values for part in parts), strict=True))
     values = tuple(None if None in run else fmean(value for value in run if value is not None) for run in runs)
     departs = tuple(dict.fromkeys(word for part in parts for word in part.departs))
-    errors = [scatter(part.measure, part.theirs, [r.get("samples", 0) for r in part.records]) for part in parts]
+    errors = [scatter(p.measure, _number(p), [record.get("samples", 0) for record in p.records]) for p in parts]
     known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(parts) if len(known) == len(parts) else None
     whole = replace(one, ours=_figure(one.measure, values), departs=departs, values=values)
     return _compared(whole, error)
+
+
+def _number(one: Filled) -> Figure:
+    """The published figure, or ours where none is."""
+    return one.ours.value if one.theirs is None and isinstance(one.ours, render.Figure) else one.theirs
 
 
 def _compared(one: Filled, error: float | None) -> Filled:
