@@ -174,14 +174,18 @@ def _models(
     """
     from dataclasses import replace
 
+    from eval.tables.declared import NO_MODEL
     from eval.tables.preview import place_of
 
     published = {name.lower() for paper in papers for name in paper.models}
     given = {path.name.lower() for path in options.model or ()}
     wanted = {word.lower() for word in scope.only if word.lower() in published | given}
     scope = replace(scope, only=tuple(word for word in scope.only if word.lower() not in wanted))
-    chosen = []
+    chosen: list[tuple[Paper, list[Path]]] = []
     for paper in papers:
+        if not paper.models:
+            chosen.append((paper, [NO_MODEL]))
+            continue
         places = list(options.model or map(place_of, paper.models))
         if wanted:
             places = [place for place in places if place.name.lower() in wanted]
