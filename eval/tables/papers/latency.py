@@ -2,7 +2,7 @@
 
 from eval.tables.declared import Measure, Method, Paper, Row
 
-__all__ = ["TABLES"]
+__all__ = ["SPEEDUP", "TABLES"]
 
 PRODUCTS = {"cuBLAS": "cuBLAS", "W3": "GPTQ, 3 bits", "LUT4": "LUT-GEMM, 4 bits", "LUT3": "LUT-GEMM, 3 bits"}
 MILLISECONDS = tuple(
@@ -23,6 +23,9 @@ PUBLISHED = (
     (8192, 32768, "0.35090 0.21446 0.17513 0.14435 1.64 2.00 2.43"),
     (12288, 49152, "0.75941 0.44852 0.36207 0.29390 1.69 2.10 2.58"),
 )
+
+# The last three by n and k.
+SPEEDUP = {(n, k): tuple(map(float, figures.split()[-3:])) for n, k, figures in PUBLISHED}
 
 
 def _row(n: int, k: int, figures: str) -> Row:
