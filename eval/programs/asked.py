@@ -65,7 +65,7 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mmlu-protocol", choices=["hendrycks", "lm-eval"], help="of MMLU, in place of the table's")
     group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
-    group.add_argument("--batch-size", type=values.count(), metavar="N", help="windows or rows of a forward pass")
+    group.add_argument("--batch-size", type=values.count(), metavar="N", help="rows of a forward pass of tasks")
     group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
     group.add_argument(
         "--calibration", type=values.name, metavar="NAME|FILE", help="the text that methods calibrate on"
@@ -94,8 +94,8 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         type=values.name,
         action="append",
         dest="settings",
-        metavar="PART.FIELD=VALUE",
-        help="a setting of every recipe but full precision, such as weights.damp=0.1",
+        metavar="[NAME:]PART.FIELD=VALUE",
+        help="a setting of every recipe but full precision, such as weights.damp=0.1, or of the method or recipe NAME",
     )
     group.add_argument(
         "--options", type=values.words, default=(), metavar='"--OPTION …"', help="more options of every such recipe"
@@ -138,7 +138,7 @@ def scope_of(options: argparse.Namespace) -> "Scope":
         limit=options.limit,
         window=options.window,
         data=options.data,
-        scoring=told(protocol=options.protocol, batch_size=options.batch_size),
+        scoring=told(protocol=options.protocol),
         asking=told(fewshot=options.fewshot, batch_size=options.batch_size),
         mmlu=told(protocol=options.mmlu_protocol),
         calibration=calibration,

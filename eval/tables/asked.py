@@ -170,7 +170,7 @@ def _recipe_rows(name: str, scope: Scope) -> list[Row]:
     from quantization.named import named_recipe
     from quantization.recipes.recipe import with_settings
 
-    options, recipe = scope.options, named_recipe(name)
+    options, recipe = scope.options_of(Method(name, name)), named_recipe(name)
     sets = [value for word, value in pairwise(options) if word == "--set"]
     if not recipe.makes_checkpoint and recipe.kv_cache is None:
         return [Row(name, Method(name, name))]
@@ -228,7 +228,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     if measure.program == "latency":
         return Run("latency", model, measure.item, (*method.options, *measure.options))
     own = dict(method.by_model).get(catalog_name(model.name), ())
-    more = scope.options if method.quantizes_something else ()
+    more = scope.options_of(method)
     plain: Words = ("--recipe", method.recipe, *method.options, *own)
     made = (*plain, *more)
     text = _text(method, model, scope, seed)

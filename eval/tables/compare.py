@@ -184,7 +184,7 @@ def _departs(
         "tasks by": scope.asking if measure.program == "tasks" else (),
         "MMLU by": scope.mmlu if measure.item == "mmlu" else (),
         "calibration": scope.calibration if method.calibrates else (),
-        "options": scope.options if method.quantizes_something else (),
+        "options": scope.options_of(method),
         "training": scope.training if cell.row.arm.trains else (),
     }  # fmt: skip
     for name, value in given.items():

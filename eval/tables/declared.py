@@ -169,8 +169,8 @@ class Scope:
     (`[B]`, `alone`) or measures. recipes, prefixes: rows of these in place of the table's. behind: methods that
     calibrate also do so behind the prefix of an arm. corpora, tasks: in place of the table's (`none`: no tasks). limit,
     window, data: of what is scored; scoring, asking, mmlu: more options of ppl, of tasks, of MMLU alone. calibration:
-    options of the text that methods calibrate on. options: more of every recipe. All that is not given is the published
-    size, or the model's own.
+    options of the text that methods calibrate on. options: more of every recipe; a setting `NAME:part.field=value` is
+    of the method or recipe of that name alone. All that is not given is the published size, or the model's own.
     """
 
     seeds: tuple[int, ...] = ()
@@ -190,6 +190,19 @@ class Scope:
     options: Words = ()
     training: Words = ()  # more options of what trains a prefix
     judge: Words = ()  # options of `eval judge`; without them nothing is judged
+
+    def options_of(self, method: Method) -> Words:
+        """More options of a method; full precision has none."""
+        found: list[str] = []
+        for word in self.options if method.quantizes_something else ():
+            name, colon, setting = word.partition(":")
+            if not (found[-1:] == ["--set"] and colon and "=" not in name):
+                found.append(word)
+            elif name.lower() in (method.name.lower(), method.recipe.lower()):
+                found.append(setting)
+            else:
+                found.pop()
+        return tuple(found)
 
     @property
     def reduced(self) -> Words:
