@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "asked_for", "papers_of", "refuse_lacking", "scope_of", "texts_of", "without_models"]
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "texts_of",
+           "without_models"]  # fmt: skip
 
 ALL = "all"
 
@@ -30,6 +31,25 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
     )
     group = reproduce.add_argument_group("what is run (default: the whole table, at the published size)")
     group.add_argument(
+        "--corpus",
+        type=values.name,
+        action="append",
+        metavar="NAME|FILE",
+        help="for perplexity, in place of the table's",
+    )
+    group.add_argument("--protocol", choices=["intactkv", "gptq"], help="of perplexity, in place of the table's")
+    group.add_argument("--window", type=values.count(3), metavar="TOKENS", help="of perplexity (default: the table's)")
+    group.add_argument(
+        "--limit", type=values.count(), metavar="N", help="at most so many windows, or questions of a task"
+    )
+    group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
+    group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
+    add_choice(group)
+
+
+def add_choice(group: argparse._ActionsContainer) -> None:
+    """Which runs of a table, and how they are made; `eval table` has the same."""
+    group.add_argument(
         "--only",
         type=values.name,
         nargs="+",
@@ -46,27 +66,13 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         help="of calibration, a run for each (default: the recipe's)",
     )
     group.add_argument(
-        "--corpus",
-        type=values.name,
-        action="append",
-        metavar="NAME|FILE",
-        help="for perplexity, in place of the table's",
-    )
-    group.add_argument("--protocol", choices=["intactkv", "gptq"], help="of perplexity, in place of the table's")
-    group.add_argument("--window", type=values.count(3), metavar="TOKENS", help="of perplexity (default: the table's)")
-    group.add_argument(
-        "--limit", type=values.count(), metavar="N", help="at most so many windows, or questions of a task"
-    )
-    group.add_argument(
         "--tasks",
         type=values.several(values.name),
         metavar="NAME,…",
         help="columns of these tasks in place of the table's; none: without tasks",
     )
     group.add_argument("--mmlu-protocol", choices=["hendrycks", "lm-eval"], help="of MMLU, in place of the table's")
-    group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
     group.add_argument("--batch-size", type=values.count(), metavar="N", help="rows of a forward pass of tasks")
-    group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
     group.add_argument(
         "--calibration", type=values.name, metavar="NAME|FILE", help="the text that methods calibrate on"
     )
