@@ -235,12 +235,16 @@ def _models(
 
     Raises UserError if nothing of modelzoo/ is in a table and no model is named.
     """
+    from eval.tables.declared import NO_MODEL
     from eval.tables.preview import place_of
 
     published = [Path(name) for paper in papers for name in paper.models]
     wanted, scope = without_models(scope, [*published, *(options.model or ())])
-    chosen = []
+    chosen: list[tuple[Paper, list[Path]]] = []
     for paper in papers:
+        if not paper.models:
+            chosen.append((paper, [NO_MODEL]))
+            continue
         places = list(options.model or map(place_of, paper.models))
         if wanted:
             places = [place for place in places if place.name in wanted]

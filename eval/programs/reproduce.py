@@ -104,6 +104,9 @@ def run(options: argparse.Namespace) -> None:
     from eval.execution import execute, workers_of
 
     workers = workers_of(options.device, options.workers, options.max_memory)
+    if all(worker.device == "cpu" for worker in workers) and any(run.program == "latency" for run in asked):
+        print("latencies of kernels need a GPU: their cells stay n/a", file=sys.stderr)
+        asked = [run for run in asked if run.program != "latency"]
     watcher = _Bar(asked, workers)
     started = time.perf_counter()
     try:
