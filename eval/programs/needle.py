@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from eval.processes import Processes
     from quantization.runs.plan import Plan
 
-__all__ = ["add", "run"]
+__all__ = ["add", "grid_of", "run"]
 
 EXAMPLES = """\
 examples:
@@ -99,12 +99,10 @@ def run(options: argparse.Namespace) -> None:
     from eval.runs import identity_of, record_of
     from eval.tables.needles import grid_tables
     from eval.tables.render import render
-    from eval.tasks.task_runner import lead_of
 
     _check_options(options)
     plan, processes = start(options)
-    lead = lead_of(plan, True)
-    grid = _grid(options, plan, lead)
+    lead, grid = grid_of(options, plan)
     generation = own_generation(plan.checkpoint.directory, plan.tokenizer)
     description = plan.describe()
     settings = description | {
@@ -155,10 +153,14 @@ def _check_options(options: argparse.Namespace) -> None:
         options.max_new_tokens = NEW_TOKENS
 
 
-def _grid(options: argparse.Namespace, plan: "Plan", lead: "Sequence[int]") -> "Grid":
-    """All questions. Raises UserError for a length that the needle or the model does not fit."""
+def grid_of(options: argparse.Namespace, plan: "Plan") -> "tuple[Sequence[int], Grid]":
+    """What opens every prompt, and all questions. Raises UserError for options that do not go together, and for a
+    length that the needle or the model does not fit."""
     from eval.needle import PUBLISHED_DEPTH, PUBLISHED_KEYS, Grid, drawn_keys, prompt_ids, published_length
+    from eval.tasks.task_runner import lead_of
 
+    _check_options(options)
+    lead = lead_of(plan, True)
     if options.published:
         lines = 2 * options.units * options.lines
         length = published_length(plan.tokenizer, lead, lines)
@@ -171,7 +173,7 @@ def _grid(options: argparse.Namespace, plan: "Plan", lead: "Sequence[int]") -> "
     longest_key = max(len(prompt_ids(plan.tokenizer, lead, shortest, cell)[1]) for cell in shortest.cells())
     room = max(options.max_new_tokens or longest_key + 1, longest_key)
     plan.check_fits(f"{given} with {room} new tokens", max(grid.lengths) + room)
-    return grid
+    return lead, grid
 
 
 def _figures(

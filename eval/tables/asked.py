@@ -7,13 +7,15 @@ hash of all that. Runs that need the same checkpoint or trained prefix name the 
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
-from eval.tables.declared import ALONE, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.declared import ALONE, BOS, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
 from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
+from eval.tasks.groups import GROUPS
 
 __all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of", "runs_of",
            "words_of"]  # fmt: skip
@@ -32,6 +34,7 @@ FILES = {
     "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
 WITHOUT_MODEL = ("judge", "latency")
+RUN_TIME = ("--dtype", "--kernel", "--kv-storage")
 KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
 
 
@@ -128,7 +131,8 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
             found[measure] = None
     if scope.tasks:
         asked = {m.item: m for m in (*KNOWN_TASKS, *paper.measures) if m.program == "tasks" and m.item}
-        columns = [asked.get(name, Measure(name, "tasks", name, metric="acc", better="higher")) for name in scope.tasks]
+        names = [task for name in scope.tasks if name != "none" for task in GROUPS.get(name, (name,))]
+        columns = [asked.get(name, Measure(name, "tasks", name, metric="acc", better="higher")) for name in names]
         heads = {column.head for column in columns}
         means = [m for m in found if m.average_of and heads.issuperset(m.average_of)]
         found = dict.fromkeys([*(m for m in found if m.program != "tasks"), *columns, *means])
@@ -145,17 +149,36 @@ def _corpora(measure: Measure, model: Path, scope: Scope) -> Words:
 
 
 def rows_of(paper: Paper, scope: Scope) -> tuple[Row, ...]:
-    """The rows, with those that the scope adds: calibrated behind the prefix of an arm."""
+    """The rows, or those of the scope's recipes; with what is calibrated behind the prefix of an arm, if it asks so."""
+    rows = tuple(row for name in scope.recipes for row in _recipe_rows(name, scope)) or paper.rows
     found: list[Row] = []
-    for row in paper.rows:
+    for row in rows:
         found.append(row)
         arm, method = row.arm, row.method
         plain = arm.prefix != ALONE.prefix and not (arm.behind or arm.vanilla or arm.trains)
         if scope.behind and plain and method.calibrates and not method.behind:
             behind = replace(arm, label=f"behind {arm.label}", behind=True)
-            if not any(other.method == method and other.arm.behind for other in paper.rows):
+            if not any(other.method == method and other.arm.behind for other in rows):
                 found.append(replace(row, arm=behind, published={}))
     return tuple(found)
+
+
+def _recipe_rows(name: str, scope: Scope) -> list[Row]:
+    """A named recipe behind each prefix of the scope; full precision alone. Raises UserError for an unknown name."""
+    from quantization.named import named_recipe
+    from quantization.recipes.recipe import with_settings
+
+    options, recipe = scope.options, named_recipe(name)
+    sets = [value for word, value in pairwise(options) if word == "--set"]
+    if not recipe.makes_checkpoint and recipe.kv_cache is None:
+        return [Row(name, Method(name, name))]
+    fields = [one for one in sets if one.startswith(("weights.", "activations."))]  # they decide what calibrates
+    method = Method(
+        name, name, calibrates=with_settings(recipe, fields).calibrates, quantizes=recipe.makes_checkpoint,
+        behind=recipe.calibrate_behind_prefix,
+    )  # fmt: skip
+    labels = {"none": ALONE, "bos": BOS}
+    return [Row(name, method, labels.get(word, Arm(f"[{Path(word).stem}]", word))) for word in scope.prefixes]
 
 
 def cells_of(paper: Paper, model: Path, scope: Scope = PUBLISHED) -> list[Cell]:
@@ -179,14 +202,14 @@ def _chosen(row: Row, measure: Measure, kinds: Sequence[set[str]], scope: Scope)
 
 
 def _names(row: Row, measure: Measure) -> tuple[set[str], ...]:
-    """What --only calls a cell: its method or row, width, arm, measure."""
+    """What --only calls a cell: its method, row or recipe, its width, arm, measure."""
     method = row.method
-    words = ((method.name, row.label), (method.bits,), (row.arm.label or "alone",), (measure.head,))
+    words = ((method.name, row.label, method.recipe), (method.bits,), (row.arm.label or "alone",), (measure.head,))
     return tuple({word.lower() for word in kind} for kind in words)
 
 
 def words_of(paper: Paper, measures: Iterable[Measure], scope: Scope = PUBLISHED) -> list[set[str]]:
-    """The words that --only takes of a table, by kind: methods and rows, widths, arms, measures."""
+    """The words that --only takes of a table, by kind: methods, rows and recipes, widths, arms, measures."""
     names = [_names(row, measure) for row in rows_of(paper, scope) for measure in measures]
     return [set[str]().union(*kind) for kind in zip(*names, strict=True)]
 
@@ -215,7 +238,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
         needs = (_trained(arm, model, (*made, *text, *prefix), scope, ()),)
         prefix = ("--prefix", "{0}")
     if method.quantizes:
-        words = (*made, *text, *behind, *(prefix if inside else ()))
+        words = (*plain, *_lasting(more), *text, *behind, *(prefix if inside else ()))
         needs = (*needs, Run("quantization", model, "", words, needs))
     if arm.trains and not inside:
         needs = (*needs, _trained(arm, model, (*made, *text, *prefix), scope, needs))
@@ -227,6 +250,18 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
         answers = Run("mtbench", model, "", words, needs)
         return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
     return Run(measure.program, model, measure.item, words, needs)
+
+
+def _lasting(options: Words) -> Words:
+    """Options without those that only matter when a model runs, which the program that quantizes does not know."""
+    found: list[str] = []
+    words = iter(options)
+    for word in words:
+        if word in RUN_TIME:
+            next(words, None)
+        elif word.partition("=")[0] not in RUN_TIME:
+            found.append(word)
+    return tuple(found)
 
 
 def _text(method: Method, model: Path, scope: Scope, seed: int | None) -> Words:

@@ -81,11 +81,13 @@ class Method:
 
     @property
     def bits(self) -> str:
-        """What --only calls its width, by its options or its recipe's name: of the cache where that is all."""
+        """What --only calls its width, by its options or its recipe's name; of the cache where that is all. Empty where
+        neither says it."""
         words = (*self.options, *self.kv)
         given = [words[i + 1] for i, word in enumerate(words) if word in ("--bits", "--kv-bits")]
         named = re.findall(r"(?:w|kv)(\d+)", self.recipe)
-        return f"{(given or named or ['16'])[0]}-bit"
+        found = given or named or ([] if self.quantizes_something else ["16"])
+        return f"{found[0]}-bit" if found else ""
 
     def words(self, generates: bool = False) -> Words:
         """All options, of weights and of the cache."""
@@ -160,14 +162,17 @@ class Scope:
     """What is run of a table, and at what size.
 
     seeds: of calibration, one run for each; none: the recipes' own. only: names of methods, widths (`4-bit`), arms
-    (`[B]`, `alone`) or measures. behind: methods that calibrate also do so behind the prefix of an arm. corpora, tasks:
-    in place of the table's; limit, window, data: of what is scored; scoring, asking, mmlu: more options of ppl, of
-    tasks, of MMLU alone; calibration: options of the text that methods calibrate on. options: more options of every
-    recipe. All that is not given is the published size, or the model's own.
+    (`[B]`, `alone`) or measures. recipes, prefixes: rows of these in place of the table's. behind: methods that
+    calibrate also do so behind the prefix of an arm. corpora, tasks: in place of the table's (`none`: no tasks). limit,
+    window, data: of what is scored; scoring, asking, mmlu: more options of ppl, of tasks, of MMLU alone. calibration:
+    options of the text that methods calibrate on. options: more of every recipe. All that is not given is the published
+    size, or the model's own.
     """
 
     seeds: tuple[int, ...] = ()
     only: Words = ()
+    recipes: Words = ()
+    prefixes: Words = ("none", "bos")
     behind: bool = False
     corpora: Words = ()
     tasks: Words = ()

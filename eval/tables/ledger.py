@@ -19,7 +19,7 @@ from corpora.paths import outputs_dir, root
 from eval.runs import record_at
 from eval.tables.asked import Run
 
-__all__ = ["Entry", "answer_of", "entry_of", "is_done", "keep", "stamp_of"]
+__all__ = ["Entry", "all_entries", "answer_of", "entry_of", "is_done", "keep", "stamp_of"]
 
 PLACES, BYTES = 16, 4096  # of a large file that a stamp looks at
 MEND = "delete the file; `python -m eval reproduce` asks again"
@@ -91,6 +91,18 @@ def entry_of(run: Run) -> Entry | None:
     files = [_file(run, stamp)] if stamp else list((outputs_dir() / "asked").glob(f"{run.key}-*.json"))
     entries: list[Entry] = [read_json(file, "what was asked", Entry, mend=MEND) for file in files if file.is_file()]
     return max(entries, key=lambda entry: entry["finished"], default=None)
+
+
+def all_entries(left_out: list[str] | None = None) -> list[Entry]:
+    """All that was ever kept. left_out: gets a line for what cannot be read."""
+    found: list[Entry] = []
+    for file in sorted((outputs_dir() / "asked").glob("*.json")):
+        try:
+            found.append(read_json(file, "what was asked", Entry, mend=MEND))
+        except (UserError, OSError) as error:
+            if left_out is not None:
+                left_out.append(f"left out: {one_line(str(error))}")
+    return found
 
 
 def answer_of(run: Run, left_out: list[str] | None = None) -> dict[str, Any] | None:

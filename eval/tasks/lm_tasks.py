@@ -30,9 +30,10 @@ from corpora.files import sha256_of_data
 from corpora.mmlu import LETTERS, SUBCATEGORIES, Subject, mmlu_directory, read_mmlu
 from corpora.storage import identity
 from corpora.task_data import TASK_DATA, task_rows, unlisted_task
+from eval.tasks.groups import GROUPS
 from eval.tasks.lm import IntactLM
 
-__all__ = ["GROUPS", "TaskRun", "check_answers", "load_tasks", "run_tasks", "task_runs"]
+__all__ = ["TaskRun", "check_answers", "load_tasks", "run_tasks", "task_runs"]
 
 datasets.disable_progress_bars()  # one bar a program: ours
 
@@ -58,13 +59,6 @@ FILES = {
     "piqa": "piqa/piqa.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
     "truthfulqa_gen": "truthfulqa/truthfulqa_gen.yaml",
-}
-# A word that stands for other tasks, each with a record of its own.
-GROUPS = {
-    "qa": ("openbookqa", "winogrande", "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai"),
-    "csqa": ("boolq", "arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande"),
-    "truthfulqa": ("truthfulqa_gen",),
-    "bigbench": ("bbh",),  # BIG-Bench Hard: which of BIG-Bench's tasks the qllm pages mean is inferred from the score
 }
 
 

@@ -33,10 +33,10 @@ def _rows(bits: str, tuned: tuple[Figure, ...] = ()) -> tuple[Row, ...]:
     rows = []
     for mode in ("static", "dynamic"):
         recipe = f"prefixquant-{bits}-{mode}"
-        method = Method(f"PrefixQuant, {mode}", recipe, calibrates=True, quantizes=True, behind=True)
-        fine = Method(method.name, f"{recipe}-ft", by_model=LARGE, calibrates=True, quantizes=True, behind=True)
-        rows += [_row(method.name, method, arm) for arm in (ALONE, BOS, AUTO)]
-        rows += [_row(f"{method.name}, fine-tuned", fine, AUTO, *(tuned if mode == "static" else ()))]
+        method = Method(f"PrefixQuant-{mode}", recipe, calibrates=True, quantizes=True, behind=True)
+        fine = Method(f"{method.name}-ft", f"{recipe}-ft", by_model=LARGE, calibrates=True, quantizes=True, behind=True)
+        rows += [_row(f"PrefixQuant, {mode}", method, arm) for arm in (ALONE, BOS, AUTO)]
+        rows += [_row(f"PrefixQuant, {mode}, fine-tuned", fine, AUTO, *(tuned if mode == "static" else ()))]
     return (_row("FP16", FULL, ALONE), *rows)
 
 
@@ -60,7 +60,7 @@ def _trainable(corpus: str, *more: Measure, models: tuple[str, ...]) -> Paper:
     recipe = "prefixquant-w4a8kv4-dynamic"
     plain = Method("PrefixQuant", recipe, words, text=text, calibrates=True, quantizes=True, behind=True)
     tuned = Method(
-        "PrefixQuant, fine-tuned", f"{recipe}-ft", words + fine, text=text, calibrates=True, quantizes=True, behind=True
+        "PrefixQuant-ft", f"{recipe}-ft", words + fine, text=text, calibrates=True, quantizes=True, behind=True
     )
     trained = Arm("[trained]", "auto@64", trains=(
         "train-prefix", "--corpus", corpus, "--samples", "512", "--held-out", "64", "--length", "1024",
@@ -73,7 +73,7 @@ def _trainable(corpus: str, *more: Measure, models: tuple[str, ...]) -> Paper:
         (*COLUMNS, *more),
         (
             Row("FP16", FULL), *(Row(plain.name, plain, arm) for arm in (ALONE, BOS, AUTO_64)),
-            *(Row(tuned.name, tuned, arm) for arm in (AUTO_64, trained)),
+            *(Row("PrefixQuant, fine-tuned", tuned, arm) for arm in (AUTO_64, trained)),
         ),
         ("the fork publishes no figures; its names of directories say W4A4KV4, its options say W4A8KV8",),
     )  # fmt: skip

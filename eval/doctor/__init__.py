@@ -1,0 +1,1 @@
+"""What is needed and lacks, before anything runs or is submitted: this machine, and the files of a table."""
