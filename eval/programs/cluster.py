@@ -213,9 +213,10 @@ def _status(options: argparse.Namespace) -> None:
     wanted = [_checked(options.name) or ""] if options.name else names()
     if not wanted:
         raise UserError("nothing was submitted yet; `python -m eval cluster submit TABLE` does it")
+    lists = {name: read_tasks(name) for name in wanted}
     queue = _queue()
-    for name in wanted:
-        states = look(name, read_tasks(name), queue)
+    for name, tasks in lists.items():
+        states = look(name, tasks, queue)
         if options.name:
             _print_states(name, states)
         counts = Counter(state.word for state in states)
