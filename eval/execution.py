@@ -31,7 +31,7 @@ __all__ = ["Failure", "Outcome", "Watcher", "Worker", "execute", "workers_of"]
 
 ALL_GPUS = "cuda:all"
 ONE_DEVICE = ("quantization", "calibrate", "train-prefix")  # they hold a block at a time, or train on one GPU
-WITH_FORCE = ("ppl", "tasks", "needle", "mtbench")
+WITH_FORCE = ("ppl", "tasks", "needle", "mtbench", "chat", "latency")
 FILE_ALONE = ("calibrate", "train-prefix")  # they leave the file of our naming, and no record
 PATIENCE = 60  # seconds that an interrupted process gets to end cleanly
 KEPT_LINES = 400  # of what a process says, for the log of one that fails
