@@ -40,6 +40,7 @@ PACKAGED = [
     f"{name}-{size}" for name, family in FAMILIES.items() for size, hub_id in family.sizes.items() if not hub_id
 ]
 _Place = tuple[str, Arm]  # what tells a row of a table from all others: its label and what stands in front
+ANSWER = 80  # characters of an answer that a cell shows
 FRACTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are shares of the questions
 
 
@@ -75,15 +76,23 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
             name = metric.partition(",")[0]  # lm-eval's filter may stand behind
             return float(100 * value if name in FRACTIONS or name.endswith("_acc") else value)
         case "needle":
-            return 100 * float(record["found"])
+            answers = {result["key"]: str(result["answer"]) for result in record["results"]}
+            return answers.get(measure.metric) if measure.metric else 100 * float(record["found"])
         case "judge":
             (grades,) = record["models"].values()
             return None if grades["score"] is None else float(grades["score"])
         case "chat":
             return str(record["answers"][-1]["answer"])
         case "latency":
-            value = record.get(measure.metric)
-            return None if value is None else float(value)
+            return _latency(record, measure.metric)
+
+
+def _latency(record: Mapping[str, Any], metric: str) -> float | None:
+    """A product's milliseconds or its speed-up, of n inputs and k outputs; metric: `LUT4 ms`, `LUT4 speedup`."""
+    ((n, k),) = record["settings"]["shapes"]
+    name, _, unit = metric.partition(" ")
+    found = next(one["products"] for one in record["products"] if (one["out"], one["channels"]) == (k, n)).get(name)
+    return None if found is None else float(found["us"] / 1e3 if unit == "ms" else found["speedup"])
 
 
 def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[str] | None = None) -> list[Filled]:
@@ -191,11 +200,11 @@ def _departs(
 ) -> tuple[str, ...]:
     """What of a cell is not as published."""
     measure, method = cell.measure, cell.row.method
-    words = [] if catalog_name(model) in paper.models else [f"model {model}"]
+    words = [] if not paper.models or catalog_name(model) in paper.models else [f"model {model}"]
     if measure not in paper.measures:
         words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
     given = {
-        "limit": scope.limit, "window": scope.window if measure.program == "ppl" else None,
+        "limit": scope.limit, "window": scope.window if measure.program in ("ppl", "needle") else None,
         "data": scope.data if measure.program == "tasks" else None,
         "perplexity by": _otherwise(measure, scope.scoring) if measure.program == "ppl" else (),
         "tasks by": _otherwise(measure, scope.asking) if measure.program == "tasks" else (),
@@ -230,6 +239,8 @@ def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) ->
         whole = QUESTIONS.get(measure.item, record["samples"])
         if scope.limit is None and record["samples"] != whole:
             return [f"{record['samples']} of {whole} questions"]
+    if measure.program == "latency" and measure.metric.endswith(" ms"):
+        return [f"milliseconds on {settings['gpu']}"]
     if measure.program == "judge":
         words = [] if settings["judge"] == JUDGE and "endpoint" not in settings else [f"judge {settings['judge']}"]
         return words if settings["questions"] == "mt_bench" else [*words, f"questions {settings['questions']}"]
@@ -255,14 +266,14 @@ def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
         mine = [one for one in cells if catalog_name(one.model) == name]
         for measure in list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures):
             head = " ".join([measure.head, *([name] if len(names) > 1 else [])])
-            if name in published:
+            if name in published or not paper.models:
                 theirs = {place: paper.value(row, name, measure) for place, row in rows.items()}
                 known = {place: (x,) for place, x in theirs.items() if isinstance(x, float)}
                 shown = {place: _published(measure, figure) for place, figure in theirs.items()}
                 add(f"{head}: published", shown, _changes(measure, known), always=False)
             ones = {_place(one.row): one for one in mine if one.measure == measure}
             if ones:
-                ours = {place: one.ours for place, one in ones.items()}
+                ours = {place: _short(one.ours) for place, one in ones.items()}
                 changes = _changes(measure, {place: one.values for place, one in ones.items()})
                 add(f"{head}: ours", ours, changes, always=len(models) == 1)
                 add(f"{head}: difference", {place: _difference(one) for place, one in ones.items()}, {}, always=False)
@@ -275,6 +286,14 @@ def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
             lines.append((row.label, f"{row.arm.label}: change", *changed))
     caption = f"{paper.name}: {paper.title} ({paper.source}); {paper.protocol}"
     return [Table(caption, ("method", "prefix", *columns), tuple(lines), 2, (*_notes(cells), *paper.notes))]
+
+
+def _short(ours: render.Figure | str | None) -> render.Cell:
+    """A figure as it is; of an answer what fits into a cell, on one line: its record has the whole."""
+    if not isinstance(ours, str):
+        return ours
+    line = " ".join(ours.split())
+    return line if len(line) <= ANSWER else f"{line[:ANSWER].rstrip()}…"
 
 
 def _published(measure: Measure, figure: Figure) -> render.Cell:

@@ -9,11 +9,13 @@ model, `eval.tables.ledger` finds their records. None of these imports torch: a 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 __all__ = [
     "ALONE",
     "BOS",
+    "NO_MODEL",
     "PUBLISHED",
     "Arm",
     "Figure",
@@ -108,6 +110,7 @@ class Arm:
     trains: Words = ()
 
 
+NO_MODEL = Path("no-model")  # in place of a directory, for a table that is of none
 ALONE = Arm("")
 BOS = Arm("[B]", "bos")
 
@@ -126,7 +129,8 @@ class Row:
 class Paper:
     """A table. name: what `reproduce` calls it. project: whose page it is of. source: which table or section.
 
-    protocol: what a figure is, in words. models: those with published figures, by their names in modelzoo/.
+    protocol: what a figure is, in words. models: those with published figures, by their names in modelzoo/; none for a
+    table that is of no model, whose rows have their figures under "".
     notes: what a reader must know, errors of the published table among them.
     """
 
@@ -142,7 +146,7 @@ class Paper:
 
     def value(self, row: Row, model: str, measure: Measure) -> Figure:
         """The published figure of a cell; None for a measure that the paper does not have."""
-        figures = row.published.get(model)
+        figures = row.published.get(model if self.models else "")
         return figures[self.measures.index(measure)] if figures is not None and measure in self.measures else None
 
 
