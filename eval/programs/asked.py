@@ -217,8 +217,8 @@ def _check_words(asked: "Sequence[Run]") -> None:
 
     parser = Parser(prog="python -m eval")
     commands = parser.add_subparsers()
-    for program in (ppl, tasks):
-        program.add(commands)
+    for module in (ppl, tasks):
+        module.add(commands)
     for model, program, words in dict.fromkeys((run.model, run.program, run.words) for run in asked):
         if program in ("ppl", "tasks"):
             more = ["--tasks", "piqa"] if program == "tasks" else []
