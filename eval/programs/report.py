@@ -96,7 +96,8 @@ def _chosen(
     wanted, scope = without_models(scope, [*given, *ran, *published])
     chosen = []
     for paper in papers:
-        models = dict.fromkeys(ran, False) | dict.fromkeys(given or map(place_of, paper.models), bool(options.tables))
+        own = (given if paper.models else None) or map(place_of, paper.shown_for)
+        models = dict.fromkeys(ran, False) | dict.fromkeys(own, bool(options.tables))
         chosen.append((paper, {place: all_ for place, all_ in models.items() if not wanted or place.name in wanted}))
     return chosen, scope
 
