@@ -53,7 +53,7 @@ class Worker:
         device = "cuda" if self.device == ALL_GPUS and program in ONE_DEVICE else self.device
         more = [] if program in FILE_ALONE else ["--json"]
         if device == ALL_GPUS and self.max_memory is not None:
-            more += ["--max-memory", f"{self.max_memory / 2**30:.2f}GiB"]
+            more += ["--max-memory", f"{self.max_memory / 2**30:g}GiB"]
         return [*call.command(device), *more, *(["--force"] if force and program in WITH_FORCE else [])]
 
     def environment(self) -> dict[str, str]:

@@ -57,15 +57,18 @@ export PYTHONPATH="$PROJECT_ROOT${{PYTHONPATH:+:$PYTHONPATH}}"
 export INTACTKV_ROOT={shlex.quote(str(Path(root).absolute()) if root else "")} HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-${{SLURM_CPUS_ON_NODE:-1}}}}"
 {setup}
+code=127 program='' told=''
+trap 'told=USR1; [ -z "$program" ] || kill -USR1 "$program"' USR1
+trap 'told=TERM; [ -z "$program" ] || kill -TERM "$program"' TERM
 {program} "$(({array.first} + SLURM_ARRAY_TASK_ID))" &
-program=$! code=127 told=yes
-trap 'told=yes; kill -USR1 "$program"' USR1
-trap 'told=yes; kill -TERM "$program"' TERM
-while [ "$told" ]; do # a signal ends `wait`, and not the program
-    told=
+program=$!
+[ -z "$told" ] || kill -"$told" "$program" # it came in between
+while true; do # a signal ends `wait`, and not the program
+    told=''
     wait "$program"
     ended=$?
     [ "$ended" = 127 ] || code=$ended
+    [ "$told" ] || break
 done
 trap '' USR1 TERM
 

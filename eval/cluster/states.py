@@ -164,10 +164,11 @@ def _submitted(
         return State(task, "unknown", f"squeue does not answer; it said {note['state']!r} last" if note else "", job)
     if array.get("cancelled"):
         return State(task, "cancelled", "", job)
-    if note is not None and note["state"] == "stopped":
-        return State(task, "failed", "it was told to stop too often; `retry` it with more --time", job)
     if broken:
         return State(task, "failed", f"it needs task {broken[0]}, which failed", job)
-    word = ended.get(job)
-    gone = "it left the queue without a word (killed, node gone, out of memory, time limit); see the log"
-    return State(task, "failed", f"Slurm says {word}" if word else gone, job)
+    if word := ended.get(job):
+        return State(task, "failed", f"Slurm says {word}", job)
+    gone = "it left the queue without a word (killed, node gone, out of memory, time limit)"
+    if note is not None and note["state"] == "stopped":
+        gone = "it was told to stop and did not come back (too often, or with its node)"
+    return State(task, "failed", f"{gone}; see its log", job)

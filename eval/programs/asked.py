@@ -1,19 +1,20 @@
 """Which runs of published tables are asked for: the options that `reproduce`, `cluster submit` and `report` share."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from corpora import values
-from corpora.errors import UserError
+from corpora.errors import Parser, UserError
 
 if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "texts_of",
-           "without_models"]  # fmt: skip
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "scope_of_words",
+           "texts_of", "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
 
@@ -152,6 +153,43 @@ def scope_of(options: argparse.Namespace) -> "Scope":
         training=options.training,
         judge=judge,
     )
+
+
+class _Reader(Parser):
+    """Of words that stand in a file, whose mistakes are that file's."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        add_asked(self)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(message)
+
+
+def words_of(options: argparse.Namespace) -> list[str]:
+    """The options of a size (all but the tables, --model and --only) as a command line has them; what is as by default
+    is left out."""
+    words: list[str] = []
+    for action in _Reader()._actions:
+        value = getattr(options, action.dest)
+        if not action.option_strings or action.dest in ("model", "only") or value == action.default:
+            continue
+        name = action.option_strings[-1]
+        if isinstance(value, tuple):  # of one word
+            words.append(f"{name}={shlex.join(value) if action.type is values.words else ','.join(map(str, value))}")
+        elif action.nargs == 0:
+            words.append(name)
+        elif action.nargs == "+":
+            words += [name, *map(str, value)]
+        else:
+            words += [f"{name}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def scope_of_words(words: Sequence[str]) -> "Scope":
+    """The size that such options ask for. Raises UserError for a mistake in them."""
+    return scope_of(_Reader().parse_args(list(words)))
 
 
 def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper, list[Path]]], Scope]":

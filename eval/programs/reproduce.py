@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError, one_line
-from eval.programs.asked import add_asked, asked_for, refuse_lacking
+from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
 
 if TYPE_CHECKING:
     from eval.execution import Failure, Outcome, Worker
@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     asked, chosen, scope = asked_for(options)
 
     from eval.tables.asked import calls_of
+    from eval.tables.noted import note
     from eval.tables.preview import plan_tables
     from eval.tables.render import render
 
@@ -98,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
             print("", *lines, sep="\n")
         return
     refuse_lacking(asked, chosen, scope)
+    note(chosen, words_of(options))
 
     from eval.execution import execute, workers_of
 

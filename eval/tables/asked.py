@@ -7,6 +7,7 @@ hash of all that. Runs that need the same checkpoint or trained prefix name the 
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Run:
     words: Words
     needs: tuple["Run", ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Identity of what is asked. Where it computes is left out: the record says it."""
         return identity({

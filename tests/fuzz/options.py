@@ -65,6 +65,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "train-prefix": ("intactkv", "train-prefix", "--model", MODEL, *TEXT, "--prefix", "bos", "--samples", "2",
                      "--held-out", "1", "--length", "16", "--prefix-len", "2", "--prefix-epochs", "1",
                      "--batch-size", "1", "--out", "t.safetensors"),
+    "retry": ("eval", "cluster", "retry", "n"),
     "doctor": ("corpora", "doctor", "gptq-llama", "--model", MODEL, "--device", "cpu", "--only", "RTN"),
     "calibrate": ("intactkv", "calibrate", "--model", MODEL, *RTN, "--prefix", "A chat", "--conversations", "sharegpt",
                   "--samples", "1", "--held-out", "1", "--max-length", "200", "--min-assistant", "5", "--steps", "1",
