@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from common import ROOT
 
 from corpora.catalog import FAMILIES
 from eval.__main__ import parser
@@ -110,6 +111,13 @@ def test_every_row_is_behind_an_arm_of_intactkv_too() -> None:
             assert any(arm != ALONE for arm in mine) != untouched, (paper.name, method)
 
 
+def test_the_documentation_counts_the_tables_and_their_figures() -> None:
+    tables = [paper for paper in PAPERS.values() if not paper.name.startswith("ours-")]
+    figures = [figure for paper in tables for row in paper.rows for of in row.published.values() for figure in of]
+    page = " ".join((ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8").split())
+    assert f"{len(tables)} published ones, with {sum(f is not None for f in figures)} figures and answers" in page
+
+
 def test_questions_of_the_published_tasks_are_known() -> None:
     items = {m.item for paper in PAPERS.values() for m in paper.measures if m.program == "tasks" and not m.average_of}
     assert items <= set(QUESTIONS)
@@ -172,15 +180,15 @@ def test_what_is_made_behind_a_prefix_and_what_makes_prefixes_plan_their_command
 
 
 def test_what_a_method_says_of_itself_is_what_its_recipe_is(models: Path) -> None:
-    """And every method can be planned on a model, behind each of its arms."""
+    """And every method, and something behind every arm, can be planned on a model."""
     options = argparse.ArgumentParser()
     add_plan_options(options)
-    seen = set()
+    seen: set[Method | Arm] = set()
     for paper, row in EVERY_ROW:
         method, arm = row.method, row.arm
-        if (method, arm) in seen or not paper.models:
+        if {method, arm} <= seen or not paper.models:
             continue
-        seen.add((method, arm))
+        seen |= {method, arm}
         words = [*method.words(), *(word for _, more in method.by_model[:1] for word in more)]
         text = ["--calibration", str(models / "text")] if method.calibrates else []
         model = str(models / paper.models[0])
