@@ -22,6 +22,7 @@ from eval.tables.papers import PAPERS
 from eval.tables.papers.gptq import gptq
 from quantization.named import RECIPES, named_recipe
 from quantization.programs.options import add_plan_options, chosen_recipe, plan_of
+from quantization.programs.quantize import quantize_parser
 from quantization.runs.checkpoint import find_checkpoint
 
 JUDGED = Scope(judge=("--judge-model", "somebody"))
@@ -145,15 +146,15 @@ def asked_of(models: Path) -> list[Run]:
 
 
 def test_every_command_is_one_that_its_program_understands(models: Path) -> None:
-    top = parser()
+    parsers = {"eval": parser(), "quantization": quantize_parser(listing=False)}
     programs = set()
     for call in calls_of(asked_of(models)):
         _, _, module, *words = call.command("cpu")
         programs.add(call.first.program)
-        if module == "eval":
+        if module in parsers:
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 try:
-                    top.parse_args(words)
+                    parsers[module].parse_args(words)
                 except SystemExit:
                     pytest.fail(f"{' '.join(words)}: {said.getvalue()}")
     assert programs >= {"ppl", "tasks", "judge", "mtbench", "quantization", "calibrate", "train-prefix"}
@@ -162,6 +163,7 @@ def test_every_command_is_one_that_its_program_understands(models: Path) -> None
 def test_what_is_made_behind_a_prefix_and_what_makes_prefixes_plan_their_commands(
     models: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
+    """Once for each program and prefix."""
     from intactkv.__main__ import main as intactkv
     from quantization.__main__ import main as quantization
 
@@ -170,13 +172,15 @@ def test_what_is_made_behind_a_prefix_and_what_makes_prefixes_plan_their_command
     seen = set()
     for call in calls_of(asked_of(models)):
         _, _, module, *words = call.command("cpu")
-        named = (module, call.first.words)
-        if module not in mains or "--prefix" not in words or named in seen or any(need.file for need in call.needs):
+        if module not in mains or "--prefix" not in words or any(need.file for need in call.needs):
+            continue
+        named = (module, call.first.program, words[words.index("--prefix") + 1])
+        if named in seen:
             continue
         seen.add(named)
         code, _, err = run_main(mains[module], *words, *present.get(call.first.program, ()), "--plan")
         assert code == 0, (words, err)
-    assert {program for program, _ in seen} == set(mains)
+    assert {program for program, *_ in seen} == set(mains)
 
 
 def test_what_a_method_says_of_itself_is_what_its_recipe_is(models: Path) -> None:
