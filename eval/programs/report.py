@@ -1,6 +1,7 @@
 """python -m eval report: published tables with our finished runs beside them, as one HTML file."""
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from eval.tables.noted import Noted
 
 __all__ = ["add", "run"]
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
@@ -69,10 +72,12 @@ def run(options: argparse.Namespace) -> None:
     left_out: list[str] = []
     noted = [(one, scope) for one in all_noted(left_out) if (scope := _scope(one, left_out)) is not None]
     report = report_of(_shown(options, noted))
-    if not report.sections:
-        raise UserError(_nothing(noted))
     entries = all_entries(left_out)
     report.left_out += left_out
+    for line in report.left_out:
+        log.warning(line)
+    if not report.sections:
+        raise UserError(_nothing(options, noted))
     report.elsewhere = len({entry["record"] for entry in entries if "record" in entry} - report.cards.keys())
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = html_of(report, made=made, command=shlex.join(["python", "-m", "eval", *sys.argv[1:]]))
@@ -98,7 +103,7 @@ def _shown(options: argparse.Namespace, noted: "Sequence[tuple[Noted, Scope]]") 
     from eval.tables.preview import place_of
 
     papers = papers_of(options.tables or [ALL])
-    given = [path if path.is_dir() else place_of(path.name) for path in options.model or ()]
+    given = [path if path.is_dir() and path.name else place_of(path.resolve().name) for path in options.model or ()]
     published = [Path(name) for paper in papers for name in paper.models]
     wanted, scope = without_models(scope_of(options), [*given, *(one.model for one, _ in noted), *published])
     size, words = replace(scope, only=()), tuple(words_of(options))
@@ -122,8 +127,10 @@ def _shown(options: argparse.Namespace, noted: "Sequence[tuple[Noted, Scope]]") 
     return sorted(chosen, key=lambda one: order.index(one.paper))
 
 
-def _nothing(noted: "Sequence[tuple[Noted, Scope]]") -> str:
+def _nothing(options: argparse.Namespace, noted: "Sequence[tuple[Noted, Scope]]") -> str:
     """Why there is nothing to show."""
+    if options.tables and options.only:
+        return f"--only {' '.join(options.only)} leaves nothing of {', '.join(options.tables)}"
     if not noted:
         return "no table was run; run `python -m eval reproduce TABLE` first, or name a TABLE to see the published one"
     ways = [shlex.join([one.table, "--model", one.model.name, *one.words]) for one, _ in noted]

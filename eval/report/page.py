@@ -150,7 +150,7 @@ def report_of(shown: Iterable[Shown]) -> Report:
     papers: dict[str, Paper] = {}
     for one in shown:
         cells = filled(one.paper, one.model, one.scope, report.left_out)
-        if one.always or any(cell.ours is not None for cell in cells):
+        if cells and (one.always or any(cell.ours is not None for cell in cells)):
             papers[one.paper.name] = one.paper
             sections.setdefault(one.paper.name, []).append(_section(report, one, cells))
     for name, paper in papers.items():
