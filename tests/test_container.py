@@ -102,3 +102,8 @@ def test_the_image_runs_without_root_and_asks_no_hub() -> None:
     for text in (DOCKER, "\n".join(sections()["environment"])):
         assert "HF_HUB_OFFLINE=1" in text
         assert f"PATH={HOME}/.venv/bin:$PATH" in text
+
+
+@pytest.mark.parametrize("name", ["post", "environment", "runscript"])
+def test_a_shell_reads_the_sections_of_the_apptainer_recipe(name: str) -> None:
+    subprocess.run(["sh", "-n"], input="\n".join(sections()[name]), text=True, check=True)
