@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.measure import CACHE, bandwidth, eager_time, graph_time, in_turn, report
 from corpora import values
 from corpora.errors import Parser, UserError, run_program
+from eval.tables.papers.latency import SPEEDUP
 from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, pack_planes
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.kernels.lut import Lut
@@ -27,16 +28,6 @@ from quantization.kernels.products import choose
 from quantization.kernels.protocols import Stored
 
 GROUP = 128
-# n and k of the published table, and its speed-ups over cuBLAS: GPTQ's kernel at 3 bits, LUT-GEMM at 4 and 3.
-PUBLISHED = {
-    (512, 2048): (0.92, 0.96, 1.00),
-    (1024, 4096): (1.06, 1.02, 1.09),
-    (2048, 8192): (1.08, 0.92, 1.01),
-    (4096, 16384): (1.78, 1.40, 1.73),
-    (7168, 28672): (1.42, 1.86, 2.22),
-    (8192, 32768): (1.64, 2.00, 2.43),
-    (12288, 49152): (1.69, 2.10, 2.58),
-}
 SLACK = 2e-3  # of the norm: half precision of x and y, four times
 CALLS = 10  # of a graph, at least
 
@@ -130,7 +121,7 @@ def table(results: dict[tuple[int, int], dict[str, Any]]) -> None:
             f = figures.get(name)
             cells.append("–" if f is None else f"{f['us']:.1f} ({f['speedup']:.2f}, {f['share_of_copy']:.0%})")
         shape = min(out, channels), max(out, channels)
-        published = " ".join(f"{speedup:.2f}" for speedup in PUBLISHED[shape])
+        published = " ".join(f"{speedup:.2f}" for speedup in SPEEDUP[shape])
         print(f"{out:>6} {channels:>6} " + "".join(f"{cell:>22}" for cell in cells) + "   " + published)
 
 
@@ -231,11 +222,11 @@ VARIANTS: list[tuple[int, ...]] = [
 
 
 def shape(word: str) -> tuple[int, int]:
-    """A shape of the published table as OUTxIN. Raises argparse.ArgumentTypeError for another one."""
-    for n, k in PUBLISHED:
+    """A shape of the published table as NxK. Raises argparse.ArgumentTypeError for another one."""
+    for n, k in SPEEDUP:
         if word == f"{n}x{k}":
             return n, k
-    known = ", ".join(f"{n}x{k}" for n, k in PUBLISHED)
+    known = ", ".join(f"{n}x{k}" for n, k in SPEEDUP)
     raise argparse.ArgumentTypeError(f"{values.shown(word)} is not in the published table; give of {known}")
 
 
@@ -275,7 +266,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes",
         type=values.several(shape),
-        default=tuple(PUBLISHED),
+        default=tuple(SPEEDUP),
         metavar="NxK,…",
         help="of the published table, such as 512x2048 (default: all seven)",
     )

@@ -7,6 +7,7 @@ The first pattern that matches any file is read. Models lie in modelzoo/{family}
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 
 from corpora.errors import UserError
@@ -196,6 +197,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+@lru_cache(maxsize=1000)
 def catalog_name(model: str) -> str:
     """A model's name in the catalogue: the hub's `Llama-2-7b-hf` is `llama-2-7b`; others stay as they are."""
     for family, known in FAMILIES.items():

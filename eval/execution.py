@@ -31,7 +31,7 @@ __all__ = ["Failure", "Outcome", "Watcher", "Worker", "execute", "workers_of"]
 
 ALL_GPUS = "cuda:all"
 ONE_DEVICE = ("quantization", "calibrate", "train-prefix")  # they hold a block at a time, or train on one GPU
-WITH_FORCE = ("ppl", "tasks", "needle", "mtbench")
+WITH_FORCE = ("ppl", "tasks", "needle", "mtbench", "chat", "latency")
 FILE_ALONE = ("calibrate", "train-prefix")  # they leave the file of our naming, and no record
 PATIENCE = 60  # seconds that an interrupted process gets to end cleanly
 KEPT_LINES = 400  # of what a process says, for the log of one that fails
@@ -53,7 +53,7 @@ class Worker:
         device = "cuda" if self.device == ALL_GPUS and program in ONE_DEVICE else self.device
         more = [] if program in FILE_ALONE else ["--json"]
         if device == ALL_GPUS and self.max_memory is not None:
-            more += ["--max-memory", f"{self.max_memory / 2**30:.2f}GiB"]
+            more += ["--max-memory", f"{self.max_memory / 2**30:g}GiB"]
         return [*call.command(device), *more, *(["--force"] if force and program in WITH_FORCE else [])]
 
     def environment(self) -> dict[str, str]:

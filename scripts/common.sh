@@ -3,6 +3,7 @@
 #   OPTIONS="--set a.b=c …"       any other options of the programs, for every step that runs the script's own recipe;
 #                                 quotes within keep spaces together: OPTIONS="--corpus 'my text.txt'"
 #   PROTOCOL, MMLU_PROTOCOL       how perplexity and MMLU are measured (default: as in the project that the call is of)
+#   WORKERS=2                     of the scripts that run a table: how many runs at a time (default: one for every GPU)
 #   CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED     the text that a method calibrates on
 #   MAX_MEMORY=65GiB              with DEVICE all: what a model may take of each GPU
 
@@ -115,6 +116,7 @@ for word in "${beside[@]}"; do # now, and not behind hours of other rows
     [[ " full rtn gptq " = *" $word "* ]] || fail "BESIDE: '$word' is not known; choose from full, rtn, gptq"
 done
 [[ ${TASKS:-x} =~ ^[^,[:space:]]+(,[^,[:space:]]+)*$ ]] || fail "TASKS='$TASKS' are no names; give them joined by commas: piqa,mmlu"
+columns=(--tasks "${TASKS:-none}") # of a table: its perplexities and these tasks
 prefixes=(none bos) # the arms of every row: vanilla, and with [B]
 
 calibrates() { # a recipe's options: whether it looks at text
@@ -177,6 +179,19 @@ device_option() { # DEVICE: cpu or one GPU index, as the programs' --device spel
     esac
 }
 
+visible_gpus() { # DEVICE of several indices: sets `visible`, its GPUs as CUDA_VISIBLE_DEVICES spells them
+    local gpu all index
+    visible=$1
+    for gpu in ${1//,/ }; do need_gpu "$gpu"; done
+    [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || return 0
+    IFS=, read -ra all <<< "$CUDA_VISIBLE_DEVICES"
+    visible=
+    for index in ${1//,/ }; do
+        [ -n "${all[$index]:-}" ] || fail "GPU index $index is not among CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
+        visible+="${visible:+,}${all[$index]}"
+    done
+}
+
 run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
     # DEVICE: cpu, one GPU index, or several joined by commas, which share the work; indices count within
     # CUDA_VISIBLE_DEVICES if that is set. all: one model over all GPUs.
@@ -189,17 +204,7 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
         cpu) python -m eval "$@" --device cpu ;;
         all) python -m eval "$@" --device cuda:all ${MAX_MEMORY:+--max-memory "$MAX_MEMORY"} ;;
         *,*)
-            local visible=$device gpu
-            for gpu in ${device//,/ }; do need_gpu "$gpu"; done
-            if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-                local all index
-                IFS=, read -ra all <<< "$CUDA_VISIBLE_DEVICES"
-                visible=
-                for index in ${device//,/ }; do
-                    [ -n "${all[$index]:-}" ] || fail "GPU index $index is not among CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
-                    visible+="${visible:+,}${all[$index]}"
-                done
-            fi
+            visible_gpus "$device"
             local commas=${device//[!,]/}
             CUDA_VISIBLE_DEVICES=$visible accelerate launch --multi_gpu --num_processes $((${#commas} + 1)) \
                 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port "$port" -m eval "$@"
@@ -253,75 +258,78 @@ task_scores() { # TASKS DEVICE PORT MODEL_DIRECTORY, then a recipe's options; on
         ${mmlu_shots:+--fewshot "$mmlu_shots"} "${asked[@]}"
 }
 
-row() { # a recipe's options: perplexity, and with TASKS those, of the script's `device` and `model`; no output
-    perplexities "$device" 29500 "$model" "$@" > /dev/null
-    [ -z "${TASKS:-}" ] || task_scores "$TASKS" "$device" 29500 "$model" "$@" > /dev/null
+# Published tables -----------------------------------------------------------------------------------------------------
+
+reproduce() { # DEVICE MODEL_DIRECTORY TABLE, then options of `python -m eval reproduce`; the environment says the rest
+    local given=$1 one=$1 model=$2 seeds visible=
+    shift 2
+    check_device "$given"
+    words seeds SEEDS "${SEED:-}"
+    case $one in
+        all) one=cuda:all ;;
+        *,*)
+            visible_gpus "$one"
+            one=cuda
+            ;;
+        *) one=$(device_option "$one") || exit ;;
+    esac
+    [ -z "${MAX_MEMORY:-}" ] || [ "$one" = cuda:all ] || fail "MAX_MEMORY is of DEVICE all, but DEVICE is '$given'"
+    [ -z "${BEHIND:-}" ] || [ "$BEHIND" = bos ] || fail "BEHIND='$BEHIND' is not allowed; give bos, or ask eval.sh"
+    ${visible:+env "CUDA_VISIBLE_DEVICES=$visible"} python -m eval reproduce "$@" --model "$model" --device "$one" \
+        ${MAX_MEMORY:+--max-memory "$MAX_MEMORY"} ${WORKERS:+--workers "$WORKERS"} ${PROTOCOL:+--protocol "$PROTOCOL"} \
+        ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"} "${columns[@]}" \
+        ${MMLU_PROTOCOL:+--mmlu-protocol "$MMLU_PROTOCOL"} ${DATA:+--data "$DATA"} ${FEWSHOT:+--fewshot "$FEWSHOT"} \
+        ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} ${seeds:+--seeds "${seeds[@]}"} ${BEHIND:+--behind} \
+        ${CALIBRATION:+--calibration "$CALIBRATION"} ${CALIBRATION_SAMPLES:+--calibration-samples "$CALIBRATION_SAMPLES"} \
+        ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"} \
+        ${OPTIONS:+--options "${OPTIONS//$'\n'/ }"}
 }
 
-gptq_row() { # BITS GROUP_SIZE, then more options: GPTQ as in qllm, whose groups are of columns in their order by act-order
-    local dynamic=()
-    [ "$2" = -1 ] || dynamic=(--set "weights.static_groups=false")
-    row --recipe gptq-row --bits "$1" --group-size "$2" "${dynamic[@]}" "${@:3}"
-}
-
-kivi_row() { # BITS, then more options: KIVI as in qllm; tasks that generate see their prompt as it is
-    local bits=$1 name scoring= generating= tasks=${TASKS:-}
-    shift
-    local kivi=(--kv kivi --kv-bits "$bits" --kv-group-size "${GROUP_SIZE:-32}" --set "kv_cache.residual=${RESIDUAL:-128}")
-    for name in ${tasks//,/ }; do
-        case $name in
-            gsm8k* | truthfulqa* | bbh*) generating+=${generating:+,}$name ;;
-            *) scoring+=${scoring:+,}$name ;;
-        esac
-    done
-    TASKS=$scoring row "$@" "${kivi[@]}" --set "kv_cache.prefill=${PREFILL:-final}"
-    [ -z "$generating" ] || task_scores "$generating" "$device" 29500 "$model" "$@" "${kivi[@]}" \
-        --set "kv_cache.prefill=${PREFILL:-fp}" > /dev/null
-}
-
-rows_beside() { # BITS GROUP_SIZE: the rows that BESIDE names; what OPTIONS say of a recipe and its bits is not theirs
-    local name given=("${options[@]}") options=() i
-    for ((i = 0; i < ${#given[@]}; i++)); do
-        case ${given[i]%%=*} in
-            --recipe | --set | --weights | --transform | --activations | --bits | --group-size | --kv | --kv-bits | \
-                --k-bits | --v-bits | --kv-group-size | --kv-storage) [[ ${given[i]} = *=* ]] || i=$((i + 1)) ;; # and its value
-            *) options+=("${given[i]}") ;;
-        esac
-    done
+beside() { # TABLE WIDTH…: its rows of these widths that BESIDE names
+    local name rows=()
     for name in "${beside[@]}"; do
         case $name in
-            full) row ;;
-            rtn) row --recipe rtn --bits "$1" --group-size "$2" ;;
-            gptq) gptq_row "$1" "$2" ;;
+            full) rows+=(FP16 16-bit) ;;
+            *) rows+=("$name" "${@:2}") ;;
         esac
     done
+    rows_beside "$1" "${rows[@]}"
 }
 
-show_rows() { # all finished runs of `model`, to compare
-    python -m eval table --model "$(basename "$model")" --costs
-    [ -z "${TASKS:-}" ] || python -m eval table tasks --model "$(basename "$model")"
+rows_beside() { # TABLE [WORD…]: rows of these words; of OPTIONS they take what is not of a recipe
+    local i mine=${GROUP_SIZE:+--group-size $GROUP_SIZE}
+    [ $# -gt 1 ] || return 0
+    words options OPTIONS
+    for ((i = 0; i < ${#options[@]}; i++)); do
+        case ${options[i]} in --dtype | --kernel | --kv-storage) mine+=" ${options[i]} ${options[i + 1]:-}" ;; esac
+    done
+    OPTIONS=$mine reproduce "$device" "$model" "$1" --only "${@:2}"
 }
 
-paper_table() { # NUMBER PROGRAM, then the script's own arguments: full precision and 3-bit weights, both arms
-    # The caller's array `told` says what the program scores.
-    local number=$1 program=$2 device=$3 model methods=(rtn gptq omniquant awq) method
-    model=$(model_path "$4")
-    [ $# -le 4 ] || methods=("${@:5}")
+named() { # WORD WORD…: whether the first is among the others
+    [[ " ${*:2} " = *" $1 "* ]]
+}
+
+settings_of() { # MODEL_DIRECTORY: sets `settings`, what the environment and the AWQ zoo say of single methods
+    local file
+    file=$(zoo_file "$1" 3 128)
+    settings=(${EPOCHS:+--set "omniquant:weights.epochs=$EPOCHS"})
+    if [ -n "$file" ] && [ "${#calibration[@]}" -eq 0 ] && [ -z "${SEEDS:-}" ]; then
+        echo "AWQ: scales and clip limits are those of $file, nothing is searched" >&2
+        settings+=(--set "awq:weights.file=$file")
+    fi
+}
+
+weight_table() { # TABLE DEVICE MODEL_PATH [METHOD]…: full precision and weights of 3 bits, both arms
+    local device=$2 model method methods=(rtn gptq omniquant awq)
+    model=$(model_path "$3")
+    [ $# -le 3 ] || methods=("${@:4}")
     for method in "${methods[@]}"; do
-        [[ " rtn gptq omniquant awq " = *" $method "* ]] ||
+        named "$method" rtn gptq omniquant awq ||
             fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
     done
     enter_project
-    measure_as intactkv
-    local BEHIND='' GROUP_SIZE='' # the paper's tables have no such arm, and one group size
-    if [ "$program" = ppl ]; then told=("${scored[@]}"); else told+=("${asked[@]}"); fi
-    [[ " ${told[*]} " != *" mmlu "* ]] || told+=(--protocol "$mmlu_protocol")
-    # In full precision the prefix changes nothing, and the table has no place for it.
-    run_eval "$device" 29500 "$program" --model "$model" "${told[@]}" ${LIMIT:+--limit "$LIMIT"} > /dev/null
-    for method in "${methods[@]}"; do
-        choose_recipe "${method/#gptq/gptq-autogptq}" 3 "$model" # the paper's GPTQ is AutoGPTQ's
-        [ "$method" != omniquant ] || recipe+=(${EPOCHS:+--set "weights.epochs=$EPOCHS"})
-        arms "$program" "$device" 29500 "$model" "${recipe[@]}" "${told[@]}" > /dev/null
-    done
-    python -m eval table "$number" --model "$(basename "$model")"
+    settings_of "$model"
+    local BEHIND='' # the paper's tables have no such arm
+    reproduce "$device" "$model" "$1" --only FP16 "${methods[@]}" "${settings[@]}"
 }

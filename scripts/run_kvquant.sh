@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# KVQuant as in qllm's tables: KV cache of 4, 3 and 2 bits, 1 % of outliers, first token exact; vanilla and with [B].
+# KVQuant's table of qllm: KV cache of 4, 3 and 2 bits, 1 % of outliers, first token exact; vanilla and with [B].
 # Usage: run_kvquant.sh DEVICE MODEL_PATH      for example: run_kvquant.sh 0 modelzoo/llama-2/llama-2-7b
 #   DEVICE  cpu, a GPU index, several joined by commas, or all
 # Environment: BITS="4 3 2", OUTLIERS=0.01 (0: none), SINKS=1, LEVELS=nuq|uniform|nf, QNORM=0|1 (published at 2 bits for
@@ -7,21 +7,19 @@
 # whole model for a pass with gradients); RECIPE="gptq-w4" puts it on those weights; BESIDE="full" adds the
 # full-precision cache; BEHIND=bos adds levels that are calibrated behind that prefix; TASKS=boolq,gsm8k with DATA,
 # FEWSHOT, BATCH_SIZE; CORPUS, WINDOW, LIMIT and PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL
-# (default lm-eval); CALIBRATION=wikitext2, CALIBRATION_SAMPLES=16, CALIBRATION_LENGTH=2048, SEED=0 (as published; the
-# embedded model needs CALIBRATION=sample); OPTIONS, MAX_MEMORY: see common.sh.
+# (default lm-eval); CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS (published: wikitext2, 16, 2048, 0; the
+# embedded model has a text of its own); OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
-: "${CALIBRATION:=wikitext2}" "${CALIBRATION_SAMPLES:=16}" "${CALIBRATION_LENGTH:=2048}" "${SEED:=0}"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -eq 2 ] || fail "usage: run_kvquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
 device=$1 model=$(model_path "$2")
 enter_project
-measure_as qllm
-qnorm=false
-! flag QNORM 0 || qnorm=true
-for bits in ${BITS:-4 3 2}; do
-    row --recipe "${RECIPE:-fp16}" --kv kvquant --kv-bits "$bits" --set "kv_cache.outliers=${OUTLIERS:-0.01}" \
-        --set "kv_cache.sinks=${SINKS:-1}" --set "kv_cache.levels=${LEVELS:-nuq}" --set "kv_cache.qnorm=$qnorm" \
-        --set "kv_cache.weighting=${WEIGHTING:-fisher}"
+read -ra widths <<< "${BITS:-4 3 2}"
+given="${RECIPE:+--recipe $RECIPE }"
+! flag QNORM 0 || given+="--set kv_cache.qnorm=true "
+for name in OUTLIERS SINKS LEVELS WEIGHTING; do
+    [ -z "${!name:-}" ] || given+="--set kv_cache.${name,,}=${!name} "
 done
-rows_beside 4 -1
-show_rows
+OPTIONS="$given${OPTIONS:-}"
+reproduce "$device" "$model" kvquant-perplexity --only KVQuant "${widths[@]/%/-bit}"
+beside kvquant-perplexity

@@ -8,7 +8,7 @@
 # MSE_INIT_SIZE samples of the search; TASKS=piqa,arc_easy with DATA, FEWSHOT, BATCH_SIZE; PLOTS=0 leaves out the figures,
 # which scripts/visualization/prefixquant.sh draws; CORPUS, WINDOW, LIMIT and PROTOCOL (default gptq: plain windows, C4's
 # old draw), MMLU_PROTOCOL (default lm-eval); CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED; OPTIONS of the
-# quantized runs and of the training, MAX_MEMORY: see common.sh.
+# quantized runs and of the training, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -eq 2 ] || fail "usage: run_prefixquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
@@ -19,7 +19,6 @@ check_device "$1"
 one=${1%%,*} one=${one/#all/0}
 device=$(device_option "$one")
 recipe=${RECIPE:-prefixquant-w4a4kv4-static} prefix=${PREFIX:-auto}
-measure_as prefixquant
 if flag TRAINABLE 0; then
     trained=${home}modelzoo/prefixes/$(basename "$model")-$recipe-trained.safetensors
     words training TRAIN_OPTIONS
@@ -31,17 +30,13 @@ if flag TRAINABLE 0; then
         "${calibration[@]}" "${options[@]}" --out "$trained"
     prefix=$trained
 fi
-device=$1 BEHIND='' # there is no such arm: the recipes are calibrated behind the prefix
+BEHIND='' # there is no such arm: the recipes are calibrated behind the prefix
 search=(${MSE_INIT_SIZE:+--set "tuning.mse_init_size=$MSE_INIT_SIZE"})
-prefixes=(none) beside=(full)
-rows_beside # full precision, once
-prefixes=(none "$prefix")
-row --recipe "$recipe" "${search[@]}"
-if flag FT 0; then
-    prefixes=("$prefix")
-    row --recipe "$recipe-ft" "${search[@]}" ${EPOCHS:+--set "tuning.epochs=$EPOCHS"}
-fi
-show_rows
+table=prefixquant-w4a4kv4
+[[ $recipe != *w4a8kv4* ]] || table=prefixquant-w4a8kv4
+reproduce "$1" "$model" "$table" --recipe fp16 "$recipe" --prefix none "$prefix" "${search[@]}"
+! flag FT 0 || reproduce "$1" "$model" "$table" --recipe "$recipe-ft" --prefix "$prefix" "${search[@]}" \
+    ${EPOCHS:+--set "tuning.epochs=$EPOCHS"}
 if flag PLOTS 1; then
     # Of the model as it is: a trained prefix belongs to the rotated one.
     PREFIX=${PREFIX:-auto} OPTIONS='' bash scripts/visualization/prefixquant.sh "$one" "$model"

@@ -5,8 +5,8 @@
 # Environment: RECIPES="rtn-w4a4 smoothquant-w4a4" runs others, BESIDE=full adds full precision; ALPHA=0.8 smooths by it;
 # STATIC=true fixes the activations' grids, one per tensor, on the calibration text; TASKS=boolq,mmlu with DATA, FEWSHOT,
 # BATCH_SIZE; CORPUS, WINDOW, LIMIT and PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default
-# lm-eval); CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED; BEHIND=bos adds what is calibrated behind that
-# prefix; OPTIONS, MAX_MEMORY: see common.sh.
+# lm-eval); CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS; BEHIND=bos adds what is calibrated behind
+# that prefix; OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 # ALPHAS="0.35 0.5 0.65" HELD_OUT=NAME|FILE searches instead: perplexity of every alpha on that text, the best first.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -41,12 +41,13 @@ if [ -n "${ALPHAS:-}" ]; then
     done
     exit
 fi
+given=()
+[ -z "${STATIC:-}" ] || given+=(--set "activations.static=$STATIC")
 for recipe in "${recipes[@]}"; do
-    smooth=()
-    case $recipe in smoothquant-*) smooth=(${ALPHA:+--set "transforms.smooth.alpha=$ALPHA"}) ;; esac
-    row --recipe "$recipe" "${static[@]}" "${smooth[@]}"
+    case $recipe in smoothquant-*) [ -z "${ALPHA:-}" ] || given+=(--set "$recipe:transforms.smooth.alpha=$ALPHA") ;; esac
 done
-for bits in ${BITS:-4}; do
-    rows_beside "$bits" -1
-done
-show_rows
+chosen=(--only RTN SmoothQuant)
+[ -z "${RECIPES:-}" ] && [ "${#given[@]}" -eq 0 ] || chosen=(--recipe "${recipes[@]}" "${given[@]}")
+reproduce "$device" "$model" smoothquant-accuracy "${chosen[@]}"
+read -ra widths <<< "${BITS:-4}"
+beside zeroquant-perplexity "${widths[@]/%/-bit}" # which has RTN and GPTQ per row

@@ -5,15 +5,14 @@
 #   DEVICE  cpu, a GPU index, several joined by commas, or all
 # Environment: RUNS, into how many every matrix is cut (default: 4096 on llama-3.1-8b-instruct, as published; else 0, one
 # per row); BESIDE="full rtn gptq" at BITS=4; TASKS=boolq,mmlu with DATA, FEWSHOT, BATCH_SIZE; CORPUS, WINDOW, LIMIT and
-# PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default lm-eval); OPTIONS, MAX_MEMORY: see
-# common.sh. Of the distillation: BLOCKS=all trains every block (default: the last, as published); STEPS, LR;
-# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED; BEHIND=bos adds the weights distilled behind that prefix.
+# PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default lm-eval); OPTIONS, WORKERS,
+# MAX_MEMORY: see common.sh. Of the distillation: BLOCKS=all trains every block (default: the last, as published); STEPS, LR;
+# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS; BEHIND=bos adds the weights distilled behind that prefix.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -eq 2 ] || fail "usage: run_zeroquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
 device=$1 model=$(model_path "$2")
 enter_project
-measure_as qllm
 name=$(basename "${model,,}") runs=0
 [[ $name != *llama-3.1-8b-instruct* && $name != *llama-3.1-instruct-8b* ]] || runs=4096
 runs=${RUNS:-$runs}
@@ -22,14 +21,8 @@ case $runs in
     *) echo "cut: $runs runs of every matrix" >&2 ;;
 esac
 cut=(--set "weights.groups=$runs")
-for recipe in zeroquant-w8a8 zeroquant-w4-8a16 zeroquant-w4-8a8 zeroquant-w4a4; do
-    row --recipe "$recipe" "${cut[@]}"
-done
-for recipe in zeroquant-w4-8a16-lkd zeroquant-w4a4-lkd; do
-    row --recipe "$recipe" "${cut[@]}" --set "tuning.blocks=${BLOCKS:-last}" ${STEPS:+--set "tuning.steps=$STEPS"} \
-        ${LR:+--set "tuning.lr=$LR"}
-done
-for bits in ${BITS:-4}; do
-    rows_beside "$bits" -1
-done
-show_rows
+reproduce "$device" "$model" zeroquant-perplexity --only ZeroQuant ${RUNS:+"${cut[@]}"}
+reproduce "$device" "$model" zeroquant-distillation --recipe zeroquant-w4-8a16-lkd zeroquant-w4a4-lkd "${cut[@]}" \
+    --set "tuning.blocks=${BLOCKS:-last}" ${STEPS:+--set "tuning.steps=$STEPS"} ${LR:+--set "tuning.lr=$LR"}
+read -ra widths <<< "${BITS:-4}"
+beside zeroquant-perplexity "${widths[@]/%/-bit}"

@@ -20,6 +20,11 @@ from corpora.storage import identity
 from eval import runs
 from eval.__main__ import main
 from eval.runs import all_records, record_of
+from eval.tables.asked import cells_of
+from eval.tables.declared import Scope
+from eval.tables.ledger import Entry
+from eval.tables.ledger import keep as keep_entry
+from eval.tables.papers import PAPERS
 
 
 @pytest.fixture
@@ -38,6 +43,16 @@ def keep(kind: str, record: dict[str, Any]) -> Path:
     """Write a record as a run does."""
     found = {key: value for key, value in record.items() if key not in ("settings", "identity", "started")}
     return Path(record_of(kind, "some", record["settings"], lambda: found)["path"])
+
+
+def asked(path: Path, table: str = "intactkv-1", item: str = "") -> None:
+    """Say that a record answers a run of full precision of a published table."""
+    scope = Scope(judge=("--judge-model", "j"))
+    for cell in cells_of(PAPERS[table], Path(PAPERS[table].models[0]), scope):
+        for run in cell.runs:
+            if cell.row.label == "FP16" and (not item or run.item == item):
+                keep_entry(run, Entry(program=run.program, model=run.model.name, item=run.item, command=[],
+                                      record=path.name, seconds=1.0, finished="2026-01-01"))  # fmt: skip
 
 
 def edited(path: Path, edit: Callable[[dict[str, Any]], None], rewrite: Callable[[str], str] = str) -> None:
@@ -132,12 +147,13 @@ SETTINGS_OF_A_STRANGER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", SETTINGS_OF_A_STRANGER)
-@pytest.mark.parametrize("table", [(), ("1",), ("5",)])
+@pytest.mark.parametrize("table", [(), ("1",)])
 def test_settings_of_another_form_are_left_out_even_under_their_own_identity(field, table, two, program):
     path = two[1]
     edited(path, lambda record: with_settings(record, **{field: SETTINGS_OF_A_STRANGER[field]}))
     key = json.loads(path.read_text())["identity"]
     path = path.rename(path.with_name(f"ppl-some-{key}.json"))
+    asked(path)
     code, _, err = program(*table)
     assert code == 0
     assert f"left out: run record {path} is damaged: it" in err
@@ -148,6 +164,7 @@ def test_settings_of_another_form_are_left_out_even_under_their_own_identity(fie
                                      '{"a": NaN}', "[" * 100_000, '{"a": "\\ud800"}'])  # fmt: skip
 def test_a_file_that_is_no_record_kills_no_table(content, two, program):
     two[0].write_text(content)
+    asked(two[0])
     code, out, err = program("1", "--format", "latex")
     assert (code, len(err.splitlines())) == (0, 1)
     assert two[0].name in err
@@ -183,7 +200,8 @@ def test_a_bad_task_record_is_left_out_of_every_table_of_tasks(edit, program, in
     bad = keep("tasks", task("boolq", 0.5))
     keep("tasks", task("piqa", 0.75))
     edited(bad, edit)
-    for which in (("tasks",), ("3",), ("2",)):
+    asked(bad, "intactkv-3", "boolq")
+    for which in (("tasks",), ("3",)):
         code, out, err = program(*which)
         assert (code, len(err.splitlines())) == (0, 1)
         assert bad.name in err
@@ -192,11 +210,22 @@ def test_a_bad_task_record_is_left_out_of_every_table_of_tasks(edit, program, in
 
 def test_a_bad_judged_record_is_left_out_of_table_4(program, intactkv_root):
     (intactkv_root / "outputs" / "runs").mkdir(parents=True)
-    for name in ("mtbench", "judge"):
-        (intactkv_root / "outputs" / "runs" / f"{name}-m-00000000.json").write_text("{}")
-    code, out, err = program("4")
-    assert (code, len(err.splitlines())) == (0, 2)
-    assert out.endswith("- left out: 2 run records that could not be read\n")
+    path = intactkv_root / "outputs" / "runs" / "judge-m-00000000.json"
+    path.write_text("{}")
+    asked(path, "intactkv-4")
+    code, out, err = program("4", "--judge-model", "j")
+    assert (code, len(err.splitlines())) == (0, 1)
+    assert out.endswith("- left out: 1 run record that could not be read\n")
+
+
+def test_a_damaged_answer_is_refused_with_the_way_out(two, program, intactkv_root):
+    asked(two[0])
+    (entry,) = (intactkv_root / "outputs" / "asked").glob("*.json")
+    entry.write_text("{")
+    code, out, err = program("1", "--model", PAPERS["intactkv-1"].models[0])
+    assert (code, out) == (2, "")
+    assert entry.name in err
+    assert "delete the file" in err
 
 
 def test_a_record_of_before_the_sums_is_read(two):

@@ -28,9 +28,9 @@ EVERY_ROW = [(paper, row) for paper in PAPERS.values() for row in paper.rows]
 
 
 def published(row: Row) -> Iterator[tuple[str, tuple[float | None, ...]]]:
+    """Figures by model; answers in words are none."""
     for model, figures in row.published.items():
-        assert all(figure is None or isinstance(figure, float) for figure in figures)
-        yield model, figures  # type: ignore[misc]
+        yield model, tuple(None if isinstance(figure, str) else figure for figure in figures)
 
 
 def test_every_table_has_its_own_name_its_models_rows_and_figures() -> None:
@@ -43,7 +43,7 @@ def test_every_table_has_its_own_name_its_models_rows_and_figures() -> None:
         assert len(places) == len(set(places))
         assert len(paper.measures) == len({measure.head for measure in paper.measures})
         for row in paper.rows:
-            assert set(row.published) <= set(paper.models)
+            assert set(row.published) <= set(paper.models or [""])
             assert all(len(figures) == len(paper.measures) for figures in row.published.values())
 
 
@@ -178,7 +178,7 @@ def test_what_a_method_says_of_itself_is_what_its_recipe_is(models: Path) -> Non
     seen = set()
     for paper, row in EVERY_ROW:
         method, arm = row.method, row.arm
-        if (method, arm) in seen:
+        if (method, arm) in seen or not paper.models:
             continue
         seen.add((method, arm))
         words = [*method.words(), *(word for _, more in method.by_model[:1] for word in more)]

@@ -18,7 +18,9 @@ from common import ROOT, every, refusals
 
 from corpora.catalog import FAMILIES, model_defaults
 from eval.__main__ import parser as eval_parser
-from eval.tables.paper_runs import departures
+from eval.execution import Worker
+from eval.programs.asked import asked_for
+from eval.tables.preview import staged
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.programs.options import chosen_recipe
@@ -65,15 +67,31 @@ def run(project: Path, call: str, **variables: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def calls(project: Path) -> Calls:
-    """calls("script argument…", **variables) -> the programs that it ran, each as its words."""
+    """calls("script argument…", **variables) -> the programs that it ran, each as its words; of a table what measures,
+    and with `artefacts=True` what is made for that before."""
 
-    def made(call: str, **variables: str) -> list[Call]:
+    def made(call: str, *, artefacts: bool = False, **variables: str) -> list[Call]:
         (project / "calls").unlink(missing_ok=True)
         done = run(project, call, **variables)
         assert done.returncode == 0, done.stderr
-        return [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+        return ran_by(project, artefacts)
 
     return made
+
+
+def ran_by(project: Path, artefacts: bool = False) -> list[Call]:
+    """What was written down, with the programs that tables become."""
+    ran = [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+    return [words for made in ran for words in ([made] if "reproduce" not in made else becomes(made, artefacts))]
+
+
+def becomes(call: Call, artefacts: bool = False) -> list[Call]:
+    """The programs that `python -m eval reproduce` calls, as words behind `python -m`."""
+    options = eval_parser().parse_args([*call[1:], "--dry-run"])
+    asked, _, _ = asked_for(options)
+    stages, worker = staged(asked), Worker(options.device, max_memory=options.max_memory)
+    made = [worker.command(made)[2:] for stage in (stages if artefacts else stages[-1:]) for made in stage.calls]
+    return [[word for word in words if word != "--json"] for words in made]
 
 
 def recipe_of(call: Call) -> Recipe:
@@ -174,6 +192,8 @@ def arms(program: str, recipe: str, *prefixes: str) -> list[str]:
 KVQUANT = " ".join(f"--set kv_cache.{field}" for field in (
     "outliers=0.01", "sinks=1", "levels=nuq", "qnorm=false", "weighting=fisher"
 ))  # fmt: skip
+PIECES = "--calibration wikitext2 --calibration-samples 16 --calibration-length 2048 --seed 0"
+ALPHA = " --set transforms.smooth.alpha=0.55"
 
 
 # The calls of the published pages: what they become, and by which protocol.
@@ -189,18 +209,18 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
     "eval/eval vicuna-v1.5 7b awq 3 4 mmlu 29500 0": (arms("tasks", "awq --bits 3 --kv-bits 4"), {"tasks hendrycks"}),
     "eval/eval vicuna-v1.5 7b awq 3 4 qa 29500 0": (arms("tasks", "awq --bits 3 --kv-bits 4"), set()),
     "eval/gen_mtbench_answer vicuna-v1.5 7b awq 3 0": (arms("mtbench", "awq --bits 3", "none", "prompt") * 3, set()),
-    "eval/quarot llama-2 7b 0": (["ppl", *arms("ppl", "quarot")], {"ppl intactkv"}),
+    "eval/quarot llama-2 7b 0": (["ppl fp16 / none", *arms("ppl", "quarot")], {"ppl intactkv"}),
     "visualization/motivation llama-2 7b 0": (["plot rtn --bits 3"], set()),
     "visualization/plot_act llama-2 7b 0": (["plot fp16"] * 3, set()),
     f"run_gptq 0 {MODEL}": (
-        arms("ppl", "gptq-row --bits 4 --group-size -1 --set weights.act_order=true"), {"ppl gptq"},
+        arms("ppl", "gptq-row --bits 4 --set weights.act_order=true --group-size -1"), {"ppl gptq"},
     ),
     f"run_smoothquant 0 {MODEL}": (
-        [row for bits in ("w8a8", "w6a6") for method in ("rtn", "smoothquant")
-         for row in arms("ppl", f"{method}-{bits}-qllm")], {"ppl gptq"},
+        [row for bits in ("w8a8", "w6a6") for method, words in (("rtn", ""), ("smoothquant", ALPHA))
+         for row in arms("ppl", f"{method}-{bits}-qllm{words}")], {"ppl gptq"},
     ),
     f"run_lutgemm 0 {MODEL} 3": (
-        arms("ppl", "bcq-row --bits 4 --group-size -1 --set weights.rounds=3"), {"ppl gptq"},
+        arms("ppl", "bcq-row --bits 4 --group-size -1 --set weights.rounds=30 --set weights.rounds=3"), {"ppl gptq"},
     ),
     f"run_spqr 0 {MODEL}": (arms("ppl", "spqr"), {"ppl gptq"}),
     f"run_kivi 0 {MODEL}": (
@@ -209,7 +229,7 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
     ),
     "eval/eval llama-2 7b awq 3 2 ppl 29500 cpu": (arms("ppl", "awq --bits 3 --kv-bits 2"), {"ppl intactkv"}),
     f"run_kvquant 0 {MODEL}": (
-        [row for bits in (4, 3, 2) for row in arms("ppl", f"fp16 --kv kvquant --kv-bits {bits} {KVQUANT}")],
+        [row for bits in (4, 3, 2) for row in arms("ppl", f"fp16 --kv kvquant --kv-bits {bits} {KVQUANT} {PIECES}")],
         {"ppl gptq"},
     ),
     f"run_zeroquant 0 {INSTRUCT}": (
@@ -251,18 +271,24 @@ def test_the_policy_of_the_cache_is_that_of_kv(calls: Calls) -> None:
 
 
 def test_kvquant_calibrates_on_the_published_text_or_on_what_it_is_told(calls: Calls) -> None:
-    size = "--calibration-samples 16 --calibration-length 2048"
-    for told, text in (({}, f"wikitext2 {size} --seed 0"), ({"CALIBRATION": "c4", "SEED": "3"}, f"c4 {size} --seed 3")):
-        made = [" ".join(call) for call in calls(f"run_kvquant 0 {MODEL}", BITS="2", **told) if "ppl" in call]
+    for told, text in (({}, ("wikitext2", 0)), ({"CALIBRATION": "c4", "SEED": "3"}, ("c4", 3))):
+        made = parsed(calls(f"run_kvquant 0 {MODEL}", BITS="2", **told))
         assert len(made) == 2
-        assert all(f"--calibration {text}" in call for call in made)
+        assert {(one.calibration, one.seed) for one in made} == {text}
+        assert {(one.calibration_samples, one.calibration_length) for one in made} == {(16, 2048)}
+    (own,) = {(one.calibration, one.seed) for one in parsed(calls("run_kvquant cpu modelzoo/smollm2/smollm2-135m"))}
+    assert own == (None, None)  # the embedded model's own text
 
 
 def test_the_tables_of_the_paper_run_its_methods_as_it_did(calls: Calls) -> None:
     for table in ("table1", "table2", "table3"):
-        made = [recipe_of(call) for call in calls(f"table/{table} cpu {MODEL}") if "--recipe" in call]
-        assert [recipe.method for recipe in made] == [m for m in ("rtn", "gptq", "omniquant", "awq") for _ in range(2)]
-        assert [departures({"recipe": describe(recipe), "kv": None}) for recipe in made] == [[]] * 8
+        made = [recipe_of(call) for call in calls(f"table/{table} cpu {MODEL}")]
+        full, *others = dict.fromkeys(recipe for recipe in made)
+        assert full.weights is None
+        names = {recipe.method for recipe in others}
+        assert names == {"rtn", "gptq", "omniquant", "awq"}
+        grids = {(recipe.weights.grid.bits, recipe.weights.grid.group_size) for recipe in others}
+        assert (grids, len(others), len(made)) == ({(3, 128)}, 8, 9), table
 
 
 def test_train_and_the_figures_of_prefixquant_are_called_as_published(calls: Calls) -> None:
@@ -273,7 +299,8 @@ def test_train_and_the_figures_of_prefixquant_are_called_as_published(calls: Cal
     )
     made = calls(f"run_prefixquant 0 {MODEL}")
     recipe = "prefixquant-w4a4kv4-static"
-    assert rows([call for call in made if "plot" not in call]) == ["ppl / none", *arms("ppl", recipe, "none", "auto")]
+    ran = rows([call for call in made if "plot" not in call])
+    assert ran == ["ppl fp16 / none", *arms("ppl", recipe, "none", "auto")]
     assert protocols(made) == {"ppl gptq"}
     figures = [call[2] for call in made if "plot" in call]
     assert figures == ["linear-input", "linear-output", "outlier-layers", "outlier-count", "outlier-position",
@@ -286,12 +313,14 @@ def test_gptqs_protocol_has_its_own_draw_of_c4_and_the_sample_stays_what_smollm2
     assert all(both == [("wikitext2", "c4"), ("wikitext2", "c4-old")] for both in own.values())
 
 
-@pytest.mark.parametrize(
-    ("call", "own", "other"),
-    [(f"run_gptq 0 {MODEL}", "gptq", "intactkv"), ("eval/eval llama-2 7b rtn 3 16 ppl 29500 0", "intactkv", "gptq")],
-)
-def test_the_protocol_is_chosen_and_printed(project: Path, call: str, own: str, other: str) -> None:
-    for given, protocol in (({}, own), ({"PROTOCOL": other}, other)):
+def test_the_protocol_of_a_table_is_chosen(calls: Calls) -> None:
+    for given, protocol in (({}, "gptq"), ({"PROTOCOL": "intactkv"}, "intactkv")):
+        assert {one.protocol for one in parsed(calls(f"run_gptq 0 {MODEL}", **given))} == {protocol}
+
+
+def test_the_protocol_is_chosen_and_printed(project: Path) -> None:
+    call = "eval/eval llama-2 7b rtn 3 16 ppl 29500 0"
+    for given, protocol in (({}, "intactkv"), ({"PROTOCOL": "gptq"}, "gptq")):
         done = run(project, call, **given)
         assert f"perplexity by --protocol {protocol}, MMLU by" in done.stderr
         assert done.stdout == ""  # it is the programs'
@@ -302,8 +331,6 @@ def test_the_protocol_is_chosen_and_printed(project: Path, call: str, own: str, 
 def test_what_a_script_says_is_not_on_the_stdout_of_its_programs(project: Path, call: str) -> None:
     done = run(project, call)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    if "lutgemm" in call:
-        assert "ROUNDS 1 (0 greedy, 1 refined, 2 and more alternating), BITS 4" in done.stderr
 
 
 def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_theirs(calls: Calls) -> None:
@@ -312,9 +339,8 @@ def test_mmlu_of_qllm_is_that_of_lm_eval_without_shots_and_other_tasks_keep_thei
     assert set(told) == {"boolq,gsm8k", "mmlu"}
     assert "--fewshot" not in told["boolq,gsm8k"]
     assert " ".join(told["mmlu"]).count("--protocol lm-eval --fewshot 0") == 1
-    (mine,) = {call[call.index("--protocol") + 1] for call in calls(f"run_gptq 0 {MODEL}", TASKS="mmlu",
-               MMLU_PROTOCOL="hendrycks") if call[1] == "tasks"}  # fmt: skip
-    assert mine == "hendrycks"
+    made = parsed(calls(f"run_gptq 0 {MODEL}", TASKS="mmlu", MMLU_PROTOCOL="hendrycks"))
+    assert {one.protocol for one in made if one.command == "tasks"} == {"hendrycks"}
 
 
 @pytest.mark.parametrize("script", ["run_gptq", "run_lutgemm", "run_spqr", "run_zeroquant", "run_smoothquant",
@@ -326,31 +352,26 @@ def test_every_method_is_scored_on_the_tasks_that_are_named(calls: Calls, script
     assert of["ppl"] == of["tasks"]
     scored = [call for call in made if call[1] == "tasks"]
     assert all("--tasks piqa,winogrande" in " ".join(call) and "--limit 3" in " ".join(call) for call in scored)
-    assert ["table", "tasks"] in [call[1:3] for call in made]
 
 
 def test_rows_of_the_published_tables_that_no_default_makes(project: Path, calls: Calls) -> None:
     made = rows(calls("run_gptq cpu modelzoo/opt/opt-125m", BITS="4 3", ACT_ORDER="false", BESIDE="full rtn"))
-    assert made == [
-        row
-        for bits in (4, 3)
-        for row in (
-            *arms("ppl", f"gptq-row --bits {bits} --group-size -1 --set weights.act_order=false"),
-            "ppl / none",
-            "ppl / bos",
-            *arms("ppl", f"rtn --bits {bits} --group-size -1"),
-        )
-    ]
+    gptq = [
+        row for bits in (4, 3)
+        for row in arms("ppl", f"gptq-row --bits {bits} --set weights.act_order=false --group-size -1")
+    ]  # fmt: skip
+    rtn = [row for bits in (4, 3) for row in arms("ppl", f"rtn --bits {bits} --group-size -1")]
+    assert made == [*gptq, "ppl fp16 / none", *rtn]
     made = rows(calls(f"run_lutgemm cpu {INSTRUCT}", BITS="3", GROUP_SIZE="128", BESIDE="rtn gptq"))
-    assert made == [
-        *arms("ppl", "bcq-row --bits 3 --group-size 128 --set weights.rounds=30"),
-        *arms("ppl", "rtn --bits 3 --group-size 128"),
-        *arms("ppl", "gptq-row --bits 3 --group-size 128 --set weights.static_groups=false"),
-    ]
+    assert [row.split()[1] for row in made] == ["bcq", "bcq", "rtn", "rtn", "gptq", "gptq"]
+    assert all("--bits 3" in row and "--group-size 128" in row for row in made)
+    dynamic = ["weights.static_groups=false" in row for row in made]
+    assert dynamic == [False] * 4 + [True] * 2
     made = rows(calls(f"run_spqr cpu {INSTRUCT}", RECIPES="spqr spqr-w2"))
     assert made == [*arms("ppl", "spqr"), *arms("ppl", "spqr-w2")]
     made = rows(calls(f"run_zeroquant cpu {MODEL}"))  # cut for another model's shapes
-    assert {row.split(" --set ")[1].split(" / ")[0] for row in made} == {"weights.groups=0"}
+    assert {row.split(" --set ")[1] for row in made if "lkd" in row} == {"weights.groups=0"}
+    assert not any("weights.groups" in row for row in made if "lkd" not in row)  # 0 is the recipes' own
     (project / "calls").unlink()
     assert "BESIDE: 'awq' is not known" in run(project, f"run_gptq cpu {MODEL}", BESIDE="full awq").stderr
     assert not (project / "calls").exists()
@@ -384,10 +405,9 @@ def test_options_reach_every_step_of_the_recipe_and_what_stands_beside_keeps_its
     grids = "--bits 2 --group-size 32 --kv-bits=4 --k-bits 8 --v-bits 8 --kv-group-size 64 --kv rotated"
     beside = rows(calls(f"run_gptq cpu {MODEL}", OPTIONS=grids, BESIDE="full rtn gptq"))[2:]
     assert beside == [
-        "ppl / none",
-        "ppl / bos",
+        "ppl fp16 / none",
         *arms("ppl", "rtn --bits 4 --group-size -1"),
-        *arms("ppl", "gptq-row --bits 4 --group-size -1"),
+        *arms("ppl", "gptq-row --bits 4 --set weights.act_order=true --group-size -1"),
     ]
 
 
@@ -402,7 +422,7 @@ def test_the_one_call_of_a_trainable_prefix_becomes_the_programs_beside_it(proje
         path = f"{project / '.venv' / 'bin'}:{os.environ['PATH']}"
         subprocess.run(["bash", "-euc", commands], cwd=project, check=True, capture_output=True,
                        env=os.environ | {"CALLS": str(project / "calls"), "PATH": path, "LIMIT": ""})  # fmt: skip
-        made = [line.split("\x1f")[:-1] for line in (project / "calls").read_text().splitlines()]
+        made = ran_by(project)
         training, *scored = [words for words in made if "train-prefix" in words or any("-ft" in w for w in words)]
         train = argparse.ArgumentParser()
         add_train_options(train)
@@ -439,8 +459,8 @@ def test_a_trainable_prefix_is_trained_and_scored_in_one_call(calls: Calls) -> N
                   "--training-seed 42", "--prefix-lr 1e-3 --batch-size 4", given["OPTIONS"]):  # fmt: skip
         assert words in training
     out = training.split("--out ")[1]
-    quantized = [call for call in scored if "--recipe" in call]
-    assert [call.split("--prefix ")[1].split()[0] for call in quantized] == ["none", out] * 2 + [out] * 2
+    quantized = [call for call in scored if "--recipe prefixquant" in call]
+    assert [call.split("--prefix ")[1].split()[0] for call in quantized] == ["none"] * 2 + [out] * 4
     assert all(given["OPTIONS"] in call and "--seed 42" in call for call in quantized)
     assert all("tuning.epochs=10" in call for call in quantized if "-ft " in call)
     assert sum("-ft " in call for call in quantized) == 2

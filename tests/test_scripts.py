@@ -40,13 +40,13 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
         *((name, ("0",), "got 1 of") for name in RUNNERS),
         ("run_gptq", ("cpu", "no-such-model"), "no-such-model"),
         ("eval/quarot", ("smollm2", "135m"), "got 2 of 3"),
-        ("eval/quarot", ("no-such", "7b", "cpu"), "no-such-7b is"),
+        ("eval/quarot", ("no-such", "7b", "cpu"), "no-such-7b; `python -m corpora`"),
         ("eval/quarot", ("smollm2", "135m", "gpu"), "device 'gpu'"),
         *((f"eval/{name}", ("cpu",), "got 1 of 2") for name in ("needle", "chat")),
         *((f"eval/{name}", ("cpu", "no-such-model"), "no-such-model") for name in ("needle", "chat")),
         ("table/weights", ("cpu",), "got 1 of at least 2"),
         ("table/weights", ("cpu", "modelzoo", "gptx"), "'gptx' is not in the table"),
-        ("run_spqr", ("97", "modelzoo"), "cuda:97"),
+        ("run_spqr", ("97", "modelzoo"), "GPU index 97 is not there"),
     ],
 )
 def test_a_mistake_is_one_line(script: str, arguments: tuple[str, ...], named: str) -> None:

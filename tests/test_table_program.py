@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 from common import ROOT, refusals
+from test_compare import WHOLE, fill, record_for, written
 from test_tables import BOS, CAL, NONE, perplexity, task
 
 from eval.__main__ import main
 from eval.runs import record_of
+from eval.tables.asked import cells_of
+from eval.tables.declared import Scope
+from eval.tables.papers import PAPERS
 
 
 @pytest.fixture
@@ -55,14 +59,45 @@ def test_without_a_number_it_shows_the_perplexities_of_all_runs(program, runs):
     assert len(cells(both)) == 2
 
 
-def test_table_1_shows_published_and_ours(program, runs):
-    code, out, _ = program("1", "--model", "llama-2-7b", "--format", "csv")
+def asked(name: str, model: Path, values: dict[tuple[str, str], float], scope: Scope = WHOLE, **others: Any) -> None:
+    """Answers of the runs of a published table with one column, as `reproduce` leaves them."""
+    for cell in cells_of(PAPERS[name], model, scope):
+        value = values.get((cell.row.label, cell.row.arm.label))
+        for run in cell.runs if value is not None else ():
+            written(run, record_for(cell, value, **others))
+
+
+def test_a_published_table_shows_published_and_ours(program, runs):
+    asked("intactkv-1", Path("llama-2-7b"), {("RTN", ""): 9.0, ("RTN", "[B]"): 8.5})
+    for name in ("1", "intactkv-1"):
+        code, out, _ = program(name, "--model", "llama-2-7b", "--format", "csv")
+        assert code == 0
+        row = next(row for row in cells(out) if (row["method"], row["prefix"]) == ("RTN", "[B]"))
+        assert [row[head] for head in row if head not in ("table", "method", "prefix")] == [
+            "8.61", "8.5", "-0.11", "near",
+        ]  # fmt: skip
+
+
+def test_runs_of_another_size_are_found_by_the_options_that_they_were_made_with(program, runs):
+    scope = Scope(window=512, limit=8)
+    asked("intactkv-1", Path("smollm2-135m"), {("RTN", ""): 72.5}, scope, window=512, limit=8)
+    code, _, err = program("1", "--model", "smollm2-135m")
+    assert (code, "no finished run of intactkv-1 fits --model smollm2-135m" in err) == (2, True)
+    code, out, _ = program("1", "--model", "smollm2-135m", "--window", 512, "--limit", 8)
     assert code == 0
-    row = next(row for row in cells(out) if row["method"] == "RTN + IntactKV_[B]")
-    assert [row[head] for head in row if head not in ("table", "method")] == ["8.61", "8.5", "-0.11"]
-    out = program("1", "--model", "smollm2-135m")[1]
-    assert "ours: smollm2-135m, sample, groups of 64" in out
-    assert "window 512, windows 8" in out
+    assert "sample smollm2-135m: ours" in out
+    assert "72.50" in out
+    assert "window 512; limit 8" in out.replace("limit 8; window 512", "window 512; limit 8")
+
+
+def test_without_a_model_every_model_that_has_figures_stands_in_the_table(program, runs):
+    asked("intactkv-1", Path("Llama-2-7b-hf"), {("FP16", ""): 7.3})
+    asked("intactkv-1", Path("mistral-7b"), {("FP16", ""): 7.9})
+    out = program("1")[1]
+    assert "C4 llama-2-7b: ours" in out
+    assert "C4 mistral-7b: ours" in out
+    assert "C4 llama-2-13b: published" not in out
+    assert "C4 mistral-7b: ours" not in program("1", "--model", "llama-2-7b")[1]
 
 
 def test_over_seeds_joins_runs_of_other_calibration_seeds(program, intactkv_root):
@@ -75,11 +110,12 @@ def test_over_seeds_joins_runs_of_other_calibration_seeds(program, intactkv_root
         pytest.approx(0.08**0.5, 1e-5),
         "2",
     )
-    assert "9.20 ± 0.28 (2)" in program("1")[1]
+    scope = Scope(seeds=(0, 1))
+    fill(PAPERS["intactkv-1"], Path("llama-2-7b"), {("GPTQ", ""): [9.0, 9.4]}, scope)
+    assert "9.20 ± 0.28 (2)" in program("1", "--seeds", 0, 1)[1]
 
 
-def test_a_prefix_file_has_a_row_of_its_own_and_no_place_in_the_papers_table(program, runs):
-    before = program("1")[1]
+def test_a_prefix_file_has_a_row_of_its_own(program, runs):
     keep("ppl", perplexity(8.1, "rtn-w3", prefix=CAL))
     keep("tasks", task("boolq", 0.6, prefix=CAL))
     rows = cells(program("--format", "csv", "--model", "llama-2-7b")[1])
@@ -92,17 +128,6 @@ def test_a_prefix_file_has_a_row_of_its_own_and_no_place_in_the_papers_table(pro
         ("[cal]", "IntactKV", "60"),
         ("[cal]", "IntactKV − vanilla", "10"),
     ]
-    assert program("1")[1] == before
-
-
-def test_an_incomplete_task_is_not_compared_with_the_published_figure(program, intactkv_root):
-    keep("tasks", task("mmlu", 0.5))
-    keep("tasks", task("mmlu", 0.4, model="vicuna-v1.5-13b", samples=100))
-    out = program("2")[1]
-    assert "difference vicuna-v1.5-7b" in out
-    assert "40.00" in out
-    assert "difference vicuna-v1.5-13b" not in out
-    assert "vicuna-v1.5-13b: number of questions other than the paper's" in out
 
 
 def test_tasks_have_their_own_table(program, runs):
@@ -111,12 +136,16 @@ def test_tasks_have_their_own_table(program, runs):
     assert cells(out)[0]["boolq acc"] == "50"
 
 
-@pytest.mark.parametrize("which", [(), ("1",), ("2",), ("3",), ("4",), ("5",), ("tasks",)])
+@pytest.mark.parametrize("which", [(), ("1",), ("2",), ("3",), ("4",), ("5",), ("tasks",), ("spqr-accuracy",)])
 @pytest.mark.parametrize("style", ["markdown", "csv", "latex"])
 def test_every_table_comes_in_every_format(which, style, program, runs):
     code, out, err = program(*which, "--format", style)
     assert (code, err) == (0, "")
-    first = {"markdown": ("Perplexity", "Table", "Tasks"), "csv": ("protocol", "table"), "latex": (r"\begin{table}",)}
+    first = {
+        "markdown": ("Perplexity", "intactkv-", "spqr-accuracy", "Tasks"),
+        "csv": ("protocol", "table"),
+        "latex": (r"\begin{table}",),
+    }
     assert out.startswith(first[style])
     assert out.endswith("\n")
 
@@ -130,7 +159,7 @@ def test_out_writes_what_would_be_printed(program, runs):
 
 
 BAD_INPUT = {
-    "unknown table": (["7"], "'7' is not known; choose 1 to 5"),
+    "unknown table": (["7"], "table 7 is not known; choose 1 to 5"),
     "unknown model": (["--model", "nosuch"], "--model nosuch"),
     "unknown model in a paper's table": (["1", "--model", "nosuch"], "--model nosuch"),
     "no run with that window": (["--window", "77"], "--window 77"),
@@ -139,6 +168,11 @@ BAD_INPUT = {
     "a setting of other runs": (["tasks", "--window", "512"], "--window is no setting of tasks"),
     "a setting of tasks": (["--fewshot", "5"], "--fewshot is no setting of perplexities"),
     "a filter where nothing was run": (["4", "--limit", "8"], "--limit 8"),
+    "a filter of records": (["1", "--dtype", "float16"], "--dtype is no setting of a published table"),
+    "a task of a published table": (["2", "--task", "mmlu"], "--task is no setting of a published table"),
+    "the protocol of MMLU": (["2", "--protocol", "lm-eval"], "--mmlu-protocol"),
+    "a choice without a table": (["--only", "rtn"], "--only is of a published table"),
+    "a setting without a table": (["tasks", "--set", "weights.damp=1"], "--set is of a published table"),
     "costs of a paper's table": (["1", "--costs"], "--costs"),
     "unknown format": (["--format", "html"], "html"),
 }
@@ -173,7 +207,7 @@ def test_help_does_not_wait_for_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
                             check=False)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "1|2|3|4|5|tasks" in result.stdout
+    assert "TABLE|tasks|needle" in result.stdout
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -18,7 +18,7 @@ from eval.plots.canvas import Output, plt
 from intactkv.__main__ import main as intactkv_main
 from quantization.__main__ import main as quantization_main
 
-ENDINGS = ("", ".safetensors", ".png", ".csv", ".jsonl", ".pt", ".md")
+ENDINGS = ("", ".safetensors", ".png", ".csv", ".jsonl", ".pt", ".md", ".html")
 Tree = dict[str, tuple[int, int, bytes]]
 
 
@@ -163,6 +163,7 @@ CALLS: dict[str, tuple[tuple[str, ...], str]] = {
     "table": (("eval", "table"), ".md"),
     "stats": (("eval", "stats", "kv", "--corpus", "text.txt"), ".csv"),
     "plot": (("eval", "plot", "act", "--corpus", "text.txt"), ".png"),
+    "report": (("eval", "report", "intactkv-1"), ".html"),
 }
 
 

@@ -1,18 +1,20 @@
 """Which runs of published tables are asked for: the options that `reproduce`, `cluster submit` and `report` share."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from corpora import values
-from corpora.errors import UserError
+from corpora.errors import Parser, UserError
 
 if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "asked_for", "papers_of", "refuse_lacking", "scope_of", "texts_of", "without_models"]
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "scope_of_words",
+           "texts_of", "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
 
@@ -30,6 +32,25 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
     )
     group = reproduce.add_argument_group("what is run (default: the whole table, at the published size)")
     group.add_argument(
+        "--corpus",
+        type=values.name,
+        action="append",
+        metavar="NAME|FILE",
+        help="for perplexity, in place of the table's",
+    )
+    group.add_argument("--protocol", choices=["intactkv", "gptq"], help="of perplexity, in place of the table's")
+    group.add_argument("--window", type=values.count(3), metavar="TOKENS", help="of perplexity (default: the table's)")
+    group.add_argument(
+        "--limit", type=values.count(), metavar="N", help="at most so many windows, or questions of a task"
+    )
+    group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
+    group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
+    add_choice(group)
+
+
+def add_choice(group: argparse._ActionsContainer) -> None:
+    """Which runs of a table, and how they are made; `eval table` has the same."""
+    group.add_argument(
         "--only",
         type=values.name,
         nargs="+",
@@ -46,27 +67,13 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         help="of calibration, a run for each (default: the recipe's)",
     )
     group.add_argument(
-        "--corpus",
-        type=values.name,
-        action="append",
-        metavar="NAME|FILE",
-        help="for perplexity, in place of the table's",
-    )
-    group.add_argument("--protocol", choices=["intactkv", "gptq"], help="of perplexity, in place of the table's")
-    group.add_argument("--window", type=values.count(3), metavar="TOKENS", help="of perplexity (default: the table's)")
-    group.add_argument(
-        "--limit", type=values.count(), metavar="N", help="at most so many windows, or questions of a task"
-    )
-    group.add_argument(
         "--tasks",
         type=values.several(values.name),
         metavar="NAME,…",
         help="columns of these tasks in place of the table's; none: without tasks",
     )
     group.add_argument("--mmlu-protocol", choices=["hendrycks", "lm-eval"], help="of MMLU, in place of the table's")
-    group.add_argument("--fewshot", type=values.count(0), metavar="N", help="shots of tasks (default: the table's)")
-    group.add_argument("--batch-size", type=values.count(), metavar="N", help="windows or rows of a forward pass")
-    group.add_argument("--data", choices=["local", "sample", "hub"], help="where the questions of tasks come from")
+    group.add_argument("--batch-size", type=values.count(), metavar="N", help="rows of a forward pass of tasks")
     group.add_argument(
         "--calibration", type=values.name, metavar="NAME|FILE", help="the text that methods calibrate on"
     )
@@ -94,8 +101,8 @@ def add_asked(reproduce: argparse.ArgumentParser) -> None:
         type=values.name,
         action="append",
         dest="settings",
-        metavar="PART.FIELD=VALUE",
-        help="a setting of every recipe but full precision, such as weights.damp=0.1",
+        metavar="[NAME:]PART.FIELD=VALUE",
+        help="a setting of every recipe but full precision, such as weights.damp=0.1, or of the method or recipe NAME",
     )
     group.add_argument(
         "--options", type=values.words, default=(), metavar='"--OPTION …"', help="more options of every such recipe"
@@ -138,7 +145,7 @@ def scope_of(options: argparse.Namespace) -> "Scope":
         limit=options.limit,
         window=options.window,
         data=options.data,
-        scoring=told(protocol=options.protocol, batch_size=options.batch_size),
+        scoring=told(protocol=options.protocol),
         asking=told(fewshot=options.fewshot, batch_size=options.batch_size),
         mmlu=told(protocol=options.mmlu_protocol),
         calibration=calibration,
@@ -146,6 +153,43 @@ def scope_of(options: argparse.Namespace) -> "Scope":
         training=options.training,
         judge=judge,
     )
+
+
+class _Reader(Parser):
+    """Of words that stand in a file, whose mistakes are that file's."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        add_asked(self)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(message)
+
+
+def words_of(options: argparse.Namespace) -> list[str]:
+    """The options of a size (all but the tables, --model and --only) as a command line has them; what is as by default
+    is left out."""
+    words: list[str] = []
+    for action in _Reader()._actions:
+        value = getattr(options, action.dest)
+        if not action.option_strings or action.dest in ("model", "only") or value == action.default:
+            continue
+        name = action.option_strings[-1]
+        if isinstance(value, tuple):  # of one word
+            words.append(f"{name}={shlex.join(value) if action.type is values.words else ','.join(map(str, value))}")
+        elif action.nargs == 0:
+            words.append(name)
+        elif action.nargs == "+":
+            words += [name, *map(str, value)]
+        else:
+            words += [f"{name}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def scope_of_words(words: Sequence[str]) -> "Scope":
+    """The size that such options ask for. Raises UserError for a mistake in them."""
+    return scope_of(_Reader().parse_args(list(words)))
 
 
 def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper, list[Path]]], Scope]":
@@ -191,12 +235,16 @@ def _models(
 
     Raises UserError if nothing of modelzoo/ is in a table and no model is named.
     """
+    from eval.tables.declared import NO_MODEL
     from eval.tables.preview import place_of
 
     published = [Path(name) for paper in papers for name in paper.models]
     wanted, scope = without_models(scope, [*published, *(options.model or ())])
-    chosen = []
+    chosen: list[tuple[Paper, list[Path]]] = []
     for paper in papers:
+        if not paper.models:
+            chosen.append((paper, [NO_MODEL]))
+            continue
         places = list(options.model or map(place_of, paper.models))
         if wanted:
             places = [place for place in places if place.name in wanted]

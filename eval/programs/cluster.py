@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import Parser, UserError
-from eval.programs.asked import add_asked, asked_for, refuse_lacking
+from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
 
 if TYPE_CHECKING:
     from eval.cluster.site import Site
@@ -108,6 +108,7 @@ def _run(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> None:
     from eval.cluster.submitting import submit, write_scripts
     from eval.cluster.tasks import submission_name, tasks_of
+    from eval.tables.noted import note
 
     options.model = [path.absolute() for path in options.model or ()] or None
     asked, chosen, scope = asked_for(options)
@@ -119,6 +120,7 @@ def _submit(options: argparse.Namespace) -> None:
         _print_plan(name, tasks)
         return
     refuse_lacking(asked, chosen, scope)
+    note(chosen, words_of(options))
     parts = submit(name, tasks, _site(options), at_once=options.at_once, device=options.device)
     _tell(name, tasks, parts)
 

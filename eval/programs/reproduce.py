@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError, one_line
-from eval.programs.asked import add_asked, asked_for, refuse_lacking
+from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
 
 if TYPE_CHECKING:
     from eval.execution import Failure, Outcome, Worker
@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     asked, chosen, scope = asked_for(options)
 
     from eval.tables.asked import calls_of
+    from eval.tables.noted import note
     from eval.tables.preview import plan_tables
     from eval.tables.render import render
 
@@ -98,10 +99,14 @@ def run(options: argparse.Namespace) -> None:
             print("", *lines, sep="\n")
         return
     refuse_lacking(asked, chosen, scope)
+    note(chosen, words_of(options))
 
     from eval.execution import execute, workers_of
 
     workers = workers_of(options.device, options.workers, options.max_memory)
+    if all(worker.device == "cpu" for worker in workers) and any(run.program == "latency" for run in asked):
+        print("latencies of kernels need a GPU: their cells stay n/a", file=sys.stderr)
+        asked = [run for run in asked if run.program != "latency"]
     watcher = _Bar(asked, workers)
     started = time.perf_counter()
     try:

@@ -7,30 +7,32 @@ from typing import Any
 from corpora import values
 from corpora.errors import UserError
 from corpora.targets import MARK, check_written
+from eval.programs.asked import add_choice, scope_of
 
 __all__ = ["add", "add_filters", "chosen_grids", "chosen_rows", "run"]
 
 SIGNED = {"markdown": f"\n<!-- {MARK} -->\n", "csv": "", "latex": f"% {MARK}\n"}  # in a file that is written
 log = logging.getLogger(__name__)
 
-WHICH = ("1", "2", "3", "4", "5", "tasks", "needle")
+RUNS = ("tasks", "needle")  # tables of all finished runs; without a name those of perplexity
+NUMBERS = ("1", "2", "3", "4", "5")  # IntactKV's tables
 
 
 def add(commands: Any) -> None:
     """Declare the subcommand and its options."""
     table = commands.add_parser(
         "table",
-        help="finished runs as a table, vanilla beside IntactKV; the paper's tables",
-        description="Print the figures in outputs/runs/, vanilla beside IntactKV, or one of IntactKV's tables with "
-        "ours beside the published ones.",
+        help="finished runs as a table, vanilla beside IntactKV; published tables, ours beside theirs",
+        description="Print the figures in outputs/runs/, vanilla beside IntactKV, or a published table with what "
+        "`reproduce` made beside the published figures. Runs of another size than published are found by the options "
+        "that they were made with.",
     )
     table.add_argument(
         "which",
         nargs="?",
-        metavar="1|2|3|4|5|tasks|needle",
-        help="IntactKV's Table 1 (perplexity), 2 (MMLU), 3 (question answering), 4 (MT-bench) or 5 (perplexity with "
-        "activations of 4 bits, too) with ours beside it; tasks: all finished tasks; needle: all grids of needles; "
-        "without it: all perplexities",
+        metavar="TABLE|tasks|needle",
+        help="a published table by its name (`reproduce --list`; 1 to 5 are IntactKV's); tasks: all finished tasks; "
+        "needle: all grids of needles; without it: all perplexities",
     )
     table.add_argument("--format", default="markdown", choices=["markdown", "csv", "latex"], help="default: markdown")
     table.add_argument(
@@ -45,13 +47,14 @@ def add(commands: Any) -> None:
     table.add_argument(
         "--over-seeds",
         action="store_true",
-        help="one figure, mean ± standard deviation (n), for runs that differ only in the calibration seed (Tables 1 "
-        "to 5 always do)",
+        help="one figure, mean ± standard deviation (n), for runs that differ only in the calibration seed (a "
+        "published table: --seeds)",
     )
     add_filters(table, required=False)
     table.add_argument("--task", type=values.name, metavar="NAME", help="only this task, for example arc_easy (tasks)")
     table.add_argument("--data", choices=["sample", "local", "hub"], help="only runs on this data (tasks)")
     table.add_argument("--fewshot", type=values.count(0), metavar="N", help="only runs with so many examples (tasks)")
+    add_choice(table.add_argument_group("of a published table, as `reproduce` was told"))
 
 
 def add_filters(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -110,19 +113,19 @@ def _chosen(kind: str, options: argparse.Namespace, left_out: list[str]) -> list
 
     Raises UserError for a filter of another kind of run.
     """
+    from corpora.catalog import catalog_name
     from eval.runs import all_records
-    from eval.tables.published import paper_name
 
     filters = _filters(options)
     fitting, runs = FITTING[kind]
     foreign = [key for key in filters if key not in fitting]
     if foreign:
         raise UserError(f"--{foreign[0]} is no setting of {runs}, which this table shows; leave it out")
-    models = {name for model in _models(options) for name in (model, paper_name(model))}
+    models = {name for model in _models(options) for name in (model, catalog_name(model))}
     return [
         record
         for record in all_records(kind, left_out)
-        if (not models or models & {record["settings"]["model"], paper_name(record["settings"]["model"])})
+        if (not models or models & {record["settings"]["model"], catalog_name(record["settings"]["model"])})
         and all(str(value) == _shown(record["settings"][FILTERS[key]]) for key, value in filters.items())
     ]
 
@@ -174,11 +177,10 @@ def _tell(left_out: list[str]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table, or write it."""
-    if options.which is not None and options.which not in WHICH:
-        raise UserError(
-            f"table {options.which!r} is not known; choose 1 to 5 (IntactKV's tables), tasks, needle, or nothing "
-            "for all perplexities"
-        )
+    foreign = [name for name in CHOICE if getattr(options, name)] if options.which in (None, *RUNS) else []
+    if foreign:
+        word = "--set" if foreign[0] == "settings" else f"--{foreign[0].replace('_', '-')}"
+        raise UserError(f"{word} is of a published table; name one, or leave it out")
     if options.costs and options.which is not None:
         raise UserError(f"--costs belongs to the table of all perplexities, not to table {options.which}; leave it out")
     if options.over_seeds and options.which == "needle":
@@ -219,16 +221,64 @@ def _without_count(options: argparse.Namespace, left_out: list[str]) -> str:
         return render.render(found, options.format)
     if options.which == "needle":
         return render.render([needles.run_table(_some("needle", options, left_out))], options.format)
-    from eval.runs import all_records
-    from eval.tables.paper_runs import RECORDS
-    from eval.tables.paper_tables import paper_tables
+    return render.render(_published(options, left_out), options.format)
 
-    number = int(options.which)
-    filters = _words(_filters(options))
-    if number not in RECORDS and filters:
-        raise UserError(f"{filters}: only --model chooses from the runs of table {number}; leave it out")
-    if number in RECORDS:
-        records = _chosen(RECORDS[number], options, left_out)
-    else:
-        records = [*all_records("mtbench", left_out), *all_records("judge", left_out)]
-    return render.render(paper_tables(number, records, _models(options), filters), options.format)
+
+# Options of a published table alone, and what they are without being given.
+CHOICE = ("only", "seeds", "tasks", "mmlu_protocol", "batch_size", "calibration", "calibration_samples",
+          "calibration_length", "recipe", "prefix", "behind", "settings", "options", "training", "judge_model",
+          "judge_options")  # fmt: skip
+NOT_SCOPE = ("dtype", "device", "task")  # filters of records that a table is not asked by
+
+
+def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
+    """A declared table with ours beside it: of the models that were asked for, or of all that have figures in it.
+
+    Raises UserError for an unknown name, and if nothing of what was asked for is there.
+    """
+    from corpora.catalog import catalog_name
+    from eval.tables.compare import filled, paper_table
+    from eval.tables.ledger import all_entries
+    from eval.tables.papers import PAPERS
+    from eval.tables.preview import place_of
+
+    name = f"intactkv-{options.which}" if options.which in NUMBERS else options.which
+    if name not in PAPERS:
+        raise UserError(
+            f"table {values.shown(options.which)} is not known; choose 1 to 5 (IntactKV's), a name of "
+            f"`python -m eval reproduce --list`, {', '.join(RUNS)}, or nothing for all perplexities"
+        )
+    lines: list[str] = []
+    paper, known = PAPERS[name], sorted({entry["model"] for entry in all_entries(lines)})
+    wanted = _models(options)
+    names = [other for model in wanted for other in known if catalog_name(other) == catalog_name(model)]
+    scope = _scope(options)
+    cells: list[Any] = []
+    for model in dict.fromkeys([*wanted, *names] if wanted else known) if paper.models else paper.shown_for:
+        mine = filled(paper, place_of(model), scope, lines)
+        if any(one.ours is not None for one in mine) or (wanted and catalog_name(model) in paper.models):
+            cells += mine
+    left_out += dict.fromkeys(lines)
+    asked = " ".join([*(f"--model {model}" for model in wanted), _words(_filters(options))]).strip()
+    if asked and not any(one.ours is not None for one in cells) and (not cells or _filters(options)):
+        raise UserError(
+            f"no finished run of {name} fits {asked}; `python -m eval reproduce {name} --model DIR` makes them, and "
+            "`table` finds those of another size by the same options"
+        )
+    empty = [one for model in paper.shown_for for one in filled(paper, place_of(model), scope)]
+    return paper_table(paper, cells or empty)
+
+
+def _scope(options: argparse.Namespace) -> Any:
+    """What was asked of `reproduce`. Raises UserError for filters that are not of a published table."""
+    for name in NOT_SCOPE:
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name} is no setting of a published table; leave it out (`python -m eval table` and `table tasks` "
+                "show runs by it)"
+            )
+    if options.protocol in ("hendrycks", "lm-eval"):
+        raise UserError(f"--protocol {options.protocol} is of MMLU; a published table has --mmlu-protocol for it")
+    limit = None if options.limit in (None, "all") else int(options.limit)
+    corpus = None if options.corpus is None else [options.corpus]
+    return scope_of(argparse.Namespace(**vars(options) | {"limit": limit, "corpus": corpus}))

@@ -18,12 +18,24 @@ from eval.report.gains import Chart, charts_of, ours, theirs
 from eval.report.pictures import Picture, pictures_of
 from eval.tables.asked import cells_of, runs_of
 from eval.tables.compare import Filled, filled
-from eval.tables.declared import Measure, Paper, Row, Scope
+from eval.tables.declared import PUBLISHED, Measure, Paper, Row, Scope, Words
 from eval.tables.render import plain, signed
 
-__all__ = ["Chapter", "Report", "Section", "report_of"]
+__all__ = ["Chapter", "Report", "Section", "Shown", "report_of"]
 
 BETTER = {"lower": ("↓", "lower is better"), "higher": ("↑", "higher is better"), "words": ("", "text")}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is asked of the report: a table for a model, whose directory need not be there, at a size. words: the size
+    as options of `reproduce`. always: also where nothing was run."""
+
+    paper: Paper
+    model: Path
+    scope: Scope = PUBLISHED
+    words: Words = ()
+    always: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,12 @@ class Several:
 
 @dataclass(frozen=True)
 class Section:
-    """One published table for one model. counts: cells, run, agrees, near, off. departs: of all cells that were run;
-    marked: of some, by their marks. command: what runs the rest."""
+    """One published table for one model. size: what is run, where it is not as published. counts: cells, run, agrees,
+    near, off. departs: of all cells that were run; marked: of some, by their marks. command: what runs the rest."""
 
     anchor: str
     model: str
+    size: str
     heads: tuple[Head, ...]
     lines: tuple[Line, ...]
     charts: tuple[Chart, ...]
@@ -130,31 +143,31 @@ class Report:
         return name if self.anchors[name] == 1 else self.anchor(name, str(self.anchors[name]))
 
 
-def report_of(papers: Iterable[tuple[Paper, Mapping[Path, bool]]], scope: Scope, options: Sequence[str] = ()) -> Report:
-    """The report of some tables, each for some models: their directories, which need not be there, and whether a model
-    is shown for which nothing was run. options: what a reader adds to `reproduce` for the same scope."""
+def report_of(shown: Iterable[Shown]) -> Report:
+    """The report of some tables; those of one paper stand together, in the order of the first of each."""
     report = Report()
-    for paper, models in papers:
-        sections = []
-        for model, always in models.items():
-            cells = filled(paper, model, scope, report.left_out)
-            if always or any(cell.ours is not None for cell in cells):
-                sections.append(_section(report, paper, model, scope, cells, options))
-        if sections:
-            report.chapters.append(Chapter(report.anchor("table", paper.name), paper, tuple(sections)))
+    sections: dict[str, list[Section]] = {}
+    papers: dict[str, Paper] = {}
+    for one in shown:
+        cells = filled(one.paper, one.model, one.scope, report.left_out)
+        if cells and (one.always or any(cell.ours is not None for cell in cells)):
+            papers[one.paper.name] = one.paper
+            sections.setdefault(one.paper.name, []).append(_section(report, one, cells))
+    for name, paper in papers.items():
+        report.chapters.append(Chapter(report.anchor("table", name), paper, tuple(sections[name])))
     report.left_out = list(dict.fromkeys(report.left_out))
     report.pictures = pictures_of(section.model for _, section in report.sections)
     return report
 
 
-def _section(
-    report: Report, paper: Paper, model: Path, scope: Scope, cells: Sequence[Filled], options: Sequence[str]
-) -> Section:
+def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
+    paper, model, scope = shown.paper, shown.model, shown.scope
     ran = [cell for cell in cells if cell.ours is not None]
     everywhere, marks = _departures(ran)
     if ran:
         _add_cards(report, commands_of(runs_of(cells_of(paper, model, scope))), ran)
-    where = f"{paper.name}, {model.name}"
+    size = ", ".join(scope.reduced)
+    where = ", ".join(word for word in (paper.name, model.name, size) if word)
     anchors = {
         _place(cell.row, cell.measure): report.anchor(paper.name, model.name, cell.row.label, cell.row.arm.label,
                                                       cell.measure.head)
@@ -175,6 +188,7 @@ def _section(
     return Section(
         anchor=report.anchor("table", paper.name, model.name),
         model=model.name,
+        size=size,
         heads=tuple(Head(m.head, *BETTER[m.better], texts=m.better == "words") for m in measures),
         lines=lines,
         charts=charts_of(cells),
@@ -182,7 +196,7 @@ def _section(
         counts={"cells": len(cells), "run": len(ran)} | {word: counts[word] for word in ("agrees", "near", "off")},
         departs=everywhere,
         marked=tuple((mark, word) for word, mark in marks.items()),
-        command=shlex.join(["python", "-m", "eval", "reproduce", paper.name, "--model", str(model), *options]),
+        command=shlex.join(["python", "-m", "eval", "reproduce", paper.name, "--model", str(model), *shown.words]),
     )
 
 

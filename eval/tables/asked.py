@@ -7,6 +7,7 @@ hash of all that. Runs that need the same checkpoint or trained prefix name the 
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +34,8 @@ FILES = {
     "calibrate": ("modelzoo/prefixes", ".safetensors"), "train-prefix": ("modelzoo/prefixes", ".safetensors"),
     "mtbench": ("outputs/mt_bench/model_answer", ".jsonl"),
 }  # fmt: skip
+# Of the published needles: units of filler in all; tokens of a line of it, and of all that is no filler, about.
+UNITS, LINE, NEEDLE = 10, 24, 120
 WITHOUT_MODEL = ("judge", "latency")
 RUN_TIME = ("--dtype", "--kernel", "--kv-storage")
 KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
@@ -50,7 +53,7 @@ class Run:
     words: Words
     needs: tuple["Run", ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Identity of what is asked. Where it computes is left out: the record says it."""
         return identity({
@@ -168,7 +171,7 @@ def _recipe_rows(name: str, scope: Scope) -> list[Row]:
     from quantization.named import named_recipe
     from quantization.recipes.recipe import with_settings
 
-    options, recipe = scope.options, named_recipe(name)
+    options, recipe = scope.options_of(Method(name, name)), named_recipe(name)
     sets = [value for word, value in pairwise(options) if word == "--set"]
     if not recipe.makes_checkpoint and recipe.kv_cache is None:
         return [Row(name, Method(name, name))]
@@ -226,7 +229,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     if measure.program == "latency":
         return Run("latency", model, measure.item, (*method.options, *measure.options))
     own = dict(method.by_model).get(catalog_name(model.name), ())
-    more = scope.options if method.quantizes_something else ()
+    more = scope.options_of(method)
     plain: Words = ("--recipe", method.recipe, *method.options, *own)
     made = (*plain, *more)
     text = _text(method, model, scope, seed)
@@ -286,6 +289,8 @@ def _size(measure: Measure, scope: Scope) -> Words:
         size += ["--limit", str(scope.limit)]
     if scope.window is not None and measure.program == "ppl":
         size += ["--window", str(scope.window)]
+    if scope.window is not None and measure.program == "needle":
+        size += ["--lines", str(max(1, (scope.window - NEEDLE) // (UNITS * LINE)))]
     if scope.data is not None and measure.program == "tasks":
         size += ["--data", scope.data]
     return tuple(size)

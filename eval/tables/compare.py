@@ -6,18 +6,18 @@ their questions, of perplexities one half percent, of grades and times what is s
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from corpora.catalog import catalog_name
+from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
 from eval.tables.asked import Cell, cells_of
-from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
+from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words
 from eval.tables.ledger import answer_of
-from eval.tables.render import Table, mean_of, signed
+from eval.tables.render import Table, change_of, mean_of, plain, signed
 
 __all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
 
@@ -35,13 +35,20 @@ BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
 SHARES: Mapping[str, float] = {"ppl": 0.005, "latency": 0.1}
 GRADE = 0.25  # points: 160 grades of 1 to 10 that spread by 3
 
+# Models without an original to fetch: a package holds them in fewer bits.
+PACKAGED = [
+    f"{name}-{size}" for name, family in FAMILIES.items() for size, hub_id in family.sizes.items() if not hub_id
+]
+_Place = tuple[str, Arm]  # what tells a row of a table from all others: its label and what stands in front
+ANSWER = 80  # characters of an answer that a cell shows
 FRACTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are shares of the questions
 
 
 @dataclass(frozen=True)
 class Filled:
     """A cell with what was run. records: of its runs, as far as they are there. ours: mean ± sd over seeds; theirs: as
-    published; difference: ours less theirs, None unless the figures compare. departs: what is not as published."""
+    published; difference: ours less theirs, None unless the figures compare. departs: what is not as published. values:
+    of each run, None for one that is not there."""
 
     row: Row
     measure: Measure
@@ -52,6 +59,7 @@ class Filled:
     difference: float | None = None
     verdict: str = ""
     departs: tuple[str, ...] = ()
+    values: tuple[float | None, ...] = ()
 
 
 def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
@@ -68,26 +76,32 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
             name = metric.partition(",")[0]  # lm-eval's filter may stand behind
             return float(100 * value if name in FRACTIONS or name.endswith("_acc") else value)
         case "needle":
-            return 100 * float(record["found"])
+            answers = {result["key"]: str(result["answer"]) for result in record["results"]}
+            return answers.get(measure.metric) if measure.metric else 100 * float(record["found"])
         case "judge":
             (grades,) = record["models"].values()
             return None if grades["score"] is None else float(grades["score"])
         case "chat":
             return str(record["answers"][-1]["answer"])
         case "latency":
-            value = record.get(measure.metric)
-            return None if value is None else float(value)
+            return _latency(record, measure.metric)
+
+
+def _latency(record: Mapping[str, Any], metric: str) -> float | None:
+    """A product's milliseconds or its speed-up, of n inputs and k outputs; metric: `LUT4 ms`, `LUT4 speedup`."""
+    ((n, k),) = record["settings"]["shapes"]
+    name, _, unit = metric.partition(" ")
+    found = next(one["products"] for one in record["products"] if (one["out"], one["channels"]) == (k, n)).get(name)
+    return None if found is None else float(found["us"] / 1e3 if unit == "ms" else found["speedup"])
 
 
 def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[str] | None = None) -> list[Filled]:
     """The cells of a table for one model, with what the ledger has of them. model: its directory, which need not be
     there. left_out: gets a line for every record that cannot be read."""
-    cells = cells_of(paper, model, scope)
     found: list[Filled] = []
-    by_row: dict[tuple[str, Arm], dict[str, Filled]] = {}
-    for cell in cells:
-        answers = [answer_of(run, left_out) for run in cell.runs]
-        one = _filled(paper, model.name, cell, scope, [record for record in answers if record is not None])
+    by_row: dict[_Place, dict[str, Filled]] = {}
+    for cell in cells_of(paper, model, scope):
+        one = _filled(paper, model.name, cell, scope, [answer_of(run, left_out) for run in cell.runs])
         found.append(one)
         by_row.setdefault(_place(cell.row), {})[cell.measure.head] = one
     return [
@@ -98,35 +112,56 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
     ]
 
 
-def _place(row: Row) -> tuple[str, Arm]:
-    """What tells a row of a table from all others."""
+def _place(row: Row) -> _Place:
     return row.label, row.arm
 
 
-def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, records: Sequence[dict[str, Any]]) -> Filled:
+def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, answers: Sequence[dict[str, Any] | None]) -> Filled:
     measure = cell.measure
-    theirs = paper.value(cell.row, catalog_name(model), measure)
-    values = [value for record in records if (value := value_of(record, measure)) is not None]
-    numbers = [value for value in values if isinstance(value, float)]
-    ours = mean_of(numbers) if numbers else next(iter(map(str, values)), None)
-    departs = _departs(paper, model, cell, scope, records)
-    one = Filled(cell.row, measure, model, tuple(records), ours, theirs, departs=departs)
-    return _compared(one, scatter(measure, theirs, [record.get("samples", 0) for record in records]))
+    records = [record for record in answers if record is not None]
+    values = [None if record is None else value_of(record, measure) for record in answers]
+    numbers = tuple(value if isinstance(value, float) else None for value in values)
+    words = next((value for value in values if isinstance(value, str)), None)
+    one = Filled(
+        cell.row,
+        measure,
+        model,
+        tuple(records),
+        _figure(measure, numbers) or words,
+        paper.value(cell.row, catalog_name(model), measure),
+        departs=_departs(paper, model, cell, scope, records),
+        values=numbers,
+    )
+    return _compared(one, scatter(measure, one.theirs, [record.get("samples", 0) for record in records]))
+
+
+def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure | None:
+    """The mean over the runs that are there."""
+    return mean_of([value for value in values if value is not None], _form(measure))
+
+
+def _form(measure: Measure) -> Callable[[float], str]:
+    return plain if measure.digits == 2 else lambda value: f"{value:.{measure.digits}f}"
 
 
 def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:
-    """The mean of some columns, run by run: there only if all of them are."""
+    """The mean of some columns, run by run: only of runs that all of them have."""
     parts = [column for column in columns if column is not None]
-    counts = {len(part.records) for part in parts}
-    if len(parts) < len(columns) or len(counts) != 1 or counts == {0}:
+    if not parts or len(parts) < len(columns) or len({len(part.values) for part in parts}) != 1:
         return one
-    by_part = [[value_of(record, part.measure) for record in part.records] for part in parts]
-    means = [fmean(run) for run in zip(*by_part, strict=True) if all(isinstance(value, float) for value in run)]
+    runs = list(zip(*(part.values for part in parts), strict=True))
+    values = tuple(None if None in run else fmean(value for value in run if value is not None) for run in runs)
     departs = tuple(dict.fromkeys(word for part in parts for word in part.departs))
-    errors = [scatter(part.measure, part.theirs, [r.get("samples", 0) for r in part.records]) for part in parts]
-    wholes = [error for error in errors if error is not None]
-    error = math.hypot(*wholes) / len(parts) if len(wholes) == len(parts) else None
-    return _compared(replace(one, ours=mean_of(means), departs=departs), error)
+    errors = [scatter(p.measure, _number(p), [record.get("samples", 0) for record in p.records]) for p in parts]
+    known = [error for error in errors if error is not None]
+    error = math.hypot(*known) / len(parts) if len(known) == len(parts) else None
+    whole = replace(one, ours=_figure(one.measure, values), departs=departs, values=values)
+    return _compared(whole, error)
+
+
+def _number(one: Filled) -> Figure:
+    """The published figure, or ours where none is."""
+    return one.ours.value if one.theirs is None and isinstance(one.ours, render.Figure) else one.theirs
 
 
 def _compared(one: Filled, error: float | None) -> Filled:
@@ -165,17 +200,17 @@ def _departs(
 ) -> tuple[str, ...]:
     """What of a cell is not as published."""
     measure, method = cell.measure, cell.row.method
-    words = [] if catalog_name(model) in paper.models else [f"model {model}"]
+    words = [] if not paper.models or catalog_name(model) in paper.models else [f"model {model}"]
     if measure not in paper.measures:
         words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
     given = {
-        "limit": scope.limit, "window": scope.window if measure.program == "ppl" else None,
+        "limit": scope.limit, "window": scope.window if measure.program in ("ppl", "needle") else None,
         "data": scope.data if measure.program == "tasks" else None,
-        "perplexity by": scope.scoring if measure.program == "ppl" else (),
-        "tasks by": scope.asking if measure.program == "tasks" else (),
-        "MMLU by": scope.mmlu if measure.item == "mmlu" else (),
+        "perplexity by": _otherwise(measure, scope.scoring) if measure.program == "ppl" else (),
+        "tasks by": _otherwise(measure, scope.asking) if measure.program == "tasks" else (),
+        "MMLU by": _otherwise(measure, scope.mmlu) if measure.item == "mmlu" else (),
         "calibration": scope.calibration if method.calibrates else (),
-        "options": scope.options if method.quantizes_something else (),
+        "options": scope.options_of(method),
         "training": scope.training if cell.row.arm.trains else (),
     }  # fmt: skip
     for name, value in given.items():
@@ -184,6 +219,13 @@ def _departs(
     for record in records:
         words += _not_published(measure, record, scope)
     return tuple(dict.fromkeys(words))
+
+
+def _otherwise(measure: Measure, words: Words) -> Words:
+    """Options that say something else than the column's own; a batch size changes no figure but in its last bits."""
+    own = dict(zip(measure.options[::2], measure.options[1::2], strict=True))
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return tuple(word for pair in pairs if pair[0] != "--batch-size" and own.get(pair[0]) != pair[1] for word in pair)
 
 
 def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) -> list[str]:
@@ -197,6 +239,8 @@ def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) ->
         whole = QUESTIONS.get(measure.item, record["samples"])
         if scope.limit is None and record["samples"] != whole:
             return [f"{record['samples']} of {whole} questions"]
+    if measure.program == "latency" and measure.metric.endswith(" ms"):
+        return [f"milliseconds on {settings['gpu']}"]
     if measure.program == "judge":
         words = [] if settings["judge"] == JUDGE and "endpoint" not in settings else [f"judge {settings['judge']}"]
         return words if settings["questions"] == "mt_bench" else [*words, f"questions {settings['questions']}"]
@@ -205,43 +249,90 @@ def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) ->
 
 def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
     """Ours beside theirs, for one model or several: the published figures of the paper's models, ours of every model
-    that was run, and the difference where one is taken."""
-    models = dict.fromkeys(one.model for one in cells)
+    that was run, and the difference where one is taken. Below a row behind a prefix stands what that changes."""
+    models = list(dict.fromkeys(one.model for one in cells))
     published = [name for name in paper.models if name in map(catalog_name, models)] or list(paper.models)
-    rows = list({_place(one.row): one.row for one in cells}.values())
-    heads: list[str] = []
-    columns: list[list[render.Cell]] = []
+    names = list(dict.fromkeys([*published, *map(catalog_name, models)]))
+    rows = {_place(one.row): one.row for one in cells}
+    columns: dict[str, tuple[list[render.Cell], list[render.Cell]]] = {}  # a cell for every row, and what it changes
 
-    def add(head: str, values: list[render.Cell], always: bool = True) -> None:
-        if always or any(value is not None for value in values):
-            heads.append(head)
-            columns.append(values)
+    def add(
+        head: str, values: Mapping[_Place, render.Cell], changes: Mapping[_Place, render.Cell], always: bool
+    ) -> None:
+        if always or any(value is not None for value in values.values()):
+            columns[head] = ([values.get(place) for place in rows], [changes.get(place) for place in rows])
 
-    several = len(dict.fromkeys([*published, *map(catalog_name, models)])) > 1
-    for name in dict.fromkeys([*published, *map(catalog_name, models)]):
+    for name in names:
         mine = [one for one in cells if catalog_name(one.model) == name]
-        measures = list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures)
-        for measure in measures:
-            column = {_place(one.row): one for one in mine if one.measure == measure}
-            head = " ".join([measure.head, *([name] if several else [])])
-            if name in published:
-                add(f"{head}: published", [_shown(paper.value(row, name, measure)) for row in rows])
-            if mine:
-                ones = [column.get(_place(row)) for row in rows]
-                add(f"{head}: ours", [None if one is None else one.ours for one in ones])
-                add(f"{head}: difference", [_difference(one) for one in ones], always=False)
-                add(f"{head}: verdict", [one.verdict or None if one else None for one in ones], always=False)
-    lines = tuple((row.label, row.arm.label or "alone", *values) for row, *values in zip(rows, *columns, strict=True))
+        for measure in list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures):
+            head = " ".join([measure.head, *([name] if len(names) > 1 else [])])
+            if name in published or not paper.models:
+                theirs = {place: paper.value(row, name, measure) for place, row in rows.items()}
+                known = {place: (x,) for place, x in theirs.items() if isinstance(x, float)}
+                shown = {place: _published(measure, figure) for place, figure in theirs.items()}
+                add(f"{head}: published", shown, _changes(measure, known), always=False)
+            ones = {_place(one.row): one for one in mine if one.measure == measure}
+            if ones:
+                ours = {place: _short(one.ours) for place, one in ones.items()}
+                changes = _changes(measure, {place: one.values for place, one in ones.items()})
+                add(f"{head}: ours", ours, changes, always=len(models) == 1)
+                add(f"{head}: difference", {place: _difference(one) for place, one in ones.items()}, {}, always=False)
+                add(f"{head}: verdict", {place: one.verdict or None for place, one in ones.items()}, {}, always=False)
+    lines: list[tuple[render.Cell, ...]] = []
+    for i, row in enumerate(rows.values()):
+        lines.append((row.label, row.arm.label or "alone", *(values[i] for values, _ in columns.values())))
+        changed = [changes[i] for _, changes in columns.values()]
+        if any(changed):
+            lines.append((row.label, f"{row.arm.label}: change", *changed))
     caption = f"{paper.name}: {paper.title} ({paper.source}); {paper.protocol}"
-    return [Table(caption, ("method", "prefix", *heads), lines, 2, (*_notes(cells), *paper.notes))]
+    return [Table(caption, ("method", "prefix", *columns), tuple(lines), 2, (*_notes(cells), *paper.notes))]
 
 
-def _shown(figure: Figure) -> render.Cell:
-    return render.Figure(figure) if isinstance(figure, float) else figure
+def _short(ours: render.Figure | str | None) -> render.Cell:
+    """A figure as it is; of an answer what fits into a cell, on one line: its record has the whole."""
+    if not isinstance(ours, str):
+        return ours
+    line = " ".join(ours.split())
+    return line if len(line) <= ANSWER else f"{line[:ANSWER].rstrip()}…"
 
 
-def _difference(one: Filled | None) -> render.Cell:
-    return None if one is None or one.difference is None else render.Figure(one.difference, signed)
+def _published(measure: Measure, figure: Figure) -> render.Cell:
+    return render.Figure(figure, _form(measure)) if isinstance(figure, float) else figure
+
+
+def _changes(measure: Measure, values: Mapping[_Place, Sequence[float | None]]) -> dict[_Place, render.Cell]:
+    """What the prefix of a row changes against the same method alone, over the runs that both have: perplexities by a
+    share, others by a difference."""
+
+    def runs(place: _Place) -> dict[int | None, float]:
+        return {i: value for i, value in enumerate(values.get(place, ())) if value is not None}
+
+    return {
+        (label, arm): change_of(runs((label, ALONE)), runs((label, arm)), relative=measure.program == "ppl")
+        for label, arm in values
+        if arm != ALONE
+    }
+
+
+def _difference(one: Filled) -> render.Cell:
+    if one.difference is None:
+        return None
+    digits = one.measure.digits
+    return render.Figure(one.difference, signed if digits == 2 else lambda value: f"{value:+.{digits}f}")
+
+
+def _grades(cells: Iterable[Filled], model: str) -> list[str]:
+    """What a reader of scores must know of the judge."""
+    records = [record for one in cells if one.measure.program == "judge" for record in one.records]
+    grades = [grade for record in records for grade in record["models"].values()]
+    if not grades:
+        return []
+    lost = sum(sum(grade["unscored"].values()) for grade in grades)
+    whole = sum(grade["judgements"] for grade in grades)
+    notes = [f"{model}: {lost} of our {whole} judgements hold no grade and count nowhere"]
+    if any(record["settings"]["judge"].startswith("local-") for record in records):
+        notes.append("a local judge shows the flow; a small model's grades say nothing about quality")
+    return notes
 
 
 def _notes(cells: Sequence[Filled]) -> list[str]:
@@ -250,6 +341,9 @@ def _notes(cells: Sequence[Filled]) -> list[str]:
     for model in dict.fromkeys(one.model for one in cells):
         ran = [one for one in cells if one.model == model and one.ours is not None]
         words = dict.fromkeys(word for one in ran for word in one.departs)
+        notes += _grades(ran, model)
+        if ran and model in PACKAGED:
+            notes.append(f"16 bits of {model}: its package's weights, dequantized; they compare only with themselves")
         if words:
             notes.append(
                 f"{model}: not as published ({'; '.join(words)}), so no difference is taken; compare how much a method "

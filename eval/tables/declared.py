@@ -9,11 +9,13 @@ model, `eval.tables.ledger` finds their records. None of these imports torch: a 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 __all__ = [
     "ALONE",
     "BOS",
+    "NO_MODEL",
     "PUBLISHED",
     "Arm",
     "Figure",
@@ -108,6 +110,7 @@ class Arm:
     trains: Words = ()
 
 
+NO_MODEL = Path("no-model")  # in place of a directory, for a table that is of none
 ALONE = Arm("")
 BOS = Arm("[B]", "bos")
 
@@ -126,7 +129,8 @@ class Row:
 class Paper:
     """A table. name: what `reproduce` calls it. project: whose page it is of. source: which table or section.
 
-    protocol: what a figure is, in words. models: those with published figures, by their names in modelzoo/.
+    protocol: what a figure is, in words. models: those with published figures, by their names in modelzoo/; none for a
+    table that is of no model, whose rows have their figures under "".
     notes: what a reader must know, errors of the published table among them.
     """
 
@@ -140,9 +144,14 @@ class Paper:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def shown_for(self) -> tuple[str, ...]:
+        """The models that it is shown for: its own, or one that is none."""
+        return self.models or (NO_MODEL.name,)
+
     def value(self, row: Row, model: str, measure: Measure) -> Figure:
         """The published figure of a cell; None for a measure that the paper does not have."""
-        figures = row.published.get(model)
+        figures = row.published.get(model if self.models else "")
         return figures[self.measures.index(measure)] if figures is not None and measure in self.measures else None
 
 
@@ -165,8 +174,8 @@ class Scope:
     (`[B]`, `alone`) or measures. recipes, prefixes: rows of these in place of the table's. behind: methods that
     calibrate also do so behind the prefix of an arm. corpora, tasks: in place of the table's (`none`: no tasks). limit,
     window, data: of what is scored; scoring, asking, mmlu: more options of ppl, of tasks, of MMLU alone. calibration:
-    options of the text that methods calibrate on. options: more of every recipe. All that is not given is the published
-    size, or the model's own.
+    options of the text that methods calibrate on. options: more of every recipe; a setting `NAME:part.field=value` is
+    of the method or recipe of that name alone. All that is not given is the published size, or the model's own.
     """
 
     seeds: tuple[int, ...] = ()
@@ -186,6 +195,19 @@ class Scope:
     options: Words = ()
     training: Words = ()  # more options of what trains a prefix
     judge: Words = ()  # options of `eval judge`; without them nothing is judged
+
+    def options_of(self, method: Method) -> Words:
+        """More options of a method; full precision has none."""
+        found: list[str] = []
+        for word in self.options if method.quantizes_something else ():
+            name, colon, setting = word.partition(":")
+            if not (found[-1:] == ["--set"] and colon and "=" not in name):
+                found.append(word)
+            elif name.lower() in (method.name.lower(), method.recipe.lower()):
+                found.append(setting)
+            else:
+                found.pop()
+        return tuple(found)
 
     @property
     def reduced(self) -> Words:

@@ -6,7 +6,8 @@ and of the text that is scored: another model of the same name is another run.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -82,15 +83,31 @@ def _file(run: Run, stamp: str) -> Path:
 def keep(run: Run, entry: Entry) -> None:
     """Say what a run left behind."""
     write_json(_file(run, stamp_of(run)), entry)
+    _by_key.cache_clear()
 
 
 def entry_of(run: Run) -> Entry | None:
     """What a run left behind; None if it was never finished. Where the model is not at hand any of its name counts,
     the newest first. Raises UserError for a damaged entry."""
     stamp = stamp_of(run)
-    files = [_file(run, stamp)] if stamp else list((outputs_dir() / "asked").glob(f"{run.key}-*.json"))
+    files = [_file(run, stamp)] if stamp else _of_any_stamp(run.key)
     entries: list[Entry] = [read_json(file, "what was asked", Entry, mend=MEND) for file in files if file.is_file()]
     return max(entries, key=lambda entry: entry["finished"], default=None)
+
+
+def _of_any_stamp(key: str) -> list[Path]:
+    folder = outputs_dir() / "asked"
+    return _by_key(folder, folder.stat().st_mtime_ns).get(key, []) if folder.is_dir() else []
+
+
+@lru_cache(maxsize=4)
+def _by_key(folder: Path, changed: int) -> Mapping[str, list[Path]]:
+    """The files of a folder by the key in their names. changed: when the folder was, so that it is read once as long
+    as it stays as it is."""
+    found: dict[str, list[Path]] = {}
+    for file in folder.glob("*-*.json"):
+        found.setdefault(file.name.partition("-")[0], []).append(file)
+    return found
 
 
 def all_entries(left_out: list[str] | None = None) -> list[Entry]:

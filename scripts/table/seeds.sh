@@ -6,27 +6,26 @@
 #           (default: gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row)
 # Environment: SEEDS of the text to calibrate on (default "42 1 2 3"); EPOCHS of OmniQuant (default: the recipe's); CORPUS,
 # WINDOW, LIMIT, CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH override the model's defaults, PROTOCOL the intactkv
-# one; OPTIONS, MAX_MEMORY: see common.sh.
+# one; OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: seeds.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
 device=$1 model=$(model_path "$2")
 shift 2
 enter_project
-measure_as intactkv
-BEHIND=bos given=("${calibration[@]}")
-
-[ $# -gt 0 ] || set -- gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row
+: "${SEEDS:=42 1 2 3}"
+declared=(full) others=()
 for method in "$@"; do
-    case $method in
-        rtn-w8a8) recipe=(--recipe rtn-w8a8 --set "activations.static=true") ;;
-        gptq-w4row) recipe=(--recipe gptq --bits 4 --group-size -1) ;;
-        omniquant*) recipe=(--recipe "$method" ${EPOCHS:+--set "weights.epochs=$EPOCHS"}) ;;
-        *) recipe=(--recipe "$method") ;;
-    esac
-    for seed in ${SEEDS:-42 1 2 3}; do
-        calibration=("${given[@]}" --seed "$seed")
-        row "${recipe[@]}"
-    done
+    if named "$method" gptq-w3 gptq-w4 smoothquant-w8a8 quarot spqr awq-w3 rtn-w8a8 omniquant-w3 awq-w4 gptq-w4row; then
+        declared+=("$method")
+    else
+        others+=("$method")
+    fi
 done
-python -m eval table --model "$(basename "$model")" --over-seeds
+epochs=(${EPOCHS:+--set "omniquant-w3:weights.epochs=$EPOCHS"})
+BEHIND='' # an arm of the table's own
+[ $# -gt 0 ] && [ "${#declared[@]}" -eq 1 ] ||
+    reproduce "$device" "$model" ours-seeds ${1:+--only "${declared[@]}"} "${epochs[@]}"
+BEHIND=bos
+[ "${#others[@]}" -eq 0 ] || reproduce "$device" "$model" ours-seeds --recipe "${others[@]}"
+python -m eval table --model "$(basename "$model")" --over-seeds # the same runs, with changes over the seeds

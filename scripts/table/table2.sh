@@ -3,11 +3,11 @@
 # published figures.
 # Usage: table2.sh DEVICE MODEL_PATH [METHOD]…      for example: table2.sh 0 modelzoo/vicuna-v1.5/vicuna-v1.5-7b gptq
 #   METHOD  rtn, gptq (by AutoGPTQ, as published: the recipe gptq-autogptq), omniquant, awq (default: all)
-# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED of the text to calibrate on; EPOCHS of
+# Environment: CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS of the text to calibrate on; EPOCHS of
 # OmniQuant; DATA=local|sample, LIMIT (questions a subject), BATCH_SIZE of MMLU, MMLU_PROTOCOL (default
-# hendrycks); OPTIONS of the quantized rows, MAX_MEMORY: see common.sh.
+# hendrycks); OPTIONS of the quantized rows, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -ge 2 ] || fail "usage: table2.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
-told=(--tasks mmlu --fewshot 5)
-paper_table 2 tasks "$@"
+columns=() # the table's own
+weight_table intactkv-2 "$@"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,11 @@ QUANTIZED_PROGRAMS = (
     Program("export-ct", ("quantization", "export", "--model", "q", "--out", "x"), tensors_of("x/*.safetensors")),
 )  # fmt: skip
 PREFIX = (*RTN, "--prefix")
+REPORT = Program(
+    "report",
+    ("eval", "report", "intactkv-1", "--model", MODEL, "--out", "r.html"),
+    lambda outcome, world: re.findall(r'class="ours"[^>]*>([^<]*)', (world / "r.html").read_text()),
+)
 
 
 def _turns(path: Path) -> Any:
@@ -205,6 +211,9 @@ KINDS = {
             Program("plot-needle", ("eval", "plot", "needle", "--model", "tiny-llama", "--out", "f.png"),
                     files_of("f.csv")),
         ), without=named),
+        Kind("reported", worlds.reported, ("outputs/runs/*.json",), (REPORT,), own=True, without=named),
+        Kind("asked", worlds.reported, ("outputs/asked/*.json", "outputs/asked/tables/*.json"), (REPORT,),
+             without=named),
         Kind("state", worlds.chats, ("out.state.safetensors",), (
             Program("resume", (*CALIBRATE, "out.safetensors"), tensors_of("out.safetensors")),
         ), own=True, rewritten=r"^out\.state|^modelzoo/"),

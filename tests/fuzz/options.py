@@ -45,6 +45,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "table-needle": ("eval", "table", "needle"),
     "plot-needle": ("eval", "plot", "needle", "--model", "tiny-llama", *FIGURE),
     "table": ("eval", "table"),
+    "report": ("eval", "report", "intactkv-1", "--out", "r.html"),
     "table-tasks": ("eval", "table", "tasks"),
     **{f"stats-{kind}": ("eval", "stats", kind, "--model", MODEL, *RTN, *TEXT, "--window", "32", "--limit", "1",
                          "--out", "s.csv") for kind in ("linears", "distance", "kv", "pivots")},
@@ -77,7 +78,8 @@ NUMBERS = {"0", "-0", "-1", "1.5", "1e400", "nan", "inf", "-inf"}
 FINE: dict[str, set[str]] = {
     "--prefix": {"abc", "nan", "inf", "-inf", "-1", "0", "1.5", "-0", "1e400", "1,2", "true", "None", "☃", "a" * 300,
                  str(10**22), "a\nerror: b", "a\x1b[31m\x07b", "9" * 5000},
-    "--seed": {"0", "-0"}, "--training-seed": {"0", "-0"}, "--text-seed": {"0", "-0"}, "--answer-seed": {"0", "-0"},
+    "--seed": {"0", "-0"}, "--seeds": {"0", "-0"},
+    "--training-seed": {"0", "-0"}, "--text-seed": {"0", "-0"}, "--answer-seed": {"0", "-0"},
     "--retries": {"0", "-0"}, "--fewshot": {"0", "-0"}, "--min-assistant": {"0", "-0"},
     "--group-size": {"-1"}, "--kv-group-size": {"-1"}, "--ablate": {"0", "-0"},
     "--price-in": {"0", "-0", "1.5"}, "--price-out": {"0", "-0", "1.5"}, "--timeout": {"1.5"},
@@ -165,8 +167,9 @@ def run_option(scratch: Scratch, name: str) -> Call:
 
 def _filters(program: str, option: str) -> bool:
     """Any name is a filter; what no record has is told or gives an empty table."""
-    return program.startswith(("table", "plot-perplexity", "plot-needle")) and option not in (
-        "--window", "--fewshot", "--limit", "--lengths",
+    return program.startswith(("table", "plot-perplexity", "plot-needle", "report")) and option not in (
+        "--window", "--fewshot", "--limit", "--lengths", "--seeds", "--batch-size", "--calibration-samples",
+        "--calibration-length",
     )  # fmt: skip
 
 

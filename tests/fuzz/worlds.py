@@ -13,6 +13,7 @@ import torch
 from chats import TEMPLATE
 from common import FOXES
 from conftest import _tiny_checkpoint, _tiny_tokenizer
+from report_worlds import answer
 
 from fuzz.engine import Outcome, Scratch, call
 from intactkv.architecture import LLAMA
@@ -179,6 +180,18 @@ def records(world: Path, scratch: Scratch) -> None:
     ran(world, "eval", "tasks", "--model", MODEL, "--tasks", "piqa", "--data", "local", "--limit", "2", "--json")
     ran(world, *NEEDLE)
     ran(world, *TALK)
+
+
+def reported(world: Path, scratch: Scratch) -> None:
+    """A published table, of which two figures were run."""
+    from eval.tables.asked import cells_of
+    from eval.tables.noted import note
+    from eval.tables.papers import PAPERS
+
+    paper = PAPERS["intactkv-1"]
+    note([(paper, [Path(MODEL)])], [])
+    for cell in cells_of(paper, Path(MODEL))[:2]:
+        answer(cell.runs[0], 9.5)
 
 
 TASKS = {

@@ -4,19 +4,21 @@ attention's products; alpha 0.55."""
 from eval.tables.declared import Measure, Method, Paper
 from eval.tables.papers.columns import C4_OLD, CSQA, FULL, LLAMA31, MMLU, PERPLEXITY, QLLM, SIXTEEN_BITS, WIKITEXT, rows
 
-__all__ = ["SMOOTH_W8A8", "TABLES"]
+__all__ = ["SMOOTH_W8A8", "TABLES", "rtn", "smooth"]
 
 
-def _smooth(bits: int, alpha: str = "0.55") -> Method:
+def smooth(bits: int, alpha: str = "0.55") -> Method:
+    """Weights and activations of so many bits, smoothed."""
     words = ("--set", f"transforms.smooth.alpha={alpha}")
     return Method("SmoothQuant", f"smoothquant-w{bits}a{bits}-qllm", words, calibrates=True, quantizes=True)
 
 
-def _rtn(bits: int) -> Method:
+def rtn(bits: int) -> Method:
+    """The same without smoothing."""
     return Method("RTN", f"rtn-w{bits}a{bits}-qllm", quantizes=True)
 
 
-SMOOTH_W8A8 = _smooth(8)
+SMOOTH_W8A8 = smooth(8)
 ALPHAS = {
     "0.35": "7.2984 10.4271", "0.40": "7.2936 10.4279", "0.45": "7.2897 10.4163", "0.50": "7.2867 10.4098",
     "0.55": "7.2840 10.4091", "0.60": "7.2907 10.4258", "0.65": "7.3198 10.4438", "0.70": "7.3182 10.4489",
@@ -33,7 +35,7 @@ TABLES = (
     Paper(
         "smoothquant-alpha", "SmoothQuant", "perplexity of W8A8 by alpha", "qllm, SmoothQuant, migration strength",
         QLLM, LLAMA31, (_fine(WIKITEXT), _fine(C4_OLD)),
-        rows(LLAMA31, *((f"alpha {alpha}", _smooth(8, alpha), text) for alpha, text in ALPHAS.items())),
+        rows(LLAMA31, *((f"alpha {alpha}", smooth(8, alpha), text) for alpha, text in ALPHAS.items())),
         ("the page chooses alpha on the texts that it is measured on; all of its figures lie within half a percent",),
     ),
     Paper(
@@ -43,10 +45,10 @@ TABLES = (
         rows(
             LLAMA31,
             ("16 bits", FULL, "7.22 10.39 84.16 51.96 81.82 59.12 79.87 73.95 71.81 67.81"),
-            ("W8A8", _rtn(8), "7.30 10.43 84.34 52.56 81.52 59.08 79.22 73.24 71.66 67.41"),
+            ("W8A8", rtn(8), "7.30 10.43 84.34 52.56 81.52 59.08 79.22 73.24 71.66 67.41"),
             ("W8A8, smoothed", SMOOTH_W8A8, "7.28 10.41 84.22 52.22 82.37 59.25 79.65 73.95 71.94 67.44"),
-            ("W6A6", _rtn(6), "8.16 11.67 83.36 50.60 79.50 57.38 76.77 70.40 69.67 63.43"),
-            ("W6A6, smoothed", _smooth(6), "8.12 11.60 82.87 50.34 78.79 57.88 77.80 71.74 69.90 64.01"),
+            ("W6A6", rtn(6), "8.16 11.67 83.36 50.60 79.50 57.38 76.77 70.40 69.67 63.43"),
+            ("W6A6, smoothed", smooth(6), "8.12 11.60 82.87 50.34 78.79 57.88 77.80 71.74 69.90 64.01"),
         ),
         (SIXTEEN_BITS,),
     ),

@@ -1,0 +1,350 @@
+"""Tables as one line: what is planned, what is run, what a failure and Ctrl-C leave."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from common import FOXES, ROOT
+
+from corpora.errors import UserError
+from corpora.paths import outputs_dir
+from eval import execution
+from eval.__main__ import main as eval_main
+from eval.execution import Failure, Worker, execute, workers_of
+from eval.tables.asked import Call, Run, calls_of, cells_of, measures_of, rows_of, runs_of
+from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
+from eval.tables.ledger import entry_of
+from eval.tables.papers import PAPERS
+
+Main = Callable[..., tuple[int, str, str]]
+GPTQ = Method("GPTQ", "gptq", ("--bits", "3"), calibrates=True, quantizes=True)
+RTN = Method("RTN", "rtn", ("--bits", "4"), quantizes=True)
+COLUMNS = (Measure("C4", item="c4", options=("--protocol", "intactkv")), Measure("MMLU", "tasks", "mmlu"))
+PAPER = Paper(
+    "small", "none", "a table", "nowhere", "none", ("llama-2-7b",), COLUMNS,
+    (Row("FP16", Method("FP16")), *(Row(m.name, m, arm) for m in (RTN, GPTQ) for arm in (ALONE, BOS))),
+)  # fmt: skip
+MODEL = Path("modelzoo/llama-2/llama-2-7b")
+
+
+class Heard:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.failures: list[Failure] = []
+        self.busy = 0
+
+    def doing(self, calls: Sequence[tuple[Call, str]]) -> None:
+        self.busy = max(self.busy, len(calls))
+
+    def made(self, call: Call, seconds: float) -> None:
+        self.calls.append(call.first.program)
+
+    def failed(self, failure: Failure) -> None:
+        self.failures.append(failure)
+
+
+def cells(**scope: object) -> set[tuple[str, str, str]]:
+    found = cells_of(PAPER, MODEL, Scope(**scope))  # type: ignore[arg-type]
+    return {(cell.row.method.name, cell.row.arm.label, cell.measure.head) for cell in found}
+
+
+# What is asked --------------------------------------------------------------------------------------------------------
+
+
+def test_only_takes_one_word_of_each_kind() -> None:
+    assert len(cells()) == 10
+    assert cells(only=("rtn", "gptq", "[b]", "c4")) == {("RTN", "[B]", "C4"), ("GPTQ", "[B]", "C4")}
+    assert {method for method, _, _ in cells(only=("3-bit", "16-bit"))} == {"GPTQ", "FP16"}
+    assert {arm for _, arm, _ in cells(only=("alone",))} == {""}
+    assert cells(only=("rtn", "kivi")) == set()
+
+
+def test_other_corpora_and_tasks_take_the_place_of_the_tables() -> None:
+    heads = [m.head for m in measures_of(PAPER, MODEL, Scope(corpora=("ptb", "c4"), tasks=("piqa", "mmlu")))]
+    assert heads == ["ptb", "C4", "PIQA", "MMLU"]
+    assert [m.head for m in measures_of(PAPER, MODEL, Scope(tasks=("none",)))] == ["C4"]
+    assert [m.item for m in measures_of(PAPER, MODEL, Scope(tasks=("csqa",)))][1:] == [
+        "boolq", "arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande",
+    ]  # fmt: skip
+
+
+def test_an_arm_that_is_calibrated_behind_is_added_where_a_method_calibrates() -> None:
+    arms = [(row.method.name, row.arm.label) for row in rows_of(PAPER, Scope(behind=True))]
+    assert arms == [("FP16", ""), ("RTN", ""), ("RTN", "[B]"), ("GPTQ", ""), ("GPTQ", "[B]"), ("GPTQ", "behind [B]")]
+
+
+def test_rows_of_named_recipes_know_whether_they_calibrate() -> None:
+    rows = rows_of(PAPER, Scope(recipes=("fp16", "rtn-w8a8"), options=("--set", "activations.static=true")))
+    assert [(row.label, row.arm.label, row.method.calibrates) for row in rows] == [
+        ("fp16", "", False), ("rtn-w8a8", "", True), ("rtn-w8a8", "[B]", True),
+    ]  # fmt: skip
+    (plain, _) = rows_of(PAPER, Scope(recipes=("rtn-w8a8",)))
+    assert not plain.method.calibrates
+    with pytest.raises(UserError, match="rtn-w9"):
+        rows_of(PAPER, Scope(recipes=("rtn-w9",)))
+
+
+def test_a_setting_of_one_method_reaches_no_other() -> None:
+    scope = Scope(options=("--set", "gptq:weights.damp=0.1", "--group-size", "32", "--set", "weights.x=a:b"))
+    assert scope.options_of(GPTQ) == (
+        "--set", "weights.damp=0.1", "--group-size", "32", "--set", "weights.x=a:b",
+    )  # fmt: skip
+    assert scope.options_of(RTN) == ("--group-size", "32", "--set", "weights.x=a:b")
+    assert scope.options_of(Method("FP16")) == ()
+
+
+def test_a_checkpoint_is_asked_for_once_without_what_matters_only_when_it_runs() -> None:
+    scope = Scope(options=("--dtype", "float16", "--kernel=lut"), seeds=(1, 2))
+    runs = runs_of(cells_of(PAPER, MODEL, scope))
+    made = [run for run in runs if run.program == "quantization"]
+    assert [run.words for run in made] == [
+        ("--recipe", "rtn", "--bits", "4"),
+        ("--recipe", "gptq", "--bits", "3", "--seed", "1"),
+        ("--recipe", "gptq", "--bits", "3", "--seed", "2"),
+    ]
+    scored = [run for run in runs if run.program == "ppl" and run.needs]
+    assert all("--dtype float16 --kernel=lut" in " ".join(run.words) for run in scored)
+    assert len(scored) == 2 + 4
+
+
+# What is run ----------------------------------------------------------------------------------------------------------
+
+# A program in place of ours: it does what its --recipe says.
+PROGRAM = """
+import json, pathlib, signal, sys, time
+words = sys.argv[1:]
+what = words[words.index("--recipe") + 1]
+place = pathlib.Path({root!r})
+log = (place / "log").open("a"); log.write(" ".join(words) + "\\n"); log.close()
+if what == "waits" and not (place / "go").exists():
+    try:
+        print("waiting", file=sys.stderr, flush=True); time.sleep(60)
+    except KeyboardInterrupt:
+        (place / "ended").touch(); sys.exit(130)
+if what == "wrong":
+    print("error: it is wrong; mend it", file=sys.stderr); sys.exit(2)
+if what == "breaks":
+    raise KeyError("ours")
+if what == "asks" and "bad" in words:
+    print("error: bad is no corpus", file=sys.stderr); sys.exit(2)
+items = [words[i + 1] for i, word in enumerate(words) if word == "--corpus"] or [""]
+records = [dict(task="ppl", path=f"runs/ppl-{{what}}-{{item}}.json") for item in items]
+if "quantization" in words:
+    made = place / what; made.mkdir(exist_ok=True)
+    records = [dict(directory=str(made))]
+print("a library's line"); print(json.dumps(records[0] if len(records) == 1 else records))
+"""
+
+
+@pytest.fixture
+def programs(intactkv_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root, with programs that only say what they were asked. Their records need no form here."""
+    script = intactkv_root / "program.py"
+    script.write_text(PROGRAM.format(root=str(intactkv_root)))
+    command = Call.command
+    monkeypatch.setattr(Call, "command", lambda self, device: [sys.executable, str(script), *command(self, device)[2:]])
+    monkeypatch.setattr(execution, "is_done", lambda run: entry_of(run) is not None)
+    return intactkv_root
+
+
+def asked(*recipes: str, program: str = "ppl", item: str = "x", needs: tuple[Run, ...] = ()) -> list[Run]:
+    return [Run(program, Path("model"), item, ("--recipe", recipe), needs) for recipe in recipes]
+
+
+def test_what_others_need_is_made_once_and_first_and_nothing_is_made_again(programs: Path) -> None:
+    (made,) = asked("made", program="quantization", item="")
+    runs = [made, *asked("a", "b", needs=(made,)), *asked("a", item="y", needs=(made,))]
+    for again, expected in ((False, 3), (False, 0), (True, 3)):
+        heard = Heard()
+        outcome = execute(calls_of(runs), [Worker("cpu")] * 3, again=again, watcher=heard)
+        assert (len(heard.calls), len(outcome.made)) == (expected, 4 if expected else 0)
+        assert len(outcome.finished) == 4 - len(outcome.made)
+        assert heard.calls[:1] == ["quantization"] * bool(expected)
+    entry = entry_of(made)
+    assert entry is not None
+    assert (entry["made"], entry["program"]) == ("made", "quantization")
+    (one,) = asked("a", item="y", needs=(made,))
+    assert (entry_of(one) or {})["record"] == "ppl-a-y.json"
+
+
+def test_a_run_that_fails_stops_only_what_needs_it_and_is_asked_again(programs: Path) -> None:
+    wrong, broken = asked("wrong", "breaks", program="quantization", item="")
+    (after,) = asked("after", needs=(wrong,))
+    runs = [wrong, broken, after, *asked("fine")]
+    for _ in range(2):
+        heard = Heard()
+        outcome = execute(calls_of(runs), [Worker("cpu")], watcher=heard)
+        said = {failure.run.key: failure.said for failure in outcome.failed}
+        assert said[wrong.key] == "it is wrong; mend it"
+        assert said[broken.key].startswith("exit code 1: KeyError: 'ours' (all of it: ")
+        assert "Traceback" in Path(said[broken.key].split("all of it: ")[1].rstrip(")")).read_text()
+        assert [(failure.run, "wrong" in failure.said) for failure in outcome.left_out] == [(after, True)]
+        assert len(heard.failures) == 3
+    assert [run.words[1] for run in outcome.finished] == ["fine"]
+
+
+def test_one_item_that_fails_leaves_the_others_of_its_call(programs: Path) -> None:
+    runs = [run for item in ("good", "bad", "well") for run in asked("asks", item=item)]
+    (call,) = calls_of(runs)
+    outcome = execute([call], [Worker("cpu")], watcher=Heard())
+    assert [run.item for run in outcome.made] == ["good", "well"]
+    assert [(failure.run.item, failure.said) for failure in outcome.failed] == [("bad", "bad is no corpus")]
+
+
+def test_workers_run_at_the_same_time_each_on_its_own_gpu(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (programs / "go").touch()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
+    assert [worker.visible for worker in workers_of("auto")] == ["3", "GPU-5a"]
+    assert [worker.visible for worker in workers_of("cuda", 3)] == ["3", "GPU-5a", "3"]
+    assert [worker.visible for worker in workers_of("cuda:1")] == ["GPU-5a"]
+    assert workers_of("cuda:all", max_memory=2**30) == [Worker("cuda:all", max_memory=2**30)]
+    assert workers_of("cuda:1")[0].environment()["CUDA_VISIBLE_DEVICES"] == "GPU-5a"
+    with pytest.raises(UserError, match="cuda:2: this machine shows 2 CUDA GPUs"):
+        workers_of("cuda:2")
+    with pytest.raises(UserError, match="leave --workers out"):
+        workers_of("cuda:all", 2)
+    heard = Heard()
+    execute(calls_of(asked("a", "b", "c")), [Worker("cpu")] * 2, watcher=heard)
+    assert heard.busy <= 2
+    assert len(heard.calls) == 3
+
+
+def test_on_a_cpu_there_is_one_worker_and_several_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert workers_of("auto") == [Worker("cpu")]
+    assert "OMP_NUM_THREADS" not in workers_of("cpu")[0].environment()
+    assert [worker.environment()["OMP_NUM_THREADS"] for worker in workers_of("cpu", 4)] == ["2"] * 4
+    with pytest.raises(UserError, match="no CUDA GPUs"):
+        workers_of("cuda")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: Path, number: int) -> None:
+    (fine,) = asked("fine")
+    (slow,) = asked("waits")
+    heard = Heard()
+
+    def interrupt() -> None:
+        while not heard.calls or not (programs / "log").read_text().count("waits"):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            execute(calls_of([fine, slow]), [Worker("cpu")] * 2, watcher=heard)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (programs / "ended").exists()
+    assert [entry_of(run) is not None for run in (fine, slow)] == [True, False]
+    (programs / "go").touch()
+    outcome = execute(calls_of([fine, slow]), [Worker("cpu")], watcher=Heard())
+    assert (outcome.finished, outcome.made) == ([fine], [slow])
+
+
+def test_programs_take_what_is_theirs() -> None:
+    made, scored = Run("quantization", MODEL, "", ()), Run("ppl", MODEL, "c4", ())
+    everywhere = Worker("cuda:all", max_memory=65 * 2**30)
+    assert everywhere.command(Call((made,)), force=True)[-3:] == ["--device", "cuda", "--json"]
+    assert everywhere.command(Call((scored,)), force=True)[-6:] == [
+        "--device", "cuda:all", "--json", "--max-memory", "65GiB", "--force",
+    ]  # fmt: skip
+    trained = Run("calibrate", MODEL, "", ())
+    assert "--json" not in everywhere.command(Call((trained,)))
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+
+def refused(run_main: Main, *words: str) -> str:
+    code, out, err = run_main(eval_main, "reproduce", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    return err
+
+
+def test_what_cannot_be_is_one_line(
+    run_main: Main, intactkv_root: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    mine = str(checkpoint())
+    assert "no table is named" in refused(run_main)
+    assert "unknown table intactkv-9; known are intactkv-1" in refused(run_main, "intactkv-9")
+    said = refused(run_main, "intactkv-1")
+    assert "none of the models of intactkv-1 is in modelzoo/ (llama-7b" in said
+    assert "--model DIR" in said
+    said = refused(run_main, "intactkv-1", "--model", mine, "--device", "cpu")
+    for words in ("c4 for evaluation", "--corpus NAME|FILE", "for calibration", "--calibration NAME|FILE"):
+        assert words in said
+    assert "no model in " in refused(run_main, "intactkv-1", "--model", str(tmp_path / "no"), "--corpus", mine)
+    assert "--only kivi leaves nothing of intactkv-1" in refused(
+        run_main, "intactkv-1", "--model", mine, "--only", "kivi"
+    )
+    assert "need --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "--judge-model" in refused(run_main, "intactkv-4", "--judge-options", "--retries 1")
+    assert "add it" in refused(run_main, "intactkv-1", "--commands")
+    assert "--prefix is of rows" in refused(run_main, "intactkv-1", "--prefix", "bos")
+    assert "close every quote" in refused(run_main, "intactkv-1", "--options", "--set 'a")
+    assert not outputs_dir().exists()
+
+
+def test_every_table_is_listed_with_where_it_is_from(run_main: Main) -> None:
+    code, out, _ = run_main(eval_main, "reproduce", "--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(PAPERS)
+    assert all(paper.source in line for line, paper in zip(out.splitlines(), PAPERS.values(), strict=True))
+
+
+def test_a_dry_run_says_what_a_smaller_model_changes_and_every_command(run_main: Main, smollm2: Path) -> None:
+    words = ("intactkv-1", "--model", str(smollm2), "--limit", "2", "--dry-run", "--commands")
+    code, out, _ = run_main(eval_main, "reproduce", *words)
+    assert code == 0
+    assert "groups of 64" in out
+    assert "calibration on 16 × 512 tokens of sample" in out
+    assert "not as published: limit 2" in out
+    commands = [line for line in out.splitlines() if line.startswith("python -m ")]
+    scored = [line for line in commands if " eval ppl " in line]
+    assert len(scored) == 9
+    assert all("--limit 2" in line for line in scored)
+
+
+@pytest.mark.slow
+def test_a_table_of_a_users_own_model_is_run_and_killed_and_goes_on(
+    intactkv_root: Path, checkpoint: Callable[..., Path]
+) -> None:
+    model = intactkv_root / "modelzoo" / "mine"
+    shutil.copytree(checkpoint(), model)
+    text = intactkv_root / "text.txt"
+    text.write_text(FOXES * 20)
+    words = [sys.executable, "-m", "eval", "reproduce", "intactkv-1", "--model", str(model), "--corpus", str(text),
+             "--calibration", str(text), "--calibration-samples", "2", "--calibration-length", "16", "--window", "32",
+             "--limit", "2", "--options", "--group-size 32", "--only", "fp16", "gptq", "--device", "cpu"]  # fmt: skip
+    environment = os.environ | {"INTACTKV_ROOT": str(intactkv_root)}
+    first = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert first.stderr is not None
+    for line in first.stderr:
+        if "1 of 4" in line:
+            break
+    first.kill()
+    first.communicate()
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 runs made, 1 were finished, 0 failed" in done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [(row[0], row[1]) for row in rows] == [("FP16", "alone"), ("GPTQ", "alone"), ("GPTQ", "[B]")]
+    assert all(float(row[-1]) > 1 for row in rows)
+    assert len(list((intactkv_root / "outputs" / "runs").glob("*.json"))) == 3
