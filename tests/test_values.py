@@ -13,6 +13,7 @@ import torch
 from common import ROOT, every
 
 from corpora import values
+from corpora.__main__ import parser as corpora_parser
 from corpora.errors import UserError
 from corpora.paths import CHECKOUT, root
 from eval.__main__ import main as eval_main
@@ -80,6 +81,20 @@ def test_the_largest_seed_is_one_that_torch_takes_with_the_epochs_that_are_added
         torch.Generator().manual_seed(int(HUGE))
 
 
+def test_what_slurm_is_told_is_written_as_slurm_writes_it():
+    for word in ("90", "4:00:00", "30:00", "1-12", "2-0:30", "0:90"):
+        assert values.duration(word) == word
+    for word in (*NO_NUMBERS, "0", "0:00", "4h", "1.5", "-1", "1-", ":30", "1:2:3:4", HUGE):
+        assert "such as 90, 4:00:00 or 1-12" in refused(values.duration, word)
+    for word in ("64G", "512", "500M", "1T"):
+        assert values.memory(word) == word
+    for word in (*NO_NUMBERS, "0", "64 G", "64GB", "1.5G", "-1", HUGE):
+        assert "such as 64G" in refused(values.memory, word)
+    assert values.plain("gpu:a100:4,x|y&z") == "gpu:a100:4,x|y&z"
+    for word in ("", " ", "a b", "a\nb", "é", "a" * 201):
+        assert "one word of plain letters" in refused(values.plain, word)
+
+
 @every("word", [*NO_NUMBERS, "inf", "-inf", "infinity", "1_0.5", "0x1p3", "1e-", ".", "-1", "0"])
 def test_a_rate_is_a_finite_number_above_nothing(word):
     assert "give a number above 0, such as 1e-3" in refused(values.number(above=0, like="1e-3"), word)
@@ -121,7 +136,7 @@ def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return [parser, *(deeper for one in below for deeper in parsers(one))]
 
 
-PROGRAMS = [eval_parser(), prefix_parser("intactkv"), quantize_parser(False), export_parser()]
+PROGRAMS = [corpora_parser(), eval_parser(), prefix_parser("intactkv"), quantize_parser(False), export_parser()]
 OPTIONS = [(parser.prog, action) for program in PROGRAMS for parser in parsers(program) for action in parser._actions
            if action.option_strings and action.nargs != 0]  # fmt: skip
 

@@ -3,7 +3,6 @@
 squeue knows what waits and runs. sacct knows how the others ended, but many sites do not run it.
 """
 
-import getpass
 import os
 import re
 import subprocess
@@ -64,7 +63,7 @@ def submit(script: Path, options: Sequence[str], environment: Mapping[str, str])
 
 def queue() -> dict[str, Queued]:
     """This user's tasks that wait or run. Raises UserError if squeue is missing or does not answer."""
-    said = _asked(["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F_%K|%T|%r"])
+    said = _asked(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F_%K|%T|%r"])
     rows = [line.split("|", 2) for line in said.splitlines() if line.count("|") >= 2]
     return {job: Queued(state, "" if reason == "None" else reason) for job, state, reason in rows}
 

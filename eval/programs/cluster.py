@@ -237,4 +237,6 @@ def _print_states(name: str, states: "Sequence[State]") -> None:
 
 
 def _short(label: str, longest: int = 90) -> str:
-    return label if len(label) <= longest else f"{label[: longest - 1]}…"
+    """A label whose middle is left out: the ends tell runs apart."""
+    half = longest // 2
+    return label if len(label) <= longest else f"{label[:half]}…{label[1 - half :]}"
