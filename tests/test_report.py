@@ -39,7 +39,7 @@ TASKS = tuple(Measure(name, "tasks", name, better="higher") for name in ("piqa",
 MEAN = Measure("mean", "tasks", better="higher", average_of=("piqa", "boolq"))
 WORDS = Measure("riddle", "chat", "Who am I?", better="words")
 PPL, OLD = Measure("C4", "ppl", "c4"), Measure("WikiText-2", "ppl", "wikitext2")
-GPTQ, RTN = Method("GPTQ", "gptq-w3", calibrates=True), Method("RTN", "rtn-w3")
+GPTQ, RTN, RTN_4 = Method("GPTQ", "gptq-w3", calibrates=True), Method("RTN", "rtn-w3"), Method("RTN", "rtn-w4")
 PAPER = Paper(
     "made-up", "us", "A table that nobody published", "Table 0", "all that there is", ("llama-2-7b",),
     (PPL, OLD, *TASKS, MEAN, WORDS),
@@ -48,6 +48,7 @@ PAPER = Paper(
         Row("RTN", RTN, ALONE, {"llama-2-7b": (8.97, 6.6, 70.0, None, None, None)}),
         Row("RTN", RTN, BOS, {"llama-2-7b": (8.61, 6.3, 71.0, None, None, None)}),
         Row("GPTQ", GPTQ, ALONE), Row("GPTQ", GPTQ, BOS),
+        Row("RTN, 4 bits", RTN_4, ALONE), Row("RTN, 4 bits", RTN_4, BOS),
     ), ("its mean is wrong",),
 )  # fmt: skip
 SEEDS = Scope(seeds=(1, 2, 3))
@@ -134,15 +135,16 @@ def test_a_gain_is_the_mean_over_columns_of_how_much_lower_or_higher(world: Path
     cells = filled(PAPER, MODEL, SEEDS)
     figure = {(cell.row.label, cell.row.arm.label, cell.measure.head): cell.ours for cell in cells}
     ppl, score = charts_of(cells)
-    rtn = next(gain for gain in ppl.gains if gain.method == "RTN")
+    assert [gain.label for gain in ppl.gains] == ["RTN", "GPTQ", "RTN, 4 bits"]
+    rtn = ppl.gains[0]
     shares = [figure["RTN", "[B]", head].value / figure["RTN", "", head].value for head in ("C4", "WikiText-2")]
     assert rtn.ours == pytest.approx(100 * (1 - sum(shares) / 2))
     assert rtn.theirs == pytest.approx(100 * (1 - (8.61 / 8.97 + 6.3 / 6.6) / 2))
     points = [figure["RTN", "[B]", head].value - figure["RTN", "", head].value for head in ("piqa", "boolq")]
-    rtn = next(gain for gain in score.gains if gain.method == "RTN")
+    rtn = score.gains[0]
     assert rtn.ours == pytest.approx(sum(points) / 2)
     assert rtn.theirs == pytest.approx(1.0)
-    assert next(gain for gain in score.gains if gain.method == "GPTQ").theirs is None
+    assert score.gains[1].theirs is None
 
 
 # ---- its form
