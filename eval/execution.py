@@ -70,8 +70,6 @@ def workers_of(device: str, count: int | None = None, max_memory: int | None = N
     device: as --device has it; cuda:N is one GPU, cuda:all one model over all. Raises UserError for a GPU that is not
     there.
     """
-    if max_memory is not None and device != ALL_GPUS:
-        raise UserError(f"--max-memory is for a model that is spread: add --device {ALL_GPUS}, or leave it out")
     gpus = [] if device == "cpu" else _visible_gpus()
     if device == "cpu" or (device == "auto" and not gpus):
         shared = max(1, (os.cpu_count() or 1) // count) if count and count > 1 else 0

@@ -11,6 +11,7 @@ import torch
 from benchmarks import lutgemm
 from corpora.errors import UserError
 from corpora.json_files import with_sum
+from eval.__main__ import main as eval_main
 from eval.chat import PROMPTS
 from eval.needle import PUBLISHED_KEYS, found, published_length
 from eval.runs import record_at
@@ -103,6 +104,28 @@ def test_latencies_leave_a_record_that_fills_the_row_of_its_shape(
     text = render(paper_table(LATENCY, filled(LATENCY, Path("no-model"))), "csv")
     assert "0.02419" in text
     assert "n/a" not in text.splitlines()[1]
+    for words in (("table", "lutgemm-latency"), ("table", "lutgemm-latency", "--model", "llama-2-7b")):
+        code, out, err = run_main(eval_main, *words)
+        assert code == 0, err
+        assert out.count("0.02500") == 1  # of LUT-GEMM, 4 bits
+
+
+def test_a_table_of_no_model_is_run_shown_and_reported_without_one(
+    intactkv_root: Path, run_main: Callable[..., tuple[int, str, str]]
+) -> None:
+    page = intactkv_root / "report.html"
+    code, _, err = run_main(eval_main, "report", "lutgemm-latency", "--out", page)
+    assert code == 0, err
+    assert "12288 × 49152" in page.read_text()
+    code, out, err = run_main(eval_main, "reproduce", "lutgemm-latency", "--device", "cpu")
+    assert code == 0
+    assert "need a GPU: their cells stay n/a" in err
+    assert out.count("0.02419") == 1
+    assert "0 failed" in err
+    assert run_main(eval_main, "table", "lutgemm-latency")[1] == out
+    code, out, err = run_main(eval_main, "reproduce", "lutgemm-latency", "--dry-run")
+    assert code == 0
+    assert "no-model" in out
 
 
 def test_latencies_of_other_shapes_than_were_asked_are_no_record(

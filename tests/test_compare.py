@@ -68,7 +68,7 @@ def fill(
 
 
 def column(table: Table, head: str) -> dict[tuple[str, str], str]:
-    """A column of a table by method and prefix, as text."""
+    """A column of a table by method and prefix, as text; `[B]: change` is what the prefix changes."""
     place = table.head.index(head)
     return {(str(row[0]), str(row[1])): str(row[place]) for row in table.rows}
 
@@ -81,10 +81,12 @@ def test_a_model_of_the_paper_has_published_ours_the_difference_and_its_verdict(
     assert found["RTN", "[B]"].difference == pytest.approx(-0.11)
     assert found["RTN", "[B]"].departs == ()
     (table,) = paper_table(PAPERS["intactkv-1"], list(found.values()))
-    assert table.head == ("method", "prefix", "C4: published", "C4: ours", "C4: by prefix", "C4: difference",
-                          "C4: verdict")  # fmt: skip
+    assert table.head == ("method", "prefix", "C4: published", "C4: ours", "C4: difference", "C4: verdict")
     assert column(table, "C4: ours")["AWQ", "[B]"] == "None"
-    assert column(table, "C4: by prefix")["RTN", "[B]"] == f"{-0.5 / 9:+.1%}"
+    assert column(table, "C4: ours")["RTN", "[B]: change"] == f"{-0.5 / 9:+.1%}"
+    assert column(table, "C4: published")["RTN", "[B]: change"] == f"{8.61 / 8.97 - 1:+.1%}"
+    assert column(table, "C4: published")["AWQ", "[B]: change"] == "-1.6%"
+    assert column(table, "C4: difference")["RTN", "[B]: change"] == "None"
     assert column(table, "C4: difference")["RTN", "[B]"] == "-0.11"
     assert any("within 1" in note for note in table.notes)
 
@@ -136,7 +138,7 @@ def test_another_model_stands_beside_the_published_columns_and_is_named_as_such(
     (table,) = paper_table(paper, list(found.values()))
     assert [head for head in table.head if "published" in head] == [f"C4 {name}: published" for name in paper.models]
     assert column(table, "sample smollm2-135m: ours")["RTN", "alone"] == "72.50"
-    assert column(table, "sample smollm2-135m: by prefix")["RTN", "[B]"] == "-3.4%"
+    assert column(table, "sample smollm2-135m: ours")["RTN", "[B]: change"] == "-3.4%"
     assert any("model smollm2-135m" in note and "corpus sample" in note for note in table.notes)
     assert any("dequantized" in note for note in table.notes)
 
@@ -164,8 +166,12 @@ def test_runs_of_several_seeds_are_one_figure_and_changes_are_paired(intactkv_ro
     assert len(found["GPTQ", ""].records) == 3
     assert str(found["RTN", ""].ours) == "9.00"
     (table,) = paper_table(PAPERS["intactkv-1"], list(found.values()))
-    assert column(table, "C4: by prefix")["GPTQ", "[B]"] == "-15.0% ± 5.0% (3)"
+    assert column(table, "C4: ours")["GPTQ", "[B]: change"] == "-15.0% ± 5.0% (3)"
     assert "GPTQ,[B],9.27,9.31667" in render([table], "csv")
+    rtn = [
+        cell for (method, prefix), cell in column(table, "C4: ours").items() if method == "RTN" and prefix != "alone"
+    ]
+    assert rtn == ["None", "None"]  # behind [B] nothing was run
 
 
 def test_the_newest_answer_of_a_run_counts(intactkv_root: Path) -> None:
@@ -223,7 +229,7 @@ def test_grades_stand_beside_the_published_ones_with_what_has_none(intactkv_root
     found = fill(paper, VICUNA, values, JUDGED)
     assert [found[place].verdict for place in values] == ["agrees", "near", "agrees", "near"]
     (table,) = paper_table(paper, list(found.values()))
-    assert column(table, "MT-bench: by prefix")["RTN", "[P] + Cal"] == "+1.00"
+    assert column(table, "MT-bench: ours")["RTN", "[P] + Cal: change"] == "+1.00"
     assert any("16 of our 640 judgements hold no grade" in note for note in table.notes)
     assert not any("GPTQ" in str(row[0]) for row in table.rows)
 

@@ -114,7 +114,7 @@ def _shown(options: argparse.Namespace, noted: "Sequence[tuple[Noted, Scope]]") 
     }
     there = {place[:2] for place in found}
     for paper in papers if options.tables else ():
-        for model in given or map(place_of, paper.models):
+        for model in (given if paper.models else None) or map(place_of, paper.shown_for):
             if (paper.name, model.name) not in there:
                 found[paper.name, model.name, size] = Shown(paper, model, size, words)
     names = {model.name for model in given}

@@ -81,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         _list()
         return
+    if options.max_memory is not None and options.device != "cuda:all":
+        raise UserError("--max-memory is for a model that is spread: add --device cuda:all, or leave it out")
     if options.commands and not options.dry_run:
         raise UserError("--commands are of --dry-run; add it, or leave --commands out")
     asked, chosen, scope = asked_for(options)

@@ -254,7 +254,7 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
     names = [other for model in wanted for other in known if catalog_name(other) == catalog_name(model)]
     scope = _scope(options)
     cells: list[Any] = []
-    for model in dict.fromkeys([*wanted, *names] if wanted else known):
+    for model in dict.fromkeys([*wanted, *names] if wanted else known) if paper.models else paper.shown_for:
         mine = filled(paper, place_of(model), scope, lines)
         if any(one.ours is not None for one in mine) or (wanted and catalog_name(model) in paper.models):
             cells += mine
@@ -265,7 +265,8 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
             f"no finished run of {name} fits {asked}; `python -m eval reproduce {name} --model DIR` makes them, and "
             "`table` finds those of another size by the same options"
         )
-    return paper_table(paper, cells or [one for model in paper.models for one in filled(paper, place_of(model), scope)])
+    empty = [one for model in paper.shown_for for one in filled(paper, place_of(model), scope)]
+    return paper_table(paper, cells or empty)
 
 
 def _scope(options: argparse.Namespace) -> Any:

@@ -39,6 +39,7 @@ GRADE = 0.25  # points: 160 grades of 1 to 10 that spread by 3
 PACKAGED = [
     f"{name}-{size}" for name, family in FAMILIES.items() for size, hub_id in family.sizes.items() if not hub_id
 ]
+_Place = tuple[str, Arm]  # what tells a row of a table from all others: its label and what stands in front
 ANSWER = 80  # characters of an answer that a cell shows
 FRACTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are shares of the questions
 
@@ -98,7 +99,7 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
     """The cells of a table for one model, with what the ledger has of them. model: its directory, which need not be
     there. left_out: gets a line for every record that cannot be read."""
     found: list[Filled] = []
-    by_row: dict[tuple[str, Arm], dict[str, Filled]] = {}
+    by_row: dict[_Place, dict[str, Filled]] = {}
     for cell in cells_of(paper, model, scope):
         one = _filled(paper, model.name, cell, scope, [answer_of(run, left_out) for run in cell.runs])
         found.append(one)
@@ -111,8 +112,7 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
     ]
 
 
-def _place(row: Row) -> tuple[str, Arm]:
-    """What tells a row of a table from all others."""
+def _place(row: Row) -> _Place:
     return row.label, row.arm
 
 
@@ -249,41 +249,43 @@ def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) ->
 
 def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
     """Ours beside theirs, for one model or several: the published figures of the paper's models, ours of every model
-    that was run, and the difference where one is taken."""
+    that was run, and the difference where one is taken. Below a row behind a prefix stands what that changes."""
     models = list(dict.fromkeys(one.model for one in cells))
     published = [name for name in paper.models if name in map(catalog_name, models)] or list(paper.models)
-    rows = list({_place(one.row): one.row for one in cells}.values())
-    heads: list[str] = []
-    columns: list[list[render.Cell]] = []
+    names = list(dict.fromkeys([*published, *map(catalog_name, models)]))
+    rows = {_place(one.row): one.row for one in cells}
+    columns: dict[str, tuple[list[render.Cell], list[render.Cell]]] = {}  # a cell for every row, and what it changes
 
-    def add(head: str, values: list[render.Cell], always: bool = True) -> None:
-        if always or any(value is not None for value in values):
-            heads.append(head)
-            columns.append(values)
+    def add(
+        head: str, values: Mapping[_Place, render.Cell], changes: Mapping[_Place, render.Cell], always: bool
+    ) -> None:
+        if always or any(value is not None for value in values.values()):
+            columns[head] = ([values.get(place) for place in rows], [changes.get(place) for place in rows])
 
-    several = len(dict.fromkeys([*published, *map(catalog_name, models)])) > 1
-    for name in dict.fromkeys([*published, *map(catalog_name, models)]):
+    for name in names:
         mine = [one for one in cells if catalog_name(one.model) == name]
-        measures = list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures)
-        for measure in measures:
-            column = {_place(one.row): one for one in mine if one.measure == measure}
-            head = " ".join([measure.head, *([name] if several else [])])
+        for measure in list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures):
+            head = " ".join([measure.head, *([name] if len(names) > 1 else [])])
             if name in published or not paper.models:
-                theirs = [_published(measure, paper.value(row, name, measure)) for row in rows]
-                add(f"{head}: published", theirs, always=False)
-            if mine:
-                ones = [column.get(_place(row)) for row in rows]
-                add(
-                    f"{head}: ours",
-                    [None if one is None else _short(one.ours) for one in ones],
-                    always=len(models) == 1,
-                )
-                add(f"{head}: by prefix", [_change(one, column) for one in ones], always=False)
-                add(f"{head}: difference", [_difference(one) for one in ones], always=False)
-                add(f"{head}: verdict", [one.verdict or None if one else None for one in ones], always=False)
-    lines = tuple((row.label, row.arm.label or "alone", *values) for row, *values in zip(rows, *columns, strict=True))
+                theirs = {place: paper.value(row, name, measure) for place, row in rows.items()}
+                known = {place: (x,) for place, x in theirs.items() if isinstance(x, float)}
+                shown = {place: _published(measure, figure) for place, figure in theirs.items()}
+                add(f"{head}: published", shown, _changes(measure, known), always=False)
+            ones = {_place(one.row): one for one in mine if one.measure == measure}
+            if ones:
+                ours = {place: _short(one.ours) for place, one in ones.items()}
+                changes = _changes(measure, {place: one.values for place, one in ones.items()})
+                add(f"{head}: ours", ours, changes, always=len(models) == 1)
+                add(f"{head}: difference", {place: _difference(one) for place, one in ones.items()}, {}, always=False)
+                add(f"{head}: verdict", {place: one.verdict or None for place, one in ones.items()}, {}, always=False)
+    lines: list[tuple[render.Cell, ...]] = []
+    for i, row in enumerate(rows.values()):
+        lines.append((row.label, row.arm.label or "alone", *(values[i] for values, _ in columns.values())))
+        changed = [changes[i] for _, changes in columns.values()]
+        if any(changed):
+            lines.append((row.label, f"{row.arm.label}: change", *changed))
     caption = f"{paper.name}: {paper.title} ({paper.source}); {paper.protocol}"
-    return [Table(caption, ("method", "prefix", *heads), lines, 2, (*_notes(cells), *paper.notes))]
+    return [Table(caption, ("method", "prefix", *columns), tuple(lines), 2, (*_notes(cells), *paper.notes))]
 
 
 def _short(ours: render.Figure | str | None) -> render.Cell:
@@ -298,19 +300,22 @@ def _published(measure: Measure, figure: Figure) -> render.Cell:
     return render.Figure(figure, _form(measure)) if isinstance(figure, float) else figure
 
 
-def _change(one: Filled | None, column: Mapping[tuple[str, Arm], Filled]) -> render.Cell:
+def _changes(measure: Measure, values: Mapping[_Place, Sequence[float | None]]) -> dict[_Place, render.Cell]:
     """What the prefix of a row changes against the same method alone, over the runs that both have: perplexities by a
     share, others by a difference."""
-    if one is None or one.row.arm == ALONE or (alone := column.get((one.row.label, ALONE))) is None:
-        return None
-    pairs: list[dict[int | None, float]] = [
-        {i: value for i, value in enumerate(x.values) if value is not None} for x in (alone, one)
-    ]
-    return change_of(pairs[0], pairs[1], relative=one.measure.program == "ppl")
+
+    def runs(place: _Place) -> dict[int | None, float]:
+        return {i: value for i, value in enumerate(values.get(place, ())) if value is not None}
+
+    return {
+        (label, arm): change_of(runs((label, ALONE)), runs((label, arm)), relative=measure.program == "ppl")
+        for label, arm in values
+        if arm != ALONE
+    }
 
 
-def _difference(one: Filled | None) -> render.Cell:
-    if one is None or one.difference is None:
+def _difference(one: Filled) -> render.Cell:
+    if one.difference is None:
         return None
     digits = one.measure.digits
     return render.Figure(one.difference, signed if digits == 2 else lambda value: f"{value:+.{digits}f}")
@@ -333,8 +338,6 @@ def _grades(cells: Iterable[Filled], model: str) -> list[str]:
 def _notes(cells: Sequence[Filled]) -> list[str]:
     """Why figures do not compare, and what verdicts mean."""
     notes = []
-    if any(one.ours is not None and one.row.arm != ALONE for one in cells):
-        notes.append("by prefix: our figure against the same method alone; of perplexities the relative change")
     for model in dict.fromkeys(one.model for one in cells):
         ran = [one for one in cells if one.model == model and one.ours is not None]
         words = dict.fromkeys(word for one in ran for word in one.departs)

@@ -144,6 +144,11 @@ class Paper:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def shown_for(self) -> tuple[str, ...]:
+        """The models that it is shown for: its own, or one that is none."""
+        return self.models or (NO_MODEL.name,)
+
     def value(self, row: Row, model: str, measure: Measure) -> Figure:
         """The published figure of a cell; None for a measure that the paper does not have."""
         figures = row.published.get(model if self.models else "")
