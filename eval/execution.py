@@ -301,6 +301,10 @@ def _why(call: Call, process: _Process, code: int) -> str:
     said = [line for line in process.lines if line.startswith("error: ")]
     if code == 2 and said:
         return said[-1].removeprefix("error: ")
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
+        return "it was interrupted"
+    if code == -signal.SIGKILL:
+        return "it was killed; the memory may have been short"
     log = outputs_dir() / "asked" / f"{call.first.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("\n".join([" ".join(process.command), *process.lines, ""]), encoding="utf-8")
