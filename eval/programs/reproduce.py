@@ -182,7 +182,7 @@ class _Bar:
         self._done = self._number - len(self._work)
         self._bar = tqdm(
             total=self._number, initial=self._done, disable=not self._live, dynamic_ncols=True, leave=False,
-            bar_format="{n_fmt} of {total_fmt} runs  {elapsed}{desc}",
+            bar_format="{n_fmt} of {total_fmt} runs  {elapsed} elapsed{desc}",
         )  # fmt: skip
         if not self._live:
             print(f"{self._done} of {self._number} runs are finished, {len(workers)} at a time", file=sys.stderr)
@@ -190,7 +190,7 @@ class _Bar:
     def doing(self, calls: "Sequence[tuple[Call, str]]") -> None:
         """Several times a second: what runs now, each with the last line that it said."""
         if self._live:
-            said = " | ".join(f"{_short(call.label)}: {one_line(last)[:60]}" for call, last in calls)
+            said = " | ".join(f"{_short(call.label)}  {one_line(last)[:60]}".rstrip() for call, last in calls)
             self._bar.set_description_str(f"{self._expected()}  {said}")
 
     def _expected(self) -> str:
