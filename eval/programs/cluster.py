@@ -12,7 +12,6 @@ from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
 
 if TYPE_CHECKING:
     from eval.cluster.site import Site
-    from eval.cluster.slurm import Queued
     from eval.cluster.states import State
     from eval.cluster.submitting import Part
     from eval.cluster.tasks import Task
@@ -193,30 +192,25 @@ def _tell(name: str, tasks: "Sequence[Task]", parts: "Sequence[Part]") -> None:
     )
 
 
-def _queue() -> "dict[str, Queued] | None":
-    """The queue; None, with a line on stderr, where there is none."""
-    from eval.cluster.slurm import queue
-
-    try:
-        return queue()
-    except UserError as error:
-        print(f"what waits and runs is not known: {error}", file=sys.stderr)
-        return None
-
-
 def _status(options: argparse.Namespace) -> None:
     from collections import Counter
 
+    from eval.cluster.slurm import queue
     from eval.cluster.submitting import look
     from eval.cluster.tasks import names, read_tasks
 
     wanted = [_checked(options.name) or ""] if options.name else names()
     if not wanted:
         raise UserError("nothing was submitted yet; `python -m eval cluster submit TABLE` does it")
-    lists = {name: read_tasks(name) for name in wanted}
-    queue = _queue()
-    for name, tasks in lists.items():
-        states = look(name, tasks, queue)
+    lists, queued, silence = {name: read_tasks(name) for name in wanted}, None, ""
+    try:
+        queued = queue()
+    except UserError as error:
+        silence = f"what waits and runs is not known: {error}"
+    found = {name: look(name, tasks, queued) for name, tasks in lists.items()}
+    if silence:
+        print(silence, file=sys.stderr)
+    for name, states in found.items():
         if options.name:
             _print_states(name, states)
         counts = Counter(state.word for state in states)
