@@ -18,18 +18,19 @@ examples:
 """
 
 
-def main() -> None:
+def parser() -> Parser:
+    """All subcommands with their options."""
     from eval.programs import doctor
 
-    parser = Parser(
+    top = Parser(
         prog="python -m corpora",
         description="Lists the data sets and models that the project knows: present or missing, where they belong, "
         "and how to get them. Data lie in datasets/, models in modelzoo/, of this checkout or of $INTACTKV_ROOT.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    top.add_argument("--json", action="store_true", help="print the list as JSON")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     prepare = commands.add_parser(
         "prepare",
         help="make or fetch a model or a data set",
@@ -42,7 +43,13 @@ def main() -> None:
     prepare.add_argument("name", help="a data set (sample, wikitext2, …) or a model family (smollm2, llama-2, …)")
     prepare.add_argument("size", nargs="?", help="size of the model, such as 135m or 7b")
     doctor.add(commands)
-    arguments = parser.parse_args()
+    return top
+
+
+def main() -> None:
+    from eval.programs import doctor
+
+    arguments = parser().parse_args()
     if arguments.command == "prepare":
         _prepare(arguments.kind, arguments.name, arguments.size)
     elif arguments.command == "doctor":

@@ -70,8 +70,6 @@ def workers_of(device: str, count: int | None = None, max_memory: int | None = N
     device: as --device has it; cuda:N is one GPU, cuda:all one model over all. Raises UserError for a GPU that is not
     there.
     """
-    if max_memory is not None and device != ALL_GPUS:
-        raise UserError(f"--max-memory is for a model that is spread: add --device {ALL_GPUS}, or leave it out")
     gpus = [] if device == "cpu" else _visible_gpus()
     if device == "cpu" or (device == "auto" and not gpus):
         shared = max(1, (os.cpu_count() or 1) // count) if count and count > 1 else 0
@@ -303,6 +301,10 @@ def _why(call: Call, process: _Process, code: int) -> str:
     said = [line for line in process.lines if line.startswith("error: ")]
     if code == 2 and said:
         return said[-1].removeprefix("error: ")
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
+        return "it was interrupted"
+    if code == -signal.SIGKILL:
+        return "it was killed; the memory may have been short"
     log = outputs_dir() / "asked" / f"{call.first.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("\n".join([" ".join(process.command), *process.lines, ""]), encoding="utf-8")

@@ -5,6 +5,7 @@
 # Without arguments everything runs, in two processes; tests that were named run in one, which starts sooner.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset INTACTKV_ROOT # the tests read what lies in the checkout
 bash scripts/setup.sh dev
 bash scripts/prepare/model.sh smollm2 135m
 bash scripts/prepare/data.sh sample

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from common import ROOT
 
 from corpora.catalog import FAMILIES
 from eval.__main__ import parser
@@ -21,6 +22,7 @@ from eval.tables.papers import PAPERS
 from eval.tables.papers.gptq import gptq
 from quantization.named import RECIPES, named_recipe
 from quantization.programs.options import add_plan_options, chosen_recipe, plan_of
+from quantization.programs.quantize import quantize_parser
 from quantization.runs.checkpoint import find_checkpoint
 
 JUDGED = Scope(judge=("--judge-model", "somebody"))
@@ -110,6 +112,13 @@ def test_every_row_is_behind_an_arm_of_intactkv_too() -> None:
             assert any(arm != ALONE for arm in mine) != untouched, (paper.name, method)
 
 
+def test_the_documentation_counts_the_tables_and_their_figures() -> None:
+    tables = [paper for paper in PAPERS.values() if not paper.name.startswith("ours-")]
+    figures = [figure for paper in tables for row in paper.rows for of in row.published.values() for figure in of]
+    page = " ".join((ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8").split())
+    assert f"{len(tables)} published ones, with {sum(f is not None for f in figures)} figures and answers" in page
+
+
 def test_questions_of_the_published_tasks_are_known() -> None:
     items = {m.item for paper in PAPERS.values() for m in paper.measures if m.program == "tasks" and not m.average_of}
     assert items <= set(QUESTIONS)
@@ -137,15 +146,15 @@ def asked_of(models: Path) -> list[Run]:
 
 
 def test_every_command_is_one_that_its_program_understands(models: Path) -> None:
-    top = parser()
+    parsers = {"eval": parser(), "quantization": quantize_parser(listing=False)}
     programs = set()
     for call in calls_of(asked_of(models)):
         _, _, module, *words = call.command("cpu")
         programs.add(call.first.program)
-        if module == "eval":
+        if module in parsers:
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 try:
-                    top.parse_args(words)
+                    parsers[module].parse_args(words)
                 except SystemExit:
                     pytest.fail(f"{' '.join(words)}: {said.getvalue()}")
     assert programs >= {"ppl", "tasks", "judge", "mtbench", "quantization", "calibrate", "train-prefix"}
@@ -154,6 +163,7 @@ def test_every_command_is_one_that_its_program_understands(models: Path) -> None
 def test_what_is_made_behind_a_prefix_and_what_makes_prefixes_plan_their_commands(
     models: Path, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
+    """Once for each program and prefix."""
     from intactkv.__main__ import main as intactkv
     from quantization.__main__ import main as quantization
 
@@ -162,25 +172,27 @@ def test_what_is_made_behind_a_prefix_and_what_makes_prefixes_plan_their_command
     seen = set()
     for call in calls_of(asked_of(models)):
         _, _, module, *words = call.command("cpu")
-        named = (module, call.first.words)
-        if module not in mains or "--prefix" not in words or named in seen or any(need.file for need in call.needs):
+        if module not in mains or "--prefix" not in words or any(need.file for need in call.needs):
+            continue
+        named = (module, call.first.program, words[words.index("--prefix") + 1])
+        if named in seen:
             continue
         seen.add(named)
         code, _, err = run_main(mains[module], *words, *present.get(call.first.program, ()), "--plan")
         assert code == 0, (words, err)
-    assert {program for program, _ in seen} == set(mains)
+    assert {program for program, *_ in seen} == set(mains)
 
 
 def test_what_a_method_says_of_itself_is_what_its_recipe_is(models: Path) -> None:
-    """And every method can be planned on a model, behind each of its arms."""
+    """And every method, and something behind every arm, can be planned on a model."""
     options = argparse.ArgumentParser()
     add_plan_options(options)
-    seen = set()
+    seen: set[Method | Arm] = set()
     for paper, row in EVERY_ROW:
         method, arm = row.method, row.arm
-        if (method, arm) in seen or not paper.models:
+        if {method, arm} <= seen or not paper.models:
             continue
-        seen.add((method, arm))
+        seen |= {method, arm}
         words = [*method.words(), *(word for _, more in method.by_model[:1] for word in more)]
         text = ["--calibration", str(models / "text")] if method.calibrates else []
         model = str(models / paper.models[0])

@@ -97,8 +97,9 @@ def test_opt_is_measured_as_published_with_rtn_beside_it(tmp_path: Path, tiny_ch
     assert methods == [("GPTQ", "[B]"), ("GPTQ", "none"), ("RTN", "[B]"), ("RTN", "none")]
     act_order = {r["settings"]["recipe"]["weights"].get("act_order") for r in records}
     assert act_order == {False, None}
-    assert "gptq-w3row" in done.stdout
-    assert "rtn-w3row" in done.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines() if " bits" in line]
+    found = [row for row in rows if "change" not in row[1]]
+    assert found == [[f"{name}, 3 bits", arm] for name in ("GPTQ", "RTN") for arm in ("alone", "[B]")]
 
 
 @pytest.mark.slow

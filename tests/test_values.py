@@ -13,6 +13,7 @@ import torch
 from common import ROOT, every
 
 from corpora import values
+from corpora.__main__ import parser as corpora_parser
 from corpora.errors import UserError
 from corpora.paths import CHECKOUT, root
 from eval.__main__ import main as eval_main
@@ -135,7 +136,7 @@ def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return [parser, *(deeper for one in below for deeper in parsers(one))]
 
 
-PROGRAMS = [eval_parser(), prefix_parser("intactkv"), quantize_parser(False), export_parser()]
+PROGRAMS = [corpora_parser(), eval_parser(), prefix_parser("intactkv"), quantize_parser(False), export_parser()]
 OPTIONS = [(parser.prog, action) for program in PROGRAMS for parser in parsers(program) for action in parser._actions
            if action.option_strings and action.nargs != 0]  # fmt: skip
 

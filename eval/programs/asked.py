@@ -195,7 +195,7 @@ def scope_of_words(words: Sequence[str]) -> "Scope":
 def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper, list[Path]]], Scope]":
     """Every run that the options of `add_asked` ask for, once; the tables with their models, and what is left of them.
 
-    Raises UserError if no run is left.
+    Raises UserError if no run is left, and for options of recipes that cannot be.
     """
     from eval.tables.asked import cells_of, runs_of
 
@@ -203,7 +203,27 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
+    if scope.options or scope.scoring or scope.asking:
+        _check_words(asked)
     return asked, chosen, scope
+
+
+def _check_words(asked: "Sequence[Run]") -> None:
+    """Refuse now what the programs would refuse one run after the other. Raises UserError; argparse exits."""
+    from corpora.errors import Parser
+    from eval.programs import ppl, tasks
+    from quantization.programs.options import chosen_recipe
+    from quantization.runs.checkpoint import Checkpoint
+
+    parser = Parser(prog="python -m eval")
+    commands = parser.add_subparsers()
+    for module in (ppl, tasks):
+        module.add(commands)
+    for model, program, words in dict.fromkeys((run.model, run.program, run.words) for run in asked):
+        if program in ("ppl", "tasks"):
+            more = ["--tasks", "piqa"] if program == "tasks" else []
+            options = parser.parse_args([program, "--model", str(model), *words, *more])
+            chosen_recipe(options, Checkpoint(model, model.name, "", None))
 
 
 def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> None:

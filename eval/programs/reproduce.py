@@ -81,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         _list()
         return
+    if options.max_memory is not None and options.device != "cuda:all":
+        raise UserError("--max-memory is for a model that is spread: add --device cuda:all, or leave it out")
     if options.commands and not options.dry_run:
         raise UserError("--commands are of --dry-run; add it, or leave --commands out")
     asked, chosen, scope = asked_for(options)
@@ -180,7 +182,7 @@ class _Bar:
         self._done = self._number - len(self._work)
         self._bar = tqdm(
             total=self._number, initial=self._done, disable=not self._live, dynamic_ncols=True, leave=False,
-            bar_format="{n_fmt} of {total_fmt} runs  {elapsed}{desc}",
+            bar_format="{n_fmt} of {total_fmt} runs  {elapsed} elapsed{desc}",
         )  # fmt: skip
         if not self._live:
             print(f"{self._done} of {self._number} runs are finished, {len(workers)} at a time", file=sys.stderr)
@@ -188,7 +190,7 @@ class _Bar:
     def doing(self, calls: "Sequence[tuple[Call, str]]") -> None:
         """Several times a second: what runs now, each with the last line that it said."""
         if self._live:
-            said = " | ".join(f"{_short(call.label)}: {one_line(last)[:60]}" for call, last in calls)
+            said = " | ".join(f"{_short(call.label)}  {one_line(last)[:60]}".rstrip() for call, last in calls)
             self._bar.set_description_str(f"{self._expected()}  {said}")
 
     def _expected(self) -> str:

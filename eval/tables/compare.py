@@ -17,7 +17,7 @@ from eval.tables import render
 from eval.tables.asked import Cell, cells_of
 from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words
 from eval.tables.ledger import answer_of
-from eval.tables.render import Table, change_of, mean_of, plain, signed
+from eval.tables.render import Table, change_of, in_percent, mean_of, plain, signed
 
 __all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
 
@@ -41,7 +41,6 @@ PACKAGED = [
 ]
 _Place = tuple[str, Arm]  # what tells a row of a table from all others: its label and what stands in front
 ANSWER = 80  # characters of an answer that a cell shows
-FRACTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are shares of the questions
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,7 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
         case "tasks":
             metric = measure.metric or "acc"
             value = record["metrics"].get(metric)
-            if value is None:
-                return None
-            name = metric.partition(",")[0]  # lm-eval's filter may stand behind
-            return float(100 * value if name in FRACTIONS or name.endswith("_acc") else value)
+            return None if value is None else float(in_percent(metric, value))
         case "needle":
             answers = {result["key"]: str(result["answer"]) for result in record["results"]}
             return answers.get(measure.metric) if measure.metric else 100 * float(record["found"])

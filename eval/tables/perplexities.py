@@ -30,15 +30,12 @@ __all__ = [
     "Row",
     "Setting",
     "behind_of",
-    "caption_of",
     "figures_of",
-    "is_behind",
     "perplexity_rows",
     "prefix_label",
     "print_table",
     "render",
     "settings_of",
-    "weights_and_seed",
     "weights_label",
 ]
 
@@ -95,7 +92,7 @@ def weights_label(settings: dict[str, Any]) -> str:
     return told(settings["weights"].removesuffix("-behind"), settings["recipe"])
 
 
-def weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
+def _weights_and_seed(records: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int | None]]:
     """What the weights of every record were made of but for the calibration seed, and that seed (None: none).
 
     Records name the text by its files, earlier ones by the tokens that a seed drew (`segments`), which go with it. But
@@ -153,7 +150,9 @@ def settings_of(
     their tokens; without any, alone. caption: of the table that a run's settings belong to; tables share nothing.
     over_seeds: weights that differ only in the calibration seed are the same.
     """
-    weights = weights_and_seed(records) if over_seeds else [(record["settings"]["made_of"], None) for record in records]
+    weights = (
+        _weights_and_seed(records) if over_seeds else [(record["settings"]["made_of"], None) for record in records]
+    )
     found: dict[tuple[str, str], tuple[dict[str, Runs], dict[tuple[str, str | None], dict[str, Runs]]]] = {}
     for record, (made_of, seed) in zip(records, weights, strict=True):
         s = record["settings"]
@@ -179,10 +178,10 @@ def settings_of(
 
 def arm_of(settings: dict[str, Any]) -> str:
     """`BEHIND`, `INTACT` or `VANILLA`."""
-    return BEHIND if is_behind(settings) else INTACT if settings["prefix"]["intact"] else VANILLA
+    return BEHIND if _is_behind(settings) else INTACT if settings["prefix"]["intact"] else VANILLA
 
 
-def is_behind(settings: dict[str, Any]) -> bool:
+def _is_behind(settings: dict[str, Any]) -> bool:
     """Whether the weights or the KV cache were calibrated behind a prefix."""
     return bool(settings["made_of"].get("calibrate_behind_prefix")) or "prefix" in settings.get("kv_made_of", {})
 
@@ -216,7 +215,7 @@ def prefix_label(settings: dict[str, Any]) -> str:
 
 def perplexity_rows(records: Iterable[dict[str, Any]], over_seeds: bool = False) -> list[Row]:
     """Join the records of all arms into rows; of several runs of one arm (and seed) the newest counts."""
-    settings = settings_of(list(records), caption_of, over_seeds)
+    settings = settings_of(list(records), _caption_of, over_seeds)
     rows = sorted((_row(setting) for setting in settings), key=lambda row: row.caption)
     # Settings that differ only where no column shows it (a convention, a text prefix, a file of another's name) get
     # their identity as a name.
@@ -224,7 +223,7 @@ def perplexity_rows(records: Iterable[dict[str, Any]], over_seeds: bool = False)
     return [replace(row, weights=f"{row.weights}-{row.identity}") if seen[row.visible] > 1 else row for row in rows]
 
 
-def caption_of(settings: dict[str, Any]) -> str:
+def _caption_of(settings: dict[str, Any]) -> str:
     """What perplexities of one table share."""
     limit = "all" if settings["limit"] is None else settings["limit"]
     return (
@@ -239,7 +238,7 @@ def _row(setting: Setting) -> Row:
     s = setting.settings
     runs = [run for arm in newest.values() for run in arm.values()]
     return Row(
-        caption=caption_of(s),
+        caption=_caption_of(s),
         model=s["model"],
         weights=weights_label(s),
         kv=kv_label(s["kv"]),

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-__all__ = ["STYLES", "Cell", "Figure", "Table", "change_of", "mean_of", "percent", "plain", "render", "signed",
-           "signed_percent"]  # fmt: skip
+__all__ = ["STYLES", "Cell", "Figure", "Table", "change_of", "in_percent", "mean_of", "percent", "plain", "render",
+           "signed", "signed_percent"]  # fmt: skip
 
 STYLES = ("markdown", "csv", "latex")
 ABSENT = "n/a"
@@ -34,6 +34,12 @@ def percent(value: float) -> str:
 def signed_percent(value: float) -> str:
     """A relative change as percent, with its sign."""
     return f"{value:+.1%}"
+
+
+def in_percent(metric: str, value: float) -> float:
+    """A metric as it is printed: fractions of the questions in percent, others (perplexity, BLEU) as they are."""
+    name = metric.partition(",")[0]  # lm-eval's filter may stand behind
+    return 100 * value if name in ("acc", "acc_norm", "exact_match") or name.endswith("_acc") else value
 
 
 @dataclass(frozen=True)

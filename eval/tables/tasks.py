@@ -12,11 +12,10 @@ from statistics import fmean
 from typing import Any
 
 from eval.tables.perplexities import BEHIND, INTACT, VANILLA, arm_of, prefix_label, settings_of, weights_label
-from eval.tables.render import Cell, Figure, Table, change_of, mean_of
+from eval.tables.render import Cell, Figure, Table, change_of, in_percent, mean_of
 from quantization.labels import kv_label
 
-__all__ = ["AVERAGES", "MEAN_ACC", "QA_AVERAGE", "QA_AVERAGES", "QA_METRICS", "Average", "averages", "in_percent",
-           "run_tables", "task_caption", "task_tables"]  # fmt: skip
+__all__ = ["AVERAGES", "QA_METRICS", "Average", "averages", "run_tables", "task_tables"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,9 @@ QA_METRICS = _normed(
 )  # IntactKV, Table 3
 FOUR = ("boolq", "arc_challenge", "piqa", "winogrande")
 FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
-QA_AVERAGE, MEAN_ACC = "QA average", "mean of plain acc"
-QA_AVERAGES = (Average(QA_AVERAGE, QA_METRICS), Average(MEAN_ACC, dict.fromkeys(QA_METRICS, "acc")))
 AVERAGES = (
-    *QA_AVERAGES,
+    Average("QA average", QA_METRICS),
+    Average("mean of plain acc", dict.fromkeys(QA_METRICS, "acc")),
     Average("CSQA of 6", dict.fromkeys(("boolq", *FIVE), "acc")),  # qllm: GPTQ, SmoothQuant, ZeroQuant, KIVI, KVQuant
     Average("CSQA of 5", dict.fromkeys(FIVE, "acc")),  # qllm: SpQR; PrefixQuant's "Average Acc"
     Average("CSQA of 5, normed", _normed(*FIVE)),  # PrefixQuant's "Average Acc (with norm)"
@@ -50,12 +48,6 @@ AVERAGES = (
 HEAD = ("model", "weights", "KV bits", "prefix", "arm")
 
 Scores = Mapping[int | None, Mapping[str, float]]  # of one arm: by calibration seed, then by head of the table
-
-
-def in_percent(metric: str, value: float) -> float:
-    """A metric as it is printed: fractions of the questions in percent, others (perplexity, BLEU) as they are."""
-    name = metric.partition(",")[0]  # lm-eval's filter may stand behind
-    return 100 * value if name in ("acc", "acc_norm", "exact_match") or name.endswith("_acc") else value
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, float]:

@@ -60,6 +60,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "kv": ("quantization", "kv", "--model", MODEL, "--kv", "static", "--kv-bits", "4", "--calibration", "text.txt",
            "--calibration-samples", "1", "--calibration-length", "16", "--out", "k.safetensors"),
     "export": ("quantization", "export", "--model", "q", "--out", "x"),
+    "reproduce": ("eval", "reproduce", "intactkv-1", "--model", MODEL, *TEXT, "--dry-run"),
     "build": ("intactkv", "build", "--model", MODEL, "--prefix", "hello", "--out", "p.safetensors"),
     "peft": ("intactkv", "export", "--model", MODEL, "--prefix", "hello", "--out", "a"),
     "discover": ("intactkv", "discover", "--model", MODEL, *TEXT, "--samples", "1", "--length", "16"),
@@ -167,6 +168,8 @@ def run_option(scratch: Scratch, name: str) -> Call:
 
 def _filters(program: str, option: str) -> bool:
     """Any name is a filter; what no record has is told or gives an empty table."""
+    if program == "reproduce":  # a plan names what is lacking, and nothing is run
+        return option in ("--model", "--corpus", "--only", "--calibration", "--tasks", "--training", "--judge-model")
     return program.startswith(("table", "plot-perplexity", "plot-needle", "report")) and option not in (
         "--window", "--fewshot", "--limit", "--lengths", "--seeds", "--batch-size", "--calibration-samples",
         "--calibration-length",
