@@ -151,6 +151,7 @@ def execute(
             open_calls.append(Call(left))
     waiting = {run.key for call in open_calls for run in call.runs}  # or at work
     lost: set[str] = set()  # keys of runs that failed or were left out
+    ahead: set[str] = set()  # what programs make on the way, while one is at it
     free, busy = list(workers), dict[Future[list[Entry]], tuple[Call, Worker, _Process]]()
 
     def fail(call: Call, said: str, to: list[Failure], number: int = 0) -> None:
@@ -168,8 +169,10 @@ def execute(
                     if broken := next((run for run in call.needs if run.key in lost), None):
                         open_calls.remove(call)
                         fail(call, f"it needs `{broken.label}`, which failed", outcome.left_out)
-                    elif not needed and free:
+                    elif not needed and free and call.first.on_the_way not in ahead:
                         open_calls.remove(call)
+                        if call.first.on_the_way:
+                            ahead.add(call.first.on_the_way)
                         worker = free.pop(0)
                         process = _Process(worker.command(call, force), worker.environment())
                         busy[threads.submit(_made, call, process)] = (call, worker, process)
@@ -177,6 +180,7 @@ def execute(
                 for future in ended:
                     call, worker, process = busy.pop(future)
                     free.append(worker)
+                    ahead.discard(call.first.on_the_way)
                     try:
                         entries = future.result()
                     except UserError as error:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_a_gpu_lacks_only_where_it_is_asked_for(monkeypatch):
     found = {finding.what: finding.verdict for finding in machine.machine("cuda")}
     assert found["GPU"] == "lacks"
     assert {finding.what: finding.verdict for finding in machine.machine("cpu")}["GPU"] == "ok"
+
+
+def test_gpus_that_answer_need_no_driver_table(monkeypatch):
+    card = SimpleNamespace(name="a card", total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: card)
+    monkeypatch.setattr(machine, "_driver_version", lambda: None)
+    for device, verdict in (("auto", "ok"), ("cuda", "ok"), ("cuda:1", "ok"), ("cuda:all", "ok"), ("cuda:2", "lacks")):
+        found = {finding.what: finding for finding in machine.machine(device)}
+        assert found["GPU"].verdict == verdict
+        assert "2" in found["GPU"].needed if verdict == "lacks" else "a card (80.0 GB)" in found["GPU"].found
+        assert {finding.verdict for what, finding in found.items() if what in ("NVIDIA driver", "torch for CUDA")} == {
+            "ok"
+        }
+    assert memory(79e9, "to run", "cuda:1").verdict == "ok"
+    assert memory(81e9, "to run", "cuda").verdict == "lacks"
+    assert memory(79e9, "to run", "cuda:2").verdict == "warning"  # which is not here to ask
 
 
 def test_the_driver_is_what_nvidia_smi_says(monkeypatch, tmp_path):
@@ -145,12 +163,12 @@ def test_a_model_is_looked_into_by_the_plans_of_its_runs(doctor, place):
     assert found["model tiny-llama"]["found"].endswith("is missing")
 
 
-def test_a_setting_that_cannot_be_is_told_once_a_checkpoint_in_the_words_of_the_plan(doctor):
-    code, found = doctor("--only", "RTN", "--set", "weights.grid.bits=99")
+def test_what_a_plan_refuses_is_told_once_in_its_own_words(doctor):
+    code, found = doctor("--only", "RTN, 4 bits, groups", table="lutgemm-perplexity")  # of 128, the model has 64
     assert code == 1
-    refused = [finding for finding in found.values() if finding["needed"] == "a plan that can be made"]
-    assert [finding["what"].partition("--group")[0].partition("--bits")[2] for finding in refused] == [" 4 ", " 3 "]
-    assert all("99" in finding["found"] for finding in refused)
+    (refused,) = [finding for finding in found.values() if finding["needed"] == "a plan that can be made"]
+    assert "128" in refused["found"]
+    assert refused["verdict"] == "lacks"
 
 
 def test_questions_and_judges_are_looked_for_where_their_programs_look(place, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,9 @@ class Heard:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.failures: list[Failure] = []
-        self.busy = 0
 
     def doing(self, calls: Sequence[tuple[Call, str]]) -> None:
-        self.busy = max(self.busy, len(calls))
+        pass
 
     def made(self, call: Call, seconds: float) -> None:
         self.calls.append(call.first.program)
@@ -130,6 +130,14 @@ if what == "waits" and not (place / "go").exists():
         print("waiting", file=sys.stderr, flush=True); time.sleep(60)
     except KeyboardInterrupt:
         (place / "ended").touch(); sys.exit(130)
+if what.startswith("meets"):  # another one that runs at the same time
+    (place / what).touch()
+    for _ in range(600):
+        if len(list(place.glob("meets*"))) == 2: break
+        time.sleep(0.05)
+    else: sys.exit("alone")
+if what.startswith("alone"):
+    (place / "inside").mkdir(); time.sleep(0.2); (place / "inside").rmdir()
 if what == "wrong":
     print("error: it is wrong; mend it", file=sys.stderr); sys.exit(2)
 if what == "breaks":
@@ -201,7 +209,6 @@ def test_one_item_that_fails_leaves_the_others_of_its_call(programs: Path) -> No
 
 
 def test_workers_run_at_the_same_time_each_on_its_own_gpu(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (programs / "go").touch()
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a")
     assert [worker.visible for worker in workers_of("auto")] == ["3", "GPU-5a"]
@@ -213,10 +220,20 @@ def test_workers_run_at_the_same_time_each_on_its_own_gpu(programs: Path, monkey
         workers_of("cuda:2")
     with pytest.raises(UserError, match="leave --workers out"):
         workers_of("cuda:all", 2)
-    heard = Heard()
-    execute(calls_of(asked("a", "b", "c")), [Worker("cpu")] * 2, watcher=heard)
-    assert heard.busy <= 2
-    assert len(heard.calls) == 3
+    outcome = execute(calls_of(asked("meets1", "meets2")), [Worker("cpu")] * 2, watcher=Heard())
+    assert (len(outcome.made), outcome.failed) == (2, [])
+
+
+def test_of_runs_that_make_the_same_thing_on_the_way_one_goes_ahead(programs: Path) -> None:
+    """As KVQuant's levels, for perplexity and for tasks."""
+    kvquant = replace(GPTQ, recipe="fp16", options=(), kv=("--kv", "kvquant", "--kv-bits", "2"), quantizes=False)
+    paper = replace(PAPER, rows=(Row("KVQuant", kvquant), Row("KVQuant", kvquant, BOS), Row("RTN", RTN)))
+    made = {run.program: run.on_the_way for run in runs_of(cells_of(paper, MODEL, Scope(only=("kvquant", "alone"))))}
+    assert made["ppl"] == made["tasks"] != ""
+    assert len({run.on_the_way for run in runs_of(cells_of(paper, MODEL))}) == 3  # two arms, and nothing
+    runs = [replace(run, on_the_way="levels") for run in asked("alone1", "alone2", "alone3")]
+    outcome = execute(calls_of(runs), [Worker("cpu")] * 3, watcher=Heard())
+    assert (len(outcome.made), outcome.failed) == (3, [])
 
 
 def test_on_a_cpu_there_is_one_worker_and_several_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +324,7 @@ def test_every_table_is_listed_with_where_it_is_from(run_main: Main) -> None:
     assert all(paper.source in line for line, paper in zip(out.splitlines(), PAPERS.values(), strict=True))
 
 
+@pytest.mark.usefixtures("intactkv_root")  # where nothing is finished
 def test_a_dry_run_says_what_a_smaller_model_changes_and_every_command(run_main: Main, smollm2: Path) -> None:
     words = ("intactkv-1", "--model", str(smollm2), "--limit", "2", "--dry-run", "--commands")
     code, out, _ = run_main(eval_main, "reproduce", *words)
@@ -316,7 +334,7 @@ def test_a_dry_run_says_what_a_smaller_model_changes_and_every_command(run_main:
     assert "not as published: limit 2" in out
     commands = [line for line in out.splitlines() if line.startswith("python -m ")]
     scored = [line for line in commands if " eval ppl " in line]
-    assert len(scored) == 9
+    assert (len(commands), len(scored)) == (4 + 9, 9)
     assert all("--limit 2" in line for line in scored)
 
 

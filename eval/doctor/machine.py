@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
@@ -80,12 +80,18 @@ def _gpu(device: str) -> Iterator[Finding]:
     import torch
 
     asked = device.startswith("cuda")
-    built = torch.version.cuda
-    yield driver(built, _driver_version(), asked)
-    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    if names:
-        told = ", ".join(f"{gpu.name} ({gigabytes(gpu.total_memory)})" for gpu in names)
-        yield Finding("GPU", "one" if device != "cuda:all" else "all", told)
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    one = driver(torch.version.cuda, _driver_version(), asked)
+    if gpus and one.verdict != "ok":  # it was not asked, or is newer than our table
+        one = replace(one, found=f"{one.found}, but GPUs answer", verdict="ok", way_out="")
+    yield one
+    if gpus:
+        told = ", ".join(f"{gpu.name} ({gigabytes(gpu.total_memory)})" for gpu in gpus)
+        index = int(device.rpartition(":")[2]) if device[5:].isdigit() else 0
+        if index < len(gpus):
+            yield Finding("GPU", "all" if device == "cuda:all" else f"number {index}", told)
+        else:
+            yield Finding("GPU", f"number {index}", told, "lacks", f"--device cuda:0 to cuda:{len(gpus) - 1}")
         there = find_spec("triton") is not None
         yield Finding(
             "Triton", "for kernels of packed weights and caches", version("triton") if there else "not installed",
@@ -171,7 +177,7 @@ def memory(needed: float, what: str, device: str) -> Finding:
 
     if device == "cpu":
         name, has = "main memory", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    elif torch.cuda.is_available():
+    elif torch.cuda.device_count() > (torch.device(device).index or 0):
         name, has = "GPU memory", float(torch.cuda.get_device_properties(torch.device(device)).total_memory)
     else:
         return Finding("GPU memory", f"about {gigabytes(needed)} ({what})", "no GPU to ask", "warning",

@@ -1,4 +1,4 @@
-"""What an intact prefix changes, method by method: ours beside the published change, for a small chart.
+"""What an intact prefix changes, row by row: ours beside the published change, for a small chart.
 
     perplexity: 1 − behind / alone        accuracy: behind − alone, in points
 
@@ -15,14 +15,14 @@ from eval.tables.render import Figure
 
 __all__ = ["Chart", "Gain", "charts_of"]
 
-KINDS = {"lower": ("perplexity", "%"), "higher": ("score", " points")}
+KINDS = {"lower": ("perplexity", "%"), "higher": ("score", "points")}
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Of one method behind one arm, in the chart's unit; positive is better. None: not run, or not published."""
+    """Of one row's method behind one arm, in the chart's unit; positive is better. None: not run, or not published."""
 
-    method: str
+    label: str
     arm: str
     ours: float | None
     theirs: float | None
@@ -68,11 +68,11 @@ def charts_of(filled: Sequence[Filled]) -> tuple[Chart, ...]:
 
 
 def _gains(cells: Sequence[Filled]) -> Iterable[Gain]:
-    alone = {(cell.row.method.name, cell.measure): cell for cell in cells if _is_alone(cell.row)}
-    for row in dict.fromkeys((cell.row.method.name, cell.row.arm.label) for cell in cells if not _is_alone(cell.row)):
-        behind = [cell for cell in cells if (cell.row.method.name, cell.row.arm.label) == row]
-        pairs = [(cell, alone[row[0], cell.measure]) for cell in behind if (row[0], cell.measure) in alone]
-        gain = Gain(*row, _mean(pairs, ours), _mean(pairs, theirs))
+    alone = {(cell.row.label, cell.measure): cell for cell in cells if _is_alone(cell.row)}
+    for label, arm in dict.fromkeys((cell.row.label, cell.row.arm) for cell in cells if not _is_alone(cell.row)):
+        behind = [cell for cell in cells if (cell.row.label, cell.row.arm) == (label, arm)]
+        pairs = [(cell, alone[label, cell.measure]) for cell in behind if (label, cell.measure) in alone]
+        gain = Gain(label, arm.label, _mean(pairs, ours), _mean(pairs, theirs))
         if gain.ours is not None or gain.theirs is not None:
             yield gain
 

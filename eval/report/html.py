@@ -33,7 +33,7 @@ def html_of(report: Report, *, made: str, command: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"plain": plain, "bar": _bar}
+    environment.filters |= {"plain": plain, "bar": _bar, "capital": lambda text: text[:1].upper() + text[1:]}
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     return environment.get_template("page.html.jinja").render(
         report=report,

@@ -167,7 +167,7 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
     if ran:
         _add_cards(report, commands_of(runs_of(cells_of(paper, model, scope))), ran)
     size = ", ".join(scope.reduced)
-    where = ", ".join(word for word in (paper.name, model.name, size) if word)
+    where = ", ".join(word for word in (paper.name, model.name if paper.models else "", size) if word)
     anchors = {
         _place(cell.row, cell.measure): report.anchor(paper.name, model.name, cell.row.label, cell.row.arm.label,
                                                       cell.measure.head)
@@ -185,9 +185,10 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
     records = {record["path"]: record for cell in ran for record in cell.records}
     cards = [report.cards[Path(path).name] for path in records]
     counts = Counter(cell.verdict for cell in ran)
+    given = ["--model", str(model)] if paper.models else []
     return Section(
         anchor=report.anchor("table", paper.name, model.name),
-        model=model.name,
+        model=model.name if paper.models else "without a model",
         size=size,
         heads=tuple(Head(m.head, *BETTER[m.better], texts=m.better == "words") for m in measures),
         lines=lines,
@@ -196,7 +197,7 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
         counts={"cells": len(cells), "run": len(ran)} | {word: counts[word] for word in ("agrees", "near", "off")},
         departs=everywhere,
         marked=tuple((mark, word) for word, mark in marks.items()),
-        command=shlex.join(["python", "-m", "eval", "reproduce", paper.name, "--model", str(model), *shown.words]),
+        command=shlex.join(["python", "-m", "eval", "reproduce", paper.name, *given, *shown.words]),
     )
 
 

@@ -6,7 +6,7 @@ hash of all that. Runs that need the same checkpoint or trained prefix name the 
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -45,13 +45,15 @@ KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; o
 class Run:
     """What is asked of a program once. model: directory. item: what is scored: a corpus, a task, a prompt. words: all
     other options but for the model and the device; `{0}` is the file of the first of `needs`. needs: what must be made
-    before."""
+    before. on_the_way: the name of what the program makes by itself if it is not there (levels of a cache, a search of
+    a prefix); of runs that share one, the first goes ahead."""
 
     program: str
     model: Path
     item: str
     words: Words
     needs: tuple["Run", ...] = ()
+    on_the_way: str = field(default="", compare=False)
 
     @cached_property
     def key(self) -> str:
@@ -236,23 +238,26 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     behind: Words = ("--calibrate-behind-prefix",) if arm.behind and method.calibrates else ()
     inside = bool(behind) or method.behind  # the method's text runs behind the prefix: that is made first
     prefix: Words = ("--prefix", arm.prefix) if arm.prefix else ()
+    searched = f"{model.name} {arm.prefix}" if arm.prefix.startswith("auto") else ""
     needs: tuple[Run, ...] = ()
     if arm.trains and inside:
         needs = (_trained(arm, model, (*made, *text, *prefix), scope, ()),)
         prefix = ("--prefix", "{0}")
     if method.quantizes:
         words = (*plain, *_lasting(more), *text, *behind, *(prefix if inside else ()))
-        needs = (*needs, Run("quantization", model, "", words, needs))
+        needs = (*needs, Run("quantization", model, "", words, needs, searched if inside else ""))
     if arm.trains and not inside:
         needs = (*needs, _trained(arm, model, (*made, *text, *prefix), scope, needs))
         prefix = ("--prefix", f"{{{len(needs) - 1}}}")
     kv = method.words(measure.generates)[2 + len(method.options) :]
     front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
-    words = (*plain, *kv, *more, *text, *front, *measure.options, *_size(measure, scope))
+    asked = (*plain, *kv, *more, *text, *front)
+    words = (*asked, *measure.options, *_size(measure, scope))
+    fitted = f"{model.name} {' '.join(asked)}" if method.calibrates and not method.quantizes else searched
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
         return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
-    return Run(measure.program, model, measure.item, words, needs)
+    return Run(measure.program, model, measure.item, words, needs, fitted)
 
 
 def _lasting(options: Words) -> Words:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_defaults, model_directory
-from corpora.paths import modelzoo_dir
+from corpora.paths import modelzoo_dir, root
 from eval.tables.asked import Call, Run, calls_of, needed_first
-from eval.tables.declared import Paper, Scope
-from eval.tables.estimate import SOURCES, disk_of, seconds_of, size_of
+from eval.tables.declared import NO_MODEL, Paper, Scope
+from eval.tables.estimate import SOURCES, ModelSize, disk_of, seconds_of, size_of
 from eval.tables.ledger import is_done
 from eval.tables.render import Table
 
@@ -48,7 +48,7 @@ def lacking(runs: Iterable[Run], texts: Iterable[str] = ()) -> list[str]:
     for each, with the way to get it."""
     runs = list(runs)
     models = dict.fromkeys(run.model for run in runs if run.program != "latency")
-    absent = [str(model) for model in models if not (model / "config.json").is_file()]
+    absent = [_below(model) for model in models if not (model / "config.json").is_file()]
     lines = [f"no model in {', '.join(absent)}; `python -m corpora` says where it comes from"] if absent else []
     scored = dict.fromkeys("c4" if run.item == "c4-old" else run.item for run in runs if run.program == "ppl")
     wanted = [(name, "evaluation", "--corpus") for name in scored]
@@ -56,13 +56,18 @@ def lacking(runs: Iterable[Run], texts: Iterable[str] = ()) -> list[str]:
     return lines + [line for want in wanted if (line := _absent(*want))]
 
 
+def _below(path: Path) -> str:
+    """A path as it is written from the root on."""
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
+
+
 def _absent(name: str, role: str, option: str) -> str:
     if name not in CORPORA:
         return "" if Path(name).is_file() else f"the text {name} is not here; name another with {option}"
     if corpus_files(name, role):
         return ""
-    made = f"python -m corpora prepare data {name}"
-    return f"{name} for {role} is not in {corpus_directory(name)}; `{made}`, or another text: {option} NAME|FILE"
+    place, made = _below(corpus_directory(name)), f"python -m corpora prepare data {name}"
+    return f"{name} for {role} is not in {place}; `{made}`, or another text: {option} NAME|FILE"
 
 
 def changed_defaults(models: Sequence[Path], scope: Scope) -> list[str]:
@@ -94,7 +99,7 @@ def plan_tables(
     hours = disk = 0.0
     unknown: set[str] = set()
     for model in models:
-        size = size_of(model)
+        size = ModelSize(0, 0) if model == NO_MODEL else size_of(model)
         for stage in staged([run for run in runs if run.model == model]):
             left = [Call(tuple(run for run in call.runs if not is_done(run))) for call in stage.calls]
             left = [call for call in left if call.runs]
