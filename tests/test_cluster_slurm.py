@@ -19,6 +19,7 @@ from eval.cluster.states import job_of, note_of, read_jobs
 from eval.cluster.tasks import read_tasks
 from eval.tables.asked import Run
 from eval.tables.ledger import answer_of
+from eval.tables.noted import all_noted
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing() or "there is one")]
 
@@ -127,6 +128,7 @@ def test_a_table_with_a_killed_task_and_a_drained_node_ends_as_the_local_one(
     runs = [run for task in read_tasks(name)[2:] for run in task.call.runs]  # behind the two checkpoints
     on_the_cluster = [figures(run) for run in runs]
     assert len(on_the_cluster) == 2
+    assert [noted.table for noted in all_noted([])] == ["intactkv-1"]  # for the report
     (tmp_path / "local").mkdir()
     monkeypatch.setenv("INTACTKV_ROOT", str(tmp_path / "local"))
     code, _, err = run_main(main, "reproduce", *table("rtn", "gptq", "alone"))
