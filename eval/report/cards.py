@@ -3,6 +3,7 @@
 Everything here comes from a record, which may be a stranger's: it is words for the template to escape, never markup.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from eval.tables.ledger import entry_of
-from eval.tables.render import plain
 
 __all__ = ["Card", "Pairs", "Place", "commands_of", "facts_of", "settings_in_short"]
 
@@ -18,6 +18,7 @@ Pairs = tuple[tuple[str, str], ...]
 LONGEST = 300  # characters of a setting
 # Of a record, what is not a figure, or is shown under another name.
 APART = ("format", "task", "identity", "settings", "started", "environment", "sha256", "path", "quantization")
+COVERED = ("recipe", "made_of", "kv_made_of")  # of settings, what the label of the weights or of the cache stands for
 MACHINE = ("gpu", "processor", "cores", "python", "torch", "transformers", "commit")
 
 
@@ -88,7 +89,7 @@ def _line(command: Sequence[str]) -> str:
 
 def settings_in_short(settings: Mapping[str, Any]) -> Pairs:
     """What a reader wants to know of a run's settings; the identity in the record's name covers all of them."""
-    return _short_pairs(settings)
+    return _short_pairs({key: value for key, value in settings.items() if key not in COVERED})
 
 
 def _short_pairs(values: Mapping[str, Any]) -> Pairs:
@@ -103,7 +104,7 @@ def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return plain(value)
+        return f"{value:.6g}"
     if isinstance(value, Mapping):
         if "label" in value:
             return _short(value["label"])
@@ -115,6 +116,8 @@ def _short(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"{len(value)} values" if len(value) > 12 else ", ".join(_short(member) for member in value)[:LONGEST]
     words = str(value)
+    if re.fullmatch(r"[0-9a-f]{32,}", words):  # a hash
+        return f"{words[:12]}…"
     return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
 
 
