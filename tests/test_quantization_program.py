@@ -131,6 +131,17 @@ def text(intactkv_root: Path) -> Path:
 GPTQ = ("--recipe", "gptq", "--group-size", "32", "--calibration-samples", "3", "--calibration-length", "20")
 
 
+def test_json_says_where_the_checkpoint_lies_and_what_it_took(
+    program: Callable[..., tuple[int, str, str]], dense: Path
+):
+    code, out, err = program("--model", dense, "--recipe", "rtn-w4", "--group-size", "32", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    load_quantized(Path(told["directory"]))
+    assert told["label"] == "rtn-w4g32"
+    assert 4 < told["bits_per_weight"] < 8
+
+
 def test_the_calibration_options_decide_the_text_and_its_identity(
     dense: Path, text: Path, intactkv_root: Path, program: Callable[..., tuple[int, str, str]]
 ) -> None:
