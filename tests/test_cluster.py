@@ -21,7 +21,7 @@ from eval.cluster import slurm, tasks
 from eval.cluster.scripts import RESTARTS, indices, script_of
 from eval.cluster.site import Site, read_site
 from eval.cluster.slurm import Queued
-from eval.cluster.states import Job, keep_note, last_line, log_of, states_of, write_jobs
+from eval.cluster.states import Job, keep_note, last_line, log_of, note_of, read_jobs, states_of, write_jobs
 from eval.cluster.submitting import submit, wanted, write_scripts
 from eval.cluster.task import run_task
 from eval.cluster.tasks import arrays_of, read_tasks, submission_name, tasks_of, write_tasks
@@ -119,6 +119,23 @@ def test_a_list_that_was_changed_is_refused(intactkv_root: Path, old: str, new: 
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=r"the list of tasks .*; delete its folder"):
         read_tasks("n")
+
+
+def test_what_was_submitted_and_what_a_task_said_is_read_whole_or_refused(intactkv_root: Path) -> None:
+    folder = outputs_dir() / "cluster" / "n"
+    assert note_of("n", 3) is None
+    keep_note("n", 3, {"state": "failed", "job": "7_0", "host": "h", "pid": 1, "started": "", "said": "why"})
+    write_jobs("n", [{"job": "7", "array": 0, "first": 0, "tasks": [0], "submitted": ""}])
+    for file, read in (
+        (folder / "status" / "3.json", lambda: note_of("n", 3)),
+        (folder / "jobs.json", lambda: read_jobs("n")),
+    ):
+        assert read()
+        text = file.read_text()
+        for changed in (text.replace("7", "8", 1), text[:-9], ""):
+            file.write_text(changed)
+            with pytest.raises(UserError, match="delete the file; what is finished stays"):
+                read()
 
 
 def test_what_is_left_is_what_nobody_has_and_what_that_needs(intactkv_root: Path) -> None:
@@ -440,7 +457,7 @@ def test_a_dry_run_needs_no_slurm_no_model_and_no_site(
     )
     assert len(list(folder.glob("*.sbatch"))) == len({line["array"] for line in listed})
     assert all(line["command"].startswith("python -m ") for line in listed)
-    assert not (folder / "jobs.json").exists()
+    assert read_jobs("n") == []
 
 
 @every(

@@ -18,6 +18,7 @@ from eval.__main__ import main
 from eval.runs import record_of
 from eval.tables.asked import cells_of
 from eval.tables.declared import Scope
+from eval.tables.noted import note
 from eval.tables.papers import PAPERS
 
 
@@ -87,7 +88,22 @@ def test_runs_of_another_size_are_found_by_the_options_that_they_were_made_with(
     assert code == 0
     assert "sample smollm2-135m: ours" in out
     assert "72.50" in out
-    assert "window 512; limit 8" in out.replace("limit 8; window 512", "window 512; limit 8")
+    assert "window 512" in out
+    assert "limit 8" in out
+
+
+def test_a_size_that_reproduce_has_noted_is_found_without_being_told_and_shares_no_table(program, runs):
+    scope = Scope(window=512, limit=8)
+    model = Path("smollm2-135m")
+    asked("intactkv-1", model, {("RTN", ""): 72.5}, scope, window=512, limit=8)
+    asked("intactkv-1", model, {("RTN", ""): 60.25}, window=2048)
+    note([(PAPERS["intactkv-1"], [model])], ["--window", "512", "--limit", "8"])
+    code, out, _ = program("1", "--model", "smollm2-135m")
+    assert code == 0
+    whole, reduced = out.split("\n\nintactkv-1")
+    assert ("60.25" in whole, "72.50" in whole) == (True, False)
+    assert ("60.25" in reduced, "72.50" in reduced) == (False, True)
+    assert "60.25" not in program("1", "--window", 512, "--limit", 8)[1]
 
 
 def test_without_a_model_every_model_that_has_figures_stands_in_the_table(program, runs):

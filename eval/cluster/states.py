@@ -7,6 +7,7 @@ cancelled    `cancel` took it out         open       it was never submitted
 unknown      squeue does not answer
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from corpora.errors import UserError, one_line
-from corpora.json_files import read_json, write_json
+from corpora.errors import one_line
+from corpora.json_files import read_json, with_sum, without_sum, write_json
 from eval.cluster.slurm import Queued
 from eval.cluster.tasks import Task, folder_of, is_finished
 
@@ -61,6 +62,15 @@ class Note(TypedDict):
     ended: NotRequired[str]
 
 
+class _Jobs(TypedDict):
+    jobs: list[Job]
+    sha256: str
+
+
+class _Note(Note):
+    sha256: str
+
+
 @dataclass(frozen=True)
 class State:
     """How far a task is. word: of the table above. why: more of it. job: as Slurm calls it; empty: never submitted."""
@@ -72,14 +82,16 @@ class State:
 
 
 def read_jobs(name: str) -> list[Job]:
-    """What was submitted, the oldest first."""
+    """What was submitted, the oldest first. Raises UserError if the file is damaged or missing."""
     path = folder_of(name) / "jobs.json"
-    return read_json(path, "the list of jobs", list[Job], mend=MEND) if path.exists() else []
+    found: _Jobs = read_json(path, "the list of jobs", _Jobs, mend=MEND)
+    without_sum(found, f"the list of jobs {path}", mend=MEND)
+    return found["jobs"]
 
 
 def write_jobs(name: str, jobs: Sequence[Job]) -> None:
     """Keep what was submitted."""
-    write_json(folder_of(name) / "jobs.json", list(jobs))
+    write_json(folder_of(name) / "jobs.json", with_sum({"jobs": list(jobs)}))
 
 
 def job_of(task: Task, jobs: Sequence[Job]) -> tuple[str, Job] | None:
@@ -112,13 +124,17 @@ def _note_file(name: str, index: int) -> Path:
 
 def keep_note(name: str, index: int, note: Note) -> None:
     """Say how far a task is."""
-    write_json(_note_file(name, index), note)
+    write_json(_note_file(name, index), with_sum(note))
 
 
 def note_of(name: str, index: int) -> Note | None:
     """What a task said last; None if it never ran."""
     path = _note_file(name, index)
-    return read_json(path, "the status of a task", Note, mend=MEND) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    found: _Note = read_json(path, "the status of a task", _Note, mend=MEND)
+    without_sum(found, f"the status of a task {path}", mend=MEND)
+    return found
 
 
 def states_of(
@@ -134,17 +150,9 @@ def states_of(
             state = State(task, "open")
         else:
             broken = [other for other in task.needs if found[other].word in ("failed", "cancelled")]
-            state = _submitted(task, *at, _safe_note(name, task), queue, ended, broken)
+            state = _submitted(task, *at, note_of(name, task.index), queue, ended, broken)
         found.append(state)
     return found
-
-
-def _safe_note(name: str, task: Task) -> Note | None:
-    """A damaged note counts as none: the ledger and the queue are asked first in any case."""
-    try:
-        return note_of(name, task.index)
-    except UserError:
-        return None
 
 
 def _submitted(

@@ -4,6 +4,7 @@ An array waits for what its tasks need (afterok), and for nothing else. Slurm re
 because an artefact failed (--kill-on-invalid-dep=yes in the scripts), and `status` says why.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,8 @@ def write_scripts(name: str, tasks: Sequence[Task], site: Site, at_once: int | N
     """Write the list and the batch scripts."""
     if "%" in str(outputs_dir()):
         raise UserError(f"{outputs_dir()} holds a %, which Slurm replaces in the names of logs; use a root without it")
+    if not os.path.lexists(folder_of(name) / "jobs.json"):
+        write_jobs(name, [])  # in front of the list, with which others see the submission
     write_tasks(name, tasks)
     (folder_of(name) / "logs").mkdir(exist_ok=True)
     for array in arrays_of(tasks):

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from corpora.errors import UserError
 from corpora.files import name_part, open_text
-from corpora.json_files import identity, parse_json
+from corpora.json_files import fitted, identity, parse_json, with_sum, without_sum
 from corpora.paths import outputs_dir
 from corpora.writing import write_beside
 from eval.tables.asked import MODULES, Call, Run, calls_of, needed_first
@@ -112,7 +112,8 @@ def is_finished(task: Task) -> bool:
 
 def submission_name(tables: Sequence[str], models: Sequence[Path], tasks: Sequence[Task]) -> str:
     """A readable name, with digits of a hash of the whole list: another list is another submission."""
-    words = "-".join((*tables, *(model.name for model in models)))
+    first = tables if len(tables) <= 3 else (tables[0], f"and-{len(tables) - 1}-more")
+    words = "-".join((*first, *(model.name for model in models)))
     plain = re.sub(r"[^\w.-]+", "-", name_part(words, LONGEST_NAME), flags=re.ASCII)
     return f"{plain}-{identity({'tasks': [task.key for task in tasks]}, 6)}"
 
@@ -138,11 +139,13 @@ class _Run(TypedDict):
 
 class _Line(TypedDict):
     task: int
+    of: int  # how many there are
     array: int
     key: str
     needs: list[int]
     command: str  # to be read, and called by hand
     runs: list[_Run]
+    sha256: str
 
 
 def write_tasks(name: str, tasks: Sequence[Task]) -> None:
@@ -153,14 +156,14 @@ def write_tasks(name: str, tasks: Sequence[Task]) -> None:
             return
         raise UserError(f"{path.parent} holds another list of tasks; give another --name, or {MEND}")
     with write_beside(path) as beside:
-        beside.write_text("".join(f"{json.dumps(_line(task))}\n" for task in tasks), encoding="utf-8")
+        beside.write_text("".join(f"{json.dumps(_line(task, len(tasks)))}\n" for task in tasks), encoding="utf-8")
 
 
-def _line(task: Task) -> dict[str, Any]:
+def _line(task: Task, of: int) -> dict[str, Any]:
     command = shlex.join(["python", *task.call.command()[1:]])
     runs = [json.loads(json.dumps(asdict(run), default=str)) for run in task.call.runs]
-    return {"task": task.index, "array": task.array, "key": task.key, "needs": list(task.needs), "command": command,
-            "runs": runs}  # fmt: skip
+    told = {"task": task.index, "of": of, "array": task.array, "key": task.key, "needs": list(task.needs)}
+    return with_sum({**told, "command": command, "runs": runs})
 
 
 def read_tasks(name: str) -> list[Task]:
@@ -174,16 +177,17 @@ def read_tasks(name: str) -> list[Task]:
         lines = [parse_json(line, f"{what} {path}", _Line, mend=MEND) for line in file]
     tasks = []
     for i, line in enumerate(lines):
+        without_sum(line, f"{what} {path}, line {i + 1},", mend=MEND)
         task = Task(i, line["array"], Call(tuple(_run(run, path) for run in line["runs"])), tuple(line["needs"]))
-        if (line["task"], line["key"]) != (i, task.key) or not all(0 <= other < i for other in task.needs):
-            raise UserError(f"{what} {path} is damaged: line {i + 1} is not what its key says; {MEND}")
+        if (line["task"], line["of"], line["key"]) != (i, len(lines), task.key):
+            raise UserError(f"{what} {path} is damaged: line {i + 1} is not what was written there; {MEND}")
         tasks.append(task)
+    if not tasks:
+        raise UserError(f"{what} {path} is empty; {MEND}")
     return tasks
 
 
 def _run(told: Any, path: Path) -> Run:
-    from corpora.json_files import fitted
-
     fitted(told, _Run, f"the list of tasks {path}", mend=MEND)
     if told["program"] not in MODULES:
         raise UserError(f"the list of tasks {path} is damaged: no program is called {told['program']!r}; {MEND}")

@@ -12,7 +12,6 @@ from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
 
 if TYPE_CHECKING:
     from eval.cluster.site import Site
-    from eval.cluster.slurm import Queued
     from eval.cluster.states import State
     from eval.cluster.submitting import Part
     from eval.cluster.tasks import Task
@@ -110,7 +109,8 @@ def _submit(options: argparse.Namespace) -> None:
     from eval.cluster.tasks import submission_name, tasks_of
     from eval.tables.noted import note
 
-    options.model = [path.absolute() for path in options.model or ()] or None
+    given = {path.absolute(): path for path in options.model or ()}  # a job need not start where this program did
+    options.model = list(given) or None
     asked, chosen, scope = asked_for(options)
     tasks = tasks_of(asked)
     models = list(dict.fromkeys(path for _, paths in chosen for path in paths))
@@ -120,7 +120,7 @@ def _submit(options: argparse.Namespace) -> None:
         _print_plan(name, tasks)
         return
     refuse_lacking(asked, chosen, scope)
-    note(chosen, words_of(options))
+    note([(paper, [given.get(path, path) for path in paths]) for paper, paths in chosen], words_of(options))
     parts = submit(name, tasks, _site(options), at_once=options.at_once, device=options.device)
     _tell(name, tasks, parts)
 
@@ -193,30 +193,25 @@ def _tell(name: str, tasks: "Sequence[Task]", parts: "Sequence[Part]") -> None:
     )
 
 
-def _queue() -> "dict[str, Queued] | None":
-    """The queue; None, with a line on stderr, where there is none."""
-    from eval.cluster.slurm import queue
-
-    try:
-        return queue()
-    except UserError as error:
-        print(f"what waits and runs is not known: {error}", file=sys.stderr)
-        return None
-
-
 def _status(options: argparse.Namespace) -> None:
     from collections import Counter
 
+    from eval.cluster.slurm import queue
     from eval.cluster.submitting import look
     from eval.cluster.tasks import names, read_tasks
 
     wanted = [_checked(options.name) or ""] if options.name else names()
     if not wanted:
         raise UserError("nothing was submitted yet; `python -m eval cluster submit TABLE` does it")
-    lists = {name: read_tasks(name) for name in wanted}
-    queue = _queue()
-    for name, tasks in lists.items():
-        states = look(name, tasks, queue)
+    lists, queued, silence = {name: read_tasks(name) for name in wanted}, None, ""
+    try:
+        queued = queue()
+    except UserError as error:
+        silence = f"what waits and runs is not known: {error}"
+    found = {name: look(name, tasks, queued) for name, tasks in lists.items()}
+    if silence:
+        print(silence, file=sys.stderr)
+    for name, states in found.items():
         if options.name:
             _print_states(name, states)
         counts = Counter(state.word for state in states)

@@ -2,12 +2,13 @@
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 from corpora import values
 from corpora.errors import UserError
 from corpora.targets import MARK, check_written
-from eval.programs.asked import add_choice, scope_of
+from eval.programs.asked import add_choice, scope_of, scope_of_words
 
 __all__ = ["add", "add_filters", "chosen_grids", "chosen_rows", "run"]
 
@@ -24,8 +25,7 @@ def add(commands: Any) -> None:
         "table",
         help="finished runs as a table, vanilla beside IntactKV; published tables, ours beside theirs",
         description="Print the figures in outputs/runs/, vanilla beside IntactKV, or a published table with what "
-        "`reproduce` made beside the published figures. Runs of another size than published are found by the options "
-        "that they were made with.",
+        "`reproduce` made beside the published figures: at every size that was run, or at one that options name.",
     )
     table.add_argument(
         "which",
@@ -232,13 +232,13 @@ NOT_SCOPE = ("dtype", "device", "task")  # filters of records that a table is no
 
 
 def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
-    """A declared table with ours beside it: of the models that were asked for, or of all that have figures in it.
+    """A declared table with ours beside it, once for every size that has figures: of the models that were asked for, or
+    of all. Without options of a size these are the published one and all that `reproduce` has noted.
 
     Raises UserError for an unknown name, and if nothing of what was asked for is there.
     """
     from corpora.catalog import catalog_name
     from eval.tables.compare import filled, paper_table
-    from eval.tables.ledger import all_entries
     from eval.tables.papers import PAPERS
     from eval.tables.preview import place_of
 
@@ -248,25 +248,54 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
             f"table {values.shown(options.which)} is not known; choose 1 to 5 (IntactKV's), a name of "
             f"`python -m eval reproduce --list`, {', '.join(RUNS)}, or nothing for all perplexities"
         )
+    paper, scope = PAPERS[name], _scope(options)
+    wanted = [Path(model).name for model in _models(options) if paper.models]  # some tables are of no model
     lines: list[str] = []
-    paper, known = PAPERS[name], sorted({entry["model"] for entry in all_entries(lines)})
-    wanted = _models(options)
-    names = [other for model in wanted for other in known if catalog_name(other) == catalog_name(model)]
-    scope = _scope(options)
-    cells: list[Any] = []
-    for model in dict.fromkeys([*wanted, *names] if wanted else known) if paper.models else paper.shown_for:
-        mine = filled(paper, place_of(model), scope, lines)
-        if any(one.ours is not None for one in mine) or (wanted and catalog_name(model) in paper.models):
-            cells += mine
+    tables = []
+    for size, models in _sizes(name, scope, lines).items():
+        cells = []
+        for model in models if paper.models else map(place_of, paper.shown_for):
+            if not wanted or catalog_name(model.name) in map(catalog_name, wanted):
+                mine = filled(paper, model, size, lines)
+                cells += mine if any(one.ours is not None for one in mine) else []
+        tables += paper_table(paper, cells) if cells else []
     left_out += dict.fromkeys(lines)
+    if tables:
+        return tables
     asked = " ".join([*(f"--model {model}" for model in wanted), _words(_filters(options))]).strip()
-    if asked and not any(one.ours is not None for one in cells) and (not cells or _filters(options)):
+    published = [model for model in wanted if catalog_name(model) in paper.models]
+    if asked and (_filters(options) or not published):
         raise UserError(
-            f"no finished run of {name} fits {asked}; `python -m eval reproduce {name} --model DIR` makes them, and "
-            "`table` finds those of another size by the same options"
+            f"no finished run of {name} fits {asked}; `python -m eval reproduce {name} --model DIR` makes them, with "
+            "the same options"
         )
-    empty = [one for model in paper.shown_for for one in filled(paper, place_of(model), scope)]
-    return paper_table(paper, cells or empty)
+    return paper_table(paper, [c for m in published or paper.shown_for for c in filled(paper, place_of(m), scope)])
+
+
+def _sizes(table: str, scope: Any, left_out: list[str]) -> dict[Any, list[Path]]:
+    """The sizes that a table is looked for at, each with the models that something was asked of."""
+    from dataclasses import replace
+
+    from eval.tables.declared import PUBLISHED
+    from eval.tables.ledger import all_entries
+    from eval.tables.noted import all_noted
+    from eval.tables.preview import place_of
+
+    found = {scope: [place_of(model) for model in sorted({entry["model"] for entry in all_entries(left_out)})]}
+    if replace(scope, only=()) != PUBLISHED:
+        return found
+    for one in all_noted(left_out):
+        if one.table != table:
+            continue
+        try:
+            size = replace(scope_of_words(one.words), only=scope.only)
+        except UserError as error:
+            left_out.append(f"left out: note of a table {one.file}: {error}")
+            continue
+        places = found.setdefault(size, [])
+        if one.model.name not in [place.name for place in places]:
+            places.append(one.model)
+    return found
 
 
 def _scope(options: argparse.Namespace) -> Any:

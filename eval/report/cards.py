@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.tables.asked import Run
 from eval.tables.ledger import entry_of
 
 __all__ = ["Card", "Pairs", "Place", "commands_of", "facts_of", "settings_in_short"]
@@ -66,10 +67,10 @@ class Card:
         )
 
 
-def commands_of(runs: Iterable[Any]) -> dict[str, tuple[tuple[str, ...], float]]:
+def commands_of(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, ...], float]]:
     """By the name of a record's file: the commands that made it, as the ledger has them, and the seconds of the last.
 
-    runs: of `eval.tables.asked`. What a run needed is made by commands of its own, which stand first.
+    What a run needed is made by commands of its own, which stand first.
     """
     found = {}
     for run in runs:

@@ -137,7 +137,9 @@ def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure |
 
 
 def _form(measure: Measure) -> Callable[[float], str]:
-    return plain if measure.digits == 2 else lambda value: f"{value:.{measure.digits}f}"
+    if measure.digits == 2:
+        return plain
+    return lambda value: plain(value) if abs(value) >= 1000 else f"{value:.{measure.digits}f}"
 
 
 def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:

@@ -212,6 +212,8 @@ KINDS = {
                     files_of("f.csv")),
         ), without=named),
         Kind("reported", worlds.reported, ("outputs/runs/*.json",), (REPORT,), own=True, without=named),
+        Kind("submission", worlds.submitted, ("outputs/cluster/n/tasks.jsonl", "outputs/cluster/n/jobs.json"),
+             (Program("status", ("eval", "cluster", "status", "n"), printed),), own=True),
         Kind("asked", worlds.reported, ("outputs/asked/*.json", "outputs/asked/tables/*.json"), (REPORT,),
              without=named),
         Kind("state", worlds.chats, ("out.state.safetensors",), (

@@ -194,6 +194,18 @@ def reported(world: Path, scratch: Scratch) -> None:
         answer(cell.runs[0], 9.5)
 
 
+def submitted(world: Path, scratch: Scratch) -> None:
+    """A submission whose jobs have left the queue: one task is done, one said that it failed."""
+    from eval.cluster.states import keep_note, write_jobs
+    from eval.cluster.tasks import read_tasks
+
+    copied(world, scratch, dense)
+    ran(world, "eval", "cluster", "submit", "intactkv-1", "--model", MODEL, "--only", "RTN", "--name", "n", "--dry-run")
+    answer(read_tasks("n")[1].call.first, 9.5)
+    write_jobs("n", [{"job": "7", "array": 0, "first": 0, "tasks": [0], "submitted": "2026"}])
+    keep_note("n", 0, {"state": "failed", "job": "7_0", "host": "h", "pid": 1, "started": "2026", "said": "why"})
+
+
 TASKS = {
     "lambada_openai/data/lambada_test_en.jsonl": [{"text": f"He saw dog {i} and called the dog"} for i in range(3)],
     "hellaswag/data/hellaswag_val.jsonl": [
