@@ -230,7 +230,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     method, arm = row.method, row.arm
     if measure.program == "latency":
         return Run("latency", model, measure.item, (*method.options, *measure.options))
-    own = dict(method.by_model).get(catalog_name(model.name), ())
+    own = (*_own_groups(method.options, model), *dict(method.by_model).get(catalog_name(model.name), ()))
     more = scope.options_of(method)
     plain: Words = ("--recipe", method.recipe, *method.options, *own)
     made = (*plain, *more)
@@ -276,14 +276,25 @@ def _text(method: Method, model: Path, scope: Scope, seed: int | None) -> Words:
     """What a method calibrates on, where that is not the recipe's or the model's own text."""
     if not method.calibrates:
         return ()
-    published = method.text if model_defaults(model.name).default_calibration is None else ()
-    return (*published, *scope.calibration, *(() if seed is None else ("--seed", str(seed))))
+    return (*_published(method.text, model), *scope.calibration, *(() if seed is None else ("--seed", str(seed))))
+
+
+def _own_groups(words: Words, model: Path) -> Words:
+    """The group size of a model that has one of its own, in the place of the published one."""
+    own, published = model_defaults(model.name).default_group_size, ModelDefaults().default_group_size
+    given = any(words[i : i + 2] == ("--group-size", str(published)) for i in range(len(words)))
+    return ("--group-size", str(own)) if given and own != published else ()
+
+
+def _published(text: Words, model: Path) -> Words:
+    """The paper's text; nothing for a model that has one of its own."""
+    return text if model_defaults(model.name).default_calibration is None else ()
 
 
 def _trained(arm: Arm, model: Path, words: Words, scope: Scope, needs: tuple[Run, ...]) -> Run:
     """The run that trains an arm's prefix."""
     command, *own = arm.trains
-    return Run(command, model, "", (*words, *own, *scope.training), needs)
+    return Run(command, model, "", (*words, *own, *_published(arm.text, model), *scope.training), needs)
 
 
 def _size(measure: Measure, scope: Scope) -> Words:

@@ -101,13 +101,14 @@ class Method:
 class Arm:
     """What stands in front. label: as a table writes it. prefix: the word of --prefix. behind: the method's text runs
     behind it, too. vanilla: the same tokens, computed by the quantized model. trains: `python -m intactkv` trains the
-    prefix first, by these words."""
+    prefix first, by these words; text: on this, unless the model has a text of its own."""
 
     label: str
     prefix: str = "none"
     behind: bool = False
     vanilla: bool = False
     trains: Words = ()
+    text: Words = ()
 
 
 NO_MODEL = Path("no-model")  # in place of a directory, for a table that is of none

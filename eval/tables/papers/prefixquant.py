@@ -63,10 +63,9 @@ def _trainable(corpus: str, *more: Measure, models: tuple[str, ...]) -> Paper:
         "PrefixQuant-ft", f"{recipe}-ft", words + fine, text=text, calibrates=True, quantizes=True, behind=True
     )
     trained = Arm("[trained]", "auto@64", trains=(
-        "train-prefix", "--corpus", corpus, "--samples", "512", "--held-out", "64", "--length", "1024",
-        "--prefix-len", "8", "--prefix-lr", "1e-3", "--prefix-epochs", "20", "--prefix-loss-type", "l2",
+        "train-prefix", "--prefix-len", "8", "--prefix-lr", "1e-3", "--prefix-epochs", "20", "--prefix-loss-type", "l2",
         "--batch-size", "4", "--training-seed", "42",
-    ))  # fmt: skip
+    ), text=("--corpus", corpus, "--samples", "512", "--held-out", "64", "--length", "1024"))  # fmt: skip
     return Paper(
         f"prefixquant-trainable-{corpus}", "PrefixQuant", "a trained prefix, weights of 4 bits in groups of 128, "
         f"inputs and KV cache of 8 in groups of 64, by {corpus}", "the fork's README", PROTOCOL, models,
