@@ -36,6 +36,7 @@ FILES = {
 }  # fmt: skip
 # Of the published needles: units of filler in all; tokens of a line of it, and of all that is no filler, about.
 UNITS, LINE, NEEDLE = 10, 24, 120
+TOLD = ("--recipe", "--bits", "--group-size", "--kv", "--kv-bits", "--seed", "--prefix")  # in a run's label
 WITHOUT_MODEL = ("judge", "latency")
 RUN_TIME = ("--dtype", "--kernel", "--kv-storage")
 KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
@@ -65,8 +66,14 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What is asked, in one line for a reader."""
-        return " ".join([*MODULES[self.program][-1:], self.model.name, *self.words, self.item]).rstrip()
+        """What is asked, in short for a reader: what tells it from most others, and the item."""
+        told = [
+            f"{word[2:]} {'trained' if value.startswith('{') else value}"
+            for word, value in pairwise(self.words)
+            if word in TOLD
+        ]
+        behind = ["behind it"] if "--calibrate-behind-prefix" in self.words else []
+        return " ".join([*MODULES[self.program][-1:], self.model.name, *told, *behind, self.item]).rstrip()
 
     @property
     def file(self) -> Path | None:
