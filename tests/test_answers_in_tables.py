@@ -16,7 +16,8 @@ from eval.chat import PROMPTS
 from eval.needle import PUBLISHED_KEYS, found, published_length
 from eval.runs import record_at
 from eval.tables.asked import LINE, NEEDLE, UNITS, cells_of
-from eval.tables.compare import filled, paper_table, value_of
+from eval.tables.beside import paper_table
+from eval.tables.compare import filled, value_of
 from eval.tables.declared import ALONE, Scope
 from eval.tables.ledger import keep
 from eval.tables.papers import PAPERS

@@ -12,8 +12,9 @@ from test_tables import perplexity, task
 from corpora.catalog import catalog_name
 from eval.runs import record_of
 from eval.tables.asked import Cell, cells_of
-from eval.tables.compare import Filled, filled, paper_table, scatter, value_of, verdict_of
-from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
+from eval.tables.beside import paper_table
+from eval.tables.compare import Filled, filled, scatter, value_of, verdict_of
+from eval.tables.declared import ALONE, BOS, BOS_ALONE, Arm, Measure, Method, Paper, Row, Scope, with_arms
 from eval.tables.ledger import Entry, keep
 from eval.tables.papers import PAPERS
 from eval.tables.render import Table, render
@@ -101,7 +102,7 @@ def test_a_model_that_was_not_run_has_published_figures_and_nothing_of_ours(inta
 @pytest.mark.parametrize(("scope", "others", "word"), [
     (Scope(window=512), {"window": 512}, "window 512"), (Scope(limit=8), {"limit": 8}, "limit 8"),
     (Scope(corpora=("wikitext2",)), {}, "corpus wikitext2"), (Scope(), {"window": 1024}, "windows of 1024 tokens"),
-    (Scope(scoring=("--protocol", "gptq")), {"protocol": "gptq"}, "--protocol gptq"),
+    (Scope(scoring=("--protocol", "gptq")), {"protocol": "gptq"}, "protocol gptq"),
 ])  # fmt: skip
 def test_there_is_no_difference_between_figures_of_other_protocols(
     scope: Scope, others: dict[str, Any], word: str, intactkv_root: Path
@@ -135,12 +136,91 @@ def test_another_model_stands_beside_the_published_columns_and_is_named_as_such(
     found = fill(paper, model, {("RTN", ""): 72.5, ("RTN", "[B]"): 70.0}, window=2048)
     assert found["RTN", ""].measure.item == "sample"
     assert found["RTN", ""].difference is None
-    (table,) = paper_table(paper, list(found.values()))
+    (table,) = paper_table(paper, list(found.values()), whole=True)
     assert [head for head in table.head if "published" in head] == [f"C4 {name}: published" for name in paper.models]
     assert column(table, "sample smollm2-135m: ours")["RTN", "alone"] == "72.50"
     assert column(table, "sample smollm2-135m: ours")["RTN", "[B]: change"] == "-3.4%"
     assert any("model smollm2-135m" in note and "corpus sample" in note for note in table.notes)
     assert any("dequantized" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("name", ["intactkv-1", "lutgemm-accuracy", "gptq-llama", "gptq-accuracy", "kivi-chat"])
+def test_what_a_terminal_shows_of_another_model_is_no_wider_than_the_terminal(name: str, intactkv_root: Path) -> None:
+    """Its own figures first, with the notes that are of them; then those of one model that the paper has."""
+    paper = PAPERS[name]
+    (first, second) = paper_table(paper, filled(paper, Path("modelzoo/smollm2/smollm2-135m")))
+    assert not any(word in head for table in (first, second) for head in table.head for word in ("ours", "published"))
+    assert f"as published of {paper.models[0]}" in second.caption
+    own = {str(row[0]): row[2:] for row in second.rows if row[1] == "alone"}
+    for row in paper.rows:
+        if row.arm == ALONE and row.label in own:
+            figures = [figure for figure in row.published[paper.models[0]] if figure is not None]
+            shown = [cell if isinstance(cell, str) else cell.value for cell in own[row.label] if cell is not None]
+            assert shown == figures
+    lines = [line for line in render([first, second], "markdown").splitlines() if line.startswith("|")]
+    assert max(map(len, lines)) <= 160
+
+
+PLAIN = replace(PPL, options=("--protocol", "gptq"))
+
+
+def arms(measure: Measure, *rows: Row) -> Paper:
+    """A table of one column."""
+    return Paper("p", "p", "t", "s", "p", ("llama-2-7b",), (measure,), rows)
+
+
+def change(paper: Paper, values: Values, scope: Scope = WHOLE) -> tuple[str, tuple[str, ...]]:
+    """What [B] changes, as the table says it, and its notes."""
+    (table,) = paper_table(paper, list(fill(paper, LLAMA, values, scope).values()))
+    return column(table, table.head[2]).get(("RTN", "[B]: change"), "none"), table.notes
+
+
+RTN = Row("RTN", Method("RTN", "rtn-w3", quantizes=True))
+
+
+def test_a_change_is_taken_where_both_read_the_same_tokens(intactkv_root: Path) -> None:
+    """10 alone, 9.8 with [BOS], 9.31 with it intact: −5 % of what reads the same, not −6.9 % of what reads less."""
+    values: Values = {("RTN", ""): 10.0, ("RTN", "BOS"): 9.8, ("RTN", "[B]"): 9.31}
+    every = with_arms([RTN], BOS_ALONE, BOS)
+    assert change(arms(PLAIN, *every), values) == ("-5.0%", ())
+    asked_with_it = Scope(scoring=("--protocol", "intactkv"))
+    both = arms(PLAIN, every[0], every[2])
+    assert change(both, values, asked_with_it)[0] == "-6.9%"
+    assert change(arms(PPL, every[0], every[2]), values)[0] == "-6.9%"
+    said, (note, *_) = change(both, values)
+    assert said == "none"
+    assert "--protocol intactkv" in note
+    said, (note, *_) = change(both, values, replace(asked_with_it, scoring=("--protocol", "gptq")))
+    assert (said, "BOS" in note) == ("none", True)
+
+
+@pytest.mark.parametrize(("alone", "base"), [((), 70.0), (("--bos", "never"), 72.0)])
+def test_prompts_of_tasks_open_with_bos_unless_they_are_asked_without(
+    alone: tuple[str, ...], base: float, intactkv_root: Path
+) -> None:
+    paper = arms(replace(ACC, alone=alone), *(with_arms([RTN], BOS_ALONE, BOS) if alone else with_arms([RTN], BOS)))
+    values: Values = {("RTN", ""): 70.0, ("RTN", "BOS"): 72.0, ("RTN", "[B]"): 75.0}
+    assert change(paper, values) == (f"{75 - base:+.2f}", ())
+
+
+def test_a_prefix_that_was_searched_is_no_bos(intactkv_root: Path) -> None:
+    found = replace(RTN, arm=Arm("[B]", "auto"))
+    assert change(arms(PPL, RTN, found), {("RTN", ""): 10.0, ("RTN", "[B]"): 9.0})[0] == "none"
+
+
+def test_no_more_departs_than_a_program_is_told(intactkv_root: Path) -> None:
+    """A window is of perplexity, data are of tasks; a limit is of both, and of MT-bench."""
+    scope = Scope(limit=2, window=64, data="sample", scoring=("--protocol", "gptq"), asking=("--fewshot", "1"))
+    paper = PAPERS["gptq-accuracy"]
+    departs = {one.measure.head: one.departs for one in filled(paper, Path("modelzoo/llama-3.1-instruct-8b"), scope)}
+    assert departs["C4"] == ("limit 2, window 64",)
+    assert departs["MMLU"] == ("fewshot 1, limit 2, data sample",)
+    chat = filled(PAPERS["gptq-chat"], Path("modelzoo/llama-3.1-instruct-8b"), scope)[0]
+    assert chat.departs == ()
+    judged = replace(JUDGED, limit=2)
+    (cell, *_) = cells_of(PAPERS["intactkv-4"], VICUNA, judged)
+    (answers,) = cell.runs[0].needs
+    assert (answers.program, answers.option("--limit")) == ("mtbench", "2")
 
 
 @pytest.mark.parametrize(("model", "name"), [

@@ -75,10 +75,10 @@ def wrapper(tiny_model, tokenizer):
 def stock(tiny_model, tokenizer):
     """stock(family, batch_size, context) -> lm-eval's own wrapper, which adds [BOS] by the tokenizer's template."""
 
-    def make(family="llama", batch_size=4, context=256) -> HFLM:
+    def make(family="llama", batch_size=4, context=256, bos=True) -> HFLM:
         kind, overrides = FAMILIES[family]
         model = tiny_model(kind, **overrides)
-        return HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, max_length=context, add_bos_token=True)
+        return HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, max_length=context, add_bos_token=bos)
 
     return make
 
@@ -99,9 +99,10 @@ def assert_same(ours, theirs, tolerance=CLOSE) -> None:
         assert a == pytest.approx(b, abs=tolerance)
 
 
+@pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_prefix_it_is_the_stock_wrapper(wrapper, stock, family):
-    ours, theirs = wrapper(family), stock(family)
+def test_without_a_prefix_it_is_the_stock_wrapper_with_and_without_bos(wrapper, stock, family, bos):
+    ours, theirs = wrapper(family, (BOS,) if bos else ()), stock(family, bos=bos)
     pairs = [pair for pair in PAIRS if pair[0]]  # the stock wrapper drops a first token that equals [BOS]: not here
     assert_same(ours.loglikelihood(likelihood_requests(pairs)), theirs.loglikelihood(likelihood_requests(pairs)))
 

@@ -14,11 +14,12 @@ import pytest
 from common import ROOT
 
 from corpora.catalog import FAMILIES
+from corpora.text import PROTOCOLS
 from eval.__main__ import parser
-from eval.tables.asked import Run, calls_of, cells_of, runs_of
-from eval.tables.compare import QUESTIONS
-from eval.tables.declared import ALONE, Arm, Method, Paper, Row, Scope
+from eval.tables.asked import BOS_IN_WINDOWS, Run, bases_of, calls_of, cells_of, runs_of
+from eval.tables.declared import BOS, BOS_ALONE, Arm, Method, Paper, Row, Scope
 from eval.tables.papers import PAPERS
+from eval.tables.papers.columns import QUESTIONS
 from eval.tables.papers.gptq import gptq
 from quantization.named import RECIPES, named_recipe
 from quantization.programs.options import add_plan_options, chosen_recipe, plan_of
@@ -109,7 +110,44 @@ def test_every_row_is_behind_an_arm_of_intactkv_too() -> None:
             arms[row.method].add(row.arm)
         for method, mine in arms.items():
             untouched = method.recipe == "fp16" and not method.kv
-            assert any(arm != ALONE for arm in mine) != untouched, (paper.name, method)
+            assert any(arm.prefix != "none" and not arm.vanilla for arm in mine) != untouched, (paper.name, method)
+
+
+def test_behind_bos_something_is_there_to_compare_with_where_alone_reads_none() -> None:
+    """In every table but PrefixQuant's, whose methods are made behind their prefix."""
+    for paper, row in EVERY_ROW:
+        for measure in paper.measures:
+            if row.arm == BOS and not measure.average_of:
+                bases = bases_of(row, measure, paper.rows)
+                assert bases or paper.project == "PrefixQuant", (paper.name, row.label, measure.head)
+                assert (bases[:1] == (BOS_ALONE,)) == (BOS_ALONE in {other.arm for other in paper.rows})
+
+
+def test_the_words_of_arms_are_distinct_whatever_their_case() -> None:
+    for paper in PAPERS.values():
+        arms = {row.arm for row in paper.rows}
+        assert len({(arm.label or "alone").lower() for arm in arms}) == len(arms)
+
+
+def test_the_protocols_that_start_every_window_with_bos_are_known_without_torch() -> None:
+    assert {name for name, rules in PROTOCOLS.items() if rules.bos_in_every_window} == set(BOS_IN_WINDOWS)
+
+
+def test_tasks_are_asked_without_bos_where_the_page_did() -> None:
+    for paper in PAPERS.values():
+        for measure in paper.measures:
+            if measure.program == "tasks":
+                assert (measure.alone == ("--bos", "never")) == paper.source.startswith("qllm"), (paper.name, measure)
+
+
+def test_the_size_of_groups_gives_way_to_a_models_own_where_the_method_says_so() -> None:
+    for paper, row in EVERY_ROW:
+        own = [run.option("--group-size") for cell in cells_of(replace(paper, rows=(row,)), Path("smollm2-135m"))
+               for run in cell.runs if run.program == "ppl"]  # fmt: skip
+        if row.method.own_groups:
+            assert set(own) == {"64"}
+        elif "--group-size" in row.method.options:
+            assert set(own) <= {"-1"}
 
 
 def test_the_documentation_counts_the_tables_and_their_figures() -> None:

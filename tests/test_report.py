@@ -27,8 +27,9 @@ from eval.report.gains import charts_of
 from eval.report.html import html_of
 from eval.report.page import Shown, report_of
 from eval.tables.asked import Run, cells_of
+from eval.tables.beside import paper_table
 from eval.tables.compare import filled
-from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
+from eval.tables.declared import ALONE, BOS, BOS_ALONE, Measure, Method, Paper, Row, Scope, with_arms
 from eval.tables.noted import note
 from eval.tables.papers import PAPERS
 from eval.tables.render import Figure
@@ -130,7 +131,7 @@ def test_answers_stand_side_by_side_and_keep_their_lines(world: Path) -> None:
     assert [cell.text for cell in first.all("div")] == ["I am\na FP16 model.", "a riddle"]
 
 
-def test_a_gain_is_the_mean_over_columns_of_how_much_lower_or_higher(world: Path) -> None:
+def test_a_change_is_the_mean_over_columns_of_how_much_lower_or_higher(world: Path) -> None:
     """Perplexity in percent of the method alone, scores in points, ours and published."""
     cells = filled(PAPER, MODEL, SEEDS)
     figure = {(cell.row.label, cell.row.arm.label, cell.measure.head): cell.ours for cell in cells}
@@ -138,13 +139,30 @@ def test_a_gain_is_the_mean_over_columns_of_how_much_lower_or_higher(world: Path
     assert [gain.label for gain in ppl.gains] == ["RTN", "GPTQ", "RTN, 4 bits"]
     rtn = ppl.gains[0]
     shares = [figure["RTN", "[B]", head].value / figure["RTN", "", head].value for head in ("C4", "WikiText-2")]
-    assert rtn.ours == pytest.approx(100 * (1 - sum(shares) / 2))
-    assert rtn.theirs == pytest.approx(100 * (1 - (8.61 / 8.97 + 6.3 / 6.6) / 2))
+    assert rtn.ours == pytest.approx(100 * (sum(shares) / 2 - 1))
+    assert rtn.theirs == pytest.approx(100 * ((8.61 / 8.97 + 6.3 / 6.6) / 2 - 1))
     points = [figure["RTN", "[B]", head].value - figure["RTN", "", head].value for head in ("piqa", "boolq")]
     rtn = score.gains[0]
     assert rtn.ours == pytest.approx(sum(points) / 2)
     assert rtn.theirs == pytest.approx(1.0)
     assert score.gains[1].theirs is None
+    (table,) = paper_table(PAPER, [replace(cell, measure=PPL) for cell in cells if cell.measure == PPL])
+    change = next(row[3] for row in table.rows if row[:2] == ("RTN", "[B]: change"))
+    assert isinstance(change, Figure)
+    (one,) = (chart for chart in charts_of([c for c in cells if c.measure == PPL]))
+    assert one.gains[0].ours == pytest.approx(100 * change.value)  # the same, with the same sign
+
+
+def test_where_alone_reads_other_tokens_the_change_is_against_the_row_that_reads_the_same(world: Path) -> None:
+    """Plain windows: [BOS] takes 2 % of a perplexity, keeping it another tenth of what is left."""
+    plain = replace(PPL, options=("--protocol", "gptq"))
+    paper = replace(PAPER, name="plain", measures=(plain,), rows=with_arms([Row("RTN", RTN)], BOS_ALONE, BOS))
+    figures = {ALONE: 10.0, BOS_ALONE: 9.8, BOS: 9.8 * 0.9}
+    answer_all(paper, MODEL, lambda row, measure, run: figures[row.arm])
+    (chart,) = charts_of(filled(paper, MODEL))
+    assert [(gain.arm, gain.ours) for gain in chart.gains] == [("[B]", pytest.approx(-10.0))]
+    assert chart.zero == 100
+    assert charts_of(filled(replace(paper, rows=(paper.rows[0], paper.rows[2])), MODEL)) == ()
 
 
 # ---- its form

@@ -68,6 +68,43 @@ def test_only_takes_one_word_of_each_kind() -> None:
     assert cells(only=("rtn", "kivi")) == set()
 
 
+def test_an_average_that_is_chosen_brings_what_it_is_the_mean_of() -> None:
+    paper = PAPERS["gptq-accuracy"]
+    asked = cells_of(paper, MODEL, Scope(only=("CSQA average", "alone", "16 bits")))
+    assert [cell.measure.head for cell in asked] == [
+        "BoolQ", "ARC-C", "ARC-E", "HellaSwag", "PIQA", "WinoGrande", "CSQA average",
+    ]  # fmt: skip
+    assert [cell.measure.head for cell in cells_of(paper, MODEL, Scope(only=("PIQA", "alone", "16 bits")))] == ["PIQA"]
+
+
+def test_the_arms_of_a_table_are_chosen_one_by_one() -> None:
+    """`BOS` computes what `[B]` keeps; of the three only alone is asked as the page asked, without [BOS]."""
+    paper = PAPERS["gptq-accuracy"]
+    words = {}
+    for arm in ("alone", "bos", "[B]"):
+        (cell,) = cells_of(paper, MODEL, Scope(only=("MMLU", "RTN, 4 bits", arm)))
+        words[arm] = " ".join(cell.runs[0].words)
+    assert [("--vanilla" in w, "--prefix bos" in w, "--bos never" in w) for w in words.values()] == [
+        (False, False, True), (True, True, False), (False, True, False),
+    ]  # fmt: skip
+    labels = {cell.runs[0].label for cell in cells_of(paper, MODEL, Scope(only=("MMLU", "RTN, 4 bits")))}
+    assert len(labels) == 3
+
+
+def test_a_named_recipe_stands_behind_the_arms_of_its_table() -> None:
+    def arms(table: str, recipe: str) -> list[str]:
+        return [row.arm.label for row in rows_of(PAPERS[table], Scope(recipes=(recipe,)))]
+
+    assert arms("gptq-llama", "gptq-w3") == ["", "BOS", "[B]"]
+    assert arms("gptq-llama", "fp16") == ["", "BOS"]
+    assert arms("intactkv-1", "gptq-w3") == ["", "[B]"]
+
+
+def test_words_of_a_refusal_are_quoted_as_a_shell_takes_them(run_main: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = run_main(eval_main, "reproduce", "gptq-accuracy", "--dry-run", "--only", "no such row")
+    assert (code, "--only 'no such row'" in err, "'csqa average'" in err) == (2, True, True)
+
+
 def test_other_corpora_and_tasks_take_the_place_of_the_tables() -> None:
     heads = [m.head for m in measures_of(PAPER, MODEL, Scope(corpora=("ptb", "c4"), tasks=("piqa", "mmlu")))]
     assert heads == ["ptb", "C4", "PIQA", "MMLU"]

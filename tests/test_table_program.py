@@ -86,7 +86,7 @@ def test_runs_of_another_size_are_found_by_the_options_that_they_were_made_with(
     assert (code, "no finished run of intactkv-1 fits --model smollm2-135m" in err) == (2, True)
     code, out, _ = program("1", "--model", "smollm2-135m", "--window", 512, "--limit", 8)
     assert code == 0
-    assert "sample smollm2-135m: ours" in out
+    assert out.startswith("intactkv-1, smollm2-135m: ")
     assert "72.50" in out
     assert "window 512" in out
     assert "limit 8" in out
@@ -100,20 +100,22 @@ def test_a_size_that_reproduce_has_noted_is_found_without_being_told_and_shares_
     note([(PAPERS["intactkv-1"], [model])], ["--window", "512", "--limit", "8"])
     code, out, _ = program("1", "--model", "smollm2-135m")
     assert code == 0
-    whole, reduced = out.split("\n\nintactkv-1")
+    whole, reduced, published = out.split("\n\nintactkv-1")  # these once
     assert ("60.25" in whole, "72.50" in whole) == (True, False)
     assert ("60.25" in reduced, "72.50" in reduced) == (False, True)
+    assert "as published of llama-7b" in published
     assert "60.25" not in program("1", "--window", 512, "--limit", 8)[1]
 
 
 def test_without_a_model_every_model_that_has_figures_stands_in_the_table(program, runs):
     asked("intactkv-1", Path("Llama-2-7b-hf"), {("FP16", ""): 7.3})
     asked("intactkv-1", Path("mistral-7b"), {("FP16", ""): 7.9})
-    out = program("1")[1]
-    assert "C4 llama-2-7b: ours" in out
-    assert "C4 mistral-7b: ours" in out
-    assert "C4 llama-2-13b: published" not in out
-    assert "C4 mistral-7b: ours" not in program("1", "--model", "llama-2-7b")[1]
+    heads = program("1", "--format", "csv")[1].splitlines()[0].split(",")
+    assert {"C4 llama-2-7b: ours", "C4 mistral-7b: ours"} <= set(heads)
+    assert "C4 llama-2-13b: published" not in heads
+    other, own = program("1")[1].split("\n\nintactkv-1: ")
+    assert (other.startswith("intactkv-1, mistral-7b"), "7.90" in other, "C4: published" in own) == (True, True, True)
+    assert "mistral-7b" not in program("1", "--model", "llama-2-7b")[1]
 
 
 def test_over_seeds_joins_runs_of_other_calibration_seeds(program, intactkv_root):
@@ -242,3 +244,11 @@ def test_the_scripts_refuse_in_one_line(number, arguments, named):
     assert result.returncode == 2
     assert len(refusals(result.stderr)) == 1, result.stderr
     assert named in result.stderr
+
+
+def test_a_published_table_is_shown_without_a_library_that_computes(intactkv_root: Path) -> None:
+    code = "import sys; sys.argv = ['x', 'table', 'gptq-llama']; from eval.__main__ import main; main()\n" \
+           "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"  # fmt: skip
+    env = {"PYTHONPATH": str(ROOT), "INTACTKV_ROOT": str(intactkv_root), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=intactkv_root)
+    assert (done.returncode, "8.66" in done.stdout) == (0, True), done.stderr

@@ -182,13 +182,13 @@ def test_vanilla_and_intact_read_the_same_tokens_and_stand_in_one_table(program,
             assert float(rows["[B]", arm][f"piqa {metric}"]) == pytest.approx(100 * value, abs=0.01)
 
 
-@pytest.mark.parametrize("bos", ["always", "tokenizer"])
+@pytest.mark.parametrize("bos", ["always", "tokenizer", "never"])
 @pytest.mark.parametrize("adds", [True, False])
-def test_bos_is_there_always_or_as_the_tokenizer_has_it(program, model, data, tiny_tokenizer, adds, bos):
+def test_bos_is_there_always_or_never_or_as_the_tokenizer_has_it(program, model, data, tiny_tokenizer, adds, bos):
     if not adds:
         without_template(tiny_tokenizer()).save_pretrained(model)
     record = json.loads(program("--tasks", "piqa", "--model", model, "--bos", bos, "--limit", 1, "--json")[1])
-    assert record["settings"]["lead"] == ([1] if adds or bos == "always" else [])
+    assert record["settings"]["lead"] == ([1] if bos == "always" or (adds and bos != "never") else [])
 
 
 def test_the_sample_is_called_so_and_mmlu_has_both_protocols(program, model, intactkv_root):
@@ -250,6 +250,8 @@ BAD_INPUT = {
     "no batch": (["--tasks", "piqa", "--batch-size", "0"], "--batch-size: 0 is"),
     "the tokenizer's BOS behind a prefix": (["--tasks", "piqa", "--bos", "tokenizer", "--prefix", "bos"],
                                             "--bos tokenizer is for runs without a prefix"),
+    "no BOS behind a prefix": (["--tasks", "piqa", "--bos", "never", "--prefix", "bos"],
+                               "--bos never is for runs without a prefix"),
     "a protocol that no task has": (["--tasks", "piqa,lambada_openai", "--protocol", "hendrycks"],
                                     "--protocol hendrycks is one of mmlu, but --tasks are piqa, lambada_openai"),
     "a single subject has lm-eval's protocol": (["--tasks", "mmlu_anatomy", "--protocol", "hendrycks"],
@@ -281,7 +283,7 @@ def without_template(tokenizer: Any) -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize("bos", ["always", "tokenizer"])
+@pytest.mark.parametrize("bos", ["always", "tokenizer", "never"])
 def test_a_tokenizer_without_bos_and_eos_is_refused(program, model, data, tiny_tokenizer, bos):
     without_template(tiny_tokenizer(bos_token=None, eos_token=None)).save_pretrained(model)
     code, _, err = program("--tasks", "piqa", "--model", model, "--bos", bos)

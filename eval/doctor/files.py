@@ -39,9 +39,9 @@ def scored(runs: Iterable[Run]) -> list[Finding]:
         if run.program == "ppl":
             one = _corpus(run.item, "evaluation")
         elif run.program == "tasks":
-            one = _task(run.item, _option(run, "--data") or model_defaults(run.model.name).default_task_data)
+            one = _task(run.item, run.option("--data") or model_defaults(run.model.name).default_task_data)
         elif run.program == "mtbench":
-            one = _questions(_option(run, "--questions") or "mt_bench")
+            one = _questions(run.option("--questions") or "mt_bench")
         elif run.program == "judge":
             one = _judge(run)
         elif run.program == "latency":
@@ -52,22 +52,16 @@ def scored(runs: Iterable[Run]) -> list[Finding]:
     return list(found.values())
 
 
-def _option(run: Run, name: str) -> str:
-    """The value of an option among a run's words; empty if it was not given."""
-    places = [i for i, word in enumerate(run.words[:-1]) if word == name]
-    return run.words[places[-1] + 1] if places else ""
-
-
 def calibrated_on(runs: Iterable[Run], texts: Iterable[str]) -> list[Finding]:
     """The texts that methods calibrate on, and prefixes are trained on. texts: those of recipes that name none."""
     found = dict.fromkeys(texts)
     for run in runs:
         own = model_defaults(run.model.name)
         if run.program == "calibrate":
-            found[_option(run, "--conversations") or own.default_conversations] = None
+            found[run.option("--conversations") or own.default_conversations] = None
         if run.program == "train-prefix":
-            found[_option(run, "--corpus") or (own.default_calibration or PILE).corpus] = None
-        if given := _option(run, "--calibration"):
+            found[run.option("--corpus") or (own.default_calibration or PILE).corpus] = None
+        if given := run.option("--calibration"):
             found[given] = None
     return [_corpus(text, "calibration") for text in found]
 
@@ -122,13 +116,13 @@ def _questions(word: str) -> Finding:
 
 
 def _judge(run: Run) -> Finding:
-    name = _option(run, "--judge-model")
+    name = run.option("--judge-model")
     if name.startswith("local:"):
         there = Path(name.removeprefix("local:")).is_dir()
         return Finding(
             "judge", name, "there" if there else "missing", "ok" if there else "lacks", "" if there else "another model"
         )
-    variable = _option(run, "--key-variable") or "OPENAI_API_KEY"
+    variable = run.option("--key-variable") or "OPENAI_API_KEY"
     if os.environ.get(variable, "").strip():
         return Finding("judge", f"${variable} for {name}", "set")
     way_out = f"export {variable}=…, or --judge-model local:DIR"

@@ -303,7 +303,9 @@ def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> st
     names = ", ".join(paper.name for paper, _ in chosen)
     if not scope.only:
         return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
-    return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
+    return f"--only {shlex.join(scope.only)} leaves nothing of {names}; known are models and " + ", ".join(
+        map(shlex.quote, known)
+    )
 
 
 def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:

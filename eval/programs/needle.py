@@ -160,7 +160,7 @@ def grid_of(options: argparse.Namespace, plan: "Plan") -> "tuple[Sequence[int], 
     from eval.tasks.task_runner import lead_of
 
     _check_options(options)
-    lead = lead_of(plan, True)
+    lead = lead_of(plan)
     if options.published:
         lines = 2 * options.units * options.lines
         length = published_length(plan.tokenizer, lead, lines)

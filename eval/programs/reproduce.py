@@ -131,7 +131,8 @@ def _list() -> None:
 
 def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: str) -> None:
     """Every table, ours beside theirs."""
-    from eval.tables.compare import filled, paper_table
+    from eval.tables.beside import paper_table
+    from eval.tables.compare import filled
     from eval.tables.render import render
 
     left_out: list[str] = []

@@ -211,15 +211,21 @@ def _table(options: argparse.Namespace) -> str:
 
 
 def _without_count(options: argparse.Namespace, left_out: list[str]) -> str:
-    from eval.tables import needles, perplexities, render, tasks
+    from eval.tables import render
 
-    if options.which is None:
+    if options.which is None:  # the tables of all runs import torch, which a published one does without
+        from eval.tables import perplexities
+
         rows = _rows(options, left_out, options.over_seeds)
         return perplexities.render(rows, options.format, options.costs)
     if options.which == "tasks":
+        from eval.tables import tasks
+
         found = tasks.task_tables(_some("tasks", options, left_out), options.over_seeds)
         return render.render(found, options.format)
     if options.which == "needle":
+        from eval.tables import needles
+
         return render.render([needles.run_table(_some("needle", options, left_out))], options.format)
     return render.render(_published(options, left_out), options.format)
 
@@ -238,9 +244,11 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
     Raises UserError for an unknown name, and if nothing of what was asked for is there.
     """
     from corpora.catalog import catalog_name
-    from eval.tables.compare import filled, paper_table
+    from eval.tables.beside import paper_table
+    from eval.tables.compare import filled
     from eval.tables.papers import PAPERS
     from eval.tables.preview import place_of
+    from eval.tables.render import render
 
     name = f"intactkv-{options.which}" if options.which in NUMBERS else options.which
     if name not in PAPERS:
@@ -251,17 +259,20 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
     paper, scope = PAPERS[name], _scope(options)
     wanted = [Path(model).name for model in _models(options) if paper.models]  # some tables are of no model
     lines: list[str] = []
-    tables = []
+    tables: dict[str, Any] = {}  # what is published beside several sizes stands once, behind the last
     for size, models in _sizes(name, scope, lines).items():
         cells = []
         for model in models if paper.models else map(place_of, paper.shown_for):
             if not wanted or catalog_name(model.name) in map(catalog_name, wanted):
                 mine = filled(paper, model, size, lines)
                 cells += mine if any(one.ours is not None for one in mine) else []
-        tables += paper_table(paper, cells) if cells else []
+        for table in paper_table(paper, cells, whole=options.format == "csv") if cells else []:
+            text = render([table], "markdown")
+            tables.pop(text, None)
+            tables[text] = table
     left_out += dict.fromkeys(lines)
     if tables:
-        return tables
+        return list(tables.values())
     asked = " ".join([*(f"--model {model}" for model in wanted), _words(_filters(options))]).strip()
     published = [model for model in wanted if catalog_name(model) in paper.models]
     if asked and (_filters(options) or not published):

@@ -57,9 +57,9 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--bos",
         default="always",
-        choices=["always", "tokenizer"],
-        help="without a prefix: [BOS] in front of every prompt (default), or only if the tokenizer itself puts it "
-        "there, as stock lm-eval does",
+        choices=["always", "tokenizer", "never"],
+        help="without a prefix: [BOS] in front of every prompt (default), only if the tokenizer itself puts it there, "
+        "as stock lm-eval does today, or never, as lm-eval 0.4.2 did",
     )
     group.add_argument(
         "--limit", type=values.count(), metavar="N", help="at most N questions of each task (mmlu: each subject)"
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         source=source,
         fewshot=options.fewshot,
         protocol=options.protocol or "hendrycks",
-        bos_always=options.bos == "always",
+        bos=options.bos,
         limit=options.limit,
         batch_size=options.batch_size,
     )

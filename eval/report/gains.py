@@ -1,16 +1,17 @@
 """What an intact prefix changes, row by row: ours beside the published change, for a small chart.
 
-    perplexity: 1 − behind / alone        accuracy: behind − alone, in points
+    perplexity: behind / alone − 1, in %        accuracy: behind − alone, in points
 
-Each is the mean over the columns of its kind where both arms have a figure; averages of columns count no second time.
+`eval.tables.compare.changes_of` takes them, as for the table on stdout: alone reads the same tokens. Each is the mean
+over the columns of its kind that have a change; averages of columns count no second time.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from eval.tables.compare import Filled
-from eval.tables.declared import Measure, Row
+from eval.tables.asked import bases_of
+from eval.tables.compare import Filled, RowPlace, changes_of, row_place
 from eval.tables.render import Figure
 
 __all__ = ["Chart", "Gain", "charts_of"]
@@ -20,7 +21,7 @@ KINDS = {"lower": ("perplexity", "%"), "higher": ("score", "points")}
 
 @dataclass(frozen=True)
 class Gain:
-    """Of one row's method behind one arm, in the chart's unit; positive is better. None: not run, or not published."""
+    """Of one row's method behind one arm, in the chart's unit: a perplexity falls, a score rises. None: not told."""
 
     label: str
     arm: str
@@ -51,9 +52,10 @@ class Chart:
         return fmean(gain.ours for gain in self.gains if gain.ours is not None)
 
     @property
-    def falls(self) -> bool:
-        """Whether something is worse behind the prefix."""
-        return any(value < 0 for gain in self.gains for value in (gain.ours, gain.theirs) if value is not None)
+    def zero(self) -> int:
+        """Where it lies, in hundredths of the width: in the middle where some rise and others fall, else at an end."""
+        signs = {value < 0 for gain in self.gains for value in (gain.ours, gain.theirs) if value}
+        return 50 if len(signs) > 1 else 100 if True in signs else 0
 
 
 def charts_of(filled: Sequence[Filled]) -> tuple[Chart, ...]:
@@ -68,17 +70,29 @@ def charts_of(filled: Sequence[Filled]) -> tuple[Chart, ...]:
 
 
 def _gains(cells: Sequence[Filled]) -> Iterable[Gain]:
-    alone = {(cell.row.label, cell.measure): cell for cell in cells if _is_alone(cell.row)}
-    for label, arm in dict.fromkeys((cell.row.label, cell.row.arm) for cell in cells if not _is_alone(cell.row)):
-        behind = [cell for cell in cells if (cell.row.label, cell.row.arm) == (label, arm)]
-        pairs = [(cell, alone[label, cell.measure]) for cell in behind if (label, cell.measure) in alone]
-        gain = Gain(label, arm.label, _mean(pairs, ours), _mean(pairs, theirs))
+    rows = {row_place(cell.row): cell.row for cell in cells}
+    by_ours: list[Mapping[RowPlace, Figure | None]] = []
+    by_theirs: list[Mapping[RowPlace, Figure | None]] = []
+    for measure in dict.fromkeys(cell.measure for cell in cells):
+        ones = {row_place(cell.row): cell for cell in cells if cell.measure == measure}
+        by_ours.append(changes_of(
+            measure, {place: one.values for place, one in ones.items()},
+            {place: one.against for place, one in ones.items()},
+        ))  # fmt: skip
+        by_theirs.append(changes_of(
+            measure, {place: (theirs(one),) for place, one in ones.items()},
+            {place: bases_of(one.row, measure, rows.values()) for place, one in ones.items()},
+        ))  # fmt: skip
+    unit = 100.0 if cells and cells[0].measure.better == "lower" else 1.0  # a share in %
+    for place in rows:
+        gain = Gain(place[0], place[1].label, _mean(place, by_ours, unit), _mean(place, by_theirs, unit))
         if gain.ours is not None or gain.theirs is not None:
             yield gain
 
 
-def _is_alone(row: Row) -> bool:
-    return row.arm.prefix == "none"
+def _mean(place: RowPlace, changes: Iterable[Mapping[RowPlace, Figure | None]], unit: float) -> float | None:
+    found = [unit * change.value for of_column in changes if (change := of_column.get(place)) is not None]
+    return fmean(found) if found else None
 
 
 def ours(cell: Filled) -> float | None:
@@ -89,13 +103,3 @@ def ours(cell: Filled) -> float | None:
 def theirs(cell: Filled) -> float | None:
     """The published figure as a number."""
     return float(cell.theirs) if isinstance(cell.theirs, int | float) else None
-
-
-def _mean(pairs: Sequence[tuple[Filled, Filled]], side: Callable[[Filled], float | None]) -> float | None:
-    found = [_gain(cell.measure, base, value) for cell, alone in pairs
-             if (base := side(alone)) is not None and (value := side(cell)) is not None]  # fmt: skip
-    return fmean(found) if found else None
-
-
-def _gain(measure: Measure, alone: float, behind: float) -> float:
-    return 100 * (1 - behind / alone) if measure.better == "lower" else behind - alone

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from corpora.targets import REPORT
 from eval.report.page import Report
 from eval.tables.compare import BANDS
-from eval.tables.render import plain
+from eval.tables.render import plain, signed
 
 __all__ = ["html_of"]
 
@@ -33,7 +33,12 @@ def html_of(report: Report, *, made: str, command: str) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"plain": plain, "bar": _bar, "capital": lambda text: text[:1].upper() + text[1:]}
+    environment.filters |= {
+        "plain": plain,
+        "signed": signed,
+        "bar": _bar,
+        "capital": lambda text: text[:1].upper() + text[1:],
+    }
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     return environment.get_template("page.html.jinja").render(
         report=report,
@@ -53,8 +58,6 @@ def _hash(text: str) -> str:
 
 
 def _bar(value: float, chart: Any) -> tuple[float, float]:
-    """Start and width of a bar in hundredths of the chart's width. Its zero is on the left, or in the middle where
-    something falls."""
-    zero, span = (50.0, 50.0) if chart.falls else (0.0, 100.0)
-    width = span * abs(value) / chart.reach
-    return round(zero - width if value < 0 else zero, 2), round(width, 2)
+    """Start and width of a bar in hundredths of the chart's width."""
+    width = (50.0 if chart.zero == 50 else 100.0) * abs(value) / chart.reach
+    return round(chart.zero - width if value < 0 else chart.zero, 2), round(width, 2)

@@ -17,6 +17,7 @@ from eval.report.cards import Card, Pairs, Place, commands_of, facts_of
 from eval.report.gains import Chart, charts_of, ours, theirs
 from eval.report.pictures import Picture, pictures_of
 from eval.tables.asked import cells_of, runs_of
+from eval.tables.beside import unlike
 from eval.tables.compare import Filled, filled
 from eval.tables.declared import PUBLISHED, Measure, Paper, Row, Scope, Words
 from eval.tables.render import plain, signed
@@ -86,7 +87,8 @@ class Several:
 @dataclass(frozen=True)
 class Section:
     """One published table for one model. size: what is run, where it is not as published. counts: cells, run, agrees,
-    near, off. departs: of all cells that were run; marked: of some, by their marks. command: what runs the rest."""
+    near, off. departs: of all cells that were run; marked: of some, by their marks. unlike: why a change is not
+    told. command: what runs the rest."""
 
     anchor: str
     model: str
@@ -98,6 +100,7 @@ class Section:
     counts: Mapping[str, int]
     departs: tuple[str, ...]
     marked: Pairs
+    unlike: tuple[str, ...]
     command: str
 
     @property
@@ -197,6 +200,7 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
         counts={"cells": len(cells), "run": len(ran)} | {word: counts[word] for word in ("agrees", "near", "off")},
         departs=everywhere,
         marked=tuple((mark, word) for word, mark in marks.items()),
+        unlike=tuple(unlike(ran, model.name)),
         command=shlex.join(["python", "-m", "eval", "reproduce", paper.name, *given, *shown.words]),
     )
 

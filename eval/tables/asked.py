@@ -14,12 +14,12 @@ from pathlib import Path
 from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
-from eval.tables.declared import ALONE, BOS, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
-from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
+from eval.tables.declared import ALONE, BOS, BOS_ALONE, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA, behind_bos
 from eval.tasks.groups import GROUPS
 
-__all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of", "runs_of",
-           "words_of"]  # fmt: skip
+__all__ = ["Call", "Cell", "Run", "bases_of", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of",
+           "runs_of", "size_of", "words_of"]  # fmt: skip
 
 # What the programs are, for `python -m`, and how they take what they score.
 MODULES = {
@@ -39,7 +39,9 @@ UNITS, LINE, NEEDLE = 10, 24, 120
 TOLD = ("--recipe", "--bits", "--group-size", "--kv", "--kv-bits", "--seed", "--prefix")  # in a run's label
 WITHOUT_MODEL = ("judge", "latency")
 RUN_TIME = ("--dtype", "--kernel", "--kv-storage")
-KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
+KNOWN_TASKS = behind_bos(*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
+# Protocols of perplexity whose windows all start with [BOS]; corpora.text, which has them, imports torch.
+BOS_IN_WINDOWS = ("intactkv",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Run:
             "needs": [run.key for run in self.needs],
         }, 16)  # fmt: skip
 
+    def option(self, name: str) -> str:
+        """The last value of an option among its words, as argparse takes it; empty if it is not there."""
+        places = [i for i, word in enumerate(self.words[:-1]) if word == name]
+        return self.words[places[-1] + 1] if places else ""
+
     @property
     def label(self) -> str:
         """What is asked, in short for a reader: what tells it from most others, and the item."""
@@ -72,8 +79,9 @@ class Run:
             for word, value in pairwise(self.words)
             if word in TOLD
         ]
-        behind = ["behind it"] if "--calibrate-behind-prefix" in self.words else []
-        return " ".join([*MODULES[self.program][-1:], self.model.name, *told, *behind, self.item]).rstrip()
+        flags = {"--calibrate-behind-prefix": "behind it", "--vanilla": "vanilla"}
+        more = [word for flag, word in flags.items() if flag in self.words]
+        return " ".join([*MODULES[self.program][-1:], self.model.name, *told, *more, self.item]).rstrip()
 
     @property
     def file(self) -> Path | None:
@@ -145,6 +153,9 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         asked = {m.item: m for m in (*KNOWN_TASKS, *paper.measures) if m.program == "tasks" and m.item}
         names = [task for name in scope.tasks if name != "none" for task in GROUPS.get(name, (name,))]
         columns = [asked.get(name, Measure(name, "tasks", name, metric="acc", better="higher")) for name in names]
+        # In one table no text stands alone in two ways.
+        alone = next((m.alone for m in paper.measures if m.program == "tasks"), ())
+        columns = [replace(column, alone=alone) for column in columns]
         heads = {column.head for column in columns}
         means = [m for m in found if m.average_of and heads.issuperset(m.average_of)]
         found = dict.fromkeys([*(m for m in found if m.program != "tasks"), *columns, *means])
@@ -162,7 +173,8 @@ def _corpora(measure: Measure, model: Path, scope: Scope) -> Words:
 
 def rows_of(paper: Paper, scope: Scope) -> tuple[Row, ...]:
     """The rows, or those of the scope's recipes; with what is calibrated behind the prefix of an arm, if it asks so."""
-    rows = tuple(row for name in scope.recipes for row in _recipe_rows(name, scope)) or paper.rows
+    arms = {row.arm for row in paper.rows}
+    rows = tuple(row for name in scope.recipes for row in _recipe_rows(name, scope, BOS_ALONE in arms)) or paper.rows
     found: list[Row] = []
     for row in rows:
         found.append(row)
@@ -175,22 +187,24 @@ def rows_of(paper: Paper, scope: Scope) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def _recipe_rows(name: str, scope: Scope) -> list[Row]:
-    """A named recipe behind each prefix of the scope; full precision alone. Raises UserError for an unknown name."""
+def _recipe_rows(name: str, scope: Scope, bos_alone: bool) -> list[Row]:
+    """A named recipe behind each prefix of the scope, as `with_arms` has it. bos_alone: [BOS] also stands in front as
+    in the table, with nothing of it kept. Raises UserError for an unknown name."""
     from quantization.named import named_recipe
     from quantization.recipes.recipe import with_settings
 
     options, recipe = scope.options_of(Method(name, name)), named_recipe(name)
     sets = [value for word, value in pairwise(options) if word == "--set"]
+    labels = {"none": (ALONE,), "bos": (BOS_ALONE, BOS) if bos_alone else (BOS,)}
+    arms = [arm for word in scope.prefixes for arm in labels.get(word, (Arm(f"[{Path(word).stem}]", word),))]
     if not recipe.makes_checkpoint and recipe.kv_cache is None:
-        return [Row(name, Method(name, name))]
+        return [Row(name, Method(name, name), arm) for arm in (ALONE, *(arm for arm in arms if arm.vanilla))]
     fields = [one for one in sets if one.startswith(("weights.", "activations."))]  # they decide what calibrates
     method = Method(
         name, name, calibrates=with_settings(recipe, fields).calibrates, quantizes=recipe.makes_checkpoint,
         behind=recipe.calibrate_behind_prefix,
     )  # fmt: skip
-    labels = {"none": ALONE, "bos": BOS}
-    return [Row(name, method, labels.get(word, Arm(f"[{Path(word).stem}]", word))) for word in scope.prefixes]
+    return [Row(name, method, arm) for arm in arms]
 
 
 def cells_of(paper: Paper, model: Path, scope: Scope = PUBLISHED) -> list[Cell]:
@@ -201,28 +215,30 @@ def cells_of(paper: Paper, model: Path, scope: Scope = PUBLISHED) -> list[Cell]:
         Cell(row, measure, _runs(row, measure, model, scope))
         for row in rows_of(paper, scope)
         for measure in measures
-        if _chosen(row, measure, kinds, scope)
+        if _chosen(row, measure, measures, kinds, scope)
     ]
 
 
-def _chosen(row: Row, measure: Measure, kinds: Sequence[set[str]], scope: Scope) -> bool:
+def _chosen(row: Row, measure: Measure, measures: Sequence[Measure], kinds: Sequence[set[str]], scope: Scope) -> bool:
     """Whether --only leaves a cell: of each kind of word that was given, one must name it. A word that names nothing of
     a table leaves nothing of it."""
     words = {word.lower() for word in scope.only}
-    fits = all(words & names or not words & known for names, known in zip(_names(row, measure), kinds, strict=True))
+    names = _names(row, measure, measures)
+    fits = all(words & mine or not words & known for mine, known in zip(names, kinds, strict=True))
     return fits and not words.difference(*kinds)
 
 
-def _names(row: Row, measure: Measure) -> tuple[set[str], ...]:
-    """What --only calls a cell: its method, row or recipe, its width, arm, measure."""
+def _names(row: Row, measure: Measure, measures: Iterable[Measure]) -> tuple[set[str], ...]:
+    """What --only calls a cell: its method, row or recipe, its width, arm, measure, or the average that it is of."""
     method = row.method
-    words = ((method.name, row.label, method.recipe), (method.bits,), (row.arm.label or "alone",), (measure.head,))
+    heads = (measure.head, *(other.head for other in measures if measure.head in other.average_of))
+    words = ((method.name, row.label, method.recipe), (method.bits,), (row.arm.label or "alone",), heads)
     return tuple({word.lower() for word in kind} for kind in words)
 
 
-def words_of(paper: Paper, measures: Iterable[Measure], scope: Scope = PUBLISHED) -> list[set[str]]:
+def words_of(paper: Paper, measures: Sequence[Measure], scope: Scope = PUBLISHED) -> list[set[str]]:
     """The words that --only takes of a table, by kind: methods, rows and recipes, widths, arms, measures."""
-    names = [_names(row, measure) for row in rows_of(paper, scope) for measure in measures]
+    names = [_names(row, measure, measures) for row in rows_of(paper, scope) for measure in measures]
     return [set[str]().union(*kind) for kind in zip(*names, strict=True)]
 
 
@@ -237,7 +253,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     method, arm = row.method, row.arm
     if measure.program == "latency":
         return Run("latency", model, measure.item, (*method.options, *measure.options))
-    own = (*_own_groups(method.options, model), *dict(method.by_model).get(catalog_name(model.name), ()))
+    own = (*_own_groups(method, model), *dict(method.by_model).get(catalog_name(model.name), ()))
     more = scope.options_of(method)
     plain: Words = ("--recipe", method.recipe, *method.options, *own)
     made = (*plain, *more)
@@ -259,7 +275,8 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     kv = method.words(measure.generates)[2 + len(method.options) :]
     front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
     asked = (*plain, *kv, *more, *text, *front)
-    words = (*asked, *measure.options, *_size(measure, scope))
+    alone = measure.alone if arm.prefix == ALONE.prefix else ()
+    words = (*asked, *measure.options, *alone, *size_of(measure, scope))
     fitted = f"{model.name} {' '.join(asked)}" if method.calibrates and not method.quantizes else searched
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
@@ -286,11 +303,10 @@ def _text(method: Method, model: Path, scope: Scope, seed: int | None) -> Words:
     return (*_published(method.text, model), *scope.calibration, *(() if seed is None else ("--seed", str(seed))))
 
 
-def _own_groups(words: Words, model: Path) -> Words:
-    """The group size of a model that has one of its own, in the place of the published one."""
+def _own_groups(method: Method, model: Path) -> Words:
+    """The group size of a model that has one of its own, behind the published one, whose place it takes."""
     own, published = model_defaults(model.name).default_group_size, ModelDefaults().default_group_size
-    given = any(words[i : i + 2] == ("--group-size", str(published)) for i in range(len(words)))
-    return ("--group-size", str(own)) if given and own != published else ()
+    return ("--group-size", str(own)) if method.own_groups and own != published else ()
 
 
 def _published(text: Words, model: Path) -> Words:
@@ -304,7 +320,7 @@ def _trained(arm: Arm, model: Path, words: Words, scope: Scope, needs: tuple[Run
     return Run(command, model, "", (*words, *own, *_published(arm.text, model), *scope.training), needs)
 
 
-def _size(measure: Measure, scope: Scope) -> Words:
+def size_of(measure: Measure, scope: Scope) -> Words:
     """How much is scored, where it is not the published amount."""
     more = {"ppl": scope.scoring, "tasks": scope.asking}
     size: list[str] = [*more.get(measure.program, ()), *(scope.mmlu if measure.item == "mmlu" else ())]
@@ -317,6 +333,28 @@ def _size(measure: Measure, scope: Scope) -> Words:
     if scope.data is not None and measure.program == "tasks":
         size += ["--data", scope.data]
     return tuple(size)
+
+
+def bases_of(row: Row, measure: Measure, rows: Iterable[Row], scope: Scope = PUBLISHED) -> tuple[Arm, ...]:
+    """The arms of the same method that what an intact prefix changes is taken against, the nearest first: those that
+    read the same tokens in front and keep none of them in full precision. None for a row that keeps none itself.
+
+    Alone, a model reads [BOS] by some protocols of perplexity, by `eval tasks` unless it is told otherwise, and by
+    `eval needle`. A conversation is opened by its template, and a prefix that does not open it is refused.
+    """
+    arm = row.arm
+    if arm.prefix == ALONE.prefix or arm.vanilla:
+        return ()
+    words = (*measure.options, *measure.alone, *size_of(measure, scope))
+    options = dict(pairwise(words))  # of two that are the same the last counts
+    reads_bos = {
+        "ppl": options.get("--protocol", BOS_IN_WINDOWS[0]) in BOS_IN_WINDOWS,
+        "tasks": options.get("--bos", "always") == "always",
+    }.get(measure.program, True)
+    same = measure.program in ("judge", "chat") or (arm.prefix == BOS.prefix and reads_bos)
+    arms = [other.arm for other in rows if (other.label, other.method) == (row.label, row.method)]
+    found = [other for other in arms if other.vanilla and other.prefix == arm.prefix]
+    return (*found, *([ALONE] if same and ALONE in arms else []))
 
 
 def runs_of(cells: Iterable[Cell]) -> list[Run]:

@@ -8,24 +8,32 @@ their questions, of perplexities one half percent, of grades and times what is s
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from corpora.catalog import FAMILIES, catalog_name
+from corpora.catalog import catalog_name
 from eval.tables import render
-from eval.tables.asked import Cell, cells_of
-from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words
+from eval.tables.asked import Cell, bases_of, cells_of, size_of
+from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words, told
 from eval.tables.ledger import answer_of
-from eval.tables.render import Table, change_of, in_percent, mean_of, plain, signed
+from eval.tables.papers.columns import QUESTIONS
+from eval.tables.render import change_of, in_percent, mean_of, plain
 
-__all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
+__all__ = [
+    "BANDS",
+    "Filled",
+    "RowPlace",
+    "changes_of",
+    "filled",
+    "form_of",
+    "row_place",
+    "scatter",
+    "value_of",
+    "verdict_of",
+]
 
-# How many questions the published accuracies are of: MMLU's test files, and the splits that lm-eval scores.
-QUESTIONS: Mapping[str, int] = {
-    "mmlu": 14042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
-    "hellaswag": 10042, "lambada_openai": 5153, "piqa": 1838, "gsm8k": 1319, "truthfulqa_gen": 817, "bbh": 6511,
-}  # fmt: skip
 WINDOW = 2048  # of every published perplexity
 JUDGE = "gpt-4-0125-preview"  # inferred from the reference answers
 
@@ -35,19 +43,14 @@ BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
 SHARES: Mapping[str, float] = {"ppl": 0.005, "latency": 0.1}
 GRADE = 0.25  # points: 160 grades of 1 to 10 that spread by 3
 
-# Models without an original to fetch: a package holds them in fewer bits.
-PACKAGED = [
-    f"{name}-{size}" for name, family in FAMILIES.items() for size, hub_id in family.sizes.items() if not hub_id
-]
-_Place = tuple[str, Arm]  # what tells a row of a table from all others: its label and what stands in front
-ANSWER = 80  # characters of an answer that a cell shows
+RowPlace = tuple[str, Arm]  # what tells a row of a table from all others: its label and what stands in front
 
 
 @dataclass(frozen=True)
 class Filled:
     """A cell with what was run. records: of its runs, as far as they are there. ours: mean ± sd over seeds; theirs: as
     published; difference: ours less theirs, None unless the figures compare. departs: what is not as published. values:
-    of each run, None for one that is not there."""
+    of each run, None for one that is not there. against: the arms that its change is taken against (`changes_of`)."""
 
     row: Row
     measure: Measure
@@ -59,6 +62,7 @@ class Filled:
     verdict: str = ""
     departs: tuple[str, ...] = ()
     values: tuple[float | None, ...] = ()
+    against: tuple[Arm, ...] = ()
 
 
 def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
@@ -95,20 +99,24 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
     """The cells of a table for one model, with what the ledger has of them. model: its directory, which need not be
     there. left_out: gets a line for every record that cannot be read."""
     found: list[Filled] = []
-    by_row: dict[_Place, dict[str, Filled]] = {}
-    for cell in cells_of(paper, model, scope):
+    by_row: dict[RowPlace, dict[str, Filled]] = {}
+    cells = cells_of(paper, model, scope)
+    rows = list({row_place(cell.row): cell.row for cell in cells}.values())
+    for cell in cells:
         one = _filled(paper, model.name, cell, scope, [answer_of(run, left_out) for run in cell.runs])
+        one = replace(one, against=bases_of(cell.row, cell.measure, rows, scope))
         found.append(one)
-        by_row.setdefault(_place(cell.row), {})[cell.measure.head] = one
+        by_row.setdefault(row_place(cell.row), {})[cell.measure.head] = one
     return [
-        _average(one, [by_row[_place(one.row)].get(head) for head in one.measure.average_of])
+        _average(one, [by_row[row_place(one.row)].get(head) for head in one.measure.average_of])
         if one.measure.average_of
         else one
         for one in found
     ]
 
 
-def _place(row: Row) -> _Place:
+def row_place(row: Row) -> RowPlace:
+    """What tells a row of a table from all others."""
     return row.label, row.arm
 
 
@@ -133,10 +141,11 @@ def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, answers: Sequenc
 
 def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure | None:
     """The mean over the runs that are there."""
-    return mean_of([value for value in values if value is not None], _form(measure))
+    return mean_of([value for value in values if value is not None], form_of(measure))
 
 
-def _form(measure: Measure) -> Callable[[float], str]:
+def form_of(measure: Measure) -> Callable[[float], str]:
+    """How a figure of a column is printed."""
     if measure.digits == 2:
         return plain
     return lambda value: plain(value) if abs(value) >= 1000 else f"{value:.{measure.digits}f}"
@@ -201,19 +210,11 @@ def _departs(
     words = [] if not paper.models or catalog_name(model) in paper.models else [f"model {model}"]
     if measure not in paper.measures:
         words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
-    given = {
-        "limit": scope.limit, "window": scope.window if measure.program in ("ppl", "needle") else None,
-        "data": scope.data if measure.program == "tasks" else None,
-        "perplexity by": _otherwise(measure, scope.scoring) if measure.program == "ppl" else (),
-        "tasks by": _otherwise(measure, scope.asking) if measure.program == "tasks" else (),
-        "MMLU by": _otherwise(measure, scope.mmlu) if measure.item == "mmlu" else (),
-        "calibration": scope.calibration if method.calibrates else (),
-        "options": scope.options_of(method),
-        "training": scope.training if cell.row.arm.trains else (),
-    }  # fmt: skip
-    for name, value in given.items():
-        if value:
-            words.append(f"{name} {' '.join(value) if isinstance(value, tuple) else value}")
+    given = (
+        _otherwise(measure, size_of(measure, scope)), scope.calibration if method.calibrates else (),
+        scope.options_of(method), scope.training if cell.row.arm.trains else (),
+    )  # fmt: skip
+    words += filter(None, map(told, given))
     for record in records:
         words += _not_published(measure, record, scope)
     return tuple(dict.fromkeys(words))
@@ -221,7 +222,7 @@ def _departs(
 
 def _otherwise(measure: Measure, words: Words) -> Words:
     """Options that say something else than the column's own; a batch size changes no figure but in its last bits."""
-    own = dict(zip(measure.options[::2], measure.options[1::2], strict=True))
+    own = dict(pairwise(measure.options))
     pairs = zip(words[::2], words[1::2], strict=True)
     return tuple(word for pair in pairs if pair[0] != "--batch-size" and own.get(pair[0]) != pair[1] for word in pair)
 
@@ -245,111 +246,22 @@ def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) ->
     return []
 
 
-def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
-    """Ours beside theirs, for one model or several: the published figures of the paper's models, ours of every model
-    that was run, and the difference where one is taken. Below a row behind a prefix stands what that changes."""
-    models = list(dict.fromkeys(one.model for one in cells))
-    published = [name for name in paper.models if name in map(catalog_name, models)] or list(paper.models)
-    names = list(dict.fromkeys([*published, *map(catalog_name, models)]))
-    rows = {_place(one.row): one.row for one in cells}
-    columns: dict[str, tuple[list[render.Cell], list[render.Cell]]] = {}  # a cell for every row, and what it changes
+def changes_of(
+    measure: Measure, values: Mapping[RowPlace, Sequence[float | None]], against: Mapping[RowPlace, Sequence[Arm]]
+) -> dict[RowPlace, render.Figure | None]:
+    """What an intact prefix changes in the rows of a column, over the runs that both have: perplexities by a share,
+    others by a difference, negative where the figure is lower behind it.
 
-    def add(
-        head: str, values: Mapping[_Place, render.Cell], changes: Mapping[_Place, render.Cell], always: bool
-    ) -> None:
-        if always or any(value is not None for value in values.values()):
-            columns[head] = ([values.get(place) for place in rows], [changes.get(place) for place in rows])
+    values: of each run, by row and arm. against: the arms of the same row that read the same tokens in front
+    (`eval.tables.asked.bases_of`); the first that has a run counts. None where none has.
+    """
 
-    for name in names:
-        mine = [one for one in cells if catalog_name(one.model) == name]
-        for measure in list(dict.fromkeys(one.measure for one in mine)) or list(paper.measures):
-            head = " ".join([measure.head, *([name] if len(names) > 1 else [])])
-            if name in published or not paper.models:
-                theirs = {place: paper.value(row, name, measure) for place, row in rows.items()}
-                known = {place: (x,) for place, x in theirs.items() if isinstance(x, float)}
-                shown = {place: _published(measure, figure) for place, figure in theirs.items()}
-                add(f"{head}: published", shown, _changes(measure, known), always=False)
-            ones = {_place(one.row): one for one in mine if one.measure == measure}
-            if ones:
-                ours = {place: _short(one.ours) for place, one in ones.items()}
-                changes = _changes(measure, {place: one.values for place, one in ones.items()})
-                add(f"{head}: ours", ours, changes, always=len(models) == 1)
-                add(f"{head}: difference", {place: _difference(one) for place, one in ones.items()}, {}, always=False)
-                add(f"{head}: verdict", {place: one.verdict or None for place, one in ones.items()}, {}, always=False)
-    lines: list[tuple[render.Cell, ...]] = []
-    for i, row in enumerate(rows.values()):
-        lines.append((row.label, row.arm.label or "alone", *(values[i] for values, _ in columns.values())))
-        changed = [changes[i] for _, changes in columns.values()]
-        if any(changed):
-            lines.append((row.label, f"{row.arm.label}: change", *changed))
-    caption = f"{paper.name}: {paper.title} ({paper.source}); {paper.protocol}"
-    return [Table(caption, ("method", "prefix", *columns), tuple(lines), 2, (*_notes(cells), *paper.notes))]
-
-
-def _short(ours: render.Figure | str | None) -> render.Cell:
-    """A figure as it is; of an answer what fits into a cell, on one line: its record has the whole."""
-    if not isinstance(ours, str):
-        return ours
-    line = " ".join(ours.split())
-    return line if len(line) <= ANSWER else f"{line[:ANSWER].rstrip()}…"
-
-
-def _published(measure: Measure, figure: Figure) -> render.Cell:
-    return render.Figure(figure, _form(measure)) if isinstance(figure, float) else figure
-
-
-def _changes(measure: Measure, values: Mapping[_Place, Sequence[float | None]]) -> dict[_Place, render.Cell]:
-    """What the prefix of a row changes against the same method alone, over the runs that both have: perplexities by a
-    share, others by a difference."""
-
-    def runs(place: _Place) -> dict[int | None, float]:
+    def runs(place: RowPlace) -> dict[int | None, float]:
         return {i: value for i, value in enumerate(values.get(place, ())) if value is not None}
 
-    return {
-        (label, arm): change_of(runs((label, ALONE)), runs((label, arm)), relative=measure.program == "ppl")
-        for label, arm in values
-        if arm != ALONE
-    }
-
-
-def _difference(one: Filled) -> render.Cell:
-    if one.difference is None:
-        return None
-    digits = one.measure.digits
-    return render.Figure(one.difference, signed if digits == 2 else lambda value: f"{value:+.{digits}f}")
-
-
-def _grades(cells: Iterable[Filled], model: str) -> list[str]:
-    """What a reader of scores must know of the judge."""
-    records = [record for one in cells if one.measure.program == "judge" for record in one.records]
-    grades = [grade for record in records for grade in record["models"].values()]
-    if not grades:
-        return []
-    lost = sum(sum(grade["unscored"].values()) for grade in grades)
-    whole = sum(grade["judgements"] for grade in grades)
-    notes = [f"{model}: {lost} of our {whole} judgements hold no grade and count nowhere"]
-    if any(record["settings"]["judge"].startswith("local-") for record in records):
-        notes.append("a local judge shows the flow; a small model's grades say nothing about quality")
-    return notes
-
-
-def _notes(cells: Sequence[Filled]) -> list[str]:
-    """Why figures do not compare, and what verdicts mean."""
-    notes = []
-    for model in dict.fromkeys(one.model for one in cells):
-        ran = [one for one in cells if one.model == model and one.ours is not None]
-        words = dict.fromkeys(word for one in ran for word in one.departs)
-        notes += _grades(ran, model)
-        if ran and model in PACKAGED:
-            notes.append(f"16 bits of {model}: its package's weights, dequantized; they compare only with themselves")
-        if words:
-            notes.append(
-                f"{model}: not as published ({'; '.join(words)}), so no difference is taken; compare how much a method "
-                "or a prefix changes a figure, not the figures"
-            )
-    if any(one.verdict for one in cells):
-        bands = ", ".join(f"{word}: within {many:g}" for word, many in BANDS.items())
-        notes.append(
-            f"verdict, in standard errors of the questions or half percents of a perplexity: {bands}, else off"
-        )
-    return notes
+    found: dict[RowPlace, render.Figure | None] = {}
+    for (label, arm), bases in against.items():
+        mine = runs((label, arm))
+        all_of_it = (change_of(runs((label, base)), mine, relative=measure.program == "ppl") for base in bases)
+        found[label, arm] = next((change for change in all_of_it if change is not None), None)
+    return found

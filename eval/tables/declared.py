@@ -15,6 +15,7 @@ from typing import Literal
 __all__ = [
     "ALONE",
     "BOS",
+    "BOS_ALONE",
     "NO_MODEL",
     "PUBLISHED",
     "Arm",
@@ -25,6 +26,7 @@ __all__ = [
     "Row",
     "Scope",
     "Words",
+    "told",
     "with_arms",
 ]
 
@@ -37,15 +39,16 @@ class Measure:
     """A column: what is measured, and which number of the record it is.
 
     program: of `python -m eval`. item: the corpus of ppl, the task of tasks, the prompt of chat. options: of the
-    program. metric: of a task's record (default: the program's one figure). generates: the model writes answers, which
-    a KV policy may treat otherwise. average_of: heads of other columns, whose plain mean this is; it is not run.
-    digits: decimals that are printed.
+    program; alone: more of them where nothing stands in front. metric: of a task's record (default: the program's one
+    figure). generates: the model writes answers, which a KV policy may treat otherwise. average_of: heads of other
+    columns, whose plain mean this is; it is not run. digits: decimals that are printed.
     """
 
     head: str
     program: Literal["ppl", "tasks", "needle", "chat", "judge", "latency"] = "ppl"
     item: str = ""
     options: Words = ()
+    alone: Words = ()
     metric: str = ""
     better: Literal["lower", "higher", "words"] = "lower"
     generates: bool = False
@@ -58,16 +61,17 @@ class Method:
     """How the model of a row is made, in options of the programs.
 
     name: what --only calls it. options: of the recipe (--bits, --group-size, --set); a group size that is not given is
-    the model's own. kv: of the cache; kv_generating: the same where the model writes answers, if that differs.
-    by_model: more options that the paper gives one model, by its name in modelzoo/. text: of the calibration, where the
-    recipe's own is not the table's; a model with a text of its own keeps that. calibrates: it looks at text, so a seed
-    changes it. quantizes: it makes a checkpoint, once for all its runs. behind: the recipe itself calibrates behind its
-    prefix.
+    the model's own. own_groups: also the one that is given, the published size, gives way to a model's own. kv: of the
+    cache; kv_generating: the same where the model writes answers, if that differs. by_model: more options that the
+    paper gives one model, by its name in modelzoo/. text: of the calibration, where the recipe's own is not the
+    table's; a model with a text of its own keeps that. calibrates: it looks at text, so a seed changes it. quantizes:
+    it makes a checkpoint, once for all its runs. behind: the recipe itself calibrates behind its prefix.
     """
 
     name: str
     recipe: str = "fp16"
     options: Words = ()
+    own_groups: bool = False
     kv: Words = ()
     kv_generating: Words | None = None
     by_model: tuple[tuple[str, Words], ...] = ()
@@ -113,6 +117,7 @@ class Arm:
 
 NO_MODEL = Path("no-model")  # in place of a directory, for a table that is of none
 ALONE = Arm("")
+BOS_ALONE = Arm("BOS", "bos", vanilla=True)  # reads what [B] reads; nothing of it is kept in full precision
 BOS = Arm("[B]", "bos")
 
 
@@ -157,13 +162,15 @@ class Paper:
 
 
 def with_arms(rows: Iterable[Row], *arms: Arm) -> tuple[Row, ...]:
-    """Every row, followed by the same method behind each arm, which the paper does not have. Full precision in front of
-    a full-precision cache is the same function behind its own prefix: it stays alone."""
+    """Every row, followed by the same method behind each arm, which the paper does not have.
+
+    Where nothing is quantized, an intact prefix is what the model computes from the same tokens: full precision stands
+    behind the arms that are vanilla, and no others.
+    """
     found: list[Row] = []
     for row in rows:
         found.append(row)
-        if row.method.quantizes_something:
-            found += [replace(row, arm=arm, published={}) for arm in arms]
+        found += [replace(row, arm=arm, published={}) for arm in arms if arm.vanilla or row.method.quantizes_something]
     return tuple(found)
 
 
@@ -214,15 +221,18 @@ class Scope:
     def reduced(self) -> Words:
         """What is not as published, in words; nothing if figures compare."""
         given = {
-            "corpus": self.corpora, "tasks": self.tasks, "limit": self.limit, "window": self.window, "data": self.data,
-            "perplexity by": self.scoring, "tasks by": (*self.asking, *self.mmlu), "calibration": self.calibration,
-            "options": self.options, "training": self.training,
+            "corpus": " ".join(self.corpora), "tasks": " ".join(self.tasks), "limit": self.limit, "window": self.window,
+            "data": self.data, "MMLU by": told(self.mmlu),
         }  # fmt: skip
-        return tuple(f"{name} {_shown(value)}" for name, value in given.items() if value)
+        others = (self.scoring, self.asking, self.calibration, self.options, self.training)
+        return (*(f"{name} {value}" for name, value in given.items() if value), *filter(None, map(told, others)))
 
 
 PUBLISHED = Scope()  # every figure as the paper has it
 
 
-def _shown(value: Words | int | str | None) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+def told(words: Words) -> str:
+    """Options as a sentence has them: `--calibration sample --calibration-samples 2 --set weights.damp=0.1` are
+    `calibration sample, samples 2, weights.damp=0.1`."""
+    parts = re.split(r"(?:^|\s)--(?:set(?:\s|=)|calibration-)?", " ".join(words))
+    return ", ".join(part.strip() for part in parts if part.strip())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from corpora.catalog import CORPORA, corpus_files, model_defaults
 from eval.tables.asked import Call, Run
+from eval.tables.papers.columns import QUESTIONS
 
 __all__ = ["SOURCES", "ModelSize", "bits_per_weight", "disk_of", "seconds_of", "size_of"]
 
@@ -45,8 +46,7 @@ OTHER_TASK = 1000  # thousands of tokens
 # New tokens: of a task that generates, by question and answer; of answers to MT-bench, conversations and needles.
 GENERATED = {"gsm8k": 1319 * 150, "truthfulqa_gen": 817 * 60, "bbh": 6511 * 150}
 ANSWERS = {"mtbench": 160 * 300, "chat": 400, "needle": 2000}
-QUESTIONS = {"mmlu": 14042 / 57, "gsm8k": 1319, "truthfulqa_gen": 817, "bbh": 6511, "hellaswag": 10042,
-             "boolq": 3270, "lambada_openai": 5153, "arc_easy": 2376, "arc_challenge": 1172}  # fmt: skip
+PARTS = {"mmlu": 57, "bbh": 27}  # tasks of a group, each of which a limit holds for
 OTHER_QUESTIONS = 1500
 TEXT = 128 * 2048  # tokens that most methods calibrate on
 TRAINING = {"calibrate": 160 * 16 * 1024, "train-prefix": 20 * 512 * 1024}  # tokens, as published
@@ -93,18 +93,12 @@ def size_of(model: Path) -> ModelSize | None:
     return ModelSize(parameters, 0.04 * parameters)
 
 
-def _option(run: Run, name: str) -> str:
-    """The last value of an option among a run's words, as argparse takes it; empty if it is not there."""
-    places = [i for i, word in enumerate(run.words[:-1]) if word == name]
-    return run.words[places[-1] + 1] if places else ""
-
-
 def bits_per_weight(run: Run) -> float:
     """Of what a run quantizes, scales and zero points included: 4.6 for 4 bits in groups of 64, as measured."""
-    recipe = _option(run, "--recipe")
+    recipe = run.option("--recipe")
     named = re.search(r"w(\d+)", recipe)
-    bits = float(_option(run, "--bits") or (named[1] if named else 4))
-    group = float(_option(run, "--group-size") or model_defaults(run.model.name).default_group_size)
+    bits = float(run.option("--bits") or (named[1] if named else 4))
+    group = float(run.option("--group-size") or model_defaults(run.model.name).default_group_size)
     if group <= 0:
         group = 4096.0
     return bits + (32 * bits if "bcq" in recipe else 38.4) / group
@@ -130,8 +124,8 @@ def _work(run: Run, size: ModelSize) -> float:
     if run.program == "ppl":
         return forward * _scored(run)
     if run.program == "tasks":
-        limit = float(_option(run, "--limit") or "inf")
-        part = min(1.0, limit / QUESTIONS.get(run.item, OTHER_QUESTIONS))
+        limit = float(run.option("--limit") or "inf")
+        part = min(1.0, limit * PARTS.get(run.item, 1) / QUESTIONS.get(run.item, OTHER_QUESTIONS))
         return part * (1e3 * TASKS.get(run.item, OTHER_TASK) * forward + GENERATED.get(run.item, 0) * step)
     if run.program in TRAINING:
         return TWIN_AND_BACK * forward * TRAINING[run.program]
@@ -140,23 +134,23 @@ def _work(run: Run, size: ModelSize) -> float:
 
 def _scored(run: Run) -> float:
     """Tokens that a run of perplexity scores."""
-    window = int(_option(run, "--window") or 2048)
+    window = int(run.option("--window") or 2048)
     if run.item in WINDOWS:
         tokens = 2048.0 * WINDOWS[run.item]
     else:  # four bytes a token
         files = corpus_files(run.item, "evaluation") if run.item in CORPORA else [Path(run.item)]
         tokens = sum(file.stat().st_size for file in files if file.is_file()) / 4
-    return min(tokens, window * float(_option(run, "--limit") or "inf"))
+    return min(tokens, window * float(run.option("--limit") or "inf"))
 
 
 def _quantizing(run: Run, size: ModelSize) -> float:
-    recipe = _option(run, "--recipe")
+    recipe = run.option("--recipe")
     share = next((SHARES[name] for name in ("lkd", "ft") if recipe.endswith(f"-{name}")), None)
     if share is None:
         share = next((value for name, value in SHARES.items() if recipe.startswith(name)), 1.0)
     own = model_defaults(run.model.name).default_calibration
     text = own.samples * own.length if own else TEXT
-    samples, length = _option(run, "--calibration-samples"), _option(run, "--calibration-length")
+    samples, length = run.option("--calibration-samples"), run.option("--calibration-length")
     if samples or length:
         text = int(samples or 128) * int(length or 2048)
     return share * GPTQ * (size.parameters - size.embedded) * text

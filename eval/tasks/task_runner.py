@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,20 +33,21 @@ COUNTS = ("rows", "behind_prefix", "truncated")  # of rows, in a record
 DEFAULT_CONTEXT = 2048  # of a model whose configuration names none
 
 
-def lead_of(plan: Plan, bos_always: bool) -> tuple[int, ...]:
-    """The ids that open every row: the prefix's; without one [BOS], always or only as the tokenizer's own template.
+def lead_of(plan: Plan, bos: Literal["always", "tokenizer", "never"] = "always") -> tuple[int, ...]:
+    """The ids that open every row: the prefix's; without one [BOS], always, only as the tokenizer's own template has
+    it, or never.
 
-    Raises UserError for a prefix together with the tokenizer's template, which might put another token in front, and
-    for a tokenizer without BOS and EOS: nothing could open a text without context, or end an answer.
+    Raises UserError for a prefix together with another opening than its own, and for a tokenizer without BOS and EOS:
+    nothing could open a text without context, or end an answer.
     """
     if plan.choice.ids:
-        if not bos_always:
-            raise UserError("--bos tokenizer is for runs without a prefix: a prefix opens every prompt; leave it out")
+        if bos != "always":
+            raise UserError(f"--bos {bos} is for runs without a prefix: a prefix opens every prompt; leave it out")
         return plan.choice.ids
     start = start_token_id(plan.tokenizer)
-    if bos_always:
+    if bos == "always":
         return (start,)
-    ids = plan.tokenizer("a")["input_ids"]
+    ids = plan.tokenizer("a")["input_ids"] if bos == "tokenizer" else []
     own = plan.tokenizer.bos_token_id
     return (own,) if own is not None and ids[:1] == [own] else ()
 
@@ -71,7 +72,7 @@ class TaskRunner:
         source: str,
         fewshot: int | None,
         protocol: str,
-        bos_always: bool,
+        bos: Literal["always", "tokenizer", "never"],
         limit: int | None,
         batch_size: int,
     ):
@@ -82,7 +83,7 @@ class TaskRunner:
         self.protocol = protocol
         self.limit = limit
         self.batch_size = batch_size
-        self.lead = lead_of(plan, bos_always)
+        self.lead = lead_of(plan, bos)
         self.generation: Generation | None = None  # read when a task generates
         self._lm: IntactLM | None = None
 

@@ -23,6 +23,7 @@ RIGHT, DEFINED, REPEATED = "right (3rd, 4th)", "a definition", "repetition"
 NOTES = (
     "published: our verdict on the answer that the page prints; ours: what the model says, to be judged by the reader",
     "the question is that of the page in other words, and no system message is given, where the page has one of a line",
+    "the page's prompts open with two [BOS] on Llama-3, the chat template's and the tokenizer's; ours have one",
 )
 
 

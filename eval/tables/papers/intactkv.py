@@ -24,9 +24,7 @@ GPTQ = _method("GPTQ", "gptq-autogptq")
 OMNIQUANT = _method("OmniQuant", "omniquant-w3")
 AWQ = _method("AWQ", "awq-w3")
 LLAMA2_LET = ("--set", "weights.let_lr=1e-3", "--set", "weights.alpha=0.75", "--set", "weights.aug_loss=false")
-OMNIQUANT_W4A4 = _method(
-    "OmniQuant", "omniquant-w4a4", *((f"llama-2-{size}", LLAMA2_LET) for size in ("7b", "13b", "70b"))
-)
+OMNIQUANT_W4A4 = _method("OmniQuant", "omniquant-w4a4", *((f"llama-2-{size}", LLAMA2_LET) for size in ("7b", "13b")))
 QUAROT = _method("QuaRot", "quarot")
 
 
@@ -47,7 +45,7 @@ VICUNAS = ("vicuna-v1.5-7b", "vicuna-v1.5-13b", "vicuna-v1.3-7b", "vicuna-v1.3-1
 JUDGED = VICUNAS[:2]
 W4A4_MODELS = ("llama-7b", "llama-13b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
 PERPLEXITY = "C4 (first 1100 validation texts), windows of 2048 tokens that all start with [BOS], at most 256, fp16"
-MMLU = Measure("MMLU", "tasks", "mmlu", ("--protocol", "hendrycks", "--fewshot", "5"), "acc", "higher")
+MMLU = Measure("MMLU", "tasks", "mmlu", ("--protocol", "hendrycks", "--fewshot", "5"), metric="acc", better="higher")
 QA = task_averages(
     "QA average", "openbookqa", "winogrande", "arc_challenge", "arc_easy", "boolq", "hellaswag", "lambada_openai"
 )

@@ -2,7 +2,18 @@
 first token exact; levels from 16 pieces of 2048 tokens of WikiText-2."""
 
 from eval.tables.declared import Method, Paper
-from eval.tables.papers.columns import CSQA, GSM8K, LLAMA31, MMLU, PERPLEXITY, QLLM, SIXTEEN_BITS, TRUTHFULQA, rows
+from eval.tables.papers.columns import (
+    C4_WINDOWS,
+    CSQA,
+    GSM8K,
+    LLAMA31,
+    MMLU,
+    PERPLEXITY,
+    QLLM,
+    SIXTEEN_BITS,
+    TRUTHFULQA,
+    rows,
+)
 from eval.tables.papers.kivi import KV_ACCURACY_16, KV_GENERATION_16, KV_PERPLEXITY_16, SIX
 
 __all__ = ["TABLES"]
@@ -15,6 +26,10 @@ def _kvquant(bits: int) -> Method:
     return Method("KVQuant", kv=("--kv", "kvquant", "--kv-bits", str(bits), *words), text=text, calibrates=True)
 
 
+CALIBRATED = (
+    "the page's levels were calibrated with sinks off, so the first token counted in them; ours are calibrated without "
+    "it, as they are used"
+)
 FOUR, THREE, TWO = map(_kvquant, (4, 3, 2))
 
 TABLES = (
@@ -27,7 +42,7 @@ TABLES = (
             ("KVQuant, 3 bits", THREE, "7.42 10.58"),
             ("KVQuant, 2 bits", TWO, "8.27 11.69"),
         ),
-        (SIXTEEN_BITS,),
+        (CALIBRATED, C4_WINDOWS, SIXTEEN_BITS),
     ),
     Paper(
         "kvquant-accuracy", "KVQuant", "six tasks and MMLU, KV cache rounded", "qllm, KVQuant", QLLM, LLAMA31,
@@ -39,7 +54,7 @@ TABLES = (
             ("KVQuant, 3 bits", THREE, "83.88 51.70 82.03 58.61 78.94 73.09 71.38 65.92"),
             ("KVQuant, 2 bits", TWO, "80.80 48.72 79.25 56.81 78.45 71.03 69.18 59.63"),
         ),
-        (SIX, SIXTEEN_BITS),
+        (SIX, CALIBRATED, SIXTEEN_BITS),
     ),
     Paper(
         "kvquant-generation", "KVQuant", "tasks that generate, KV cache rounded", "qllm, KVQuant", QLLM, LLAMA31,
@@ -51,6 +66,6 @@ TABLES = (
             ("KVQuant, 3 bits", THREE, "75.66 60.59"),
             ("KVQuant, 2 bits", TWO, "56.63 57.41"),
         ),
-        (SIXTEEN_BITS,),
+        (CALIBRATED, SIXTEEN_BITS),
     ),
 )  # fmt: skip

@@ -2,7 +2,19 @@
 round to nearest and GPTQ, per row and in groups of 128."""
 
 from eval.tables.declared import Method, Paper
-from eval.tables.papers.columns import FULL, GSM8K, LLAMA31, MMLU, PERPLEXITY, QLLM, SIXTEEN_BITS, acc, mean, rows
+from eval.tables.papers.columns import (
+    C4_WINDOWS,
+    FULL,
+    GSM8K,
+    LLAMA31,
+    MMLU,
+    PERPLEXITY,
+    QLLM,
+    SIXTEEN_BITS,
+    acc,
+    mean,
+    rows,
+)
 from eval.tables.papers.gptq import gptq, rtn
 
 __all__ = ["TABLES", "bcq"]
@@ -36,7 +48,7 @@ TABLES = (
             ("LUT-GEMM, 3 bits, rows", bcq(3), "941.25 664.89"),
             ("LUT-GEMM, 3 bits, groups", bcq(3, groups=True), "79.87 54.00"),
         ),
-        (SIXTEEN_BITS,),
+        (C4_WINDOWS, SIXTEEN_BITS),
     ),
     Paper(
         "lutgemm-accuracy", "LUT-GEMM", "four tasks and MMLU, weights per row and in groups of 128", "qllm, LUT-GEMM",

@@ -4,8 +4,10 @@ with and without fine-tuning; and the whole command of its fork that trains a pr
 The pages give no figures. Those of W4A4KV4 are the paper's abstract's.
 """
 
+from dataclasses import replace
+
 from eval.tables.declared import ALONE, BOS, Arm, Figure, Measure, Method, Paper, Row, Words
-from eval.tables.papers.columns import FULL, GSM8K, PERPLEXITY, task_averages
+from eval.tables.papers.columns import FULL, GSM8K, PERPLEXITY, behind_bos, task_averages
 
 __all__ = ["TABLES"]
 
@@ -58,10 +60,10 @@ def _trainable(corpus: str, *more: Measure, models: tuple[str, ...]) -> Paper:
     fine = tuple(word for field in tuning for word in ("--set", f"tuning.{field}"))
     text = ("--calibration", corpus, "--calibration-samples", "576", "--calibration-length", "1024", "--seed", "42")
     recipe = "prefixquant-w4a8kv4-dynamic"
-    plain = Method("PrefixQuant", recipe, words, text=text, calibrates=True, quantizes=True, behind=True)
-    tuned = Method(
-        "PrefixQuant-ft", f"{recipe}-ft", words + fine, text=text, calibrates=True, quantizes=True, behind=True
+    plain = Method(
+        "PrefixQuant", recipe, words, own_groups=True, text=text, calibrates=True, quantizes=True, behind=True
     )
+    tuned = replace(plain, name="PrefixQuant-ft", recipe=f"{recipe}-ft", options=words + fine)
     trained = Arm("[trained]", "auto@64", trains=(
         "train-prefix", "--prefix-len", "8", "--prefix-lr", "1e-3", "--prefix-epochs", "20", "--prefix-loss-type", "l2",
         "--batch-size", "4", "--training-seed", "42",
@@ -94,5 +96,5 @@ TABLES = (
         (LLAMA3,), COLUMNS, _rows("w4a8kv4"), (ANY_MODEL,),
     ),
     _trainable("c4", models=("llama-2-7b",)),
-    _trainable("wikitext2", GSM8K, models=(LLAMA3, "llama-2-7b")),
+    _trainable("wikitext2", *behind_bos(GSM8K), models=(LLAMA3, "llama-2-7b")),
 )  # fmt: skip
