@@ -18,8 +18,8 @@ from corpora.text import PROTOCOLS
 from eval.__main__ import parser
 from eval.tables.asked import BOS_IN_WINDOWS, Run, bases_of, calls_of, cells_of, runs_of
 from eval.tables.declared import BOS, BOS_ALONE, Arm, Method, Paper, Row, Scope
+from eval.tables.departures import QUESTIONS
 from eval.tables.papers import PAPERS
-from eval.tables.papers.columns import QUESTIONS
 from eval.tables.papers.gptq import gptq
 from quantization.named import RECIPES, named_recipe
 from quantization.programs.options import add_plan_options, chosen_recipe, plan_of

@@ -8,17 +8,16 @@ their questions, of perplexities one half percent, of grades and times what is s
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from corpora.catalog import catalog_name
 from eval.tables import render
-from eval.tables.asked import Cell, bases_of, cells_of, size_of
-from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words, told
+from eval.tables.asked import Cell, bases_of, cells_of
+from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
+from eval.tables.departures import QUESTIONS, departures
 from eval.tables.ledger import answer_of
-from eval.tables.papers.columns import QUESTIONS
 from eval.tables.render import change_of, in_percent, mean_of, plain
 
 __all__ = [
@@ -33,9 +32,6 @@ __all__ = [
     "value_of",
     "verdict_of",
 ]
-
-WINDOW = 2048  # of every published perplexity
-JUDGE = "gpt-4-0125-preview"  # inferred from the reference answers
 
 # A difference of so many scatters at most.
 BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
@@ -133,15 +129,17 @@ def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, answers: Sequenc
         tuple(records),
         _figure(measure, numbers) or words,
         paper.value(cell.row, catalog_name(model), measure),
-        departs=_departs(paper, model, cell, scope, records),
+        departs=departures(paper, model, cell, scope, answers),
         values=numbers,
     )
     return _compared(one, scatter(measure, one.theirs, [record.get("samples", 0) for record in records]))
 
 
 def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure | None:
-    """The mean over the runs that are there."""
-    return mean_of([value for value in values if value is not None], form_of(measure))
+    """The mean over the runs that are there, and how many were asked for."""
+    values = tuple(values)
+    figure = mean_of([value for value in values if value is not None], form_of(measure))
+    return None if figure is None else replace(figure, asked=len(values))
 
 
 def form_of(measure: Measure) -> Callable[[float], str]:
@@ -200,50 +198,6 @@ def verdict_of(difference: float, error: float | None) -> str:
     if error is None:
         return ""
     return next((word for word, many in BANDS.items() if abs(difference) <= many * error + 1e-9), "off")
-
-
-def _departs(
-    paper: Paper, model: str, cell: Cell, scope: Scope, records: Iterable[Mapping[str, Any]]
-) -> tuple[str, ...]:
-    """What of a cell is not as published."""
-    measure, method = cell.measure, cell.row.method
-    words = [] if not paper.models or catalog_name(model) in paper.models else [f"model {model}"]
-    if measure not in paper.measures:
-        words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
-    given = (
-        _otherwise(measure, size_of(measure, scope)), scope.calibration if method.calibrates else (),
-        scope.options_of(method), scope.training if cell.row.arm.trains else (),
-    )  # fmt: skip
-    words += filter(None, map(told, given))
-    for record in records:
-        words += _not_published(measure, record, scope)
-    return tuple(dict.fromkeys(words))
-
-
-def _otherwise(measure: Measure, words: Words) -> Words:
-    """Options that say something else than the column's own; a batch size changes no figure but in its last bits."""
-    own = dict(pairwise(measure.options))
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return tuple(word for pair in pairs if pair[0] != "--batch-size" and own.get(pair[0]) != pair[1] for word in pair)
-
-
-def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) -> list[str]:
-    """What a record says of its text that is not as published, and was not asked for."""
-    settings = record["settings"]
-    if measure.program == "ppl" and scope.window is None and settings["window"] != WINDOW:
-        return [f"windows of {settings['window']} tokens"]
-    if measure.program == "tasks" and scope.data is None:
-        if settings["data"] == "sample":
-            return ["data sample"]
-        whole = QUESTIONS.get(measure.item, record["samples"])
-        if scope.limit is None and record["samples"] != whole:
-            return [f"{record['samples']} of {whole} questions"]
-    if measure.program == "latency" and measure.metric.endswith(" ms"):
-        return [f"milliseconds on {settings['gpu']}"]
-    if measure.program == "judge":
-        words = [] if settings["judge"] == JUDGE and "endpoint" not in settings else [f"judge {settings['judge']}"]
-        return words if settings["questions"] == "mt_bench" else [*words, f"questions {settings['questions']}"]
-    return []
 
 
 def changes_of(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from corpora.catalog import CORPORA, corpus_files, model_defaults
 from eval.tables.asked import Call, Run
-from eval.tables.papers.columns import QUESTIONS
+from eval.tables.departures import QUESTIONS
 
 __all__ = ["SOURCES", "ModelSize", "bits_per_weight", "disk_of", "seconds_of", "size_of"]
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from eval.tables.declared import BOS, BOS_ALONE, Arm, Figure, Measure, Method, Row, with_arms
 
 __all__ = ["BIGBENCH", "C4", "C4_OLD", "C4_WINDOWS", "CSQA", "FULL", "GSM8K", "LLAMA31", "MMLU", "PERPLEXITY",
-           "QLLM", "QUESTIONS", "SIX", "SIXTEEN_BITS", "TRUTHFULQA", "WIKITEXT", "acc", "behind_bos", "by_models",
+           "QLLM", "SIX", "SIXTEEN_BITS", "TRUTHFULQA", "WIKITEXT", "acc", "behind_bos", "by_models",
            "mean", "rows", "task_averages"]  # fmt: skip
 
 LLAMA31 = ("llama-3.1-instruct-8b",)  # the model of most of qllm's tables
@@ -39,11 +39,6 @@ PERPLEXITY = (WIKITEXT, C4_OLD)
 NAMES: Mapping[str, str] = {
     "boolq": "BoolQ", "arc_challenge": "ARC-C", "arc_easy": "ARC-E", "hellaswag": "HellaSwag", "piqa": "PIQA",
     "winogrande": "WinoGrande", "openbookqa": "OBQA", "lambada_openai": "LAMBADA",
-}  # fmt: skip
-# How many questions the published accuracies are of: MMLU's test files, and the splits that lm-eval scores.
-QUESTIONS: Mapping[str, int] = {
-    "mmlu": 14042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
-    "hellaswag": 10042, "lambada_openai": 5153, "piqa": 1838, "gsm8k": 1319, "truthfulqa_gen": 817, "bbh": 6511,
 }  # fmt: skip
 NORMED = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa")  # tasks with acc_norm
 
