@@ -16,10 +16,10 @@ from common import FOXES, ROOT
 
 from corpora.errors import UserError
 from corpora.paths import outputs_dir
-from eval import execution
 from eval.__main__ import main as eval_main
 from eval.execution import Failure, Worker, execute, workers_of
-from eval.tables.asked import Call, Run, calls_of, cells_of, measures_of, rows_of, runs_of
+from eval.tables import ledger
+from eval.tables.asked import PLACE, Call, Run, calls_of, cells_of, measures_of, rows_of, runs_of
 from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
 from eval.tables.ledger import entry_of
 from eval.tables.papers import PAPERS
@@ -116,6 +116,16 @@ def test_a_checkpoint_is_asked_for_once_without_what_matters_only_when_it_runs()
     assert len(scored) == 2 + 4
 
 
+def test_no_word_of_a_user_is_taken_for_a_file_that_a_run_needs() -> None:
+    scope = Scope(recipes=("rtn-w4",), prefixes=("{x}", "{0}"))
+    calls = [Call((run,)).command() for run in runs_of(cells_of(PAPER, MODEL, scope)) if run.program == "ppl"]
+    assert [command[command.index("--prefix") + 1] for command in calls] == ["{x}", "{0}"]
+    made = Run("calibrate", MODEL, "", ())
+    command = Call((Run("ppl", MODEL, "c4", ("--prefix", f"{PLACE}0"), (made,)),)).command()
+    assert command[command.index("--prefix") + 1] == str(made.file)
+    assert Run("ppl", MODEL, "c4", ("--recipe", "rtn")).key == "c1adeac851c592fc"  # as entries that are kept have it
+
+
 # What is run ----------------------------------------------------------------------------------------------------------
 
 # A program in place of ours: it does what its --recipe says.
@@ -149,7 +159,8 @@ records = [dict(task="ppl", path=f"runs/ppl-{{what}}-{{item}}.json") for item in
 if "quantization" in words:
     made = place / what; made.mkdir(exist_ok=True)
     records = [dict(directory=str(made))]
-print("a library's line"); print(json.dumps(records[0] if len(records) == 1 else records))
+print("a library's line\\n[2026-11-27] [INFO] another\\n{{a third")
+print(json.dumps(records[0] if len(records) == 1 else records))
 """
 
 
@@ -160,7 +171,7 @@ def programs(intactkv_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(PROGRAM.format(root=str(intactkv_root)))
     command = Call.command
     monkeypatch.setattr(Call, "command", lambda self, device: [sys.executable, str(script), *command(self, device)[2:]])
-    monkeypatch.setattr(execution, "is_done", lambda run: entry_of(run) is not None)
+    monkeypatch.setattr(ledger, "is_done", lambda run: entry_of(run) is not None)
     return intactkv_root
 
 
@@ -247,7 +258,7 @@ def test_on_a_cpu_there_is_one_worker_and_several_share_the_cores(monkeypatch: p
         workers_of("cuda")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: Path, number: int) -> None:
     (fine,) = asked("fine")
     (slow,) = asked("waits")
@@ -271,6 +282,28 @@ def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: P
     (programs / "go").touch()
     outcome = execute(calls_of([fine, slow]), [Worker("cpu")], watcher=Heard())
     assert (outcome.finished, outcome.made) == ([fine], [slow])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends what a killed process has started")
+def test_what_runs_ends_with_a_parent_that_is_killed(programs: Path) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1]); from eval.execution import _Process\n"
+        "p = _Process([sys.executable, '-c', sys.argv[2]], dict(os.environ))\n"
+        "print(p._process.stdout.readline().decode(), flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent, str(ROOT), child], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    number = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        state = Path(f"/proc/{number}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(number, signal.SIGKILL)
+    pytest.fail("it lives on")
 
 
 def test_programs_take_what_is_theirs() -> None:
@@ -313,6 +346,13 @@ def test_what_cannot_be_is_one_line(
     assert "--judge-model" in refused(run_main, "intactkv-4", "--judge-options", "--retries 1")
     assert "add it" in refused(run_main, "intactkv-1", "--commands")
     assert "--prefix is of rows" in refused(run_main, "intactkv-1", "--prefix", "bos")
+    for more, words in (("options", "--limit=3"), ("training", "--prefix bos"), ("judge-options", "--force")):
+        said = refused(run_main, "intactkv-1", f"--{more}={words}", "--judge-model", "x")
+        assert f"--{more} {words.split()[0]} would replace" in said
+    said = refused(run_main, "intactkv-1", "--model", mine, "--set", "kivi:weights.damp=0.1")
+    assert "--set kivi:… is of no method or recipe of intactkv-1; known are" in said
+    other = tmp_path / "other" / Path(mine).name
+    assert "have one name" in refused(run_main, "intactkv-1", "--model", mine, "--model", str(other))
     assert "close every quote" in refused(run_main, "intactkv-1", "--options", "--set 'a")
     assert not outputs_dir().exists()
 

@@ -17,7 +17,8 @@ from eval.cluster.scripts import indices, script_of
 from eval.cluster.site import Site
 from eval.cluster.slurm import Queued
 from eval.cluster.states import Job, State, job_of, read_jobs, states_of, write_jobs
-from eval.cluster.tasks import Array, Task, arrays_of, folder_of, is_finished, names, read_tasks, write_tasks
+from eval.cluster.tasks import Array, Task, arrays_of, folder_of, names, read_tasks, write_tasks
+from eval.tables.ledger import open_runs
 
 __all__ = ["Part", "cancel", "look", "parts_of", "submit", "write_scripts"]
 
@@ -46,13 +47,8 @@ def write_scripts(name: str, tasks: Sequence[Task], site: Site, at_once: int | N
 
 def wanted(tasks: Sequence[Task]) -> set[int]:
     """The tasks that are left: those that nobody needs and are not finished, and what they need that is not there."""
-    needed = {other for task in tasks for other in task.needs}
-    open_tasks = {task.index for task in tasks if not is_finished(task)}
-    found = open_tasks - needed
-    for task in reversed(tasks):  # what a task needs has a smaller number
-        if task.index in found:
-            found |= open_tasks & set(task.needs)
-    return found
+    left = open_runs(run for task in tasks for run in task.call.runs)
+    return {task.index for task in tasks if any(run.key in left for run in task.call.runs)}
 
 
 def at_work(queue: Mapping[str, Queued]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Which runs of published tables are asked for: the options that `reproduce`, `cluster submit` and `report` share."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ __all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_l
            "texts_of", "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
+# What a cell says by itself, which more options must not replace.
+CELLS = ("--model", "--recipe", "--corpus", "--tasks", "--limit", "--window", "--out", "--device", "--json", "--force",
+         "--prefix")  # fmt: skip
 
 
 def add_asked(reproduce: argparse.ArgumentParser) -> None:
@@ -133,6 +137,12 @@ def scope_of(options: argparse.Namespace) -> "Scope":
     judge = () if options.judge_model is None else ("--judge-model", options.judge_model, *options.judge_options)
     if options.judge_options and not judge:
         raise UserError("--judge-options are of a judge, but none is named; add --judge-model, or leave them out")
+    for name in ("options", "training", "judge_options"):
+        if taken := [word for word in getattr(options, name) if word.partition("=")[0] in CELLS]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {values.shown(taken[0])} would replace what a cell of the table says it "
+                "is; leave it out, and use the option of that name of this program if it has one"
+            )
     settings = [word for setting in options.settings or () for word in ("--set", setting)]
     return Scope(
         seeds=tuple(dict.fromkeys(options.seeds or ())),
@@ -199,13 +209,44 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     """
     from eval.tables.asked import cells_of, runs_of
 
+    if options.model:
+        options.model = _directories(options.model)
     chosen, scope = _models(papers_of(options.tables), options, scope_of(options))
+    _check_settings([paper for paper, _ in chosen], scope)
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
     if scope.options or scope.scoring or scope.asking:
         _check_words(asked)
     return asked, chosen, scope
+
+
+def _directories(models: "Sequence[Path]") -> list[Path]:
+    """Models by their absolute paths, links as they are, each once. Raises UserError for two of one name, by which
+    runs and what they make are called."""
+    found: dict[str, Path] = {}
+    for model in map(Path, map(os.path.abspath, models)):
+        if found.setdefault(model.name, model) != model:
+            raise UserError(
+                f"--model {found[model.name]} and --model {model} have one name, by which runs are told apart; give "
+                "one of them at a time, or another name (a link will do)"
+            )
+    return list(found.values())
+
+
+def _check_settings(papers: "Sequence[Paper]", scope: "Scope") -> None:
+    """Raise UserError for a setting NAME:PART.FIELD=VALUE whose name is no method or recipe of the tables."""
+    from eval.tables.asked import rows_of
+
+    names = [name for setting in scope.settings if (name := scope.method_of(setting))]
+    methods = [row.method for paper in papers for row in rows_of(paper, scope)] if names else []
+    known = dict.fromkeys(word for method in methods for word in (method.name, method.recipe))
+    for name in names:
+        if name.lower() not in {word.lower() for word in known}:
+            raise UserError(
+                f"--set {values.shown(name)}:… is of no method or recipe of {', '.join(paper.name for paper in papers)}"
+                f"; known are {', '.join(known)}"
+            )
 
 
 def _check_words(asked: "Sequence[Run]") -> None:

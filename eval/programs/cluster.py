@@ -109,8 +109,6 @@ def _submit(options: argparse.Namespace) -> None:
     from eval.cluster.tasks import submission_name, tasks_of
     from eval.tables.noted import note
 
-    given = {path.absolute(): path for path in options.model or ()}  # a job need not start where this program did
-    options.model = list(given) or None
     asked, chosen, scope = asked_for(options)
     tasks = tasks_of(asked)
     models = list(dict.fromkeys(path for _, paths in chosen for path in paths))
@@ -120,7 +118,7 @@ def _submit(options: argparse.Namespace) -> None:
         _print_plan(name, tasks)
         return
     refuse_lacking(asked, chosen, scope)
-    note([(paper, [given.get(path, path) for path in paths]) for paper, paths in chosen], words_of(options))
+    note(chosen, words_of(options))
     parts = submit(name, tasks, _site(options), at_once=options.at_once, device=options.device)
     _tell(name, tasks, parts)
 

@@ -167,14 +167,15 @@ class _Bar:
 
         from eval.tables.asked import calls_of
         from eval.tables.estimate import seconds_of, size_of
-        from eval.tables.ledger import is_done
+        from eval.tables.ledger import open_runs
 
         self._live = sys.stderr.isatty()
         self._number, self._done = len(asked), 0
         self._started = time.perf_counter()
         sizes = {model: size_of(model) for model in {run.model for run in asked}}
         self._work: dict[str, float] = {}  # estimated seconds by the key of a run
-        for call in calls_of(run for run in asked if not is_done(run)):
+        wanted = open_runs(asked)
+        for call in calls_of(run for run in asked if run.key in wanted):
             size = sizes[call.first.model]
             seconds = 1.0 if size is None else seconds_of(call, size)
             self._work |= {run.key: seconds / len(call.runs) for run in call.runs}

@@ -18,9 +18,10 @@ from eval.tables.declared import ALONE, BOS, PUBLISHED, Arm, Measure, Method, Pa
 from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
 from eval.tasks.groups import GROUPS
 
-__all__ = ["Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of", "runs_of",
+__all__ = ["PLACE", "Call", "Cell", "Run", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of", "runs_of",
            "words_of"]  # fmt: skip
 
+PLACE = "\0"  # in front of a number, the file of that run of `needs`: no word of a command line can hold it
 # What the programs are, for `python -m`, and how they take what they score.
 MODULES = {
     "ppl": ("eval", "ppl"), "tasks": ("eval", "tasks"), "needle": ("eval", "needle"), "chat": ("eval", "chat"),
@@ -45,9 +46,9 @@ KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; o
 @dataclass(frozen=True)
 class Run:
     """What is asked of a program once. model: directory. item: what is scored: a corpus, a task, a prompt. words: all
-    other options but for the model and the device; `{0}` is the file of the first of `needs`. needs: what must be made
-    before. on_the_way: the name of what the program makes by itself if it is not there (levels of a cache, a search of
-    a prefix); of runs that share one, the first goes ahead."""
+    other options but for the model and the device; PLACE + "0" is the file of the first of `needs`. needs: what must be
+    made before. on_the_way: the name of what the program makes by itself if it is not there (levels of a cache, a
+    search of a prefix); of runs that share one, the first goes ahead."""
 
     program: str
     model: Path
@@ -68,7 +69,7 @@ class Run:
     def label(self) -> str:
         """What is asked, in short for a reader: what tells it from most others, and the item."""
         told = [
-            f"{word[2:]} {'trained' if value.startswith('{') else value}"
+            f"{word[2:]} {'trained' if value.startswith(PLACE) else value}"
             for word, value in pairwise(self.words)
             if word in TOLD
         ]
@@ -110,7 +111,7 @@ class Call:
         """The command line, with this interpreter in front."""
         run = self.first
         files = [str(needed.file) for needed in run.needs]
-        words = [files[int(word[1:-1])] if word[:1] + word[-1:] == "{}" else word for word in run.words]
+        words = [files[int(word[1:])] if word.startswith(PLACE) else word for word in run.words]
         items: list[str] = []
         if run.program == "tasks":
             items = ["--tasks", ",".join(run.item for run in self.runs)]
@@ -249,13 +250,13 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     needs: tuple[Run, ...] = ()
     if arm.trains and inside:
         needs = (_trained(arm, model, (*made, *text, *prefix), scope, ()),)
-        prefix = ("--prefix", "{0}")
+        prefix = ("--prefix", f"{PLACE}0")
     if method.quantizes:
         words = (*plain, *_lasting(more), *text, *behind, *(prefix if inside else ()))
         needs = (*needs, Run("quantization", model, "", words, needs, searched if inside else ""))
     if arm.trains and not inside:
         needs = (*needs, _trained(arm, model, (*made, *text, *prefix), scope, needs))
-        prefix = ("--prefix", f"{{{len(needs) - 1}}}")
+        prefix = ("--prefix", f"{PLACE}{len(needs) - 1}")
     kv = method.words(measure.generates)[2 + len(method.options) :]
     front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
     asked = (*plain, *kv, *more, *text, *front)
@@ -263,7 +264,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     fitted = f"{model.name} {' '.join(asked)}" if method.calibrates and not method.quantizes else searched
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
-        return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
+        return Run("judge", model, "", ("--answers", f"{PLACE}0", *scope.judge), (answers,))
     return Run(measure.program, model, measure.item, words, needs, fitted)
 
 

@@ -10,7 +10,7 @@ from corpora.paths import modelzoo_dir, root
 from eval.tables.asked import Call, Run, calls_of, needed_first
 from eval.tables.declared import NO_MODEL, Paper, Scope
 from eval.tables.estimate import SOURCES, ModelSize, disk_of, seconds_of, size_of
-from eval.tables.ledger import is_done
+from eval.tables.ledger import open_runs
 from eval.tables.render import Table
 
 __all__ = ["changed_defaults", "lacking", "place_of", "plan_tables", "staged"]
@@ -98,19 +98,20 @@ def plan_tables(
     lines: list[str] = []
     hours = disk = 0.0
     unknown: set[str] = set()
+    wanted = open_runs(runs)
     for model in models:
         size = ModelSize(0, 0) if model == NO_MODEL else size_of(model)
         for stage in staged([run for run in runs if run.model == model]):
-            left = [Call(tuple(run for run in call.runs if not is_done(run))) for call in stage.calls]
+            left = [Call(tuple(run for run in call.runs if run.key in wanted)) for call in stage.calls]
             left = [call for call in left if call.runs]
             number = sum(len(call.runs) for call in stage.calls)
-            open_runs = sum(len(call.runs) for call in left)
+            number_left = sum(len(call.runs) for call in left)
             if size is None and left:
                 unknown.add(model.name)
             seconds = sum(seconds_of(call, size) for call in left) if size else 0.0
             bytes_left = sum(disk_of(run, size) for call in left for run in call.runs) if size else 0.0
             hours, disk = hours + seconds / 3600, disk + bytes_left
-            rows.append((model.name, stage.title, str(number), str(number - open_runs), str(len(left)),
+            rows.append((model.name, stage.title, str(number), str(number - number_left), str(len(left)),
                          _size(bytes_left), f"{seconds / 3600:.2f}"))  # fmt: skip
             lines += [shlex.join(["python", *call.command(device)[1:]]) for call in left]
     rows.append(
