@@ -11,10 +11,11 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-from corpora.catalog import CORPORA, ModelDefaults, catalog_name, model_defaults
+from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
 from eval.tables.declared import ALONE, BOS, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.heads import heads_of
 from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
 from eval.tasks.groups import GROUPS
 
@@ -139,8 +140,8 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         if corpora:
             own = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
             taken = {m.head for m in paper.measures}
-            heads = _heads([name for name in dict.fromkeys(corpora) if name not in own], taken)
-            found |= {own.get(name) or replace(measure, item=name, head=heads[name]): None for name in corpora}
+            called = heads_of([name for name in dict.fromkeys(corpora) if name not in own], taken)
+            found |= {own.get(name) or replace(measure, item=name, head=called[name]): None for name in corpora}
         else:
             found[measure] = None
     if scope.tasks:
@@ -151,24 +152,6 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         means = [m for m in found if m.average_of and heads.issuperset(m.average_of)]
         found = dict.fromkeys([*(m for m in found if m.program != "tasks"), *columns, *means])
     return tuple(found)
-
-
-def _heads(corpora: Sequence[str], taken: Iterable[str]) -> dict[str, str]:
-    """What columns of texts are called: by name; a file by the shortest end of its path that no other column has.
-
-    taken: heads that are not for these. Letter case tells nothing apart, as --only does not.
-    """
-    names = {name: (name,) if name in (*CORPORA, "c4-old") else Path(name).absolute().parts for name in corpora}
-    found: dict[str, str] = {}
-    for name, parts in names.items():
-        others = {head.lower() for head in taken}
-        ends = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        for count, end in enumerate(ends, start=1):
-            same = {"/".join(other[-count:]).lower() for key, other in names.items() if key != name}
-            if end.lower() not in others | same:
-                break
-        found[name] = end
-    return found
 
 
 def _corpora(measure: Measure, model: Path, scope: Scope) -> Words:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
@@ -113,7 +113,7 @@ def _named(cells: Sequence[Filled]) -> list[Filled]:
     for one in cells:
         if one.measure.program == "tasks" and one.measure.item and not one.measure.metric and one.records:
             metric, head = _metric(one.records[0]), one.measure.head
-            better = "lower" if "perplexity" in metric or "bits" in metric else "higher"
+            better: Literal["lower", "higher"] = "lower" if "perplexity" in metric or "bits" in metric else "higher"
             head = head if metric == "acc" else f"{head}, {metric}"
             named.setdefault(one.measure, replace(one.measure, head=head, metric=metric, better=better))
     return [replace(one, measure=named.get(one.measure, one.measure)) for one in cells]
