@@ -65,9 +65,10 @@ def _made_for(run: Run) -> list[Path]:
     """What the runs that it needs have left behind and is there, theirs included."""
     found: list[Path] = []
     for needed in run.needs:
-        entry = entry_of(needed)
         found += _made_for(needed)
-        if entry is not None and "made" in entry and (made := root() / entry["made"]).exists():
+        entries = [entry for file in _files_of(needed.key) if (entry := _read(file, [])) is not None]
+        newest = max(entries, key=lambda entry: entry["finished"], default=None)
+        if newest is not None and "made" in newest and (made := root() / newest["made"]).exists():
             found.append(made)
     return found
 

@@ -58,11 +58,20 @@ def files_of(run: Run, made: Iterable[Path] = ()) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if run.program != "latency":
         found |= {f"model/{file.name}": file for file in _model_files(run.model)}
-    for file in (*_texts(run), *_task_files(run), *(file for path in made for file in _below(path))):
-        found[_name(file)] = file
-    for needed in run.needs:
-        found |= files_of(needed)
+    runs = [run, *_needed(run)]
+    words = dict.fromkeys(word for one in runs for word in _words(one))
+    texts = (file for word in words for file in _named(word))
+    tasks = (file for one in runs for file in _task_files(one))
+    base, here = os.path.abspath(root()), os.getcwd()
+    for file in (*texts, *tasks, *(file for path in made for file in _below(path))):
+        found[_name_below(file, base, here)] = file
     return found
+
+
+def _needed(run: Run) -> Iterator[Run]:
+    for needed in run.needs:
+        yield needed
+        yield from _needed(needed)
 
 
 def has_model(run: Run) -> bool:
@@ -109,17 +118,18 @@ def _below(path: Path) -> tuple[Path, ...]:
     return tuple(file for file in files if not (summed and file.suffix == ".safetensors"))
 
 
-def _texts(run: Run) -> Iterator[Path]:
-    """Of every word that names a corpus, a file or a model's directory, whatever the option; and of defaults."""
+def _words(run: Run) -> Iterator[str]:
+    """What may name a corpus, a file or a model's directory, whatever the option; and the defaults of those."""
     defaults = model_defaults(run.model.name)
-    words = [run.item, *run.words]
     if defaults.default_calibration is not None:
-        words.append(defaults.default_calibration.corpus)
-    if run.program == "train-prefix" or run.program == "calibrate":
-        words.append(defaults.default_conversations)
-    for word in words:
-        for part in {word, word.partition("=")[2], word.partition(":")[2]} - {""}:
-            yield from _named(part)
+        yield defaults.default_calibration.corpus
+    if run.program in ("train-prefix", "calibrate"):
+        yield defaults.default_conversations
+    for word in (run.item, *run.words):
+        yield word
+        for sign in "=:":
+            if sign in word:
+                yield word.partition(sign)[2]
 
 
 def _named(word: str) -> Iterable[Path]:
