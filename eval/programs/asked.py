@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "scope_of_words",
-           "texts_of", "without_models", "words_of"]  # fmt: skip
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "scope_of", "scope_of_words",
+           "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
 
@@ -226,14 +226,6 @@ def _check_words(asked: "Sequence[Run]") -> None:
             chosen_recipe(options, Checkpoint(model, model.name, "", None))
 
 
-def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> None:
-    """Raise UserError if a model or a text is not here that runs need."""
-    from eval.tables.preview import lacking
-
-    if missing := lacking(asked, texts_of(asked, scope)):
-        raise UserError(f"{', '.join(paper.name for paper, _ in chosen)} cannot run: {'; '.join(missing)}")
-
-
 def papers_of(names: Sequence[str]) -> "list[Paper]":
     """The tables of some names, or all. Raises UserError for an unknown name, and for none."""
     from eval.tables.papers import PAPERS
@@ -304,21 +296,3 @@ def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> st
     if not scope.only:
         return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
     return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
-
-
-def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
-    """The corpora that methods calibrate on."""
-    from corpora.catalog import model_defaults
-
-    if "--calibration" in scope.calibration:
-        return [scope.calibration[scope.calibration.index("--calibration") + 1]]
-    found: list[str] = []
-    for run in asked:
-        if "--calibration" in run.words:
-            found.append(run.words[run.words.index("--calibration") + 1])
-        elif run.program == "quantization" and model_defaults(run.model.name).default_calibration is None:
-            from quantization.named import RECIPES
-
-            recipe = RECIPES[run.words[run.words.index("--recipe") + 1]].recipe
-            found += [recipe.calibration.corpus] if recipe.calibrates else []
-    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import Parser, UserError
-from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
+from eval.programs.asked import add_asked, asked_for, words_of
 
 if TYPE_CHECKING:
     from eval.cluster.site import Site
@@ -107,19 +107,22 @@ def _run(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> None:
     from eval.cluster.submitting import submit, write_scripts
     from eval.cluster.tasks import submission_name, tasks_of
+    from eval.doctor.lacking import lacking, refuse_lacking
     from eval.tables.noted import note
 
     given = {path.absolute(): path for path in options.model or ()}  # a job need not start where this program did
     options.model = list(given) or None
-    asked, chosen, scope = asked_for(options)
+    asked, chosen, _ = asked_for(options)
     tasks = tasks_of(asked)
     models = list(dict.fromkeys(path for _, paths in chosen for path in paths))
     name = _checked(options.name) or submission_name([paper.name for paper, _ in chosen], models, tasks)
     if options.dry_run:
         write_scripts(name, tasks, _site(options, missing=True), options.at_once, options.device)
         _print_plan(name, tasks)
+        for line in lacking(asked):
+            print(f"lacking: {line}", file=sys.stderr)
         return
-    refuse_lacking(asked, chosen, scope)
+    refuse_lacking([paper for paper, _ in chosen], asked)
     note([(paper, [given.get(path, path) for path in paths]) for paper, paths in chosen], words_of(options))
     parts = submit(name, tasks, _site(options), at_once=options.at_once, device=options.device)
     _tell(name, tasks, parts)

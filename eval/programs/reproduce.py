@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError, one_line
-from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
+from eval.programs.asked import add_asked, asked_for, words_of
 
 if TYPE_CHECKING:
     from eval.execution import Failure, Outcome, Worker
@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--commands are of --dry-run; add it, or leave --commands out")
     asked, chosen, scope = asked_for(options)
 
+    from eval.doctor.lacking import lacking, refuse_lacking
     from eval.tables.asked import calls_of
     from eval.tables.noted import note
     from eval.tables.preview import plan_tables
@@ -95,12 +96,12 @@ def run(options: argparse.Namespace) -> None:
     papers = [paper for paper, _ in chosen]
     models = list(dict.fromkeys(run.model for run in asked))
     if options.dry_run:
-        table, lines = plan_tables(papers, models, scope, asked, options.device)
+        table, lines = plan_tables(papers, models, scope, asked, options.device, lacking(asked))
         print(render([table], options.format), end="")
         if options.commands:
             print("", *lines, sep="\n")
         return
-    refuse_lacking(asked, chosen, scope)
+    refuse_lacking(papers, asked)
     note(chosen, words_of(options))
 
     from eval.execution import execute, workers_of
