@@ -46,7 +46,9 @@ def graded(score: float | None, **others: Any) -> dict[str, Any]:
 
 def record_for(cell: Cell, value: float, **others: Any) -> dict[str, Any]:
     if cell.measure.program == "ppl":
-        return perplexity(value, **({"corpus": cell.measure.item} | others))
+        whole = 256 if cell.measure.item != "wikitext2" else 141 if "llama-3" in cell.runs[0].model.name else 166
+        given: dict[str, Any] = {"corpus": cell.measure.item, "windows": whole} | others
+        return perplexity(value, **given)
     if cell.measure.program == "judge":
         return graded(value, **others)
     norm = value / 100 if cell.measure.metric == "acc_norm" else None
@@ -99,7 +101,7 @@ def test_a_model_that_was_not_run_has_published_figures_and_nothing_of_ours(inta
 
 
 @pytest.mark.parametrize(("scope", "others", "word"), [
-    (Scope(window=512), {"window": 512}, "window 512"), (Scope(limit=8), {"limit": 8}, "limit 8"),
+    (Scope(window=512), {"window": 512}, "window 512"), (Scope(limit=8), {"limit": 8, "windows": 8}, "limit 8"),
     (Scope(corpora=("wikitext2",)), {}, "corpus wikitext2"), (Scope(), {"window": 1024}, "windows of 1024 tokens"),
     (Scope(scoring=("--protocol", "gptq")), {"protocol": "gptq"}, "--protocol gptq"),
 ])  # fmt: skip
@@ -115,6 +117,50 @@ def test_there_is_no_difference_between_figures_of_other_protocols(
     (table,) = paper_table(paper, list(found.values()))
     assert not any("difference" in head for head in table.head)
     assert any(word in note for note in table.notes)
+
+
+@pytest.mark.parametrize(("corpus", "model", "windows", "word"), [
+    ("wikitext2", "llama-2-7b", 166, ""), ("wikitext2", "llama-2-7b", 160, ""),
+    ("wikitext2", "llama-2-7b", 141, "141 windows of wikitext2, about 166 expected"),
+    ("wikitext2", "llama-3.1-instruct-8b", 141, ""), ("wikitext2", "Meta-Llama-3-8B", 166, "about 141 expected"),
+    ("wikitext2", "qwen2-7b", 146, ""), ("wikitext2", "qwen2-7b", 120, "about 140 to 166 expected"),
+    ("c4", "vicuna-v1.5-7b", 256, ""), ("c4", "vicuna-v1.5-7b", 217, "217 windows of c4, about 256 expected"),
+    ("c4", "llama-3-8b", 225, ""), ("c4-old", "llama-3-8b", 225, "225 windows of c4-old, about 256 expected"),
+])  # fmt: skip
+def test_a_truncated_or_replaced_text_is_told_by_its_windows(
+    corpus: str, model: str, windows: int, word: str, intactkv_root: Path
+) -> None:
+    row = Row("FP16", Method("FP16"), published={catalog_name(model): (7.0,)})
+    paper = Paper("p", "p", "t", "s", "p", (catalog_name(model),), (Measure("text", item=corpus),), (row,))
+    one = fill(paper, Path(model), {("FP16", ""): 7.0}, windows=windows)["FP16", ""]
+    assert one.verdict == ("" if word else "agrees")
+    assert " ".join(one.departs).endswith(word)
+    assert bool(one.departs) == bool(word)
+
+
+@pytest.mark.parametrize("scope", [Scope(window=2048), Scope(limit=256), Scope(limit=10_000), Scope(data="local")])
+def test_the_published_size_in_words_is_no_departure(scope: Scope, intactkv_root: Path) -> None:
+    assert fill(PAPERS["intactkv-1"], LLAMA, {("FP16", ""): 7.30}, scope)["FP16", ""].verdict == "agrees"
+    assert fill(PAPERS["intactkv-2"], VICUNA, {("FP16", ""): 50.0}, scope)["FP16", ""].departs == ()
+
+
+def test_what_a_limit_left_out_departs(intactkv_root: Path) -> None:
+    one = fill(PAPERS["intactkv-2"], VICUNA, {("FP16", ""): 50.0}, Scope(limit=5), samples=57 * 5)["FP16", ""]
+    assert (one.departs, one.verdict) == (("limit 5",), "")
+    judged = Scope(limit=80, judge=JUDGED.judge)
+    assert fill(PAPERS["intactkv-4"], VICUNA, {("FP16", ""): 5.2}, judged)["FP16", ""].departs == ()
+
+
+def test_a_part_of_the_seeds_has_no_verdict(intactkv_root: Path) -> None:
+    """10 and 12 of three seeds: 11 ± √2; 9 of three."""
+    paper, scope = PAPERS["intactkv-1"], Scope(seeds=(0, 1, 2))
+    found = fill(paper, LLAMA, {("GPTQ", ""): [10.0, 12.0], ("GPTQ", "[B]"): 9.0}, scope)
+    (table,) = paper_table(paper, list(found.values()))
+    assert column(table, "C4: ours")["GPTQ", "alone"] == "11.00 ± 1.41 (2 of 3 seeds)"
+    assert column(table, "C4: ours")["GPTQ", "[B]"] == "9.00 (1 of 3 seeds)"
+    assert [(one.departs, one.verdict) for one in (found["GPTQ", ""], found["GPTQ", "[B]"])] == [
+        (("2 of 3 seeds",), ""), (("1 of 3 seeds",), ""),
+    ]  # fmt: skip
 
 
 def test_a_batch_and_the_columns_own_protocol_are_no_departure(intactkv_root: Path) -> None:

@@ -15,19 +15,12 @@ from typing import Any
 from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
 from eval.tables.asked import Cell, cells_of
-from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words
+from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
+from eval.tables.departures import QUESTIONS, departures
 from eval.tables.ledger import answer_of
 from eval.tables.render import Table, change_of, in_percent, mean_of, plain, signed
 
 __all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
-
-# How many questions the published accuracies are of: MMLU's test files, and the splits that lm-eval scores.
-QUESTIONS: Mapping[str, int] = {
-    "mmlu": 14042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
-    "hellaswag": 10042, "lambada_openai": 5153, "piqa": 1838, "gsm8k": 1319, "truthfulqa_gen": 817, "bbh": 6511,
-}  # fmt: skip
-WINDOW = 2048  # of every published perplexity
-JUDGE = "gpt-4-0125-preview"  # inferred from the reference answers
 
 # A difference of so many scatters at most.
 BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
@@ -125,15 +118,17 @@ def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, answers: Sequenc
         tuple(records),
         _figure(measure, numbers) or words,
         paper.value(cell.row, catalog_name(model), measure),
-        departs=_departs(paper, model, cell, scope, records),
+        departs=departures(paper, model, cell, scope, answers),
         values=numbers,
     )
     return _compared(one, scatter(measure, one.theirs, [record.get("samples", 0) for record in records]))
 
 
 def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure | None:
-    """The mean over the runs that are there."""
-    return mean_of([value for value in values if value is not None], _form(measure))
+    """The mean over the runs that are there, and how many were asked for."""
+    values = tuple(values)
+    figure = mean_of([value for value in values if value is not None], _form(measure))
+    return None if figure is None else replace(figure, asked=len(values))
 
 
 def _form(measure: Measure) -> Callable[[float], str]:
@@ -191,58 +186,6 @@ def verdict_of(difference: float, error: float | None) -> str:
     if error is None:
         return ""
     return next((word for word, many in BANDS.items() if abs(difference) <= many * error + 1e-9), "off")
-
-
-def _departs(
-    paper: Paper, model: str, cell: Cell, scope: Scope, records: Iterable[Mapping[str, Any]]
-) -> tuple[str, ...]:
-    """What of a cell is not as published."""
-    measure, method = cell.measure, cell.row.method
-    words = [] if not paper.models or catalog_name(model) in paper.models else [f"model {model}"]
-    if measure not in paper.measures:
-        words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
-    given = {
-        "limit": scope.limit, "window": scope.window if measure.program in ("ppl", "needle") else None,
-        "data": scope.data if measure.program == "tasks" else None,
-        "perplexity by": _otherwise(measure, scope.scoring) if measure.program == "ppl" else (),
-        "tasks by": _otherwise(measure, scope.asking) if measure.program == "tasks" else (),
-        "MMLU by": _otherwise(measure, scope.mmlu) if measure.item == "mmlu" else (),
-        "calibration": scope.calibration if method.calibrates else (),
-        "options": scope.options_of(method),
-        "training": scope.training if cell.row.arm.trains else (),
-    }  # fmt: skip
-    for name, value in given.items():
-        if value:
-            words.append(f"{name} {' '.join(value) if isinstance(value, tuple) else value}")
-    for record in records:
-        words += _not_published(measure, record, scope)
-    return tuple(dict.fromkeys(words))
-
-
-def _otherwise(measure: Measure, words: Words) -> Words:
-    """Options that say something else than the column's own; a batch size changes no figure but in its last bits."""
-    own = dict(zip(measure.options[::2], measure.options[1::2], strict=True))
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return tuple(word for pair in pairs if pair[0] != "--batch-size" and own.get(pair[0]) != pair[1] for word in pair)
-
-
-def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) -> list[str]:
-    """What a record says of its text that is not as published, and was not asked for."""
-    settings = record["settings"]
-    if measure.program == "ppl" and scope.window is None and settings["window"] != WINDOW:
-        return [f"windows of {settings['window']} tokens"]
-    if measure.program == "tasks" and scope.data is None:
-        if settings["data"] == "sample":
-            return ["data sample"]
-        whole = QUESTIONS.get(measure.item, record["samples"])
-        if scope.limit is None and record["samples"] != whole:
-            return [f"{record['samples']} of {whole} questions"]
-    if measure.program == "latency" and measure.metric.endswith(" ms"):
-        return [f"milliseconds on {settings['gpu']}"]
-    if measure.program == "judge":
-        words = [] if settings["judge"] == JUDGE and "endpoint" not in settings else [f"judge {settings['judge']}"]
-        return words if settings["questions"] == "mt_bench" else [*words, f"questions {settings['questions']}"]
-    return []
 
 
 def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:
