@@ -59,3 +59,9 @@ def test_what_the_runs_would_miss_is_named_with_the_way_to_get_it(intactkv_root:
         assert words in said
     with pytest.raises(UserError, match="text ptb for evaluation"):
         refuse_lacking([], runs)
+
+
+def test_a_name_in_place_of_a_directory_is_told_where_the_model_lies(intactkv_root: Path) -> None:
+    model_of(intactkv_root / "modelzoo" / "smollm2" / "smollm2-135m", hidden_size=64, intermediate_size=64)
+    (line,) = lacking([Run("ppl", Path("smollm2-135m"), __file__, ())])
+    assert line == "no model in smollm2-135m; name --model modelzoo/smollm2/smollm2-135m"

@@ -299,7 +299,8 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     mine = str(checkpoint())
     assert "no table is named" in refused(run_main)
-    assert "unknown table intactkv-9; known are intactkv-1" in refused(run_main, "intactkv-9")
+    assert "unknown table intactv-1; the nearest is intactkv-1," in refused(run_main, "intactv-1")
+    assert refused(run_main, "1") == refused(run_main, "intactkv-1")  # IntactKV's numbers, as `table` has them
     said = refused(run_main, "intactkv-1")
     assert "none of the models of intactkv-1 is in modelzoo/ (llama-7b" in said
     assert "--model DIR" in said
@@ -310,7 +311,9 @@ def test_what_cannot_be_is_one_line(
     assert "--only kivi leaves nothing of intactkv-1" in refused(
         run_main, "intactkv-1", "--model", mine, "--only", "kivi"
     )
-    assert "need --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "need a judge; add --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "need a judge; add --judge-model" in refused(run_main, "intactkv-4")  # before it looks for models
+    assert "or fetch one: bash scripts/prepare/model.sh llama 7b" in refused(run_main, "intactkv-1")
     assert "--judge-model" in refused(run_main, "intactkv-4", "--judge-options", "--retries 1")
     assert "add it" in refused(run_main, "intactkv-1", "--commands")
     assert "--prefix is of rows" in refused(run_main, "intactkv-1", "--prefix", "bos")

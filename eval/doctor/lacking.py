@@ -9,10 +9,12 @@ from pathlib import Path
 
 from corpora.catalog import ModelDefaults, model_defaults
 from corpora.errors import UserError
+from corpora.paths import root
 from eval.doctor.files import calibrated_on, model, scored
 from eval.doctor.recipe_facts import group_of, text_of
 from eval.tables.asked import Run
 from eval.tables.declared import Paper
+from eval.tables.preview import place_of
 
 __all__ = ["lacking", "refuse_lacking", "texts_of", "uneven"]
 
@@ -22,7 +24,7 @@ def lacking(runs: Iterable[Run]) -> list[str]:
     that do not divide a model's channels. A line for each, with the way out."""
     runs = [run for run in runs if run.program != "latency"]
     lines = [
-        f"no model in {found.found.removesuffix(' is missing')}; {found.way_out}"
+        f"no model in {found.found.removesuffix(' is missing')}; {_another(directory) or found.way_out}"
         for directory in dict.fromkeys(run.model for run in runs)
         if (found := model(directory)).verdict == "lacks"
     ]
@@ -34,6 +36,13 @@ def lacking(runs: Iterable[Run]) -> list[str]:
             other = f", or another: {option} NAME|FILE" if found.what.startswith("text ") else ""
             lines.append(f"{found.what}: {found.found}; {found.way_out}{other}")
     return lines + uneven(runs)
+
+
+def _another(directory: Path) -> str:
+    """Where the model lies whose name was given in place of its directory; empty if it is not there."""
+    place = place_of(directory.name)
+    there = place != directory and (place / "config.json").is_file()
+    return f"name --model {place.relative_to(root()) if place.is_relative_to(root()) else place}" if there else ""
 
 
 def refuse_lacking(papers: Iterable[Paper], runs: Iterable[Run]) -> None:

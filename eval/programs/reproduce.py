@@ -127,7 +127,7 @@ def _list() -> None:
 
     width = max(map(len, PAPERS), default=0)
     for name, paper in PAPERS.items():
-        print(f"{name:<{width}}  {paper.source}: {paper.title}  [{', '.join(paper.models)}]")
+        print(f"{name:<{width}}  {paper.source}: {paper.title}  [{', '.join(paper.models) or 'of no model'}]")
 
 
 def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: str) -> None:

@@ -89,7 +89,8 @@ def plan_tables(
             seconds = sum(seconds_of(call, size) for call in left) if size else 0.0
             bytes_left = sum(disk_of(run, size) for call in left for run in call.runs) if size else 0.0
             hours, disk = hours + seconds / 3600, disk + bytes_left
-            rows.append((model.name, stage.title, str(number), str(number - open_runs), str(len(left)),
+            name = "–" if model == NO_MODEL else model.name
+            rows.append((name, stage.title, str(number), str(number - open_runs), str(len(left)),
                          _size(bytes_left), f"{seconds / 3600:.2f}"))  # fmt: skip
             lines += [shlex.join(["python", *call.command(device)[1:]]) for call in left]
     rows.append(
