@@ -9,8 +9,7 @@ __all__ = ["heads_of"]
 
 
 def heads_of(corpora: Sequence[str], taken: Iterable[str]) -> dict[str, str]:
-    """A head for every text: the name of one that has a name; of a file the shortest end of its path that no other column
-    has.
+    """A head for every text: the name of one that has a name, of a file the shortest end of its path that no other has.
 
     taken: heads that are not for these. Letter case tells nothing apart, as --only does not.
     """
