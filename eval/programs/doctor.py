@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from corpora import values
@@ -98,6 +99,7 @@ def _tables(options: argparse.Namespace) -> "list[Finding]":
     for directory in dict.fromkeys(run.model for run in runs):
         mine = [run for run in runs if run.model == directory]
         if str(directory) in found and found[str(directory)].verdict == "ok":
+            print(f"planning {len(mine)} runs of {directory.name} …", file=sys.stderr, flush=True)  # takes seconds each
             for one in _planned(calls_of(mine), options.device, sizes):
                 found.setdefault(one.found, one)
         else:
