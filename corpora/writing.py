@@ -125,7 +125,13 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     while True:
         file = _open(lock)
         try:
-            _lock(file.fileno(), wait)
+            try:
+                _lock(file.fileno(), wait=False)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                log.warning(f"waiting for another process, which is at work on {path}")
+                _lock(file.fileno(), wait=True)
         except BaseException:
             file.close()
             raise

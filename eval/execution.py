@@ -6,6 +6,7 @@ Every call is the program that a user would start: its own memory, its own peak,
 what needs it. Ctrl-C reaches every process; what is finished stays, and the same command goes on.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -25,7 +26,8 @@ from typing import Any, Protocol
 from corpora.errors import UserError, one_line
 from corpora.paths import outputs_dir, root
 from eval.tables.asked import Call, Run
-from eval.tables.ledger import Entry, is_done, keep
+from eval.tables.ledger import Entry, keep, open_runs, read_before
+from eval.tables.stamps import Versions
 
 __all__ = ["Failure", "Outcome", "Watcher", "Worker", "execute", "workers_of"]
 
@@ -34,6 +36,7 @@ ONE_DEVICE = ("quantization", "calibrate", "train-prefix")  # they hold a block 
 WITH_FORCE = ("ppl", "tasks", "needle", "mtbench", "chat", "latency")
 FILE_ALONE = ("calibrate", "train-prefix")  # they leave the file of our naming, and no record
 PATIENCE = 60  # seconds that an interrupted process gets to end cleanly
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 KEPT_LINES = 400  # of what a process says, for the log of one that fails
 
 
@@ -144,8 +147,10 @@ def execute(
     that write records measure anew. Returns what became of every run. KeyboardInterrupt ends the processes first.
     """
     outcome, open_calls = Outcome(), list[Call]()
+    every = [run for call in calls for run in call.runs]
+    wanted = {run.key for run in every} if again or force else open_runs(every)
     for call in calls:
-        left = tuple(run for run in call.runs if again or force or not is_done(run))
+        left = tuple(run for run in call.runs if run.key in wanted)
         outcome.finished += [run for run in call.runs if run not in left]
         if left:
             open_calls.append(Call(left))
@@ -153,6 +158,7 @@ def execute(
     lost: set[str] = set()  # keys of runs that failed or were left out
     ahead: set[str] = set()  # what programs make on the way, while one is at it
     free, busy = list(workers), dict[Future[list[Entry]], tuple[Call, Worker, _Process]]()
+    before: dict[str, Versions] = {}  # what a run read, by its key, as it was when its program began
 
     def fail(call: Call, said: str, to: list[Failure], number: int = 0) -> None:
         for run in call.runs:
@@ -174,6 +180,7 @@ def execute(
                         if call.first.on_the_way:
                             ahead.add(call.first.on_the_way)
                         worker = free.pop(0)
+                        before |= {run.key: read_before(run) for run in call.runs}
                         process = _Process(worker.command(call, force), worker.environment())
                         busy[threads.submit(_made, call, process)] = (call, worker, process)
                 ended, _ = wait(busy, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -190,7 +197,7 @@ def execute(
                             fail(call, str(error), outcome.failed, getattr(error, "signal", 0))
                         continue
                     for run, entry in zip(call.runs, entries, strict=True):
-                        keep(run, entry)
+                        keep(run, entry, before.pop(run.key))
                         waiting.discard(run.key)
                         outcome.made.append(run)
                     watcher.made(call, process.seconds)
@@ -199,6 +206,29 @@ def execute(
             _end([process for _, _, process in busy.values()])
             raise
     return outcome
+
+
+_LIBC: ctypes.CDLL | None
+try:
+    _LIBC = ctypes.CDLL(None, use_errno=True)
+    _LIBC.prctl  # noqa: B018  # only Linux has it
+except (OSError, AttributeError):
+    _LIBC = None
+
+
+def _ends_with(parent: int) -> Callable[[], None]:
+    """What a new process does first, so that Linux ends it once its parent is killed, which then can tell it nothing.
+
+    It calls one function of C that was looked up before: between fork and exec little else is safe.
+    """
+
+    def tied() -> None:
+        if _LIBC is not None:
+            _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it was killed before
+                os._exit(128 + signal.SIGTERM)
+
+    return tied
 
 
 class _Process:
@@ -213,7 +243,7 @@ class _Process:
         # Of a group of its own, so that Ctrl-C reaches it once, from us.
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            process_group=0,
+            process_group=0, preexec_fn=_ends_with(os.getpid()),
         )  # fmt: skip
 
     def ended(self) -> tuple[int, str]:
@@ -292,12 +322,13 @@ def _left(run: Run, told: dict[str, Any]) -> dict[str, str]:
 
 
 def _json_in(out: str) -> Any:
-    """The record on a stdout, behind whatever a library printed in front of it."""
-    start = re.search(r"^[\[{]", out, re.MULTILINE)
-    try:
-        return json.loads(out[start.start() :] if start else out)
-    except ValueError:
-        raise UserError(f"no record was printed, but {one_line(out[:100])!r}") from None
+    """The record on a stdout, behind whatever a library printed in front of it, such as a line with [a date]."""
+    for start in re.finditer(r"^[\[{]", out, re.MULTILINE):
+        try:
+            return json.loads(out[start.start() :])
+        except ValueError:
+            continue
+    raise UserError(f"no record was printed, but {one_line(out[:100])!r}")
 
 
 def _why(call: Call, process: _Process, code: int) -> str:
@@ -332,16 +363,18 @@ def _end(processes: Sequence[_Process]) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the processes, too, as Ctrl-C does."""
+    """Let SIGTERM and SIGHUP end the processes, too, as Ctrl-C does; under nohup SIGHUP stays ignored."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

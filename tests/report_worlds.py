@@ -31,7 +31,8 @@ def answer(run: Run, value: Any, others: Mapping[str, Any] | None = None) -> dic
     prefix = option.get("--prefix", "none")
     label = {"none": "none", "bos": "[B]"}.get(prefix, prefix)
     settings: dict[str, Any] = {
-        "model": run.model.name, "weights": option.get("--recipe", "fp16"), "made_of": {"source": run.key}, "kv": None,
+        "model": run.model.name, "weights": option.get("--recipe", "fp16"), "kv": None,
+        "made_of": {"source": f"of {run.model.name}", "asked": run.key},
         "recipe": {"weights": None}, "dtype": "float16", "device": "cuda",
         "prefix": {"label": label, "ids": [1], "file": None, "intact": prefix != "none"},
     }  # fmt: skip

@@ -164,6 +164,65 @@ def test_a_part_of_the_seeds_has_no_verdict(intactkv_root: Path) -> None:
     ]  # fmt: skip
 
 
+def heads_of(*corpora: str) -> list[str]:
+    return [cell.measure.head for cell in cells_of(PAPERS["intactkv-1"], LLAMA, Scope(corpora=corpora))
+            if (cell.row.label, cell.row.arm) == ("FP16", ALONE)]  # fmt: skip
+
+
+def test_texts_of_one_file_name_have_columns_of_their_own(intactkv_root: Path) -> None:
+    """By the shortest end of the path that tells them apart; a table's own name is not for a file."""
+    assert heads_of("a/x.txt", "y.txt") == ["x.txt", "y.txt"]
+    assert heads_of("a/x.txt", "b/x.txt") == ["a/x.txt", "b/x.txt"]
+    assert heads_of("a/c/x.txt", "b/c/x.txt", "b/y/x.txt") == ["a/c/x.txt", "b/c/x.txt", "y/x.txt"]
+    assert heads_of("c4", "b/C4", "wikitext2") == ["C4", "b/C4", "wikitext2"]
+    assert heads_of("b/wikitext2", "b/c4") == ["wikitext2", "b/c4"]
+    assert heads_of("b/wikitext2", "wikitext2") == ["b/wikitext2", "wikitext2"]
+    assert heads_of("C4")[0].endswith("/C4")
+    paper, scope = PAPERS["intactkv-1"], Scope(corpora=("a/x.txt", "b/x.txt"))
+    for i, cell in enumerate(cells_of(paper, LLAMA, scope)[:2]):
+        written(cell.runs[0], record_for(cell, 7.0 + i))
+    (table,) = paper_table(paper, filled(paper, LLAMA, scope))
+    assert [column(table, f"{head}: ours")["FP16", "alone"] for head in ("a/x.txt", "b/x.txt")] == ["7.00", "8.00"]
+
+
+def test_a_task_without_accuracy_shows_its_own_first_metric_by_name(intactkv_root: Path) -> None:
+    paper, scope = PAPERS["intactkv-3"], Scope(tasks=("squadv2", "wikitext", "copa"), recipes=("fp16",))
+    metrics = {"squadv2": {"exact": 31.5, "f1": 40.0}, "wikitext": {"word_perplexity": 12.25}, "copa": {"acc": 0.5}}
+    for cell in cells_of(paper, VICUNA, scope):
+        (run,) = cell.runs
+        written(run, task(run.item, 0.5) | {"metrics": metrics[run.item]})
+    found = {one.measure.head: one for one in filled(paper, VICUNA, scope)}
+    assert {head: str(one.ours) for head, one in found.items()} == {
+        "squadv2, exact": "31.50", "wikitext, word_perplexity": "12.25", "copa": "50.00",
+    }  # fmt: skip
+    assert [one.measure.better for one in found.values()] == ["higher", "lower", "higher"]
+
+
+def test_there_is_no_mean_of_runs_that_were_computed_otherwise(intactkv_root: Path) -> None:
+    """Of two seeds, or of the columns of an average; the average's own columns have their figures."""
+    paper, scope = PAPERS["intactkv-1"], Scope(seeds=(0, 1))
+    cell = next(one for one in cells_of(paper, LLAMA, scope) if (one.row.label, one.row.arm) == ("GPTQ", ALONE))
+    for run, others in zip(cell.runs, ({}, {"dtype": "float32", "device": "cpu"}), strict=True):
+        written(run, record_for(cell, 9.0, **others))
+    (one,) = (one for one in filled(paper, LLAMA, scope) if one.ours is not None)
+    assert one.ours == "no mean of float16 on cuda and float32 on cpu"
+    assert (one.difference, one.departs) == (None, (one.ours,))
+    found = seven(50.0, 60.0, PAPERS["intactkv-3"], VICUNA, without="boolq")
+    boolq = found["BoolQ"]
+    (run,) = next(
+        c for c in cells_of(PAPERS["intactkv-3"], VICUNA) if (c.row.label, c.measure) == ("FP16", boolq.measure)
+    ).runs
+    written(run, task("boolq", 0.5, dtype="float32", device="cpu"))
+    heads = {one.measure.head: one for one in filled(PAPERS["intactkv-3"], VICUNA) if one.row.label == "FP16"}
+    assert heads["QA average"].ours == "no mean of float16 on cuda and float32 on cpu"
+    assert str(heads["BoolQ"].ours) == "50.00"
+
+
+def test_full_precision_on_a_cpu_compares_with_published_figures_of_16_bits(intactkv_root: Path) -> None:
+    found = fill(PAPERS["intactkv-1"], LLAMA, {("FP16", ""): 7.30}, dtype="float32", device="cpu")
+    assert found["FP16", ""].verdict == "agrees"
+
+
 def test_a_batch_and_the_columns_own_protocol_are_no_departure(intactkv_root: Path) -> None:
     scope = Scope(scoring=("--protocol", "intactkv", "--batch-size", "2"))
     assert fill(PAPERS["intactkv-1"], LLAMA, {("FP16", ""): 7.30}, scope)["FP16", ""].verdict == "agrees"

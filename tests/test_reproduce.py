@@ -16,10 +16,11 @@ from common import FOXES, ROOT
 
 from corpora.errors import UserError
 from corpora.paths import outputs_dir
-from eval import execution
 from eval.__main__ import main as eval_main
-from eval.execution import Failure, Worker, execute, workers_of
-from eval.tables.asked import Call, Run, calls_of, cells_of, measures_of, rows_of, runs_of
+from eval.execution import Failure, Outcome, Worker, execute, workers_of
+from eval.programs.reproduce import _tell
+from eval.tables import ledger
+from eval.tables.asked import PLACE, Call, Run, calls_of, cells_of, measures_of, rows_of, runs_of
 from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
 from eval.tables.ledger import entry_of
 from eval.tables.papers import PAPERS
@@ -153,6 +154,16 @@ def test_a_checkpoint_is_asked_for_once_without_what_matters_only_when_it_runs()
     assert len(scored) == 2 + 4
 
 
+def test_no_word_of_a_user_is_taken_for_a_file_that_a_run_needs() -> None:
+    scope = Scope(recipes=("rtn-w4",), prefixes=("{x}", "{0}"))
+    calls = [Call((run,)).command() for run in runs_of(cells_of(PAPER, MODEL, scope)) if run.program == "ppl"]
+    assert [command[command.index("--prefix") + 1] for command in calls] == ["{x}", "{0}"]
+    made = Run("calibrate", MODEL, "", ())
+    command = Call((Run("ppl", MODEL, "c4", ("--prefix", f"{PLACE}0"), (made,)),)).command()
+    assert command[command.index("--prefix") + 1] == str(made.file)
+    assert Run("ppl", MODEL, "c4", ("--recipe", "rtn")).key == "c1adeac851c592fc"  # as entries that are kept have it
+
+
 # What is run ----------------------------------------------------------------------------------------------------------
 
 # A program in place of ours: it does what its --recipe says.
@@ -186,7 +197,8 @@ records = [dict(task="ppl", path=f"runs/ppl-{{what}}-{{item}}.json") for item in
 if "quantization" in words:
     made = place / what; made.mkdir(exist_ok=True)
     records = [dict(directory=str(made))]
-print("a library's line"); print(json.dumps(records[0] if len(records) == 1 else records))
+print("a library's line\\n[2026-11-27] [INFO] another\\n{{a third")
+print(json.dumps(records[0] if len(records) == 1 else records))
 """
 
 
@@ -197,7 +209,7 @@ def programs(intactkv_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(PROGRAM.format(root=str(intactkv_root)))
     command = Call.command
     monkeypatch.setattr(Call, "command", lambda self, device: [sys.executable, str(script), *command(self, device)[2:]])
-    monkeypatch.setattr(execution, "is_done", lambda run: entry_of(run) is not None)
+    monkeypatch.setattr(ledger, "is_done", lambda run: entry_of(run) is not None)
     return intactkv_root
 
 
@@ -284,7 +296,7 @@ def test_on_a_cpu_there_is_one_worker_and_several_share_the_cores(monkeypatch: p
         workers_of("cuda")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: Path, number: int) -> None:
     (fine,) = asked("fine")
     (slow,) = asked("waits")
@@ -308,6 +320,28 @@ def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: P
     (programs / "go").touch()
     outcome = execute(calls_of([fine, slow]), [Worker("cpu")], watcher=Heard())
     assert (outcome.finished, outcome.made) == ([fine], [slow])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends what a killed process has started")
+def test_what_runs_ends_with_a_parent_that_is_killed(programs: Path) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1]); from eval.execution import _Process\n"
+        "p = _Process([sys.executable, '-c', sys.argv[2]], dict(os.environ))\n"
+        "print(p._process.stdout.readline().decode(), flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent, str(ROOT), child], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    number = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        state = Path(f"/proc/{number}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(number, signal.SIGKILL)
+    pytest.fail("it lives on")
 
 
 def test_programs_take_what_is_theirs() -> None:
@@ -335,7 +369,8 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     mine = str(checkpoint())
     assert "no table is named" in refused(run_main)
-    assert "unknown table intactkv-9; known are intactkv-1" in refused(run_main, "intactkv-9")
+    assert "unknown table intactv-1; the nearest is intactkv-1," in refused(run_main, "intactv-1")
+    assert refused(run_main, "1") == refused(run_main, "intactkv-1")  # IntactKV's numbers, as `table` has them
     said = refused(run_main, "intactkv-1")
     assert "none of the models of intactkv-1 is in modelzoo/ (llama-7b" in said
     assert "--model DIR" in said
@@ -346,10 +381,19 @@ def test_what_cannot_be_is_one_line(
     assert "--only kivi leaves nothing of intactkv-1" in refused(
         run_main, "intactkv-1", "--model", mine, "--only", "kivi"
     )
-    assert "need --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "need a judge; add --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "need a judge; add --judge-model" in refused(run_main, "intactkv-4")  # before it looks for models
+    assert "or fetch one: bash scripts/prepare/model.sh llama 7b" in refused(run_main, "intactkv-1")
     assert "--judge-model" in refused(run_main, "intactkv-4", "--judge-options", "--retries 1")
     assert "add it" in refused(run_main, "intactkv-1", "--commands")
     assert "--prefix is of rows" in refused(run_main, "intactkv-1", "--prefix", "bos")
+    for more, words in (("options", "--limit=3"), ("training", "--prefix bos"), ("judge-options", "--force")):
+        said = refused(run_main, "intactkv-1", f"--{more}={words}", "--judge-model", "x")
+        assert f"--{more} {words.split()[0]} would replace" in said
+    said = refused(run_main, "intactkv-1", "--model", mine, "--set", "kivi:weights.damp=0.1")
+    assert "--set kivi:… is of no method or recipe of intactkv-1; known are" in said
+    other = tmp_path / "other" / Path(mine).name
+    assert "have one name" in refused(run_main, "intactkv-1", "--model", mine, "--model", str(other))
     assert "close every quote" in refused(run_main, "intactkv-1", "--options", "--set 'a")
     assert not outputs_dir().exists()
 
@@ -398,9 +442,23 @@ def test_a_table_of_a_users_own_model_is_run_and_killed_and_goes_on(
     first.communicate()
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "3 runs made, 1 were finished, 0 failed" in done.stderr
+    assert "3 runs made, 1 finished before, 0 failed" in done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
     rows = [row for row in rows if "change" not in row[1]]
     assert [(row[0], row[1]) for row in rows] == [("FP16", "alone"), ("GPTQ", "alone"), ("GPTQ", "[B]")]
     assert all(float(row[-1]) > 1 for row in rows)
     assert len(list((intactkv_root / "outputs" / "runs").glob("*.json"))) == 3
+
+
+def test_failures_of_one_reason_are_told_once_and_the_rest_is_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = [Run("quantization", MODEL, "", ("--recipe", name)) for name in ("rtn", "gptq", "awq")]
+    failed = [Failure(run, f"no room (all of it: {i}.log)") for i, run in enumerate(runs[:2])]
+    behind = [Failure(Run("ppl", MODEL, item, (), (runs[0],)), "it needs `x`, which failed") for item in ("c4", "ptb")]
+    _tell(Outcome([runs[2]], [], failed, behind), 3.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 run made, 0 finished before, 2 failed, 2 left out, 3 s",
+        "failed: quantization llama-2-7b recipe rtn and 1 more: no room (all of it: 0.log)",
+        "left out: 2 runs that need what failed",
+    ]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -390,3 +391,19 @@ for i in range(150):
     names = {"shared", *(f"{name}-{i}" for name in ("one", "two") for i in range(150))}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert all((tmp_path / name).read_text() == name * 1000 for name in names)
+
+
+def test_who_waits_for_another_process_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with locked(tmp_path / "a"):
+        pass
+    assert not caplog.records
+    with ThreadPoolExecutor(1) as threads:
+        with locked(tmp_path / "a"):
+            other = threads.submit(lambda: locked(tmp_path / "a").__enter__())
+            for _ in range(100):
+                if caplog.records:
+                    break
+                time.sleep(0.05)
+        other.result(10)
+    (record,) = caplog.records
+    assert record.getMessage() == f"waiting for another process, which is at work on {tmp_path / 'a'}"

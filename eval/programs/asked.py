@@ -1,8 +1,10 @@
 """Which runs of published tables are asked for: the options that `reproduce`, `cluster submit` and `report` share."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -13,10 +15,13 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "scope_of_words",
-           "texts_of", "without_models", "words_of"]  # fmt: skip
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "scope_of", "scope_of_words",
+           "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
+# What a cell says by itself, which more options must not replace.
+CELLS = ("--model", "--recipe", "--corpus", "--tasks", "--limit", "--window", "--out", "--device", "--json", "--force",
+         "--prefix")  # fmt: skip
 
 
 def add_asked(reproduce: argparse.ArgumentParser) -> None:
@@ -133,6 +138,12 @@ def scope_of(options: argparse.Namespace) -> "Scope":
     judge = () if options.judge_model is None else ("--judge-model", options.judge_model, *options.judge_options)
     if options.judge_options and not judge:
         raise UserError("--judge-options are of a judge, but none is named; add --judge-model, or leave them out")
+    for name in ("options", "training", "judge_options"):
+        if taken := [word for word in getattr(options, name) if word.partition("=")[0] in CELLS]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {values.shown(taken[0])} would replace what a cell of the table says it "
+                "is; leave it out, and use the option of that name of this program if it has one"
+            )
     settings = [word for setting in options.settings or () for word in ("--set", setting)]
     return Scope(
         seeds=tuple(dict.fromkeys(options.seeds or ())),
@@ -199,13 +210,48 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     """
     from eval.tables.asked import cells_of, runs_of
 
-    chosen, scope = _models(papers_of(options.tables), options, scope_of(options))
+    if options.model:
+        options.model = _directories(options.model)
+    papers, scope = papers_of(options.tables), scope_of(options)
+    if not scope.judge and all(measure.program == "judge" for paper in papers for measure in paper.measures):
+        names = ", ".join(paper.name for paper in papers)
+        raise UserError(f"{names}: judged answers need a judge; add --judge-model NAME|local:DIR")
+    chosen, scope = _models(papers, options, scope)
+    _check_settings(papers, scope)
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
     if scope.options or scope.scoring or scope.asking:
         _check_words(asked)
     return asked, chosen, scope
+
+
+def _directories(models: "Sequence[Path]") -> list[Path]:
+    """Models by their absolute paths, links as they are, each once. Raises UserError for two of one name, by which
+    runs and what they make are called."""
+    found: dict[str, Path] = {}
+    for model in map(Path, map(os.path.abspath, models)):
+        if found.setdefault(model.name, model) != model:
+            raise UserError(
+                f"--model {found[model.name]} and --model {model} have one name, by which runs are told apart; give "
+                "one of them at a time, or another name (a link will do)"
+            )
+    return list(found.values())
+
+
+def _check_settings(papers: "Sequence[Paper]", scope: "Scope") -> None:
+    """Raise UserError for a setting NAME:PART.FIELD=VALUE whose name is no method or recipe of the tables."""
+    from eval.tables.asked import rows_of
+
+    names = [name for setting in scope.settings if (name := scope.method_of(setting))]
+    methods = [row.method for paper in papers for row in rows_of(paper, scope)] if names else []
+    known = dict.fromkeys(word for method in methods for word in (method.name, method.recipe))
+    for name in names:
+        if name.lower() not in {word.lower() for word in known}:
+            raise UserError(
+                f"--set {values.shown(name)}:… is of no method or recipe of {', '.join(paper.name for paper in papers)}"
+                f"; known are {', '.join(known)}"
+            )
 
 
 def _check_words(asked: "Sequence[Run]") -> None:
@@ -226,14 +272,6 @@ def _check_words(asked: "Sequence[Run]") -> None:
             chosen_recipe(options, Checkpoint(model, model.name, "", None))
 
 
-def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> None:
-    """Raise UserError if a model or a text is not here that runs need."""
-    from eval.tables.preview import lacking
-
-    if missing := lacking(asked, texts_of(asked, scope)):
-        raise UserError(f"{', '.join(paper.name for paper, _ in chosen)} cannot run: {'; '.join(missing)}")
-
-
 def papers_of(names: Sequence[str]) -> "list[Paper]":
     """The tables of some names, or all. Raises UserError for an unknown name, and for none."""
     from eval.tables.papers import PAPERS
@@ -242,9 +280,11 @@ def papers_of(names: Sequence[str]) -> "list[Paper]":
         raise UserError("no table is named; `python -m eval reproduce --list` prints all, `all` stands for every one")
     if ALL in names:
         return list(PAPERS.values())
+    names = [f"intactkv-{name}" if f"intactkv-{name}" in PAPERS else name for name in names]  # IntactKV's numbers
     for name in names:
         if name not in PAPERS:
-            raise UserError(f"unknown table {values.shown(name)}; known are {', '.join(PAPERS)}, and all")
+            near = get_close_matches(name, [*PAPERS, ALL], 1, 0.0)[0]
+            raise UserError(f"unknown table {values.shown(name)}; the nearest is {near}, `reproduce --list` prints all")
     return [PAPERS[name] for name in dict.fromkeys(names)]
 
 
@@ -255,6 +295,7 @@ def _models(
 
     Raises UserError if nothing of modelzoo/ is in a table and no model is named.
     """
+    from eval.doctor.files import model
     from eval.tables.declared import NO_MODEL
     from eval.tables.preview import place_of
 
@@ -274,7 +315,7 @@ def _models(
                 names = ", ".join(place.name for place in places)
                 raise UserError(
                     f"none of the models of {paper.name} is in modelzoo/ ({names}); "
-                    "name a directory with --model DIR, or fetch one as modelzoo/README.md says"
+                    f"name a directory with --model DIR, or fetch one: {model(places[0]).way_out}"
                 )
             places = there
         chosen.append((paper, places))
@@ -299,28 +340,10 @@ def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> st
 
     known: dict[str, None] = {}
     for paper, _ in chosen:
-        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures, scope) for word in sorted(kind))
+        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures, scope) for word in sorted(kind) if word)
     names = ", ".join(paper.name for paper, _ in chosen)
     if not scope.only:
-        return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
+        return f"{names}: nothing is left to run"
     return f"--only {shlex.join(scope.only)} leaves nothing of {names}; known are models and " + ", ".join(
         map(shlex.quote, known)
     )
-
-
-def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
-    """The corpora that methods calibrate on."""
-    from corpora.catalog import model_defaults
-
-    if "--calibration" in scope.calibration:
-        return [scope.calibration[scope.calibration.index("--calibration") + 1]]
-    found: list[str] = []
-    for run in asked:
-        if "--calibration" in run.words:
-            found.append(run.words[run.words.index("--calibration") + 1])
-        elif run.program == "quantization" and model_defaults(run.model.name).default_calibration is None:
-            from quantization.named import RECIPES
-
-            recipe = RECIPES[run.words[run.words.index("--recipe") + 1]].recipe
-            found += [recipe.calibration.corpus] if recipe.calibrates else []
-    return found

@@ -15,12 +15,14 @@ from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
 from eval.tables.declared import ALONE, BOS, BOS_ALONE, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.heads import heads_of
 from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA, behind_bos
 from eval.tasks.groups import GROUPS
 
-__all__ = ["Call", "Cell", "Run", "bases_of", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of",
+__all__ = ["PLACE", "Call", "Cell", "Run", "bases_of", "calls_of", "cells_of", "measures_of", "needed_first", "rows_of",
            "runs_of", "size_of", "words_of"]  # fmt: skip
 
+PLACE = "\0"  # in front of a number, the file of that run of `needs`: no word of a command line can hold it
 # What the programs are, for `python -m`, and how they take what they score.
 MODULES = {
     "ppl": ("eval", "ppl"), "tasks": ("eval", "tasks"), "needle": ("eval", "needle"), "chat": ("eval", "chat"),
@@ -39,7 +41,7 @@ UNITS, LINE, NEEDLE = 10, 24, 120
 TOLD = ("--recipe", "--bits", "--group-size", "--kv", "--kv-bits", "--seed", "--prefix")  # in a run's label
 WITHOUT_MODEL = ("judge", "latency")
 RUN_TIME = ("--dtype", "--kernel", "--kv-storage")
-KNOWN_TASKS = behind_bos(*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
+KNOWN_TASKS = behind_bos(*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others the record says it
 # Protocols of perplexity whose windows all start with [BOS]; corpora.text, which has them, imports torch.
 BOS_IN_WINDOWS = ("intactkv",)
 
@@ -47,9 +49,9 @@ BOS_IN_WINDOWS = ("intactkv",)
 @dataclass(frozen=True)
 class Run:
     """What is asked of a program once. model: directory. item: what is scored: a corpus, a task, a prompt. words: all
-    other options but for the model and the device; `{0}` is the file of the first of `needs`. needs: what must be made
-    before. on_the_way: the name of what the program makes by itself if it is not there (levels of a cache, a search of
-    a prefix); of runs that share one, the first goes ahead."""
+    other options but for the model and the device; PLACE + "0" is the file of the first of `needs`. needs: what must be
+    made before. on_the_way: the name of what the program makes by itself if it is not there (levels of a cache, a
+    search of a prefix); of runs that share one, the first goes ahead."""
 
     program: str
     model: Path
@@ -75,7 +77,7 @@ class Run:
     def label(self) -> str:
         """What is asked, in short for a reader: what tells it from most others, and the item."""
         told = [
-            f"{word[2:]} {'trained' if value.startswith('{') else value}"
+            f"{word[2:]} {'trained' if value.startswith(PLACE) else value}"
             for word, value in pairwise(self.words)
             if word in TOLD
         ]
@@ -118,7 +120,7 @@ class Call:
         """The command line, with this interpreter in front."""
         run = self.first
         files = [str(needed.file) for needed in run.needs]
-        words = [files[int(word[1:-1])] if word[:1] + word[-1:] == "{}" else word for word in run.words]
+        words = [files[int(word[1:])] if word.startswith(PLACE) else word for word in run.words]
         items: list[str] = []
         if run.program == "tasks":
             items = ["--tasks", ",".join(run.item for run in self.runs)]
@@ -146,13 +148,15 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         corpora = _corpora(measure, model, scope) if measure.program == "ppl" else ()
         if corpora:
             own = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
-            found |= {own.get(name, replace(measure, item=name, head=Path(name).name)): None for name in corpora}
+            taken = {m.head for m in paper.measures}
+            called = heads_of([name for name in dict.fromkeys(corpora) if name not in own], taken)
+            found |= {own.get(name) or replace(measure, item=name, head=called[name]): None for name in corpora}
         else:
             found[measure] = None
     if scope.tasks:
         asked = {m.item: m for m in (*KNOWN_TASKS, *paper.measures) if m.program == "tasks" and m.item}
         names = [task for name in scope.tasks if name != "none" for task in GROUPS.get(name, (name,))]
-        columns = [asked.get(name, Measure(name, "tasks", name, metric="acc", better="higher")) for name in names]
+        columns = [asked.get(name, Measure(name, "tasks", name, better="higher")) for name in names]
         # In one table no text stands alone in two ways.
         alone = next((m.alone for m in paper.measures if m.program == "tasks"), ())
         columns = [replace(column, alone=alone) for column in columns]
@@ -265,13 +269,13 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     needs: tuple[Run, ...] = ()
     if arm.trains and inside:
         needs = (_trained(arm, model, (*made, *text, *prefix), scope, ()),)
-        prefix = ("--prefix", "{0}")
+        prefix = ("--prefix", f"{PLACE}0")
     if method.quantizes:
         words = (*plain, *_lasting(more), *text, *behind, *(prefix if inside else ()))
         needs = (*needs, Run("quantization", model, "", words, needs, searched if inside else ""))
     if arm.trains and not inside:
         needs = (*needs, _trained(arm, model, (*made, *text, *prefix), scope, needs))
-        prefix = ("--prefix", f"{{{len(needs) - 1}}}")
+        prefix = ("--prefix", f"{PLACE}{len(needs) - 1}")
     kv = method.words(measure.generates)[2 + len(method.options) :]
     front = (*prefix, *behind, *(("--vanilla",) if arm.vanilla else ()))
     asked = (*plain, *kv, *more, *text, *front)
@@ -280,7 +284,7 @@ def _run(row: Row, measure: Measure, model: Path, scope: Scope, seed: int | None
     fitted = f"{model.name} {' '.join(asked)}" if method.calibrates and not method.quantizes else searched
     if measure.program == "judge":
         answers = Run("mtbench", model, "", words, needs)
-        return Run("judge", model, "", ("--answers", "{0}", *scope.judge), (answers,))
+        return Run("judge", model, "", ("--answers", f"{PLACE}0", *scope.judge), (answers,))
     return Run(measure.program, model, measure.item, words, needs, fitted)
 
 

@@ -10,28 +10,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from corpora.catalog import catalog_name
 from eval.tables import render
 from eval.tables.asked import Cell, bases_of, cells_of
 from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
-from eval.tables.departures import QUESTIONS, departures
+from eval.tables.departures import QUESTIONS, computed, departures
 from eval.tables.ledger import answer_of
 from eval.tables.render import change_of, in_percent, mean_of, plain
 
-__all__ = [
-    "BANDS",
-    "Filled",
-    "RowPlace",
-    "changes_of",
-    "filled",
-    "form_of",
-    "row_place",
-    "scatter",
-    "value_of",
-    "verdict_of",
-]
+__all__ = ["BANDS", "Filled", "RowPlace", "changes_of", "filled", "form_of", "row_place", "scatter", "value_of",
+           "verdict_of"]  # fmt: skip
 
 # A difference of so many scatters at most.
 BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
@@ -68,7 +58,7 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
         case "ppl":
             return float(record["perplexity"])
         case "tasks":
-            metric = measure.metric or "acc"
+            metric = measure.metric or _metric(record)
             value = record["metrics"].get(metric)
             return None if value is None else float(in_percent(metric, value))
         case "needle":
@@ -81,6 +71,12 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
             return str(record["answers"][-1]["answer"])
         case "latency":
             return _latency(record, measure.metric)
+
+
+def _metric(record: Mapping[str, Any]) -> str:
+    """The one that counts of a task that no table has: plain accuracy, or else the task's own first."""
+    metrics = record["metrics"]
+    return "acc" if "acc" in metrics else str(next(iter(metrics)))
 
 
 def _latency(record: Mapping[str, Any], metric: str) -> float | None:
@@ -103,12 +99,24 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
         one = replace(one, against=bases_of(cell.row, cell.measure, rows, scope))
         found.append(one)
         by_row.setdefault(row_place(cell.row), {})[cell.measure.head] = one
-    return [
+    return _named([
         _average(one, [by_row[row_place(one.row)].get(head) for head in one.measure.average_of])
         if one.measure.average_of
         else one
         for one in found
-    ]
+    ])  # fmt: skip
+
+
+def _named(cells: Sequence[Filled]) -> list[Filled]:
+    """The same; a column of a task that no table has is called by its metric, too, as far as a record says it."""
+    named: dict[Measure, Measure] = {}
+    for one in cells:
+        if one.measure.program == "tasks" and one.measure.item and not one.measure.metric and one.records:
+            metric, head = _metric(one.records[0]), one.measure.head
+            better: Literal["lower", "higher"] = "lower" if "perplexity" in metric or "bits" in metric else "higher"
+            head = head if metric == "acc" else f"{head}, {metric}"
+            named.setdefault(one.measure, replace(one.measure, head=head, metric=metric, better=better))
+    return [replace(one, measure=named.get(one.measure, one.measure)) for one in cells]
 
 
 def row_place(row: Row) -> RowPlace:
@@ -122,17 +130,24 @@ def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, answers: Sequenc
     values = [None if record is None else value_of(record, measure) for record in answers]
     numbers = tuple(value if isinstance(value, float) else None for value in values)
     words = next((value for value in values if isinstance(value, str)), None)
+    apart, departs = _apart(records), departures(paper, model, cell, scope, answers)
     one = Filled(
         cell.row,
         measure,
         model,
         tuple(records),
-        _figure(measure, numbers) or words,
+        apart or _figure(measure, numbers) or words,
         paper.value(cell.row, catalog_name(model), measure),
-        departs=departures(paper, model, cell, scope, answers),
+        departs=(*departs, apart) if apart else departs,
         values=numbers,
     )
     return _compared(one, scatter(measure, one.theirs, [record.get("samples", 0) for record in records]))
+
+
+def _apart(records: Iterable[Mapping[str, Any]]) -> str:
+    """Why there is no mean of some records: not all were computed in one format on one kind of device."""
+    kinds = sorted({computed(record) for record in records} - {""})
+    return f"no mean of {' and '.join(kinds)}" if len(kinds) > 1 else ""
 
 
 def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure | None:
@@ -160,7 +175,9 @@ def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:
     errors = [scatter(p.measure, _number(p), [record.get("samples", 0) for record in p.records]) for p in parts]
     known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(parts) if len(known) == len(parts) else None
-    whole = replace(one, ours=_figure(one.measure, values), departs=departs, values=values)
+    apart = _apart([record for part in parts for record in part.records])
+    departs = tuple(dict.fromkeys((*departs, *([apart] if apart else []))))
+    whole = replace(one, ours=apart or _figure(one.measure, values), departs=departs, values=values)
     return _compared(whole, error)
 
 

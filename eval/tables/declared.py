@@ -9,6 +9,7 @@ model, `eval.tables.ledger` finds their records. None of these imports torch: a 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -208,14 +209,25 @@ class Scope:
         """More options of a method; full precision has none."""
         found: list[str] = []
         for word in self.options if method.quantizes_something else ():
-            name, colon, setting = word.partition(":")
-            if not (found[-1:] == ["--set"] and colon and "=" not in name):
+            name = self.method_of(word) if found[-1:] == ["--set"] else ""
+            if not name:
                 found.append(word)
             elif name.lower() in (method.name.lower(), method.recipe.lower()):
-                found.append(setting)
+                found.append(word.removeprefix(f"{name}:"))
             else:
                 found.pop()
         return tuple(found)
+
+    @property
+    def settings(self) -> Words:
+        """The values of --set among the options."""
+        return tuple(value for word, value in pairwise(self.options) if word == "--set")
+
+    @staticmethod
+    def method_of(setting: str) -> str:
+        """The method or recipe that a setting NAME:PART.FIELD=VALUE is of; empty for one of all."""
+        name, colon, _ = setting.partition(":")
+        return name if colon and "=" not in name else ""
 
     @property
     def reduced(self) -> Words:
