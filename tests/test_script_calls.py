@@ -686,7 +686,11 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "memory, perhaps": ("train/train llama-2 7b awq 3 cpu", {"CHECKPOINTING": "x"}, "CHECKPOINTING='x' is not allowed"),
     "tasks without names": (f"run_prefixquant cpu {MODEL}", {"TASKS": ","}, "TASKS=',' are no names"),
     "tasks with spaces": (f"run_prefixquant cpu {MODEL}", {"TASKS": "piqa mmlu"}, "give them joined by commas"),
-    "an order": (f"run_gptq cpu {MODEL}", {"ACT_ORDER": "no"}, "ACT_ORDER='no' is not allowed; give true, false or both"),
+    "an order": (
+        f"run_gptq cpu {MODEL}",
+        {"ACT_ORDER": "no"},
+        "ACT_ORDER='no' is not allowed; give true, false or both",
+    ),
     "rounds": (f"run_lutgemm cpu {MODEL} x", {}, "ROUNDS 'x' is no number"),
     "a port": ("eval/eval llama-2 7b rtn 3 16 ppl x cpu", {}, "PORT 'x' is no port; give 1 to 65535, such as 29500"),
     "a large port": ("eval/eval llama-2 7b rtn 3 16 ppl 65536 cpu", {}, "PORT '65536' is no port; give 1 to 65535"),
