@@ -38,7 +38,8 @@ def answer(run: Run, value: Any, others: Mapping[str, Any] | None = None) -> dic
     if run.program == "ppl":
         settings |= {"corpus": run.item, "tokens_sha256": "aa", "protocol": "intactkv", "limit": None,
                      "window": int(option.get("--window", WINDOW))}  # fmt: skip
-        figures: dict[str, Any] = {"perplexity": value, "window_nll": [math.log(value)] * 2, "windows": 2}
+        windows = int(option.get("--limit", 166 if run.item == "wikitext2" else 256))
+        figures: dict[str, Any] = {"perplexity": value, "window_nll": [math.log(value)] * windows, "windows": windows}
     elif run.program == "tasks":
         settings |= {"task_name": run.item, "protocol": "lm-eval", "fewshot": 0, "data": "local", "lead": [1],
                      "data_sha256": f"of {run.item}", "limit": None}  # fmt: skip

@@ -22,7 +22,7 @@ from eval.cluster.scripts import RESTARTS, indices, script_of
 from eval.cluster.site import Site, read_site
 from eval.cluster.slurm import Queued
 from eval.cluster.states import Job, keep_note, last_line, log_of, note_of, read_jobs, states_of, write_jobs
-from eval.cluster.submitting import submit, wanted, write_scripts
+from eval.cluster.submitting import lines_of, parts_of, submit, wanted, write_scripts
 from eval.cluster.task import run_task
 from eval.cluster.tasks import arrays_of, read_tasks, submission_name, tasks_of, write_tasks
 from eval.tables.asked import Run
@@ -455,9 +455,30 @@ def test_a_dry_run_needs_no_slurm_no_model_and_no_site(
     assert out.splitlines()[-1] == (
         f"n: {len(listed)} tasks, 0 need not run, {len(listed)} to submit; nothing was submitted"
     )
+    assert f"cd {folder}" in out
+    submitted = [line.partition(")")[0].split()[-1] for line in out.splitlines() if line.startswith("JOB")]
+    assert submitted == sorted(file.name for file in folder.glob("*.sbatch"))
     assert len(list(folder.glob("*.sbatch"))) == len({line["array"] for line in listed})
     assert all(line["command"].startswith("python -m ") for line in listed)
     assert read_jobs("n") == []
+    assert "lacking: text c4 for calibration" in err
+    code, _, err = run_main(main, "cluster", "status")  # a plan is no submission
+    assert (code, "nothing was submitted yet" in err) == (2, True)
+
+
+def test_the_lines_of_a_plan_submit_what_the_program_would(intactkv_root: Path, fake: Callable[..., Path]) -> None:
+    calls, _ = fake("sbatch", SBATCH), fake("squeue")
+    listed, site = tasks_of(some_runs()), Site(asked={"SBATCH_ACCOUNT": "ours it is"}, cpus=3)
+    write_scripts("n", listed, site, 2, "auto")
+    lines = lines_of("n", listed, parts_of(listed, wanted(listed), {}), site, 2)
+    subprocess.run(["bash", "-eu"], input="\n".join(lines), text=True, check=True)
+    by_hand = calls.read_text()
+    calls.write_text("")
+    (outputs_dir() / "cluster" / "n" / "n").unlink()  # where the stand-in counts its jobs
+    submit("n", listed, site, at_once=2)
+    assert by_hand.count("afterok") == calls.read_text().count("afterok") > 0
+    assert by_hand == calls.read_text()
+    assert "ours it is" in (outputs_dir() / "cluster" / "n" / "accounts").read_text()
 
 
 @every(

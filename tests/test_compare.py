@@ -46,7 +46,9 @@ def graded(score: float | None, **others: Any) -> dict[str, Any]:
 
 def record_for(cell: Cell, value: float, **others: Any) -> dict[str, Any]:
     if cell.measure.program == "ppl":
-        return perplexity(value, **({"corpus": cell.measure.item} | others))
+        whole = 256 if cell.measure.item != "wikitext2" else 141 if "llama-3" in cell.runs[0].model.name else 166
+        given: dict[str, Any] = {"corpus": cell.measure.item, "windows": whole} | others
+        return perplexity(value, **given)
     if cell.measure.program == "judge":
         return graded(value, **others)
     norm = value / 100 if cell.measure.metric == "acc_norm" else None
@@ -99,7 +101,7 @@ def test_a_model_that_was_not_run_has_published_figures_and_nothing_of_ours(inta
 
 
 @pytest.mark.parametrize(("scope", "others", "word"), [
-    (Scope(window=512), {"window": 512}, "window 512"), (Scope(limit=8), {"limit": 8}, "limit 8"),
+    (Scope(window=512), {"window": 512}, "window 512"), (Scope(limit=8), {"limit": 8, "windows": 8}, "limit 8"),
     (Scope(corpora=("wikitext2",)), {}, "corpus wikitext2"), (Scope(), {"window": 1024}, "windows of 1024 tokens"),
     (Scope(scoring=("--protocol", "gptq")), {"protocol": "gptq"}, "--protocol gptq"),
 ])  # fmt: skip
@@ -115,6 +117,109 @@ def test_there_is_no_difference_between_figures_of_other_protocols(
     (table,) = paper_table(paper, list(found.values()))
     assert not any("difference" in head for head in table.head)
     assert any(word in note for note in table.notes)
+
+
+@pytest.mark.parametrize(("corpus", "model", "windows", "word"), [
+    ("wikitext2", "llama-2-7b", 166, ""), ("wikitext2", "llama-2-7b", 160, ""),
+    ("wikitext2", "llama-2-7b", 141, "141 windows of wikitext2, about 166 expected"),
+    ("wikitext2", "llama-3.1-instruct-8b", 141, ""), ("wikitext2", "Meta-Llama-3-8B", 166, "about 141 expected"),
+    ("wikitext2", "qwen2-7b", 146, ""), ("wikitext2", "qwen2-7b", 120, "about 140 to 166 expected"),
+    ("c4", "vicuna-v1.5-7b", 256, ""), ("c4", "vicuna-v1.5-7b", 217, "217 windows of c4, about 256 expected"),
+    ("c4", "llama-3-8b", 225, ""), ("c4-old", "llama-3-8b", 225, "225 windows of c4-old, about 256 expected"),
+])  # fmt: skip
+def test_a_truncated_or_replaced_text_is_told_by_its_windows(
+    corpus: str, model: str, windows: int, word: str, intactkv_root: Path
+) -> None:
+    row = Row("FP16", Method("FP16"), published={catalog_name(model): (7.0,)})
+    paper = Paper("p", "p", "t", "s", "p", (catalog_name(model),), (Measure("text", item=corpus),), (row,))
+    one = fill(paper, Path(model), {("FP16", ""): 7.0}, windows=windows)["FP16", ""]
+    assert one.verdict == ("" if word else "agrees")
+    assert " ".join(one.departs).endswith(word)
+    assert bool(one.departs) == bool(word)
+
+
+@pytest.mark.parametrize("scope", [Scope(window=2048), Scope(limit=256), Scope(limit=10_000), Scope(data="local")])
+def test_the_published_size_in_words_is_no_departure(scope: Scope, intactkv_root: Path) -> None:
+    assert fill(PAPERS["intactkv-1"], LLAMA, {("FP16", ""): 7.30}, scope)["FP16", ""].verdict == "agrees"
+    assert fill(PAPERS["intactkv-2"], VICUNA, {("FP16", ""): 50.0}, scope)["FP16", ""].departs == ()
+
+
+def test_what_a_limit_left_out_departs(intactkv_root: Path) -> None:
+    one = fill(PAPERS["intactkv-2"], VICUNA, {("FP16", ""): 50.0}, Scope(limit=5), samples=57 * 5)["FP16", ""]
+    assert (one.departs, one.verdict) == (("limit 5",), "")
+    judged = Scope(limit=80, judge=JUDGED.judge)
+    assert fill(PAPERS["intactkv-4"], VICUNA, {("FP16", ""): 5.2}, judged)["FP16", ""].departs == ()
+
+
+def test_a_part_of_the_seeds_has_no_verdict(intactkv_root: Path) -> None:
+    """10 and 12 of three seeds: 11 ± √2; 9 of three."""
+    paper, scope = PAPERS["intactkv-1"], Scope(seeds=(0, 1, 2))
+    found = fill(paper, LLAMA, {("GPTQ", ""): [10.0, 12.0], ("GPTQ", "[B]"): 9.0}, scope)
+    (table,) = paper_table(paper, list(found.values()))
+    assert column(table, "C4: ours")["GPTQ", "alone"] == "11.00 ± 1.41 (2 of 3 seeds)"
+    assert column(table, "C4: ours")["GPTQ", "[B]"] == "9.00 (1 of 3 seeds)"
+    assert [(one.departs, one.verdict) for one in (found["GPTQ", ""], found["GPTQ", "[B]"])] == [
+        (("2 of 3 seeds",), ""), (("1 of 3 seeds",), ""),
+    ]  # fmt: skip
+
+
+def heads_of(*corpora: str) -> list[str]:
+    return [cell.measure.head for cell in cells_of(PAPERS["intactkv-1"], LLAMA, Scope(corpora=corpora))
+            if (cell.row.label, cell.row.arm) == ("FP16", ALONE)]  # fmt: skip
+
+
+def test_texts_of_one_file_name_have_columns_of_their_own(intactkv_root: Path) -> None:
+    """By the shortest end of the path that tells them apart; a table's own name is not for a file."""
+    assert heads_of("a/x.txt", "y.txt") == ["x.txt", "y.txt"]
+    assert heads_of("a/x.txt", "b/x.txt") == ["a/x.txt", "b/x.txt"]
+    assert heads_of("a/c/x.txt", "b/c/x.txt", "b/y/x.txt") == ["a/c/x.txt", "b/c/x.txt", "y/x.txt"]
+    assert heads_of("c4", "b/C4", "wikitext2") == ["C4", "b/C4", "wikitext2"]
+    assert heads_of("b/wikitext2", "b/c4") == ["wikitext2", "b/c4"]
+    assert heads_of("b/wikitext2", "wikitext2") == ["b/wikitext2", "wikitext2"]
+    assert heads_of("C4")[0].endswith("/C4")
+    paper, scope = PAPERS["intactkv-1"], Scope(corpora=("a/x.txt", "b/x.txt"))
+    for i, cell in enumerate(cells_of(paper, LLAMA, scope)[:2]):
+        written(cell.runs[0], record_for(cell, 7.0 + i))
+    (table,) = paper_table(paper, filled(paper, LLAMA, scope))
+    assert [column(table, f"{head}: ours")["FP16", "alone"] for head in ("a/x.txt", "b/x.txt")] == ["7.00", "8.00"]
+
+
+def test_a_task_without_accuracy_shows_its_own_first_metric_by_name(intactkv_root: Path) -> None:
+    paper, scope = PAPERS["intactkv-3"], Scope(tasks=("squadv2", "wikitext", "copa"), recipes=("fp16",))
+    metrics = {"squadv2": {"exact": 31.5, "f1": 40.0}, "wikitext": {"word_perplexity": 12.25}, "copa": {"acc": 0.5}}
+    for cell in cells_of(paper, VICUNA, scope):
+        (run,) = cell.runs
+        written(run, task(run.item, 0.5) | {"metrics": metrics[run.item]})
+    found = {one.measure.head: one for one in filled(paper, VICUNA, scope)}
+    assert {head: str(one.ours) for head, one in found.items()} == {
+        "squadv2, exact": "31.50", "wikitext, word_perplexity": "12.25", "copa": "50.00",
+    }  # fmt: skip
+    assert [one.measure.better for one in found.values()] == ["higher", "lower", "higher"]
+
+
+def test_there_is_no_mean_of_runs_that_were_computed_otherwise(intactkv_root: Path) -> None:
+    """Of two seeds, or of the columns of an average; the average's own columns have their figures."""
+    paper, scope = PAPERS["intactkv-1"], Scope(seeds=(0, 1))
+    cell = next(one for one in cells_of(paper, LLAMA, scope) if (one.row.label, one.row.arm) == ("GPTQ", ALONE))
+    for run, others in zip(cell.runs, ({}, {"dtype": "float32", "device": "cpu"}), strict=True):
+        written(run, record_for(cell, 9.0, **others))
+    (one,) = (one for one in filled(paper, LLAMA, scope) if one.ours is not None)
+    assert one.ours == "no mean of float16 on cuda and float32 on cpu"
+    assert (one.difference, one.departs) == (None, (one.ours,))
+    found = seven(50.0, 60.0, PAPERS["intactkv-3"], VICUNA, without="boolq")
+    boolq = found["BoolQ"]
+    (run,) = next(
+        c for c in cells_of(PAPERS["intactkv-3"], VICUNA) if (c.row.label, c.measure) == ("FP16", boolq.measure)
+    ).runs
+    written(run, task("boolq", 0.5, dtype="float32", device="cpu"))
+    heads = {one.measure.head: one for one in filled(PAPERS["intactkv-3"], VICUNA) if one.row.label == "FP16"}
+    assert heads["QA average"].ours == "no mean of float16 on cuda and float32 on cpu"
+    assert str(heads["BoolQ"].ours) == "50.00"
+
+
+def test_full_precision_on_a_cpu_compares_with_published_figures_of_16_bits(intactkv_root: Path) -> None:
+    found = fill(PAPERS["intactkv-1"], LLAMA, {("FP16", ""): 7.30}, dtype="float32", device="cpu")
+    assert found["FP16", ""].verdict == "agrees"
 
 
 def test_a_batch_and_the_columns_own_protocol_are_no_departure(intactkv_root: Path) -> None:

@@ -145,9 +145,9 @@ def test_what_lacks_is_named_with_the_way_to_get_it(doctor, run_main, place):
     code, out, _ = run_main(main, "doctor", "gptq-llama", "--device", "cpu", "--json")
     found = {finding["what"]: finding["way_out"] for finding in json.loads(out) if finding["verdict"] == "lacks"}
     assert code == 1
-    assert found["model llama-2-7b"] == "python -m corpora prepare model llama-2 7b"
-    assert found["text c4-old for evaluation"] == "python -m corpora prepare data c4"
-    assert found["text wikitext2 for evaluation"] == "python -m corpora prepare data wikitext2"
+    assert found["model llama-2-7b"] == "bash scripts/prepare/model.sh llama-2 7b"
+    assert found["text c4-old for evaluation"] == "bash scripts/prepare/data.sh c4"
+    assert found["text wikitext2 for evaluation"] == "bash scripts/prepare/data.sh wikitext2"
 
 
 def test_a_model_is_looked_into_by_the_plans_of_its_runs(doctor, place):

@@ -18,7 +18,8 @@ from corpora.errors import UserError
 from corpora.paths import outputs_dir
 from eval import execution
 from eval.__main__ import main as eval_main
-from eval.execution import Failure, Worker, execute, workers_of
+from eval.execution import Failure, Outcome, Worker, execute, workers_of
+from eval.programs.reproduce import _tell
 from eval.tables.asked import Call, Run, calls_of, cells_of, measures_of, rows_of, runs_of
 from eval.tables.declared import ALONE, BOS, Measure, Method, Paper, Row, Scope
 from eval.tables.ledger import entry_of
@@ -298,7 +299,8 @@ def test_what_cannot_be_is_one_line(
 ) -> None:
     mine = str(checkpoint())
     assert "no table is named" in refused(run_main)
-    assert "unknown table intactkv-9; known are intactkv-1" in refused(run_main, "intactkv-9")
+    assert "unknown table intactv-1; the nearest is intactkv-1," in refused(run_main, "intactv-1")
+    assert refused(run_main, "1") == refused(run_main, "intactkv-1")  # IntactKV's numbers, as `table` has them
     said = refused(run_main, "intactkv-1")
     assert "none of the models of intactkv-1 is in modelzoo/ (llama-7b" in said
     assert "--model DIR" in said
@@ -309,7 +311,9 @@ def test_what_cannot_be_is_one_line(
     assert "--only kivi leaves nothing of intactkv-1" in refused(
         run_main, "intactkv-1", "--model", mine, "--only", "kivi"
     )
-    assert "need --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "need a judge; add --judge-model" in refused(run_main, "intactkv-4", "--model", mine)
+    assert "need a judge; add --judge-model" in refused(run_main, "intactkv-4")  # before it looks for models
+    assert "or fetch one: bash scripts/prepare/model.sh llama 7b" in refused(run_main, "intactkv-1")
     assert "--judge-model" in refused(run_main, "intactkv-4", "--judge-options", "--retries 1")
     assert "add it" in refused(run_main, "intactkv-1", "--commands")
     assert "--prefix is of rows" in refused(run_main, "intactkv-1", "--prefix", "bos")
@@ -361,9 +365,23 @@ def test_a_table_of_a_users_own_model_is_run_and_killed_and_goes_on(
     first.communicate()
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "3 runs made, 1 were finished, 0 failed" in done.stderr
+    assert "3 runs made, 1 finished before, 0 failed" in done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
     rows = [row for row in rows if "change" not in row[1]]
     assert [(row[0], row[1]) for row in rows] == [("FP16", "alone"), ("GPTQ", "alone"), ("GPTQ", "[B]")]
     assert all(float(row[-1]) > 1 for row in rows)
     assert len(list((intactkv_root / "outputs" / "runs").glob("*.json"))) == 3
+
+
+def test_failures_of_one_reason_are_told_once_and_the_rest_is_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = [Run("quantization", MODEL, "", ("--recipe", name)) for name in ("rtn", "gptq", "awq")]
+    failed = [Failure(run, f"no room (all of it: {i}.log)") for i, run in enumerate(runs[:2])]
+    behind = [Failure(Run("ppl", MODEL, item, (), (runs[0],)), "it needs `x`, which failed") for item in ("c4", "ptb")]
+    _tell(Outcome([runs[2]], [], failed, behind), 3.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 run made, 0 finished before, 2 failed, 2 left out, 3 s",
+        "failed: quantization llama-2-7b recipe rtn and 1 more: no room (all of it: 0.log)",
+        "left out: 2 runs that need what failed",
+    ]

@@ -36,12 +36,12 @@ def settings(recipe: str, group: int, seed: int | None, weights: Mapping[str, An
 
 
 def perplexity(value: float, recipe: str = "fp16", *, group: int = 128, seed: int | None = None,
-               weights: Mapping[str, Any] | None = None, started: str = "2026-01-01",
+               weights: Mapping[str, Any] | None = None, started: str = "2026-01-01", windows: int = 2,
                **others: Any) -> dict[str, Any]:  # fmt: skip
-    """A record of `eval ppl`; by itself one by the paper's protocol."""
+    """A record of `eval ppl`; by itself one by the paper's protocol, but for the number of windows."""
     text = {"corpus": "c4", "tokens_sha256": "aa", "protocol": "intactkv", "window": 2048, "limit": None}
     return {"settings": settings(recipe, group, seed, weights or {}, **{**text, **others}), "identity": "x",
-            "started": started, "perplexity": value, "window_nll": [1.0, 1.1]}  # fmt: skip
+            "started": started, "perplexity": value, "window_nll": [1.0, *[1.1] * (windows - 1)]}  # fmt: skip
 
 
 def task(name: str, acc: float, recipe: str = "fp16", *, acc_norm: float | None = None, group: int = 128,

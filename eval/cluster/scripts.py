@@ -1,4 +1,5 @@
-"""The batch script of an array: all that a task does on its node, to be read, and to be submitted by hand.
+"""The batch script of an array: all that a task does on its node. What sbatch is told besides stands in
+no file: which tasks are left, what they wait for, and what the site asks for; `submit --dry-run` prints it.
 
     sbatch ──▶ the script ──▶ python -m eval cluster run NAME TASK ──▶ the program, as `reproduce` calls it
 
@@ -42,8 +43,9 @@ def script_of(name: str, array: Array, site: Site, at_once: int | None, device: 
     setup = "\n".join(("# From cluster.env", *site.setup, "")) if site.setup else ""
     return f"""\
 #!/bin/bash
-# {what.capitalize()} of tasks.jsonl beside this file. Needs: {needs}. Logs are relative to the directory of this file:
-# submit it from there.
+# {what.capitalize()} of tasks.jsonl beside this file. Needs: {needs}. `python -m eval cluster submit` gives sbatch
+# what this file does not say: the tasks that are left, the jobs to wait for, cluster.env's resources. With --dry-run it
+# prints these lines. Logs are relative to the directory that sbatch is called in, which is the one of this file.
 #SBATCH --job-name={name}.{array.number:02}
 #SBATCH --array={indices(range(len(tasks)), at_once)}
 #SBATCH --output=logs/%x_%A_%a.out

@@ -45,6 +45,8 @@ def _asked(command: Sequence[str], *, environment: Mapping[str, str] | None = No
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within {PATIENCE} s; try again later") from None
     if done.returncode != 0:
+        if re.search("contact slurm controller|connect", done.stderr, re.IGNORECASE):
+            raise UserError(f"{command[0]} does not reach Slurm's controller; try again later")
         said = one_line(done.stderr)[-300:] or f"exit code {done.returncode}"
         raise UserError(f"{command[0]} refused: {said}; mend cluster.env or ask the cluster's administrators")
     return done.stdout

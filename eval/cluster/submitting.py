@@ -5,11 +5,12 @@ because an artefact failed (--kill-on-invalid-dep=yes in the scripts), and `stat
 """
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from corpora.errors import UserError
+from corpora.errors import UserError, one_line
 from corpora.paths import outputs_dir
 from corpora.writing import locked, write_beside
 from eval.cluster import slurm
@@ -19,7 +20,7 @@ from eval.cluster.slurm import Queued
 from eval.cluster.states import Job, State, job_of, read_jobs, states_of, write_jobs
 from eval.cluster.tasks import Array, Task, arrays_of, folder_of, is_finished, names, read_tasks, write_tasks
 
-__all__ = ["Part", "cancel", "look", "parts_of", "submit", "write_scripts"]
+__all__ = ["Part", "cancel", "lines_of", "look", "parts_of", "submit", "write_scripts"]
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,34 @@ def _submitted(
     """Submit a part of an array behind what makes its artefacts."""
     needs = [run.key for other in part.tasks[0].needs for run in tasks[other].call.runs]
     after = list(dict.fromkeys(busy[key] for key in needs if key in busy))
-    options = [f"--array={indices((task.index - part.array.first for task in part.tasks), at_once)}"]
-    options += [f"--dependency=afterok:{':'.join(after)}"] * bool(after)
-    options += [f"--cpus-per-task={site.cpus}"] * bool(site.cpus)
+    options = _options(part, after, site, at_once)
     job = slurm.submit(folder_of(name) / part.array.file_name, options, site.asked)
     return {
         "job": job, "array": part.array.number, "first": part.array.first,
         "tasks": [task.index for task in part.tasks], "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def _options(part: Part, after: Sequence[str], site: Site, at_once: int | None) -> list[str]:
+    """What sbatch is told beside the script. after: jobs that must end well first."""
+    options = [f"--array={indices((task.index - part.array.first for task in part.tasks), at_once)}"]
+    options += [f"--dependency=afterok:{':'.join(after)}"] * bool(after)
+    return options + [f"--cpus-per-task={site.cpus}"] * bool(site.cpus)
+
+
+def lines_of(name: str, tasks: Sequence[Task], parts: Sequence[Part], site: Site, at_once: int | None) -> list[str]:
+    """The lines of a shell that submit parts, as `submit` does where nothing of them waits or runs yet."""
+    asked = [shlex.join(["export", *(f"{key}={value}" for key, value in site.asked.items())])] * bool(site.asked)
+    chosen = {task.index for part in parts for task in part.tasks}
+    lines = [*asked, shlex.join(["cd", str(folder_of(name))])]
+    for part in parts:
+        needs = [tasks[other] for other in part.tasks[0].needs if other in chosen]
+        first = {array.number: array.first for array in arrays_of(tasks)}
+        after = [f"${{JOB{task.array:02}}}_{task.index - first[task.array]}" for task in needs]
+        words = ["sbatch", "--parsable", *_options(part, after, site, at_once), part.array.file_name]
+        count, label = len(part.tasks), one_line(part.tasks[0].call.label)
+        lines.append(f"JOB{part.array.number:02}=$({' '.join(words)})  # {count} of {len(part.array.tasks)}: {label}")
+    return lines
 
 
 def look(name: str, tasks: Sequence[Task], queue: Mapping[str, Queued] | None) -> list[State]:

@@ -28,7 +28,7 @@ def model(directory: Path) -> Finding:
     family, size = directory.parent.name, directory.name.removeprefix(f"{directory.parent.name}-")
     state = f"{shown} is incomplete" if directory.is_dir() else f"{shown} is missing"
     known = family in FAMILIES and size in FAMILIES[family].sizes
-    way_out = f"python -m corpora prepare model {family} {size}" if known else "put a whole checkpoint there"
+    way_out = f"bash scripts/prepare/model.sh {family} {size}" if known else "put a whole checkpoint there"
     return Finding(f"model {directory.name}", needed, state, "lacks", way_out)
 
 
@@ -81,7 +81,7 @@ def _corpus(item: str, role: str) -> Finding:
     files = corpus_files(name, role)
     if files:
         return Finding(what, "its files", _place(files[0]))
-    return Finding(what, "its files", "missing", "lacks", f"python -m corpora prepare data {name}")
+    return Finding(what, "its files", "missing", "lacks", f"bash scripts/prepare/data.sh {name}")
 
 
 def _place(path: Path) -> str:
@@ -95,7 +95,7 @@ def _task(name: str, source: str) -> Finding:
         folder = mmlu_directory(sample=True) if name == "mmlu" else sample_directory() / name
         if name != "mmlu" and name not in SAMPLE_TASKS:
             return Finding(what, needed, "no sample is made of it", "lacks", "--data local")
-        way_out = f"python -m corpora prepare data {SAMPLE_TASKS_NAME}"
+        way_out = f"bash scripts/prepare/data.sh {SAMPLE_TASKS_NAME}"
     elif source == "hub":
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         if offline:
@@ -104,7 +104,7 @@ def _task(name: str, source: str) -> Finding:
     elif name == "mmlu":
         folder, way_out = mmlu_directory(sample=False) / "test", f"unpack {MMLU_ARCHIVE} in datasets/mmlu"
     elif name in TASK_DATA:
-        folder, way_out = task_directory(TASK_DATA[name]), f"python -m corpora prepare data {name}"
+        folder, way_out = task_directory(TASK_DATA[name]), f"bash scripts/prepare/data.sh {name}"
         if not scored_files(TASK_DATA[name]):
             return Finding(what, needed, "missing", "lacks", way_out)
     else:

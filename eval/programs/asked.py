@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from eval.tables.asked import Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "refuse_lacking", "scope_of", "scope_of_words",
-           "texts_of", "without_models", "words_of"]  # fmt: skip
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "scope_of", "scope_of_words",
+           "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
 
@@ -199,7 +200,11 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     """
     from eval.tables.asked import cells_of, runs_of
 
-    chosen, scope = _models(papers_of(options.tables), options, scope_of(options))
+    papers, scope = papers_of(options.tables), scope_of(options)
+    if not scope.judge and all(measure.program == "judge" for paper in papers for measure in paper.measures):
+        names = ", ".join(paper.name for paper in papers)
+        raise UserError(f"{names}: judged answers need a judge; add --judge-model NAME|local:DIR")
+    chosen, scope = _models(papers, options, scope)
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
@@ -226,14 +231,6 @@ def _check_words(asked: "Sequence[Run]") -> None:
             chosen_recipe(options, Checkpoint(model, model.name, "", None))
 
 
-def refuse_lacking(asked: "Sequence[Run]", chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> None:
-    """Raise UserError if a model or a text is not here that runs need."""
-    from eval.tables.preview import lacking
-
-    if missing := lacking(asked, texts_of(asked, scope)):
-        raise UserError(f"{', '.join(paper.name for paper, _ in chosen)} cannot run: {'; '.join(missing)}")
-
-
 def papers_of(names: Sequence[str]) -> "list[Paper]":
     """The tables of some names, or all. Raises UserError for an unknown name, and for none."""
     from eval.tables.papers import PAPERS
@@ -242,9 +239,11 @@ def papers_of(names: Sequence[str]) -> "list[Paper]":
         raise UserError("no table is named; `python -m eval reproduce --list` prints all, `all` stands for every one")
     if ALL in names:
         return list(PAPERS.values())
+    names = [f"intactkv-{name}" if f"intactkv-{name}" in PAPERS else name for name in names]  # IntactKV's numbers
     for name in names:
         if name not in PAPERS:
-            raise UserError(f"unknown table {values.shown(name)}; known are {', '.join(PAPERS)}, and all")
+            near = get_close_matches(name, [*PAPERS, ALL], 1, 0.0)[0]
+            raise UserError(f"unknown table {values.shown(name)}; the nearest is {near}, `reproduce --list` prints all")
     return [PAPERS[name] for name in dict.fromkeys(names)]
 
 
@@ -255,6 +254,7 @@ def _models(
 
     Raises UserError if nothing of modelzoo/ is in a table and no model is named.
     """
+    from eval.doctor.files import model
     from eval.tables.declared import NO_MODEL
     from eval.tables.preview import place_of
 
@@ -274,7 +274,7 @@ def _models(
                 names = ", ".join(place.name for place in places)
                 raise UserError(
                     f"none of the models of {paper.name} is in modelzoo/ ({names}); "
-                    "name a directory with --model DIR, or fetch one as modelzoo/README.md says"
+                    f"name a directory with --model DIR, or fetch one: {model(places[0]).way_out}"
                 )
             places = there
         chosen.append((paper, places))
@@ -299,26 +299,8 @@ def _nothing(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope") -> st
 
     known: dict[str, None] = {}
     for paper, _ in chosen:
-        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures, scope) for word in sorted(kind))
+        known |= dict.fromkeys(word for kind in words_of(paper, paper.measures, scope) for word in sorted(kind) if word)
     names = ", ".join(paper.name for paper, _ in chosen)
     if not scope.only:
-        return f"{names}: nothing is left to run; tables of judged answers need --judge-model"
+        return f"{names}: nothing is left to run"
     return f"--only {' '.join(scope.only)} leaves nothing of {names}; known are models and {', '.join(known)}"
-
-
-def texts_of(asked: "Sequence[Run]", scope: "Scope") -> list[str]:
-    """The corpora that methods calibrate on."""
-    from corpora.catalog import model_defaults
-
-    if "--calibration" in scope.calibration:
-        return [scope.calibration[scope.calibration.index("--calibration") + 1]]
-    found: list[str] = []
-    for run in asked:
-        if "--calibration" in run.words:
-            found.append(run.words[run.words.index("--calibration") + 1])
-        elif run.program == "quantization" and model_defaults(run.model.name).default_calibration is None:
-            from quantization.named import RECIPES
-
-            recipe = RECIPES[run.words[run.words.index("--recipe") + 1]].recipe
-            found += [recipe.calibration.corpus] if recipe.calibrates else []
-    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import Parser, UserError
-from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
+from eval.programs.asked import add_asked, asked_for, words_of
 
 if TYPE_CHECKING:
     from eval.cluster.site import Site
@@ -107,19 +107,23 @@ def _run(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> None:
     from eval.cluster.submitting import submit, write_scripts
     from eval.cluster.tasks import submission_name, tasks_of
+    from eval.doctor.lacking import lacking, refuse_lacking
     from eval.tables.noted import note
 
     given = {path.absolute(): path for path in options.model or ()}  # a job need not start where this program did
     options.model = list(given) or None
-    asked, chosen, scope = asked_for(options)
+    asked, chosen, _ = asked_for(options)
     tasks = tasks_of(asked)
     models = list(dict.fromkeys(path for _, paths in chosen for path in paths))
     name = _checked(options.name) or submission_name([paper.name for paper, _ in chosen], models, tasks)
     if options.dry_run:
-        write_scripts(name, tasks, _site(options, missing=True), options.at_once, options.device)
-        _print_plan(name, tasks)
+        site = _site(options, missing=True)
+        write_scripts(name, tasks, site, options.at_once, options.device)
+        _print_plan(name, tasks, site, options.at_once)
+        for line in lacking(asked):
+            print(f"lacking: {line}", file=sys.stderr)
         return
-    refuse_lacking(asked, chosen, scope)
+    refuse_lacking([paper for paper, _ in chosen], asked)
     note([(paper, [given.get(path, path) for path in paths]) for paper, paths in chosen], words_of(options))
     parts = submit(name, tasks, _site(options), at_once=options.at_once, device=options.device)
     _tell(name, tasks, parts)
@@ -163,22 +167,15 @@ def _site(options: argparse.Namespace, missing: bool = False) -> "Site":
     return replace(site, asked={**site.asked, **given})
 
 
-def _print_plan(name: str, tasks: "Sequence[Task]") -> None:
-    """What would be submitted, an array a line, and where its script is."""
-    from eval.cluster.scripts import indices
+def _print_plan(name: str, tasks: "Sequence[Task]", site: "Site", at_once: int | None) -> None:
+    """What would be submitted, as the lines of a shell that do it."""
     from eval.cluster.site import EXAMPLE, site_file
-    from eval.cluster.submitting import parts_of, wanted
-    from eval.cluster.tasks import arrays_of, folder_of
+    from eval.cluster.submitting import lines_of, parts_of, wanted
 
-    left = {part.array.number: part for part in parts_of(tasks, wanted(tasks), {})}
-    for array in arrays_of(tasks):
-        part = left.get(array.number)
-        count = len(part.tasks) if part else 0
-        needs = f" after {indices(array.tasks[0].needs)}" if array.tasks[0].needs else ""
-        script = folder_of(name) / array.file_name
-        print(f"{script}  tasks {indices(task.index for task in array.tasks)}{needs}: {count} to submit, e.g. "
-              f"{(part.tasks if part else array.tasks)[0].call.label}")  # fmt: skip
-    count = sum(len(part.tasks) for part in left.values())
+    parts = parts_of(tasks, wanted(tasks), {})
+    if parts:
+        print(*lines_of(name, tasks, parts, site, at_once), sep="\n")
+    count = sum(len(part.tasks) for part in parts)
     print(f"{name}: {len(tasks)} tasks, {len(tasks) - count} need not run, {count} to submit; nothing was submitted")
     if not site_file().exists():
         print(f"{site_file()} is missing; copy {EXAMPLE} to it before you submit", file=sys.stderr)
@@ -197,17 +194,18 @@ def _status(options: argparse.Namespace) -> None:
     from collections import Counter
 
     from eval.cluster.slurm import queue
+    from eval.cluster.states import read_jobs
     from eval.cluster.submitting import look
     from eval.cluster.tasks import names, read_tasks
 
-    wanted = [_checked(options.name) or ""] if options.name else names()
+    wanted = [_checked(options.name) or ""] if options.name else [name for name in names() if read_jobs(name)]
     if not wanted:
         raise UserError("nothing was submitted yet; `python -m eval cluster submit TABLE` does it")
     lists, queued, silence = {name: read_tasks(name) for name in wanted}, None, ""
     try:
         queued = queue()
     except UserError as error:
-        silence = f"what waits and runs is not known: {error}"
+        silence = f"what waits and runs is not known: {str(error).partition('; ')[0]}"
     found = {name: look(name, tasks, queued) for name, tasks in lists.items()}
     if silence:
         print(silence, file=sys.stderr)

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import Parser, UserError
-from eval.programs.asked import add_asked, asked_for, scope_of, texts_of
+from eval.programs.asked import add_asked, asked_for, scope_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -82,6 +83,7 @@ def _shown(findings: "list[Finding]") -> str:
 def _tables(options: argparse.Namespace) -> "list[Finding]":
     """What the tables need, each thing once."""
     from eval.doctor.files import calibrated_on, model, scored, unnamed_judge
+    from eval.doctor.lacking import texts_of
     from eval.doctor.machine import memory, space
     from eval.tables.asked import calls_of
 
@@ -92,11 +94,12 @@ def _tables(options: argparse.Namespace) -> "list[Finding]":
         found["judge"] = unnamed_judge()
     for directory in dict.fromkeys(run.model for run in runs if run.program != "latency"):
         found[str(directory)] = model(directory)
-    for one in (*scored(runs), *calibrated_on(runs, texts_of(runs, scope))):
+    for one in (*scored(runs), *calibrated_on(runs, texts_of(runs))):
         found.setdefault(one.what, one)
     for directory in dict.fromkeys(run.model for run in runs):
         mine = [run for run in runs if run.model == directory]
         if str(directory) in found and found[str(directory)].verdict == "ok":
+            print(f"planning {len(mine)} runs of {directory.name} …", file=sys.stderr, flush=True)  # takes seconds each
             for one in _planned(calls_of(mine), options.device, sizes):
                 found.setdefault(one.found, one)
         else:

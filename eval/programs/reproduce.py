@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora import values
 from corpora.errors import UserError, one_line
-from eval.programs.asked import add_asked, asked_for, refuse_lacking, words_of
+from eval.programs.asked import add_asked, asked_for, words_of
 
 if TYPE_CHECKING:
     from eval.execution import Failure, Outcome, Worker
@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--commands are of --dry-run; add it, or leave --commands out")
     asked, chosen, scope = asked_for(options)
 
+    from eval.doctor.lacking import lacking, refuse_lacking
     from eval.tables.asked import calls_of
     from eval.tables.noted import note
     from eval.tables.preview import plan_tables
@@ -95,12 +96,12 @@ def run(options: argparse.Namespace) -> None:
     papers = [paper for paper, _ in chosen]
     models = list(dict.fromkeys(run.model for run in asked))
     if options.dry_run:
-        table, lines = plan_tables(papers, models, scope, asked, options.device)
+        table, lines = plan_tables(papers, models, scope, asked, options.device, lacking(asked))
         print(render([table], options.format), end="")
         if options.commands:
             print("", *lines, sep="\n")
         return
-    refuse_lacking(asked, chosen, scope)
+    refuse_lacking(papers, asked)
     note(chosen, words_of(options))
 
     from eval.execution import execute, workers_of
@@ -126,7 +127,7 @@ def _list() -> None:
 
     width = max(map(len, PAPERS), default=0)
     for name, paper in PAPERS.items():
-        print(f"{name:<{width}}  {paper.source}: {paper.title}  [{', '.join(paper.models)}]")
+        print(f"{name:<{width}}  {paper.source}: {paper.title}  [{', '.join(paper.models) or 'of no model'}]")
 
 
 def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: str) -> None:
@@ -147,15 +148,30 @@ def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: 
 
 
 def _tell(outcome: "Outcome", seconds: float) -> None:
-    """What was run, on stderr: stdout has the table."""
+    """What was run, on stderr: stdout has the table. What failed for one reason is told once."""
+    made = len(outcome.made)
     print(
-        f"{len(outcome.made)} runs made, {len(outcome.finished)} were finished, {len(outcome.failed)} failed, "
+        f"{made} {_runs(made)} made, {len(outcome.finished)} finished before, {len(outcome.failed)} failed, "
         f"{len(outcome.left_out)} left out, {seconds:.0f} s",
         file=sys.stderr,
     )
-    for kind, failures in (("failed", outcome.failed), ("left out", outcome.left_out)):
-        for failure in failures:
-            print(f"{kind}: {failure.run.label}: {one_line(failure.said)}", file=sys.stderr)
+    reasons: dict[str, list[Failure]] = {}
+    for failure in outcome.failed:
+        reasons.setdefault(_reason(failure), []).append(failure)
+    for failures in reasons.values():
+        more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+        print(f"failed: {failures[0].run.label}{more}: {one_line(failures[0].said)}", file=sys.stderr)
+    if number := len(outcome.left_out):
+        print(f"left out: {number} {_runs(number)} that need what failed", file=sys.stderr)
+
+
+def _runs(number: int) -> str:
+    return "run" if number == 1 else "runs"
+
+
+def _reason(failure: "Failure") -> str:
+    """Why a run failed, without the log that is its own."""
+    return one_line(failure.said).partition(" (all of it: ")[0]
 
 
 class _Bar:
@@ -173,6 +189,7 @@ class _Bar:
         self._number, self._done = len(asked), 0
         self._started = time.perf_counter()
         sizes = {model: size_of(model) for model in {run.model for run in asked}}
+        self._reasons, self._lost = set[str](), set[str]()  # what was told of failures, and the keys of what failed
         self._work: dict[str, float] = {}  # estimated seconds by the key of a run
         for call in calls_of(run for run in asked if not is_done(run)):
             size = sizes[call.first.model]
@@ -185,7 +202,10 @@ class _Bar:
             bar_format="{n_fmt} of {total_fmt} runs  {elapsed} elapsed{desc}",
         )  # fmt: skip
         if not self._live:
-            print(f"{self._done} of {self._number} runs are finished, {len(workers)} at a time", file=sys.stderr)
+            print(
+                f"{self._done} of {self._number} {_runs(self._number)} finished, {len(workers)} at a time",
+                file=sys.stderr,
+            )
 
     def doing(self, calls: "Sequence[tuple[Call, str]]") -> None:
         """Several times a second: what runs now, each with the last line that it said."""
@@ -205,6 +225,8 @@ class _Bar:
         self._done += len(runs)
         self._left -= sum(self._work.pop(run.key, 0.0) for run in runs)
         self._bar.update(len(runs))
+        if not line:
+            return
         text = f"{self._done:>4} of {self._number}  {line}"
         if self._live:
             self._bar.write(text, file=sys.stderr)
@@ -217,7 +239,11 @@ class _Bar:
 
     def failed(self, failure: "Failure") -> None:
         """A run has failed, or is left out."""
-        self._ended([failure.run], f"failed: {failure.run.label}: {one_line(failure.said)}")
+        reason = _reason(failure)
+        told = reason in self._reasons or any(needed.key in self._lost for needed in failure.run.needs)
+        self._reasons.add(reason)
+        self._lost.add(failure.run.key)
+        self._ended([failure.run], "" if told else f"failed: {failure.run.label}: {one_line(failure.said)}")
 
     def close(self) -> None:
         """Take the line away."""

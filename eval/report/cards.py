@@ -137,7 +137,7 @@ def facts_of(records: Sequence[Mapping[str, Any]], seconds: float) -> Pairs:
         "dtype": _each(record["settings"].get("dtype") for record in records),
         **{name: _each(each.get(name) for each in environments) for name in ("torch", "transformers", "commit")},
         "run": days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
-        "time of the runs": _duration(seconds) if seconds else "",
+        "time of these runs, quantizing aside": _duration(seconds) if seconds else "",
     }
     return tuple((key, words) for key, words in facts.items() if words)
 

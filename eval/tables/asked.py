@@ -15,6 +15,7 @@ from corpora.catalog import ModelDefaults, catalog_name, model_defaults
 from corpora.json_files import identity
 from corpora.paths import modelzoo_dir, outputs_dir
 from eval.tables.declared import ALONE, BOS, PUBLISHED, Arm, Measure, Method, Paper, Row, Scope, Words
+from eval.tables.heads import heads_of
 from eval.tables.papers.columns import BIGBENCH, GSM8K, MMLU, SIX, TRUTHFULQA
 from eval.tasks.groups import GROUPS
 
@@ -39,7 +40,7 @@ UNITS, LINE, NEEDLE = 10, 24, 120
 TOLD = ("--recipe", "--bits", "--group-size", "--kv", "--kv-bits", "--seed", "--prefix")  # in a run's label
 WITHOUT_MODEL = ("judge", "latency")
 RUN_TIME = ("--dtype", "--kernel", "--kv-storage")
-KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others it is `acc`
+KNOWN_TASKS = (*SIX, MMLU, GSM8K, TRUTHFULQA, BIGBENCH)  # with their metrics; of others the record says it
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,15 @@ def measures_of(paper: Paper, model: Path, scope: Scope) -> tuple[Measure, ...]:
         corpora = _corpora(measure, model, scope) if measure.program == "ppl" else ()
         if corpora:
             own = {m.item: m for m in paper.measures if m.program == "ppl" and m.options == measure.options}
-            found |= {own.get(name, replace(measure, item=name, head=Path(name).name)): None for name in corpora}
+            taken = {m.head for m in paper.measures}
+            called = heads_of([name for name in dict.fromkeys(corpora) if name not in own], taken)
+            found |= {own.get(name) or replace(measure, item=name, head=called[name]): None for name in corpora}
         else:
             found[measure] = None
     if scope.tasks:
         asked = {m.item: m for m in (*KNOWN_TASKS, *paper.measures) if m.program == "tasks" and m.item}
         names = [task for name in scope.tasks if name != "none" for task in GROUPS.get(name, (name,))]
-        columns = [asked.get(name, Measure(name, "tasks", name, metric="acc", better="higher")) for name in names]
+        columns = [asked.get(name, Measure(name, "tasks", name, better="higher")) for name in names]
         heads = {column.head for column in columns}
         means = [m for m in found if m.average_of and heads.issuperset(m.average_of)]
         found = dict.fromkeys([*(m for m in found if m.program != "tasks"), *columns, *means])

@@ -10,24 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
 from eval.tables.asked import Cell, cells_of
-from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope, Words
+from eval.tables.declared import ALONE, PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
+from eval.tables.departures import QUESTIONS, computed, departures
 from eval.tables.ledger import answer_of
 from eval.tables.render import Table, change_of, in_percent, mean_of, plain, signed
 
 __all__ = ["BANDS", "QUESTIONS", "Filled", "filled", "paper_table", "scatter", "value_of", "verdict_of"]
-
-# How many questions the published accuracies are of: MMLU's test files, and the splits that lm-eval scores.
-QUESTIONS: Mapping[str, int] = {
-    "mmlu": 14042, "openbookqa": 500, "winogrande": 1267, "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270,
-    "hellaswag": 10042, "lambada_openai": 5153, "piqa": 1838, "gsm8k": 1319, "truthfulqa_gen": 817, "bbh": 6511,
-}  # fmt: skip
-WINDOW = 2048  # of every published perplexity
-JUDGE = "gpt-4-0125-preview"  # inferred from the reference answers
 
 # A difference of so many scatters at most.
 BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
@@ -68,7 +61,7 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
         case "ppl":
             return float(record["perplexity"])
         case "tasks":
-            metric = measure.metric or "acc"
+            metric = measure.metric or _metric(record)
             value = record["metrics"].get(metric)
             return None if value is None else float(in_percent(metric, value))
         case "needle":
@@ -81,6 +74,12 @@ def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
             return str(record["answers"][-1]["answer"])
         case "latency":
             return _latency(record, measure.metric)
+
+
+def _metric(record: Mapping[str, Any]) -> str:
+    """The one that counts of a task that no table has: plain accuracy, or else the task's own first."""
+    metrics = record["metrics"]
+    return "acc" if "acc" in metrics else str(next(iter(metrics)))
 
 
 def _latency(record: Mapping[str, Any], metric: str) -> float | None:
@@ -100,12 +99,24 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
         one = _filled(paper, model.name, cell, scope, [answer_of(run, left_out) for run in cell.runs])
         found.append(one)
         by_row.setdefault(_place(cell.row), {})[cell.measure.head] = one
-    return [
+    return _named([
         _average(one, [by_row[_place(one.row)].get(head) for head in one.measure.average_of])
         if one.measure.average_of
         else one
         for one in found
-    ]
+    ])  # fmt: skip
+
+
+def _named(cells: Sequence[Filled]) -> list[Filled]:
+    """The same; a column of a task that no table has is called by its metric, too, as far as a record says it."""
+    named: dict[Measure, Measure] = {}
+    for one in cells:
+        if one.measure.program == "tasks" and one.measure.item and not one.measure.metric and one.records:
+            metric, head = _metric(one.records[0]), one.measure.head
+            better: Literal["lower", "higher"] = "lower" if "perplexity" in metric or "bits" in metric else "higher"
+            head = head if metric == "acc" else f"{head}, {metric}"
+            named.setdefault(one.measure, replace(one.measure, head=head, metric=metric, better=better))
+    return [replace(one, measure=named.get(one.measure, one.measure)) for one in cells]
 
 
 def _place(row: Row) -> _Place:
@@ -118,22 +129,31 @@ def _filled(paper: Paper, model: str, cell: Cell, scope: Scope, answers: Sequenc
     values = [None if record is None else value_of(record, measure) for record in answers]
     numbers = tuple(value if isinstance(value, float) else None for value in values)
     words = next((value for value in values if isinstance(value, str)), None)
+    apart, departs = _apart(records), departures(paper, model, cell, scope, answers)
     one = Filled(
         cell.row,
         measure,
         model,
         tuple(records),
-        _figure(measure, numbers) or words,
+        apart or _figure(measure, numbers) or words,
         paper.value(cell.row, catalog_name(model), measure),
-        departs=_departs(paper, model, cell, scope, records),
+        departs=(*departs, apart) if apart else departs,
         values=numbers,
     )
     return _compared(one, scatter(measure, one.theirs, [record.get("samples", 0) for record in records]))
 
 
+def _apart(records: Iterable[Mapping[str, Any]]) -> str:
+    """Why there is no mean of some records: not all were computed in one format on one kind of device."""
+    kinds = sorted({computed(record) for record in records} - {""})
+    return f"no mean of {' and '.join(kinds)}" if len(kinds) > 1 else ""
+
+
 def _figure(measure: Measure, values: Iterable[float | None]) -> render.Figure | None:
-    """The mean over the runs that are there."""
-    return mean_of([value for value in values if value is not None], _form(measure))
+    """The mean over the runs that are there, and how many were asked for."""
+    values = tuple(values)
+    figure = mean_of([value for value in values if value is not None], _form(measure))
+    return None if figure is None else replace(figure, asked=len(values))
 
 
 def _form(measure: Measure) -> Callable[[float], str]:
@@ -153,7 +173,9 @@ def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:
     errors = [scatter(p.measure, _number(p), [record.get("samples", 0) for record in p.records]) for p in parts]
     known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(parts) if len(known) == len(parts) else None
-    whole = replace(one, ours=_figure(one.measure, values), departs=departs, values=values)
+    apart = _apart([record for part in parts for record in part.records])
+    departs = tuple(dict.fromkeys((*departs, *([apart] if apart else []))))
+    whole = replace(one, ours=apart or _figure(one.measure, values), departs=departs, values=values)
     return _compared(whole, error)
 
 
@@ -191,58 +213,6 @@ def verdict_of(difference: float, error: float | None) -> str:
     if error is None:
         return ""
     return next((word for word, many in BANDS.items() if abs(difference) <= many * error + 1e-9), "off")
-
-
-def _departs(
-    paper: Paper, model: str, cell: Cell, scope: Scope, records: Iterable[Mapping[str, Any]]
-) -> tuple[str, ...]:
-    """What of a cell is not as published."""
-    measure, method = cell.measure, cell.row.method
-    words = [] if not paper.models or catalog_name(model) in paper.models else [f"model {model}"]
-    if measure not in paper.measures:
-        words.append(f"{'corpus' if measure.program == 'ppl' else 'task'} {measure.item}")
-    given = {
-        "limit": scope.limit, "window": scope.window if measure.program in ("ppl", "needle") else None,
-        "data": scope.data if measure.program == "tasks" else None,
-        "perplexity by": _otherwise(measure, scope.scoring) if measure.program == "ppl" else (),
-        "tasks by": _otherwise(measure, scope.asking) if measure.program == "tasks" else (),
-        "MMLU by": _otherwise(measure, scope.mmlu) if measure.item == "mmlu" else (),
-        "calibration": scope.calibration if method.calibrates else (),
-        "options": scope.options_of(method),
-        "training": scope.training if cell.row.arm.trains else (),
-    }  # fmt: skip
-    for name, value in given.items():
-        if value:
-            words.append(f"{name} {' '.join(value) if isinstance(value, tuple) else value}")
-    for record in records:
-        words += _not_published(measure, record, scope)
-    return tuple(dict.fromkeys(words))
-
-
-def _otherwise(measure: Measure, words: Words) -> Words:
-    """Options that say something else than the column's own; a batch size changes no figure but in its last bits."""
-    own = dict(zip(measure.options[::2], measure.options[1::2], strict=True))
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return tuple(word for pair in pairs if pair[0] != "--batch-size" and own.get(pair[0]) != pair[1] for word in pair)
-
-
-def _not_published(measure: Measure, record: Mapping[str, Any], scope: Scope) -> list[str]:
-    """What a record says of its text that is not as published, and was not asked for."""
-    settings = record["settings"]
-    if measure.program == "ppl" and scope.window is None and settings["window"] != WINDOW:
-        return [f"windows of {settings['window']} tokens"]
-    if measure.program == "tasks" and scope.data is None:
-        if settings["data"] == "sample":
-            return ["data sample"]
-        whole = QUESTIONS.get(measure.item, record["samples"])
-        if scope.limit is None and record["samples"] != whole:
-            return [f"{record['samples']} of {whole} questions"]
-    if measure.program == "latency" and measure.metric.endswith(" ms"):
-        return [f"milliseconds on {settings['gpu']}"]
-    if measure.program == "judge":
-        words = [] if settings["judge"] == JUDGE and "endpoint" not in settings else [f"judge {settings['judge']}"]
-        return words if settings["questions"] == "mt_bench" else [*words, f"questions {settings['questions']}"]
-    return []
 
 
 def paper_table(paper: Paper, cells: Sequence[Filled]) -> list[Table]:

@@ -1,19 +1,19 @@
-"""What `reproduce` would do, and what it lacks, without doing it: of declared tables, the ledger and file headers."""
+"""What `reproduce` would do, without doing it: of declared tables, the ledger and file headers."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpora.catalog import CORPORA, FAMILIES, corpus_directory, corpus_files, model_defaults, model_directory
-from corpora.paths import modelzoo_dir, root
+from corpora.catalog import FAMILIES, model_defaults, model_directory
+from corpora.paths import modelzoo_dir
 from eval.tables.asked import Call, Run, calls_of, needed_first
 from eval.tables.declared import NO_MODEL, Paper, Scope
 from eval.tables.estimate import SOURCES, ModelSize, disk_of, seconds_of, size_of
 from eval.tables.ledger import is_done
 from eval.tables.render import Table
 
-__all__ = ["changed_defaults", "lacking", "place_of", "plan_tables", "staged"]
+__all__ = ["changed_defaults", "place_of", "plan_tables", "staged"]
 
 
 def place_of(name: str) -> Path:
@@ -43,33 +43,6 @@ def staged(runs: Sequence[Run]) -> list[Stage]:
     ]
 
 
-def lacking(runs: Iterable[Run], texts: Iterable[str] = ()) -> list[str]:
-    """What is not here and no run makes: models, corpora that are scored, and `texts` that methods calibrate on. A line
-    for each, with the way to get it."""
-    runs = list(runs)
-    models = dict.fromkeys(run.model for run in runs if run.program != "latency")
-    absent = [_below(model) for model in models if not (model / "config.json").is_file()]
-    lines = [f"no model in {', '.join(absent)}; `python -m corpora` says where it comes from"] if absent else []
-    scored = dict.fromkeys("c4" if run.item == "c4-old" else run.item for run in runs if run.program == "ppl")
-    wanted = [(name, "evaluation", "--corpus") for name in scored]
-    wanted += [(name, "calibration", "--calibration") for name in dict.fromkeys(texts)]
-    return lines + [line for want in wanted if (line := _absent(*want))]
-
-
-def _below(path: Path) -> str:
-    """A path as it is written from the root on."""
-    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
-
-
-def _absent(name: str, role: str, option: str) -> str:
-    if name not in CORPORA:
-        return "" if Path(name).is_file() else f"the text {name} is not here; name another with {option}"
-    if corpus_files(name, role):
-        return ""
-    place, made = _below(corpus_directory(name)), f"python -m corpora prepare data {name}"
-    return f"{name} for {role} is not in {place}; `{made}`, or another text: {option} NAME|FILE"
-
-
 def changed_defaults(models: Sequence[Path], scope: Scope) -> list[str]:
     """What a model's own defaults make of a published table, in words."""
     usual, lines = model_defaults(""), []
@@ -91,9 +64,15 @@ def changed_defaults(models: Sequence[Path], scope: Scope) -> list[str]:
 
 
 def plan_tables(
-    papers: Sequence[Paper], models: Sequence[Path], scope: Scope, runs: Sequence[Run], device: str = "auto"
+    papers: Sequence[Paper],
+    models: Sequence[Path],
+    scope: Scope,
+    runs: Sequence[Run],
+    device: str = "auto",
+    missing: Sequence[str] = (),
 ) -> tuple[Table, list[str]]:
-    """The table of --dry-run, a row for every model and stage, and the command lines of what is left."""
+    """The table of --dry-run, a row for every model and stage, and the command lines of what is left. missing: what
+    `eval.doctor.lacking` names."""
     rows: list[tuple[str, ...]] = []
     lines: list[str] = []
     hours = disk = 0.0
@@ -110,7 +89,8 @@ def plan_tables(
             seconds = sum(seconds_of(call, size) for call in left) if size else 0.0
             bytes_left = sum(disk_of(run, size) for call in left for run in call.runs) if size else 0.0
             hours, disk = hours + seconds / 3600, disk + bytes_left
-            rows.append((model.name, stage.title, str(number), str(number - open_runs), str(len(left)),
+            name = "–" if model == NO_MODEL else model.name
+            rows.append((name, stage.title, str(number), str(number - open_runs), str(len(left)),
                          _size(bytes_left), f"{seconds / 3600:.2f}"))  # fmt: skip
             lines += [shlex.join(["python", *call.command(device)[1:]]) for call in left]
     rows.append(
@@ -122,7 +102,7 @@ def plan_tables(
     if scope.reduced:
         notes.append(f"not as published: {', '.join(scope.reduced)}")
     notes += changed_defaults(models, scope)
-    notes += [f"lacking: {line}" for line in lacking(runs)]
+    notes += [f"lacking: {line}" for line in missing]
     head = ("model", "stage", "runs", "finished", "calls left", "disk", "GPU hours")
     caption = f"{', '.join(paper.name for paper in papers)}: what would run"
     return Table(caption, head, tuple(rows), words=2, notes=tuple(notes)), lines

@@ -46,18 +46,22 @@ def in_percent(metric: str, value: float) -> float:
 class Figure:
     """A number of a table. value, and over `runs` > 1 runs their mean with the sample standard deviation `deviation`.
 
-    form: how the number is printed; CSV holds the number itself.
+    form: how the number is printed; CSV holds the number itself. asked: for how many runs, where some may be missing.
     """
 
     value: float
     form: Callable[[float], str] = plain
     deviation: float | None = None
     runs: int = 1
+    asked: int = 1
 
     def __str__(self) -> str:
-        if self.deviation is None:
-            return self.form(self.value)
-        return f"{self.form(self.value)} ± {self.form(self.deviation).lstrip('+')} ({self.runs})"
+        number = self.form(self.value)
+        if self.deviation is not None:
+            number = f"{number} ± {self.form(self.deviation).lstrip('+')}"
+        if self.asked > self.runs:
+            return f"{number} ({self.runs} of {self.asked} seeds)"
+        return number if self.deviation is None else f"{number} ({self.runs})"
 
 
 Cell = str | Figure | None  # words, a number, or nothing: not run

@@ -1,0 +1,98 @@
+"""What runs of published tables lack before anything runs, in lines. Nothing here loads torch."""
+
+import json
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from corpora.catalog import ModelDefaults, model_defaults
+from corpora.errors import UserError
+from corpora.paths import root
+from eval.doctor.files import calibrated_on, model, scored
+from eval.doctor.recipe_facts import group_of, text_of
+from eval.tables.asked import Run
+from eval.tables.declared import Paper
+from eval.tables.preview import place_of
+
+__all__ = ["lacking", "refuse_lacking", "texts_of", "uneven"]
+
+
+def lacking(runs: Iterable[Run]) -> list[str]:
+    """What is not here and no run makes: models, texts that are scored or calibrated on, questions, judges; and groups
+    that do not divide a model's channels. A line for each, with the way out."""
+    runs = [run for run in runs if run.program != "latency"]
+    lines = [
+        f"no model in {found.found.removesuffix(' is missing')}; {_another(directory) or found.way_out}"
+        for directory in dict.fromkeys(run.model for run in runs)
+        if (found := model(directory)).verdict == "lacks"
+    ]
+    for found, option in (
+        *((one, "--corpus") for one in scored(runs)),
+        *((one, "--calibration") for one in calibrated_on(runs, texts_of(runs))),
+    ):
+        if found.verdict == "lacks":
+            other = f", or another: {option} NAME|FILE" if found.what.startswith("text ") else ""
+            lines.append(f"{found.what}: {found.found}; {found.way_out}{other}")
+    return lines + uneven(runs)
+
+
+def _another(directory: Path) -> str:
+    """Where the model lies whose name was given in place of its directory; empty if it is not there."""
+    place = place_of(directory.name)
+    there = place != directory and (place / "config.json").is_file()
+    return f"name --model {place.relative_to(root()) if place.is_relative_to(root()) else place}" if there else ""
+
+
+def refuse_lacking(papers: Iterable[Paper], runs: Iterable[Run]) -> None:
+    """Raise UserError, with all that is lacking, if runs could not be made."""
+    if missing := lacking(runs):
+        raise UserError(f"{', '.join(paper.name for paper in papers)} cannot run: {'; '.join(missing)}")
+
+
+def texts_of(runs: Iterable[Run]) -> list[str]:
+    """The corpora that recipes calibrate on where no run names another."""
+    found: dict[str, None] = {}
+    for run in runs:
+        text = text_of(_said(run, "--recipe"))
+        if text and not _said(run, "--calibration"):
+            own = model_defaults(run.model.name).default_calibration
+            found[text if own is None else own.corpus] = None
+    return list(found)
+
+
+def uneven(runs: Iterable[Run]) -> list[str]:
+    """Models whose channels are no multiple of the groups that runs ask for; a line for each size."""
+    found: dict[tuple[Path, int], int] = {}
+    for run in runs:
+        group = group_of(_said(run, "--recipe"))
+        if group == ModelDefaults().default_group_size:
+            group = model_defaults(run.model.name).default_group_size
+        group = int(_said(run, "--group-size") or group)
+        if group > 0 and (run.model, group) not in found:
+            found[run.model, group] = math.gcd(*_channels(run.model)) % group
+    return [
+        f"groups of {group} do not divide the {' and '.join(map(str, _channels(directory)))} channels of "
+        f'{directory.name}; name a size that does: --options "--group-size {math.gcd(128, *_channels(directory))}"'
+        for (directory, group), rest in found.items()
+        if rest
+    ]
+
+
+@lru_cache(maxsize=1000)
+def _channels(model: Path) -> tuple[int, ...]:
+    """What a model's linears read, by its configuration: hidden and inner size. Nothing where it does not say."""
+    try:
+        told = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        sizes = (told["hidden_size"], told.get("intermediate_size") or told["ffn_dim"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()  # the program that reads it will say what is wrong
+    return tuple(dict.fromkeys(size for size in sizes if isinstance(size, int)))
+
+
+def _said(run: Run, option: str) -> str:
+    """The last value of an option among a run's words, as argparse takes it; empty if it is not there."""
+    values = [word.partition("=")[2] if "=" in word else following
+              for word, following in pairwise((*run.words, "")) if word.partition("=")[0] == option]  # fmt: skip
+    return values[-1] if values else ""

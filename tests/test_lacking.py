@@ -1,0 +1,67 @@
+"""What a plan says is lacking, without torch, beside what the recipes and files themselves say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from corpora.errors import UserError
+from eval.doctor.lacking import lacking, refuse_lacking, texts_of, uneven
+from eval.doctor.recipe_facts import group_of, text_of
+from eval.tables.asked import Run
+from quantization.named import RECIPES
+
+
+def asked(recipe: str, model: Path, *more: str, program: str = "quantization") -> Run:
+    return Run(program, model, "", ("--recipe", recipe, *more))
+
+
+def model_of(folder: Path, **sizes: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+def test_facts_are_those_of_the_recipes() -> None:
+    for name, named in RECIPES.items():
+        recipe = named.recipe
+        assert text_of(name) == (recipe.calibration.corpus if recipe.calibrates else ""), name
+        assert group_of(name) == (-1 if recipe.weights is None else recipe.weights.grid.group_size), name
+
+
+def test_the_text_of_a_method_is_the_one_that_is_named_the_models_own_or_the_recipes() -> None:
+    llama, small = Path("modelzoo/llama-2/llama-2-7b"), Path("modelzoo/smollm2/smollm2-135m")
+    assert texts_of([asked("gptq", llama), asked("awq", llama), asked("rtn", llama)]) == ["c4", "pile"]
+    assert texts_of([asked("gptq", small), asked("awq", small)]) == ["sample"]
+    assert texts_of([asked("gptq", llama, "--calibration", "mine.txt")]) == []
+
+
+def test_groups_that_do_not_divide_the_channels_are_told_once_with_one_that_does(tmp_path: Path) -> None:
+    llama = model_of(tmp_path / "odd", hidden_size=208, intermediate_size=560)  # the largest power of two in both: 16
+    opt = model_of(tmp_path / "even", hidden_size=256, ffn_dim=1024)
+    (line,) = uneven([asked("rtn", llama), asked("gptq", llama, "--bits", "3"), asked("rtn", opt)])
+    assert "groups of 128 do not divide the 208 and 560 channels of odd" in line
+    assert '--options "--group-size 16"' in line
+    assert uneven([asked("rtn", llama, "--group-size", "16"), asked("rtn", llama, "--group-size=-1")]) == []
+    assert uneven([asked("smoothquant-w8a8", llama), asked("fp16", llama), asked("rtn", tmp_path / "none")]) == []
+
+
+def test_what_the_runs_would_miss_is_named_with_the_way_to_get_it(intactkv_root: Path) -> None:
+    model = intactkv_root / "modelzoo" / "llama-2" / "llama-2-7b"
+    runs = [
+        asked("gptq", model), Run("ppl", model, "ptb", ("--recipe", "gptq")), Run("tasks", model, "piqa", ()),
+    ]  # fmt: skip
+    said = "\n".join(lacking(runs))
+    for words in (
+        "no model in modelzoo/llama-2/llama-2-7b; bash scripts/prepare/model.sh llama-2 7b",
+        "text ptb for evaluation", "questions of piqa", "text c4 for calibration", "--calibration NAME|FILE",
+    ):  # fmt: skip
+        assert words in said
+    with pytest.raises(UserError, match="text ptb for evaluation"):
+        refuse_lacking([], runs)
+
+
+def test_a_name_in_place_of_a_directory_is_told_where_the_model_lies(intactkv_root: Path) -> None:
+    model_of(intactkv_root / "modelzoo" / "smollm2" / "smollm2-135m", hidden_size=64, intermediate_size=64)
+    (line,) = lacking([Run("ppl", Path("smollm2-135m"), __file__, ())])
+    assert line == "no model in smollm2-135m; name --model modelzoo/smollm2/smollm2-135m"
