@@ -41,7 +41,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
         *((name, ("0",), "got 1 of") for name in RUNNERS),
         ("run_gptq", ("cpu", "no-such-model"), "no-such-model"),
         ("eval/quarot", ("smollm2", "135m"), "got 2 of 3"),
-        ("eval/quarot", ("no-such", "7b", "cpu"), "no-such-7b; `python -m corpora`"),
+        ("eval/quarot", ("no-such", "7b", "cpu"), "intactkv-5 cannot run: no model in modelzoo/no-such/no-such-7b"),
         ("eval/quarot", ("smollm2", "135m", "gpu"), "device 'gpu'"),
         *((f"eval/{name}", ("cpu",), "got 1 of 2") for name in ("needle", "chat")),
         *((f"eval/{name}", ("cpu", "no-such-model"), "no-such-model") for name in ("needle", "chat")),
