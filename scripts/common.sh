@@ -1,11 +1,16 @@
+# shellcheck shell=bash
 # Sourced by the scripts that take the published arguments. Every script may be told by the environment, too:
 #   INTACTKV_ROOT=DIR             holds modelzoo/, datasets/ and outputs/ in place of the checkout, as for the programs
-#   OPTIONS="--set a.b=c …"       any other options of the programs, for every step that runs the script's own recipe;
-#                                 quotes within keep spaces together: OPTIONS="--corpus 'my text.txt'"
+#   OPTIONS="--set a.b=c …"       any other options of the programs, for every step that runs a method; quotes within keep
+#                                 spaces together: OPTIONS="--corpus 'my text.txt'". In a table they reach every row but
+#                                 full precision, and "--set gptq:weights.damp=0.1" the rows of that method
 #   PROTOCOL, MMLU_PROTOCOL       how perplexity and MMLU are measured (default: as in the project that the call is of)
-#   WORKERS=2                     of the scripts that run a table: how many runs at a time (default: one for every GPU)
 #   CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEED     the text that a method calibrates on
 #   MAX_MEMORY=65GiB              with DEVICE all: what a model may take of each GPU
+# Of the scripts that run a table, SEEDS="42 1 2" stands for SEED, too, and:
+#   TASKS=boolq,mmlu              columns of these tasks (default: those of the table for IntactKV's, none for the others)
+#   BESIDE="full rtn"             rows of the table that stand beside the script's own: full precision, other methods
+#   WORKERS=2                     how many runs at a time (default: one for every GPU)
 
 fail() { # one line, exit code 2
     echo "error: $*" >&2
@@ -36,7 +41,7 @@ flag() { # VARIABLE DEFAULT: whether it is 1; 0 is not, and nothing else is eith
 }
 
 enter_project() { # go to the checkout and use its environment; nothing here asks the hub
-    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
     [ -x .venv/bin/python ] || fail ".venv is missing; run 'bash scripts/setup.sh' first"
     export HF_HUB_OFFLINE=1 PATH="$PWD/.venv/bin:$PATH"
 }
@@ -111,17 +116,10 @@ calibration=( # what the environment says of the text that methods calibrate on
     ${SEED:+--seed "$SEED"}
 )
 words options OPTIONS
-words beside BESIDE
-for word in "${beside[@]}"; do # now, and not behind hours of other rows
-    [[ " full rtn gptq " = *" $word "* ]] || fail "BESIDE: '$word' is not known; choose from full, rtn, gptq"
-done
-[[ ${TASKS:-x} =~ ^[^,[:space:]]+(,[^,[:space:]]+)*$ ]] || fail "TASKS='$TASKS' are no names; give them joined by commas: piqa,mmlu"
-columns=(--tasks "${TASKS:-none}") # of a table: its perplexities and these tasks
-prefixes=(none bos) # the arms of every row: vanilla, and with [B]
 
 calibrates() { # a recipe's options: whether it looks at text
     local part='(weights|transforms?|activations|attention|kv_cache|tuning)' cache='(static|clipped|kvquant)'
-    [[ ! " $* " =~ (--$part[\ =]|[\ =]$part=|--kv[\ =]$cache\ ) ]] || return 0 # the program knows, and says so
+    [[ ! " $* " =~ (--${part}[\ =]|[\ =]${part}=|--kv[\ =]$cache\ ) ]] || return 0 # the program knows, and says so
     case " $* " in
         *" weights.file="*) return 1 ;;
         *" activations.static=true "* | *" weights.weighted=true "* | *"-lkd "*) ;;
@@ -215,19 +213,6 @@ run_eval() { # DEVICE PORT, then the arguments of `python -m eval`
 
 # What is run and how it is measured -----------------------------------------------------------------------------------
 
-measure_as() { # PROJECT: intactkv, qllm or prefixquant; the environment may say otherwise
-    protocol=gptq mmlu_protocol=lm-eval mmlu_shots=
-    case $1 in
-        intactkv) protocol=intactkv mmlu_protocol=hendrycks ;;
-        qllm) mmlu_shots=0 ;; # it leaves the number to lm-eval
-    esac
-    protocol=${PROTOCOL:-$protocol} mmlu_protocol=${MMLU_PROTOCOL:-$mmlu_protocol} mmlu_shots=${FEWSHOT:-$mmlu_shots}
-    echo "measured as in $1's tables unless PROTOCOL or MMLU_PROTOCOL is set: perplexity by --protocol $protocol," \
-        "MMLU by $mmlu_protocol" >&2
-    scored=(--protocol "$protocol" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"})
-    asked=(${DATA:+--data "$DATA"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"})
-}
-
 quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calibrates behind that prefix
     local device
     device=$(device_option "$1")
@@ -236,100 +221,58 @@ quantize() { # DEVICE MODEL_DIRECTORY, then a recipe's options; BEHIND=bos calib
         ${behind:+--calibrate-behind-prefix --prefix "$behind"}
 }
 
-arms() { # PROGRAM DEVICE PORT MODEL_DIRECTORY, then options: behind each of `prefixes`, and calibrated behind BEHIND
-    local prefix made
-    choose_text "${@:5}" "${options[@]}"
-    made=("$1" --model "$4" "${@:5}" "${options[@]}" "${text[@]}" ${LIMIT:+--limit "$LIMIT"})
-    for prefix in "${prefixes[@]}"; do
-        run_eval "$2" "$3" "${made[@]}" --prefix "$prefix"
-    done
-    [ -z "$behind" ] || run_eval "$2" "$3" "${made[@]}" --prefix "$behind" --calibrate-behind-prefix
-}
-
-perplexities() { # DEVICE PORT MODEL_DIRECTORY, then a recipe's options
-    arms ppl "$@" "${scored[@]}"
-}
-
-task_scores() { # TASKS DEVICE PORT MODEL_DIRECTORY, then a recipe's options; only MMLU has a protocol to choose
-    local names=",$1," others
-    others=${names//,mmlu,/,} others=${others#,} others=${others%,}
-    [ -z "$others" ] || arms tasks "${@:2}" --tasks "$others" ${FEWSHOT:+--fewshot "$FEWSHOT"} "${asked[@]}"
-    [[ $names != *,mmlu,* ]] || arms tasks "${@:2}" --tasks mmlu --protocol "$mmlu_protocol" \
-        ${mmlu_shots:+--fewshot "$mmlu_shots"} "${asked[@]}"
-}
-
 # Published tables -----------------------------------------------------------------------------------------------------
 
-reproduce() { # DEVICE MODEL_DIRECTORY TABLE, then options of `python -m eval reproduce`; the environment says the rest
-    local given=$1 one=$1 model=$2 seeds visible=
-    shift 2
-    check_device "$given"
-    words seeds SEEDS "${SEED:-}"
-    case $one in
-        all) one=cuda:all ;;
-        *,*)
-            visible_gpus "$one"
-            one=cuda
-            ;;
-        *) one=$(device_option "$one") || exit ;;
+table_call() { # USAGE "$@": sets `device` and `model`, the first two arguments, and goes to the checkout
+    local all wanted=2
+    read -ra all <<< "$1"
+    case $1 in
+        *…) wanted="at least 2" all=("$@") ;;
+        *]) wanted="2 or 3" ;;
     esac
-    [ -z "${MAX_MEMORY:-}" ] || [ "$one" = cuda:all ] || fail "MAX_MEMORY is of DEVICE all, but DEVICE is '$given'"
-    [ -z "${BEHIND:-}" ] || [ "$BEHIND" = bos ] || fail "BEHIND='$BEHIND' is not allowed; give bos, or ask eval.sh"
-    ${visible:+env "CUDA_VISIBLE_DEVICES=$visible"} python -m eval reproduce "$@" --model "$model" --device "$one" \
-        ${MAX_MEMORY:+--max-memory "$MAX_MEMORY"} ${WORKERS:+--workers "$WORKERS"} ${PROTOCOL:+--protocol "$PROTOCOL"} \
-        ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"} "${columns[@]}" \
-        ${MMLU_PROTOCOL:+--mmlu-protocol "$MMLU_PROTOCOL"} ${DATA:+--data "$DATA"} ${FEWSHOT:+--fewshot "$FEWSHOT"} \
-        ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"} ${seeds:+--seeds "${seeds[@]}"} ${BEHIND:+--behind} \
-        ${CALIBRATION:+--calibration "$CALIBRATION"} ${CALIBRATION_SAMPLES:+--calibration-samples "$CALIBRATION_SAMPLES"} \
-        ${CALIBRATION_LENGTH:+--calibration-length "$CALIBRATION_LENGTH"} \
-        ${OPTIONS:+--options "${OPTIONS//$'\n'/ }"}
+    [ $# -gt 2 ] && [ $# -le $((${#all[@]} + 1)) ] ||
+        fail "usage: $(basename "$0") $1 (got $(($# - 1)) of $wanted arguments)"
+    device=$2 model=$(model_path "$3")
+    enter_project
 }
 
-beside() { # TABLE WIDTH…: its rows of these widths that BESIDE names
-    local name rows=()
-    for name in "${beside[@]}"; do
-        case $name in
-            full) rows+=(FP16 16-bit) ;;
-            *) rows+=("$name" "${@:2}") ;;
+reproduce() ( # TABLE…, then options of `python -m eval reproduce`; the environment says the rest, by the options' names
+    check_device "$device"
+    case $device in
+        cpu) on=cpu ;;
+        all) on=cuda:all ;;
+        *) visible_gpus "$device" && on=cuda && export CUDA_VISIBLE_DEVICES=$visible ;;
+    esac
+    [ -z "${BEHIND:-}" ] || [ "$BEHIND" = bos ] || fail "BEHIND='$BEHIND' is not allowed; give bos, or ask eval.sh"
+    given=(${BEHIND:+--behind})
+    for name in MAX_MEMORY WORKERS PROTOCOL CORPUS WINDOW LIMIT TASKS MMLU_PROTOCOL DATA FEWSHOT BATCH_SIZE \
+        CALIBRATION CALIBRATION_SAMPLES CALIBRATION_LENGTH OPTIONS; do
+        option=${name,,}
+        [ -z "${!name:-}" ] || given+=("--${option//_/-}=${!name//$'\n'/ }")
+    done
+    seeds=${SEEDS:-${SEED:-}}
+    python -m eval reproduce "$@" --model "$model" --device "$on" "${given[@]}" ${seeds:+--seeds $seeds}
+)
+
+rows() { # METHOD BITS [GRID]: sets `only`, which chooses rows of a table: the method's and those BESIDE names, at BITS
+    local method widths
+    words widths BITS "$2"
+    widths=("${widths[@]/%/ bits${3:-}}") only=(--only)
+    for method in $1 ${BESIDE:-}; do
+        case $method in
+            full) only+=("16 bits") ;;
+            *) only+=("${widths[@]/#/$method, }") ;;
         esac
     done
-    rows_beside "$1" "${rows[@]}"
 }
 
-rows_beside() { # TABLE [WORD…]: rows of these words; of OPTIONS they take what is not of a recipe
-    local i mine=${GROUP_SIZE:+--group-size $GROUP_SIZE}
-    [ $# -gt 1 ] || return 0
-    words options OPTIONS
-    for ((i = 0; i < ${#options[@]}; i++)); do
-        case ${options[i]} in --dtype | --kernel | --kv-storage) mine+=" ${options[i]} ${options[i + 1]:-}" ;; esac
-    done
-    OPTIONS=$mine reproduce "$device" "$model" "$1" --only "${@:2}"
-}
-
-named() { # WORD WORD…: whether the first is among the others
-    [[ " ${*:2} " = *" $1 "* ]]
-}
-
-settings_of() { # MODEL_DIRECTORY: sets `settings`, what the environment and the AWQ zoo say of single methods
-    local file
-    file=$(zoo_file "$1" 3 128)
-    settings=(${EPOCHS:+--set "omniquant:weights.epochs=$EPOCHS"})
+intactkv_table() { # NUMBER DEVICE MODEL_PATH [METHOD]…: full precision and weights of 3 bits, both arms
+    table_call "DEVICE MODEL_PATH [METHOD]…" "${@:2}"
+    local BEHIND='' file more=(${EPOCHS:+--set "omniquant:weights.epochs=$EPOCHS"}) # there is no arm behind
+    file=$(zoo_file "$model" 3 128)
     if [ -n "$file" ] && [ "${#calibration[@]}" -eq 0 ] && [ -z "${SEEDS:-}" ]; then
         echo "AWQ: scales and clip limits are those of $file, nothing is searched" >&2
-        settings+=(--set "awq:weights.file=$file")
+        more+=(--set "awq:weights.file=$file")
     fi
-}
-
-weight_table() { # TABLE DEVICE MODEL_PATH [METHOD]…: full precision and weights of 3 bits, both arms
-    local device=$2 model method methods=(rtn gptq omniquant awq)
-    model=$(model_path "$3")
-    [ $# -le 3 ] || methods=("${@:4}")
-    for method in "${methods[@]}"; do
-        named "$method" rtn gptq omniquant awq ||
-            fail "method '$method' is not in the table; choose from rtn, gptq, omniquant, awq"
-    done
-    enter_project
-    settings_of "$model"
-    local BEHIND='' # the paper's tables have no such arm
-    reproduce "$device" "$model" "$1" --only FP16 "${methods[@]}" "${settings[@]}"
+    reproduce "intactkv-$1" ${4:+--only fp16 "${@:4}"} "${more[@]}"
 }

@@ -9,18 +9,11 @@
 # calibrated behind that prefix; OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -eq 2 ] || fail "usage: run_gptq.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-device=$1 model=$(model_path "$2")
-enter_project
-read -ra widths <<< "${BITS:-4}"
-[ "${GROUP_SIZE:--1}" = -1 ] || OPTIONS="--group-size $GROUP_SIZE --set weights.static_groups=false ${OPTIONS:-}"
-for order in ${ACT_ORDER:-true}; do
-    case $order:$(basename "$model") in
-        true:*) table=gptq-llama ;;
-        false:opt-*) table=gptq-opt ;;
-        false:*) table=gptq-llama-no-act-order ;;
-        *) fail "ACT_ORDER: '$order' is not allowed; give true, false or both" ;;
-    esac
-    reproduce "$device" "$model" "$table" --only GPTQ "${widths[@]/%/-bit}"
-done
-beside "$table" "${widths[@]/%/-bit}"
+table_call "DEVICE MODEL_PATH" "$@"
+orders=" ${ACT_ORDER:-true} " plain=gptq-llama-no-act-order
+[[ " true false true " = *"$orders"* ]] || fail "ACT_ORDER='$ACT_ORDER' is not allowed; give true, false or both"
+[[ $(basename "$model") != opt-* ]] || plain=gptq-opt
+tables=${orders/true/gptq-llama}
+[ "${GROUP_SIZE:--1}" = -1 ] || OPTIONS="--group-size $GROUP_SIZE --set gptq:weights.static_groups=false ${OPTIONS:-}"
+rows GPTQ 4
+reproduce ${tables/false/$plain} "${only[@]}"

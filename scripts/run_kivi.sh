@@ -9,12 +9,8 @@
 # gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default lm-eval); OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -eq 2 ] || fail "usage: run_kivi.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-device=$1 model=$(model_path "$2")
-enter_project
-read -ra widths <<< "${BITS:-4 2}"
-given="${RECIPE:+--recipe $RECIPE }${GROUP_SIZE:+--kv-group-size $GROUP_SIZE }"
-given+="${RESIDUAL:+--set kv_cache.residual=$RESIDUAL }${PREFILL:+--set kv_cache.prefill=$PREFILL }"
-GROUP_SIZE='' OPTIONS="$given${OPTIONS:-}"
-reproduce "$device" "$model" kivi-perplexity --only KIVI "${widths[@]/%/-bit}"
-beside kivi-perplexity
+table_call "DEVICE MODEL_PATH" "$@"
+OPTIONS="${RECIPE:+--recipe $RECIPE }${GROUP_SIZE:+--kv-group-size $GROUP_SIZE }${OPTIONS:-}"
+rows KIVI "4 2"
+reproduce kivi-perplexity "${only[@]}" ${RESIDUAL:+--set "kv_cache.residual=$RESIDUAL"} \
+    ${PREFILL:+--set "kv_cache.prefill=$PREFILL"}

@@ -11,15 +11,10 @@
 # embedded model has a text of its own); OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -eq 2 ] || fail "usage: run_kvquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-device=$1 model=$(model_path "$2")
-enter_project
-read -ra widths <<< "${BITS:-4 3 2}"
-given="${RECIPE:+--recipe $RECIPE }"
-! flag QNORM 0 || given+="--set kv_cache.qnorm=true "
-for name in OUTLIERS SINKS LEVELS WEIGHTING; do
-    [ -z "${!name:-}" ] || given+="--set kv_cache.${name,,}=${!name} "
-done
-OPTIONS="$given${OPTIONS:-}"
-reproduce "$device" "$model" kvquant-perplexity --only KVQuant "${widths[@]/%/-bit}"
-beside kvquant-perplexity
+table_call "DEVICE MODEL_PATH" "$@"
+OPTIONS="${RECIPE:+--recipe $RECIPE }${OPTIONS:-}"
+! flag QNORM 0 || OPTIONS="--set kv_cache.qnorm=true $OPTIONS"
+rows KVQuant "4 3 2"
+reproduce kvquant-perplexity "${only[@]}" ${OUTLIERS:+--set "kv_cache.outliers=$OUTLIERS"} \
+    ${SINKS:+--set "kv_cache.sinks=$SINKS"} ${LEVELS:+--set "kv_cache.levels=$LEVELS"} \
+    ${WEIGHTING:+--set "kv_cache.weighting=$WEIGHTING"}

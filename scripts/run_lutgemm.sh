@@ -9,19 +9,9 @@
 # calibration text.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -eq 2 ] || [ $# -eq 3 ] || fail "usage: run_lutgemm.sh DEVICE MODEL_PATH [ROUNDS] (got $# of 2 or 3 arguments)"
-device=$1 model=$(model_path "$2") rounds=${3:-30}
-[[ $rounds =~ ^[0-9]+$ ]] || fail "ROUNDS '$rounds' is no number; give 0, 1, … or the published 30"
-enter_project
-grid=rows
-[ "${GROUP_SIZE:--1}" = -1 ] || grid=groups OPTIONS="--group-size $GROUP_SIZE ${OPTIONS:-}"
-[ "$rounds" = 30 ] || OPTIONS="--set weights.rounds=$rounds ${OPTIONS:-}"
-own=() others=()
-for bits in ${BITS:-4}; do
-    own+=("LUT-GEMM, $bits bits, $grid")
-    for name in "${beside[@]}"; do
-        case $name in full) others+=("16 bits") ;; *) others+=("${name^^}, $bits bits, $grid") ;; esac
-    done
-done
-reproduce "$device" "$model" lutgemm-perplexity --only "${own[@]}"
-rows_beside lutgemm-perplexity "${others[@]}"
+table_call "DEVICE MODEL_PATH [ROUNDS]" "$@"
+[[ ${3:-30} =~ ^[0-9]+$ ]] || fail "ROUNDS '$3' is no number; give 0, 1, … or the published 30"
+grid=", rows"
+[ "${GROUP_SIZE:--1}" = -1 ] || grid=", groups" OPTIONS="--group-size $GROUP_SIZE ${OPTIONS:-}"
+rows LUT-GEMM 4 "$grid"
+reproduce lutgemm-perplexity "${only[@]}" ${3:+--set "LUT-GEMM:weights.rounds=$3"}

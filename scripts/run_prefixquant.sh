@@ -11,19 +11,20 @@
 # quantized runs and of the training, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -eq 2 ] || fail "usage: run_prefixquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-model=$(model_path "$2")
-enter_project
+table_call "DEVICE MODEL_PATH" "$@"
 for name in FT TRAINABLE PLOTS; do flag $name 0 || true; done # now, and not behind hours of rows
-check_device "$1"
-one=${1%%,*} one=${one/#all/0}
-device=$(device_option "$one")
+[[ ${TASKS:=none} =~ ^[^,[:space:]]+(,[^,[:space:]]+)*$ ]] || fail "TASKS='$TASKS' are no names; give them joined by commas"
+check_device "$device"
+one=${device%%,*} one=${one/#all/0}
 recipe=${RECIPE:-prefixquant-w4a4kv4-static} prefix=${PREFIX:-auto}
+table=prefixquant-w4a4kv4
+[[ $recipe != *w4a8kv4* ]] || table=prefixquant-w4a8kv4
 if flag TRAINABLE 0; then
     trained=${home}modelzoo/prefixes/$(basename "$model")-$recipe-trained.safetensors
     words training TRAIN_OPTIONS
+    where=$(device_option "$one")
     # Its keys and values must be in the basis of the quantized model: it is trained on the recipe's own twin.
-    python -m intactkv train-prefix --model "$model" --device "$device" --recipe "$recipe" --prefix "$prefix" \
+    python -m intactkv train-prefix --model "$model" --device "$where" --recipe "$recipe" --prefix "$prefix" \
         ${PREFIX_LEN:+--prefix-len "$PREFIX_LEN"} ${PREFIX_EPOCHS:+--prefix-epochs "$PREFIX_EPOCHS"} \
         ${CALIBRATION:+--corpus "$CALIBRATION"} ${CALIBRATION_SAMPLES:+--samples "$CALIBRATION_SAMPLES"} \
         ${CALIBRATION_LENGTH:+--length "$CALIBRATION_LENGTH"} ${SEED:+--training-seed "$SEED"} "${training[@]}" \
@@ -32,12 +33,8 @@ if flag TRAINABLE 0; then
 fi
 BEHIND='' # there is no such arm: the recipes are calibrated behind the prefix
 search=(${MSE_INIT_SIZE:+--set "tuning.mse_init_size=$MSE_INIT_SIZE"})
-table=prefixquant-w4a4kv4
-[[ $recipe != *w4a8kv4* ]] || table=prefixquant-w4a8kv4
-reproduce "$1" "$model" "$table" --recipe fp16 "$recipe" --prefix none "$prefix" "${search[@]}"
-! flag FT 0 || reproduce "$1" "$model" "$table" --recipe "$recipe-ft" --prefix "$prefix" "${search[@]}" \
+reproduce $table --recipe fp16 "$recipe" --prefix none "$prefix" "${search[@]}"
+! flag FT 0 || reproduce $table --recipe "$recipe-ft" --prefix "$prefix" "${search[@]}" \
     ${EPOCHS:+--set "tuning.epochs=$EPOCHS"}
-if flag PLOTS 1; then
-    # Of the model as it is: a trained prefix belongs to the rotated one.
-    PREFIX=${PREFIX:-auto} OPTIONS='' bash scripts/visualization/prefixquant.sh "$one" "$model"
-fi
+# Of the model as it is: a trained prefix belongs to the rotated one.
+! flag PLOTS 1 || PREFIX=${PREFIX:-auto} OPTIONS='' bash scripts/visualization/prefixquant.sh "$one" "$model"

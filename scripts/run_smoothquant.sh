@@ -7,47 +7,29 @@
 # BATCH_SIZE; CORPUS, WINDOW, LIMIT and PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default
 # lm-eval); CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS; BEHIND=bos adds what is calibrated behind
 # that prefix; OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
-# ALPHAS="0.35 0.5 0.65" HELD_OUT=NAME|FILE searches instead: perplexity of every alpha on that text, the best first.
+# ALPHAS="0.35 0.5 0.65" HELD_OUT=NAME|FILE searches instead: W8A8 with these of the published alphas (0.35 to 0.90 in
+# steps of 0.05), scored on that text.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -eq 2 ] || fail "usage: run_smoothquant.sh DEVICE MODEL_PATH (got $# of 2 arguments)"
-[ -z "${ALPHAS:-}" ] || [ -n "${HELD_OUT:-}" ] ||
-    fail "ALPHAS asks for a search, but HELD_OUT is not set; give a text that is not evaluated: HELD_OUT=NAME|FILE"
-device=$1 model=$(model_path "$2")
-words recipes RECIPES "rtn-w8a8-qllm smoothquant-w8a8-qllm rtn-w6a6-qllm smoothquant-w6a6-qllm"
-enter_project
-static=(${STATIC:+--set "activations.static=$STATIC"})
-
-searched() { # RECIPE: a line for every alpha and arm
-    local alpha arm prefix
-    choose_text --recipe "$1" "${options[@]}"
-    for alpha in $ALPHAS; do
-        for arm in none bos ${behind:+behind}; do
-            prefix=(--prefix "$arm")
-            [ "$arm" != behind ] || prefix=(--prefix "$behind" --calibrate-behind-prefix)
-            run_eval "$device" 29500 ppl --model "$model" --recipe "$1" --set "transforms.smooth.alpha=$alpha" "${prefix[@]}" \
-                "${static[@]}" "${options[@]}" --protocol "$protocol" --corpus "$HELD_OUT" \
-                ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"} "${text[@]}" --json |
-                python -c 'import json, sys; print("perplexity %.4f  alpha %s  %s  %s" %
-                    (json.load(sys.stdin)["perplexity"], *sys.argv[1:]))' "$alpha" "$1" "${prefix[*]:1}"
-        done
-    done
-}
-
-measure_as qllm
+table_call "DEVICE MODEL_PATH" "$@"
+beside=${BESIDE:-}
 if [ -n "${ALPHAS:-}" ]; then
-    for recipe in "${recipes[@]}"; do
-        case $recipe in smoothquant-*) searched "$recipe" | LC_ALL=C sort -k 6 -k 2,2g ;; esac
+    [ -n "${HELD_OUT:-}" ] || fail "ALPHAS asks for a search, but HELD_OUT is not set; give a text that is not evaluated"
+    for alpha in $ALPHAS; do
+        [[ $alpha != ?.? ]] || alpha+=0 # as the table's rows are called
+        only+=("alpha $alpha")
     done
+    CORPUS=$HELD_OUT reproduce smoothquant-alpha --only "${only[@]}"
     exit
 fi
-given=()
-[ -z "${STATIC:-}" ] || given+=(--set "activations.static=$STATIC")
-for recipe in "${recipes[@]}"; do
-    case $recipe in smoothquant-*) [ -z "${ALPHA:-}" ] || given+=(--set "$recipe:transforms.smooth.alpha=$ALPHA") ;; esac
-done
-chosen=(--only RTN SmoothQuant)
-[ -z "${RECIPES:-}" ] && [ "${#given[@]}" -eq 0 ] || chosen=(--recipe "${recipes[@]}" "${given[@]}")
-reproduce "$device" "$model" smoothquant-accuracy "${chosen[@]}"
-read -ra widths <<< "${BITS:-4}"
-beside zeroquant-perplexity "${widths[@]/%/-bit}" # which has RTN and GPTQ per row
+TASKS=${TASKS:-none}
+if [ -z "${RECIPES:-}${STATIC:-}" ]; then
+    reproduce smoothquant-accuracy --only rtn smoothquant ${beside/full/fp16} \
+        ${ALPHA:+--set "smoothquant:transforms.smooth.alpha=$ALPHA"}
+else
+    words recipes RECIPES "rtn-w8a8-qllm smoothquant-w8a8-qllm rtn-w6a6-qllm smoothquant-w6a6-qllm"
+    for recipe in "${recipes[@]}"; do
+        [[ $recipe != smoothquant-* ]] || smooth+=(${ALPHA:+--set "$recipe:transforms.smooth.alpha=$ALPHA"})
+    done
+    reproduce smoothquant-accuracy --recipe ${BESIDE:+fp16} "${recipes[@]}" "${smooth[@]}" ${STATIC:+--set "activations.static=$STATIC"}
+fi

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv files=(requirements.txt requirements-dev.txt) requirements=requirements.txt
 case "${1:-}" in
-    dev) requirements=requirements-dev.txt ;;
+    dev) requirements="requirements-dev.txt" ;;
     oldest) venv=.venv-oldest files+=(requirements-oldest.txt) requirements=requirements-oldest.txt ;;
     "") ;;
     *)

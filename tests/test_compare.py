@@ -218,6 +218,20 @@ def test_there_is_no_mean_of_runs_that_were_computed_otherwise(intactkv_root: Pa
     assert str(heads["BoolQ"].ours) == "50.00"
 
 
+def test_there_is_no_change_between_runs_that_were_computed_otherwise(intactkv_root: Path) -> None:
+    """float32 on a CPU alone, float16 on a GPU behind [B]: both compare with the published, not with each other."""
+    paper = PAPERS["intactkv-1"]
+    for cell in cells_of(paper, LLAMA):
+        if cell.row.label in ("RTN", "GPTQ"):
+            slow = (cell.row.label, cell.row.arm) == ("RTN", ALONE)
+            written(cell.runs[0], record_for(cell, 9.0, **({"dtype": "float32", "device": "cpu"} if slow else {})))
+    (table,) = paper_table(paper, filled(paper, LLAMA))
+    changed = {place: cell for place, cell in column(table, "C4: ours").items() if place[1] == "[B]: change"}
+    assert changed.get(("RTN", "[B]: change"), "None") == "None"
+    assert changed["GPTQ", "[B]: change"] == "+0.0%"
+    assert column(table, "C4: verdict")["RTN", "[B]"] == "off"
+
+
 def test_full_precision_on_a_cpu_compares_with_published_figures_of_16_bits(intactkv_root: Path) -> None:
     found = fill(PAPERS["intactkv-1"], LLAMA, {("FP16", ""): 7.30}, dtype="float32", device="cpu")
     assert found["FP16", ""].verdict == "agrees"

@@ -240,8 +240,10 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
     ),
     f"run_zeroquant 0 {INSTRUCT}": (
         [row for name in ("w8a8", "w4-8a16", "w4-8a8", "w4a4") for row in arms("ppl", f"zeroquant-{name} {CUT}")]
-        + [row for name in ("w4-8a16", "w4a4")
-           for row in arms("ppl", f"zeroquant-{name}-lkd {CUT} --set tuning.blocks=last")], {"ppl gptq"},
+        + [row for name, rate, counts in (("w4-8a16", "5e-6", (100, 200, 400, 600)), ("w4a4", "1e-6", (100, 200, 400)))
+           for steps in counts
+           for row in arms("ppl", f"zeroquant-{name}-lkd --set tuning.blocks=last --set tuning.lr={rate} "
+                           f"--set tuning.steps={steps} --set tuning.batch=4 {CUT}")], {"ppl gptq"},
     ),
 }  # fmt: skip
 
@@ -270,7 +272,7 @@ def test_the_policy_of_the_cache_is_that_of_kv(calls: Calls) -> None:
     call = "eval/eval llama-2 7b rtn 3 2 ppl 29500 cpu"
     assert rows(calls(call, KV="kivi")) == arms("ppl", "rtn --bits 3 --kv kivi --kv-bits 2")
     given, text = {"CALIBRATION_SAMPLES": "2", "BEHIND": "bos"}, "--calibration-samples"
-    both = arms("ppl", "rtn --bits 3 --kv static --kv-bits 2")
+    both = arms("ppl", "rtn --bits 3 --kv static --kv-bits 2 --calibration-samples 2")
     calibrated, plain = calls(call, KV="static", **given), calls(call, KV="kivi", **given)
     assert rows(calibrated) == [*both, f"{both[-1]} behind"]
     assert rows(plain) == arms("ppl", "rtn --bits 3 --kv kivi --kv-bits 2")
@@ -362,27 +364,30 @@ def test_every_method_is_scored_on_the_tasks_that_are_named(calls: Calls, script
     assert all("--tasks piqa,winogrande" in " ".join(call) and "--limit 3" in " ".join(call) for call in scored)
 
 
-def test_rows_of_the_published_tables_that_no_default_makes(project: Path, calls: Calls) -> None:
+def test_rows_of_the_published_tables_that_no_default_makes(calls: Calls) -> None:
     made = rows(calls("run_gptq cpu modelzoo/opt/opt-125m", BITS="4 3", ACT_ORDER="false", BESIDE="full rtn"))
     gptq = [
         row for bits in (4, 3)
         for row in arms("ppl", f"gptq-row --bits {bits} --set weights.act_order=false --group-size -1")
     ]  # fmt: skip
     rtn = [row for bits in (4, 3) for row in arms("ppl", f"rtn --bits {bits} --group-size -1")]
-    assert made == [*gptq, "ppl fp16 / none", *rtn]
+    assert sorted(made) == sorted([*gptq, "ppl fp16 / none", *rtn])  # in the order of the table
     made = rows(calls(f"run_lutgemm cpu {INSTRUCT}", BITS="3", GROUP_SIZE="128", BESIDE="rtn gptq"))
-    assert [row.split()[1] for row in made] == ["bcq", "bcq", "rtn", "rtn", "gptq", "gptq"]
+    assert [row.split()[1] for row in made] == ["rtn", "rtn", "gptq", "gptq", "bcq", "bcq"]
     assert all("--bits 3" in row and "--group-size 128" in row for row in made)
     dynamic = ["weights.static_groups=false" in row for row in made]
-    assert dynamic == [False] * 4 + [True] * 2
+    assert dynamic == [False] * 2 + [True] * 2 + [False] * 2
     made = rows(calls(f"run_spqr cpu {INSTRUCT}", RECIPES="spqr spqr-w2"))
     assert made == [*arms("ppl", "spqr"), *arms("ppl", "spqr-w2")]
     made = rows(calls(f"run_zeroquant cpu {MODEL}"))  # cut for another model's shapes
-    assert {row.split(" --set ")[1] for row in made if "lkd" in row} == {"weights.groups=0"}
-    assert not any("weights.groups" in row for row in made if "lkd" not in row)  # 0 is the recipes' own
-    (project / "calls").unlink()
-    assert "BESIDE: 'awq' is not known" in run(project, f"run_gptq cpu {MODEL}", BESIDE="full awq").stderr
-    assert not (project / "calls").exists()
+    assert not any("weights.groups" in row for row in made)  # the recipes' own: one grid per row
+    made = rows(calls(f"run_zeroquant cpu {MODEL}", RUNS="8", STEPS="3", LR="1e-4", BESIDE="full rtn"))
+    of = {name: [row for row in made if name in row] for name in ("zeroquant", "lkd", "fp16", "rtn")}
+    assert [len(mine) for mine in of.values()] == [12, 4, 1, 2]
+    assert all("weights.groups=8" in row for row in of["zeroquant"])
+    assert all("--set tuning.blocks=last --set tuning.steps=3 --set tuning.lr=1e-4" in row for row in of["lkd"])
+    both = rows(calls(f"run_gptq cpu {MODEL}", ACT_ORDER="true false"))
+    assert [row.split("act_order=")[1].split()[0] for row in both] == ["true", "true", "false", "false"]
 
 
 def test_spqr_at_three_bits_has_the_published_numbers() -> None:
@@ -397,7 +402,7 @@ def test_the_third_argument_of_lutgemm_is_the_number_of_rounds(calls: Calls, rou
     assert (weights.rounds, weights.grid.bits, weights.grid.group_size) == (coding, 4, -1)
 
 
-def test_options_reach_every_step_of_the_recipe_and_what_stands_beside_keeps_its_own(calls: Calls) -> None:
+def test_options_reach_every_step_of_the_recipe(calls: Calls) -> None:
     given = {"OPTIONS": "--set weights.damp=0.5 --dtype float16"}
     for call in (f"run_gptq cpu {MODEL}", "eval/eval llama-2 7b gptq 3 16 ppl 29500 cpu",
                  "eval/gen_mtbench_answer llama-2 7b gptq 3 cpu", "eval/stats llama-2 7b gptq 3 cpu",
@@ -407,16 +412,13 @@ def test_options_reach_every_step_of_the_recipe_and_what_stands_beside_keeps_its
         assert all(given["OPTIONS"] in words for words in ran), call
     (made,) = calls("quantization/auto_gptq llama-2 7b 3 128 cpu", OPTIONS="--set weights.damp=0.5")
     assert recipe_of(made).weights.damp == 0.5
-    beside = [" ".join(c) for c in calls(f"run_gptq cpu {MODEL}", BESIDE="rtn", **given) if "rtn" in c]
-    assert all("--dtype float16" in call and "damp" not in call for call in beside)
-    assert len(beside) == 3
-    grids = "--bits 2 --group-size 32 --kv-bits=4 --k-bits 8 --v-bits 8 --kv-group-size 64 --kv rotated"
-    beside = rows(calls(f"run_gptq cpu {MODEL}", OPTIONS=grids, BESIDE="full rtn gptq"))[2:]
-    assert beside == [
-        "ppl fp16 / none",
-        *arms("ppl", "rtn --bits 4 --group-size -1"),
-        *arms("ppl", "gptq-row --bits 4 --set weights.act_order=true --group-size -1"),
-    ]
+
+
+def test_options_reach_every_row_of_a_table_or_those_of_the_method_that_they_name(calls: Calls) -> None:
+    damp = "--set weights.damp=0.5"
+    made = calls(f"run_gptq cpu {MODEL}", BESIDE="full rtn", OPTIONS="--set gptq:weights.damp=0.5 --dtype float16")
+    told = [(row.split()[1], damp in row, "--dtype float16" in row) for row in rows(made)]
+    assert told == [("fp16", False, False), *[("rtn", False, True)] * 2, *[("gptq-row", True, True)] * 2]
 
 
 def test_the_one_call_of_a_trainable_prefix_becomes_the_programs_beside_it(project: Path) -> None:
@@ -514,7 +516,7 @@ def test_a_chat_is_one_call_of_the_program_with_what_the_environment_says(
 def test_all_gpus_are_for_what_is_evaluated(project: Path) -> None:
     refused = run(project, "quantization/auto_gptq llama-2 7b 3 128 all")
     assert "device 'all' spreads a model that is evaluated" in refused.stderr
-    done = run(project, f"run_gptq 0 {MODEL}", MAX_MEMORY="65GiB")
+    done = run(project, "eval/eval llama-2 7b rtn 3 16 ppl 29500 0", MAX_MEMORY="65GiB")
     assert (done.returncode, "MAX_MEMORY is of DEVICE all" in done.stderr) == (2, True)
 
 
@@ -642,17 +644,16 @@ def test_a_word_of_a_variable_is_no_pattern_and_quotes_keep_spaces_together(proj
     assert behind[behind.index("--calibrate-behind-prefix") - 1] == "* of spaces"
     (made,) = calls("quantization/auto_gptq llama-2 7b 3 128 cpu", BEHIND="* of spaces")
     assert made[made.index("--prefix") + 1] == "* of spaces"
-    searched = calls(f"run_smoothquant cpu {MODEL}", ALPHAS="*", HELD_OUT="a text", BEHIND="* of spaces")
-    assert {words[words.index("--set") + 1] for words in searched} == {"transforms.smooth.alpha=*"}
-    prefixes = [words[words.index("--prefix") + 1] for words in searched]
-    assert prefixes == ["none", "bos", "* of spaces"] * 2
+    scored = calls(f"run_gptq cpu {MODEL}", CORPUS="a *.txt", OPTIONS="--set 'weights.damp=0.1'\n --dtype float16")
+    assert {words[words.index("--corpus") + 1] for words in scored} == {"a *.txt"}
+    assert {words[words.index("--dtype") + 1] for words in scored} == {"float16"}
     answered = calls("eval/gen_mtbench_answer llama-2 7b fp16 16 cpu", SEEDS="* 7", PREFIXES="'a b' *")
     assert [words[words.index("--prefix") + 1] for words in answered] == ["a b", "*"] * 2
     seeds = [words[words.index("--answer-seed") + 1] for words in answered]
     assert seeds == ["*", "*", "7", "7"]
 
 
-@pytest.mark.parametrize("variable", ["OPTIONS", "BESIDE", "TRAIN_OPTIONS", "RECIPES", "PREFIXES"])
+@pytest.mark.parametrize("variable", ["OPTIONS", "BITS", "TRAIN_OPTIONS", "RECIPES", "PREFIXES"])
 def test_a_quote_that_is_not_closed_is_one_line(project: Path, variable: str) -> None:
     call = {"TRAIN_OPTIONS": f"run_prefixquant cpu {MODEL}", "RECIPES": f"run_smoothquant cpu {MODEL}",
             "PREFIXES": "eval/gen_mtbench_answer llama-2 7b fp16 16 cpu"}  # fmt: skip
@@ -691,8 +692,14 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "a switch that is neither on nor off": (f"run_prefixquant cpu {MODEL}", {"FT": "yes"}, "FT='yes' is not allowed"),
     "figures, perhaps": (f"run_prefixquant cpu {MODEL}", {"PLOTS": "2"}, "PLOTS='2' is not allowed; give 1 or 0"),
     "memory, perhaps": ("train/train llama-2 7b awq 3 cpu", {"CHECKPOINTING": "x"}, "CHECKPOINTING='x' is not allowed"),
-    "tasks without names": (f"run_gptq cpu {MODEL}", {"TASKS": ","}, "TASKS=',' are no names"),
-    "tasks with spaces": (f"run_gptq cpu {MODEL}", {"TASKS": "piqa mmlu"}, "give them joined by commas"),
+    "tasks without names": (f"run_prefixquant cpu {MODEL}", {"TASKS": ","}, "TASKS=',' are no names"),
+    "tasks with spaces": (f"run_prefixquant cpu {MODEL}", {"TASKS": "piqa mmlu"}, "give them joined by commas"),
+    "an order": (
+        f"run_gptq cpu {MODEL}",
+        {"ACT_ORDER": "no"},
+        "ACT_ORDER='no' is not allowed; give true, false or both",
+    ),
+    "rounds": (f"run_lutgemm cpu {MODEL} x", {}, "ROUNDS 'x' is no number"),
     "a port": ("eval/eval llama-2 7b rtn 3 16 ppl x cpu", {}, "PORT 'x' is no port; give 1 to 65535, such as 29500"),
     "a large port": ("eval/eval llama-2 7b rtn 3 16 ppl 65536 cpu", {}, "PORT '65536' is no port; give 1 to 65535"),
     "a root that is not there": (

@@ -103,8 +103,20 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
         _average(one, [by_row[row_place(one.row)].get(head) for head in one.measure.average_of])
         if one.measure.average_of
         else one
-        for one in found
+        for one in (_paired(one, by_row) for one in found)
     ])  # fmt: skip
+
+
+def _paired(one: Filled, by_row: Mapping[RowPlace, Mapping[str, Filled]]) -> Filled:
+    """The same, whose change is taken only against runs in the same format on the same kind of device."""
+
+    def kinds(arm: Arm) -> set[str]:
+        columns = by_row.get((one.row.label, arm), {})
+        there = [columns[head] for head in (one.measure.average_of or (one.measure.head,)) if head in columns]
+        return {computed(record) for column in there for record in column.records}
+
+    mine = kinds(one.row.arm)
+    return replace(one, against=tuple(arm for arm in one.against if not kinds(arm) or kinds(arm) == mine))
 
 
 def _named(cells: Sequence[Filled]) -> list[Filled]:

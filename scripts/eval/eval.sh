@@ -16,15 +16,24 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 8 ] || fail "usage: eval.sh MODEL SIZE METHOD BITS KV_BITS TASK PORT DEVICE (got $# of 8 arguments)"
 enter_project
-model=$(model_directory "$1" "$2") task=$6
-choose_recipe "$3" "$4" "$model"
-read_kv "$3" "$5"
-recipe+=("${kv[@]}")
-measure_as intactkv
-if [ "$task" = ppl ]; then
-    perplexities "$8" "$7" "$model" "${recipe[@]}"
-    python -m eval table --model "$(basename "$model")" --costs # all finished runs of the model, to compare
-else
-    task_scores "$task" "$8" "$7" "$model" "${recipe[@]}"
-    python -m eval table tasks --model "$(basename "$model")"
-fi
+model=$(model_directory "$1" "$2") task=$6 port=$7 device=$8 table=(tasks)
+choose_method "$3" "$4" "$model" "$5"
+protocol=${PROTOCOL:-intactkv} mmlu_protocol=${MMLU_PROTOCOL:-hendrycks}
+echo "measured as in IntactKV's tables unless PROTOCOL or MMLU_PROTOCOL is set: perplexity by --protocol $protocol," \
+    "MMLU by $mmlu_protocol" >&2
+
+arms() { # PROGRAM, then its options: without a prefix, with [B], and calibrated behind BEHIND
+    local prefix made=("$1" --model "$model" "${method[@]}" "${@:2}" ${LIMIT:+--limit "$LIMIT"})
+    for prefix in none bos; do run_eval "$device" "$port" "${made[@]}" --prefix "$prefix"; done
+    [ -z "$behind" ] || run_eval "$device" "$port" "${made[@]}" --prefix "$behind" --calibrate-behind-prefix
+}
+asked=(${FEWSHOT:+--fewshot "$FEWSHOT"} ${DATA:+--data "$DATA"} ${BATCH_SIZE:+--batch-size "$BATCH_SIZE"})
+case ,$task, in
+    ,ppl,)
+        arms ppl --protocol "$protocol" ${CORPUS:+--corpus "$CORPUS"} ${WINDOW:+--window "$WINDOW"}
+        table=(--costs) # all finished runs of the model, to compare
+        ;;
+    *,mmlu,*) arms tasks --tasks "$task" --protocol "$mmlu_protocol" "${asked[@]}" ;;
+    *) arms tasks --tasks "$task" "${asked[@]}" ;;
+esac
+python -m eval table "${table[@]}" --model "$(basename "$model")"

@@ -10,6 +10,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 [ $# -eq 3 ] || fail "usage: quarot.sh MODEL SIZE DEVICE (got $# of 3 arguments)"
 enter_project
-model=$(model_directory "$1" "$2")
-columns=() # the table's own
-reproduce "$3" "$model" intactkv-5 --only FP16 QuaRot
+device=$3 model=$(model_directory "$1" "$2")
+reproduce intactkv-5 --only fp16 QuaRot

@@ -13,8 +13,10 @@ enter_project
 device=$(device_option "$5")
 model=$(model_directory "$1" "$2")
 choose_method "$3" "$4" "$model"
-measure_as intactkv
-common=(--model "$model" --device "$device" "${scored[@]}" ${LIMIT:+--limit "$LIMIT"})
+common=(
+    --model "$model" --device "$device" --protocol "${PROTOCOL:-intactkv}" ${CORPUS:+--corpus "$CORPUS"}
+    ${WINDOW:+--window "$WINDOW"} ${LIMIT:+--limit "$LIMIT"}
+)
 
 python -m eval stats pivots "${common[@]}"
 python -m eval stats linears "${common[@]}" "${method[@]}"

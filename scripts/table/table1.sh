@@ -8,6 +8,4 @@
 # intactkv); OPTIONS of the quantized rows, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-[ $# -ge 2 ] || fail "usage: table1.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
-columns=() # the table's own
-weight_table intactkv-1 "$@"
+intactkv_table 1 "$@"

@@ -7,14 +7,7 @@
 # CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS; OPTIONS, WORKERS, MAX_MEMORY: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-[ $# -ge 2 ] || fail "usage: weights.sh DEVICE MODEL_PATH [METHOD]… (got $# of at least 2 arguments)"
-device=$1 model=$(model_path "$2")
-shift 2
-enter_project
-for method in "$@"; do
-    named "$method" rtn gptq awq omniquant spqr bcq ||
-        fail "method '$method' is not in the table; choose from rtn, gptq, awq, omniquant, spqr, bcq"
-done
+table_call "DEVICE MODEL_PATH [METHOD]…" "$@"
 BEHIND='' # an arm of the table's own
-reproduce "$device" "$model" ours-weights ${1:+--only full "$@"} ${EPOCHS:+--set "omniquant:weights.epochs=$EPOCHS"}
+reproduce ours-weights ${3:+--only full "${@:3}"} ${EPOCHS:+--set "omniquant:weights.epochs=$EPOCHS"}
 python -m eval table --model "$(basename "$model")" --costs # the same runs, with standard errors and what quantizing took
