@@ -102,10 +102,11 @@ def recipe_of(call: Call) -> Recipe:
 
 
 def rows(made: list[Call]) -> list[str]:
-    """Program, recipe's options and prefix of what a script ran, without its tables; each recipe must be one."""
+    """Program, recipe's options and prefix of what a script ran, without its tables and the arms BOS, which read what
+    [B] reads (`with_bos` has these); each recipe must be one."""
     found = []
     for call in made:
-        if "table" in call:
+        if "table" in call or "--vanilla" in call:
             continue
         recipe_of(call)
         words = call[call.index("--recipe") :] if "--recipe" in call else []
@@ -114,6 +115,11 @@ def rows(made: list[Call]) -> list[str]:
         behind = " behind" if "--calibrate-behind-prefix" in call else ""
         found.append(" ".join([call[1] if call[0] == "eval" else call[0], *words[1:end]]) + prefix + behind)
     return found
+
+
+def with_bos(made: list[Call]) -> list[str]:
+    """The same of the arms BOS, as rows of [B]."""
+    return rows([[word for word in call if word != "--vanilla"] for call in made if "--vanilla" in call])
 
 
 def protocols(made: list[Call]) -> set[str]:
@@ -248,13 +254,15 @@ def test_a_published_call_runs_what_it_ran_in_its_own_project(calls: Calls, call
     ran, by = PUBLISHED[call]
     assert rows(made) == ran
     assert protocols(made) == by
+    plain = by == {"ppl gptq"}  # alone, windows and prompts open without [BOS]
+    assert with_bos(made) == ([row for row in ran if row.endswith("/ bos")] if plain else [])
 
 
 def test_kivi_lets_tasks_that_generate_see_their_prompt_as_it_is(calls: Calls) -> None:
     made = [" ".join(call) for call in calls(f"run_kivi cpu {MODEL}", BITS="2", TASKS="boolq,gsm8k") if "--kv" in call]
     for task, mode in (("--tasks boolq", "final"), ("--tasks gsm8k", "fp"), ("eval ppl", "final")):
         mine = [call for call in made if task in call]
-        assert len(mine) == 2
+        assert len(mine) == 3  # alone, BOS, [B]
         assert all(f"prefill={mode}" in call for call in mine)
     told = calls(f"run_kivi cpu {MODEL}", BITS="2", PREFILL="exact", TASKS="gsm8k")
     assert all("kv_cache.prefill=exact" in call for call in told if "--kv" in call)
@@ -275,7 +283,7 @@ def test_the_policy_of_the_cache_is_that_of_kv(calls: Calls) -> None:
 def test_kvquant_calibrates_on_the_published_text_or_on_what_it_is_told(calls: Calls) -> None:
     for told, text in (({}, ("wikitext2", 0)), ({"CALIBRATION": "c4", "SEED": "3"}, ("c4", 3))):
         made = parsed(calls(f"run_kvquant 0 {MODEL}", BITS="2", **told))
-        assert len(made) == 2
+        assert len(made) == 3
         assert {(one.calibration, one.seed) for one in made} == {text}
         assert {(one.calibration_samples, one.calibration_length) for one in made} == {(16, 2048)}
     (own,) = {(one.calibration, one.seed) for one in parsed(calls("run_kvquant cpu modelzoo/smollm2/smollm2-135m"))}

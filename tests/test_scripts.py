@@ -99,13 +99,16 @@ def test_opt_is_measured_as_published_with_rtn_beside_it(tmp_path: Path, tiny_ch
     assert done.returncode == 0, done.stderr
     records = [json.loads(file.read_text()) for file in (tmp_path / "outputs" / "runs").glob("*.json")]
     assert {record["settings"]["protocol"] for record in records} == {"gptq"}
-    methods = sorted((r["settings"]["recipe"]["weights"]["kind"], r["settings"]["prefix"]["label"]) for r in records)
-    assert methods == [("GPTQ", "[B]"), ("GPTQ", "none"), ("RTN", "[B]"), ("RTN", "none")]
+    prefixes = [(r["settings"]["recipe"]["weights"]["kind"], r["settings"]["prefix"]) for r in records]
+    arms = [("[B]", False), ("[B]", True), ("none", False)]
+    assert sorted((kind, prefix["label"], prefix["intact"]) for kind, prefix in prefixes) == [
+        (kind, *arm) for kind in ("GPTQ", "RTN") for arm in arms
+    ]
     act_order = {r["settings"]["recipe"]["weights"].get("act_order") for r in records}
     assert act_order == {False, None}
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines() if " bits" in line]
     found = [row for row in rows if "change" not in row[1]]
-    assert found == [[f"{name}, 3 bits", arm] for name in ("GPTQ", "RTN") for arm in ("alone", "[B]")]
+    assert found == [[f"{name}, 3 bits", arm] for name in ("GPTQ", "RTN") for arm in ("alone", "BOS", "[B]")]
 
 
 @pytest.mark.slow
