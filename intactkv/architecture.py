@@ -1,14 +1,16 @@
-"""Where each model family keeps its parts: the only file that knows.
+"""Where each model family keeps its parts: the only file that knows, beside `layout`.
 
-The key is the configuration's `model_type`. A new family is a row; it gets no fork of its modeling code. torch is
-imported late: command lines take words from here.
+The key is the configuration's `model_type`; a row makes the names of one configuration from it, and refuses a variant
+that it does not know. A new family is a row; it gets no fork of its modeling code. torch is imported late: command
+lines take words from here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
+from intactkv.parts import Architecture, Experts, Feed, Fused
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +21,11 @@ __all__ = [
     "DOWN_PROJ",
     "LM_HEAD",
     "Architecture",
+    "Experts",
     "Feed",
+    "Fused",
     "architecture_of",
+    "blocks_of",
     "decoder_of",
     "heads_of",
     "pads_shift",
@@ -30,85 +35,6 @@ __all__ = [
 DOWN_PROJ = "down_proj"
 # A field of GPTQ's published configuration, whatever a family calls its head.
 LM_HEAD = "lm_head"
-
-
-@dataclass(frozen=True)
-class Feed:
-    """A module and the linears that read its output and nothing else, within a block.
-
-    inside: the smallest module that holds the consumers and all that is computed from them alone.
-    """
-
-    producer: str
-    consumers: tuple[str, ...]
-    inside: str
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Dotted names within the model.
-
-    decoder: everything but the head; returns the hidden states that the head reads.
-    blocks: the list of decoder blocks. head: the vocabulary projection.
-    linears: within a block, in the order of computation; linears of one inner tuple read the same input.
-    feeds: within a block, in the order of computation: what scales can be moved through.
-    attention: within a block. rope_query, rope_key: the last modules in front of RoPE (the norms of models that have
-    them, else the linears), which a query ↔ key pair scales. rotary: whether positions rotate pairs (i, i + D/2) of a
-    head's channels.
-    embeddings: the tables whose rows are added up to what enters the first block. final_norm: in front of the head.
-    value, output, down: linears within a block; the last two write to the residual stream.
-    centred: whether norms take the mean off (LayerNorm) or not (RMSNorm).
-    """
-
-    decoder: str
-    blocks: str
-    head: str
-    linears: tuple[tuple[str, ...], ...]
-    feeds: tuple[Feed, ...]
-    attention: str = "self_attn"
-    rope_query: str = "self_attn.q_proj"
-    rope_key: str = "self_attn.k_proj"
-    rotary: bool = True
-    embeddings: tuple[str, ...] = ("model.embed_tokens",)
-    final_norm: str = "model.norm"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    down: str = "mlp.down_proj"
-    centred: bool = False
-
-    def block_name(self, index: int) -> str:
-        """Dotted name of a block, as in the checkpoint: `model.layers.3`."""
-        return f"{self.blocks}.{index}"
-
-    def blocks_of(self, model: "nn.Module") -> "list[nn.Module]":
-        """The decoder blocks, first to last."""
-        return list(model.get_submodule(self.blocks).children())
-
-    def feeds_of(self, config: "PreTrainedConfig") -> tuple[Feed, ...]:
-        """The block's feeds. Raises UserError for a variant whose norms stand behind what they should feed."""
-        if getattr(config, "do_layer_norm_before", True) is False:
-            raise UserError(
-                f"this {config.model_type} puts its norms behind attention and feed-forward (do_layer_norm_before="
-                "false), where nothing can be folded into or out of them; use a method without scales or rotations, "
-                "such as gptq or rtn"
-            )
-        return self.feeds
-
-    def linears_of(self, block: "nn.Module", name: str) -> "dict[str, nn.Linear]":
-        """The block's linears in the order of computation, by their name within the block.
-
-        Raises UserError if the block holds other linears than this table says: then the row is wrong for this model.
-        """
-        from torch import nn
-
-        known = [linear for group in self.linears for linear in group]
-        found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        if set(found) != set(known):
-            raise UserError(
-                f"{name} holds the linears {sorted(found)}, the architecture table expects "
-                f"{sorted(known)}; this variant of the model type is not supported"
-            )
-        return {linear: found[linear] for linear in known}
 
 
 LLAMA = Architecture(
@@ -152,12 +78,64 @@ OPT = Architecture(
     down="fc2",
     centred=True,
 )
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": LLAMA,  # LLaMA 1 to 3, Vicuna, SmolLM2
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": QWEN3,
-    "opt": OPT,
+
+
+def _opt(config: "PreTrainedConfig") -> Architecture:
+    """OPT-350m has norms behind attention and feed-forward, a projection behind its embeddings, no last norm."""
+    unscaled = unrotated = None
+    if not config.do_layer_norm_before:
+        unscaled = unrotated = (
+            "puts its norms behind attention and feed-forward (do_layer_norm_before=false), where nothing can be "
+            "folded into or out of them"
+        )
+    elif config.word_embed_proj_dim != config.hidden_size:
+        unrotated = (
+            f"projects its embeddings (word_embed_proj_dim={config.word_embed_proj_dim}, "
+            f"hidden_size={config.hidden_size}), which cannot be rotated"
+        )
+    elif config._remove_final_layer_norm:
+        unrotated = "has no norm in front of its head (_remove_final_layer_norm=true), so it cannot be rotated"
+    return replace(OPT, unscaled=unscaled, unrotated=unrotated)
+
+
+def _phi3(config: "PreTrainedConfig") -> Architecture:
+    """Phi-3 and Phi-4: q, k, v in one matrix, gate and up in another; a part of every head may turn."""
+    heads, size = heads_of(config)
+    queries = config.num_attention_heads * size
+    qkv = Fused("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), (queries, heads * size, heads * size))
+    gate_up = Fused("mlp.gate_up_proj", ("gate_proj", "up_proj"), (config.intermediate_size,) * 2)
+    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+    return replace(with_fused(LLAMA, qkv, gate_up), turned=turned if turned < size else None)
+
+
+def with_fused(row: Architecture, *fused: Fused) -> Architecture:
+    """A row whose linears, called as their parts, stand within fused modules: `self_attn.qkv_proj.q_proj`."""
+    inner: dict[str, str] = {}
+    for one in fused:
+        owner = one.module.rpartition(".")[0]
+        inner |= {f"{owner}.{part}": f"{one.module}.{part}" for part in one.parts}
+
+    def named(name: str) -> str:
+        return inner.get(name, name)
+
+    def feed_of(feed: Feed) -> Feed:
+        consumers = tuple(map(named, feed.consumers))
+        return replace(feed, producer=named(feed.producer), consumers=consumers, inside=named(feed.inside))
+
+    fields = ("rope_query", "rope_key", "query", "key", "value", "output", "down")
+    renamed: dict[str, Any] = {field: named(getattr(row, field)) for field in fields}
+    linears = tuple(tuple(map(named, names)) for names in row.linears)
+    return replace(row, linears=linears, feeds=tuple(map(feed_of, row.feeds)), fused=fused, **renamed)
+
+
+Row = Callable[["PreTrainedConfig"], Architecture]
+ARCHITECTURES: Mapping[str, Row] = {
+    "llama": lambda _: LLAMA,  # LLaMA 1 to 3, Vicuna, SmolLM2
+    "mistral": lambda _: LLAMA,
+    "qwen2": lambda _: LLAMA,
+    "qwen3": lambda _: QWEN3,
+    "opt": _opt,
+    "phi3": _phi3,
 }
 
 
@@ -180,13 +158,14 @@ def pads_shift(config: "PreTrainedConfig", behind_prefix: bool) -> bool:
 
 
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
-    """The row of a model's type. Raises UserError, with the types there are, for an unknown one."""
+    """The names of a model's parts. Raises UserError, with the types there are, for a type without a row, and for a
+    variant that its row does not know."""
     if config.model_type not in ARCHITECTURES:
         raise UserError(
             f"model_type {config.model_type!r} is not in the architecture table; quantization supports "
             f"{', '.join(ARCHITECTURES)}. A new type is a row in intactkv/architecture.py"
         )
-    return ARCHITECTURES[config.model_type]
+    return ARCHITECTURES[config.model_type](config)
 
 
 def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
@@ -197,6 +176,20 @@ def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
 
 
 def decoder_of(model: "PreTrainedModel") -> Any:
-    """The part of a causal language model that runs its blocks, `.layers`, without the head; of any model
-    type, in the table or not."""
+    """The part of a causal language model that runs its blocks, without the head; of any model type, in the table or
+    not."""
     return model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model
+
+
+def blocks_of(model: "PreTrainedModel") -> "list[nn.Module]":
+    """The blocks of a causal language model, first to last; of any model type, in the table or not."""
+    if model.config.model_type in ARCHITECTURES:
+        return architecture_of(model.config).blocks_of(model)
+    decoder = decoder_of(model)
+    for name in ("layers", "h", "blocks"):
+        if hasattr(decoder, name):
+            return list(getattr(decoder, name))
+    raise UserError(
+        f"the blocks of this {model.config.model_type} are called neither layers nor h nor blocks; add its row to "
+        "intactkv/architecture.py"
+    )

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import identity
-from intactkv.architecture import decoder_of
+from intactkv.architecture import blocks_of, decoder_of
 from intactkv.attach import IntactModel
 from intactkv.cache import IntactCache
 from intactkv.observe import outputs_of
@@ -163,7 +163,7 @@ def mean_losses(
 def block_targets(twin: PreTrainedModel, sample: Sample) -> list[Tensor]:
     """What the full-precision twin's decoder blocks return at the loss positions: (positions, d) each."""
     device = input_embeddings(twin).device
-    with outputs_of(decoder_of(twin).layers) as outputs:
+    with outputs_of(blocks_of(twin)) as outputs:
         decoder_of(twin)(input_ids=known_ids(sample.ids, twin)[None].to(device), use_cache=False)
     return [output[0, sample.counted.to(output.device)] for output in outputs]
 
@@ -184,7 +184,7 @@ def block_losses(
     skipped = intact.prefix_length
     ids = sample.ids[None, skipped:].to(input_embeddings(model).device)
     cache = intact.new_cache(single_pass=True)
-    with outputs_of(decoder_of(model).layers) as outputs, _recomputed(model, cache) if checkpointing else nullcontext():
+    with outputs_of(blocks_of(model)) as outputs, _recomputed(model, cache) if checkpointing else nullcontext():
         intact.feed(ids, through=decoder_of(model), cache=cache)
     behind = sample.counted[skipped:]
     return [
@@ -231,7 +231,7 @@ def _recomputed(model: PreTrainedModel, cache: IntactCache) -> Iterator[None]:
 
     Its layer of the cache is back at the prefix before each time, else it would hold the tokens twice.
     """
-    blocks: Any = decoder_of(model).layers
+    blocks: Any = blocks_of(model)
     plain = [block.forward for block in blocks]
 
     def again(index: int) -> Callable[..., Any]:

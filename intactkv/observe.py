@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import Architecture, architecture_of, decoder_of
+from intactkv.architecture import Architecture, architecture_of, blocks_of, decoder_of
 from intactkv.attach import IntactModel, default_batch_size
 from intactkv.attention import EXPLICIT, ROWS
 from intactkv.cache import IntactCache
@@ -205,7 +205,7 @@ def observe(
     batch_size: sequences of one pass; None takes what perplexity takes. advance: told how many sequences are done.
     Raises UserError, with the linears there are, if a block has no module of that name.
     """
-    blocks = decoder_of(model.model).layers
+    blocks = blocks_of(model.model)
     batch_size = batch_size or default_batch_size(ids.shape[1], input_embeddings(model.model).device.type)
     row, shape = 0, torch.Size()
 
@@ -230,7 +230,7 @@ def token_maxima(model: IntactModel, ids: Tensor, sites: Sequence[Site], **optio
 
     Raises UserError if a value is not finite.
     """
-    blocks = len(decoder_of(model.model).layers)
+    blocks = len(blocks_of(model.model))
     maxima = {site.name: torch.zeros(blocks, *ids.shape) for site in sites}
 
     def look(site: Site, layer: int, row: int, x: Tensor) -> None:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import identity, sha256_of_tensor
-from intactkv.architecture import decoder_of
+from intactkv.architecture import blocks_of
 from intactkv.observe import hooked, on_output
 from intactkv.pivots import EPS
 from intactkv.prefix import Prefix, build_prefix, identity_of, input_embeddings
@@ -224,7 +224,7 @@ class _Objective:
         table = input_embeddings(self.model)
         front = embeddings.to(table.device, table.dtype)
         whole = torch.cat([front, read(known_ids(ids, self.model).to(table.device))])[None]
-        blocks = list(decoder_of(self.model).layers)
+        blocks = blocks_of(self.model)
         watched = [b.get_submodule(self.attention) for b in blocks] if self.training.output == "attention" else blocks
         outputs: list[Tensor] = []
 

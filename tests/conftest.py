@@ -52,7 +52,7 @@ def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0, "layerdrop": 0.0}
     else:
         sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
-    if model_type == "mistral":
+    if model_type in ("mistral", "phi3"):
         sizes |= {"sliding_window": None}
     return AutoConfig.for_model(model_type, **{**sizes, **overrides})
 

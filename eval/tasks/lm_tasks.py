@@ -33,7 +33,7 @@ from corpora.task_data import TASK_DATA, task_rows, unlisted_task
 from eval.tasks.groups import GROUPS
 from eval.tasks.lm import IntactLM
 
-__all__ = ["TaskRun", "check_answers", "load_tasks", "run_tasks", "task_runs"]
+__all__ = ["TaskRun", "check_answers", "lm_eval_index", "load_tasks", "run_tasks", "task_runs"]
 
 datasets.disable_progress_bars()  # one bar a program: ours
 
@@ -86,7 +86,7 @@ def _leaves(name: str) -> tuple[tuple[str, Path], ...]:
     if name == "mmlu":
         folder = YAMLS / "mmlu" / "default"
         return tuple((f"mmlu_{subject}", folder / f"mmlu_{subject}.yaml") for subject in SUBCATEGORIES)
-    index = _index()
+    index = lm_eval_index()
     if name not in index:
         known = [*GROUPS, *index]
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or sorted(GROUPS)
@@ -95,7 +95,8 @@ def _leaves(name: str) -> tuple[tuple[str, Path], ...]:
 
 
 @functools.cache
-def _index() -> dict[str, Any]:
+def lm_eval_index() -> dict[str, Any]:
+    """All tasks, tags and groups that lm-eval brings, by name. Reading them takes seconds, once in a process."""
     return TaskManager().task_index
 
 

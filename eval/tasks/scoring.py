@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv.architecture import ARCHITECTURES
+from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.attach import IntactModel
 from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
@@ -25,8 +25,10 @@ LOGITS_AT_ONCE = 6 * 2**20
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Linear | None]:
     """Decoder and head, to be called apart; (None, None) for a model that must be called whole: of a type whose logits
     are more than head(hidden), or one that another library keeps packed until the whole model is called."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    if architecture is None or getattr(model.config, "quantization_config", None) is not None:
+    if model.config.model_type not in ARCHITECTURES or getattr(model.config, "quantization_config", None) is not None:
+        return None, None
+    architecture = architecture_of(model.config)
+    if not architecture.plain_logits:
         return None, None
     head = model.get_submodule(architecture.head)
     assert isinstance(head, nn.Linear)

@@ -66,7 +66,7 @@ def export_search(source: Path, out: Path) -> str:
         rescale_all(module, stored.rescalings, block.head_size)
         limits = {}
         for name, linear in block.linears().items():
-            if is_clipped(name):
+            if is_clipped(block, name):
                 rounded = restore(*stored.linears[f"{block.name}.{name}"])
                 assert isinstance(rounded, QuantizedTensor)
                 limits[name] = recovered_limits(linear.weight, rounded)

@@ -19,8 +19,10 @@ from corpora.json_files import read_json, write_json
 from corpora.storage import write_tensors
 from corpora.writing import directory_beside
 from intactkv.architecture import architecture_of
+from intactkv.layout import owner_of
 from intactkv.prefix import Prefix
 from quantization.export import awq, compressed_tensors, gptq
+from quantization.export.fused import as_stored
 from quantization.export.layout import Contents, Packed, Scheme
 from quantization.export.readme import how_to
 from quantization.grids.stored import StoredWeight, restore
@@ -215,8 +217,9 @@ def _packed_blocks(
             name: _narrowed(tensor, dtype, name) if dtype is not None and tensor.is_floating_point() else tensor
             for name, tensor in block.parameters.items()
         }
-        for name, parts in block.linears.items():
-            packed = export.format.pack(restore(*parts), name)
+        weights = {name: restore(*parts) for name, parts in block.linears.items()}
+        for name, weight in as_stored(names, place, weights, tensors, export.format.config is not None):
+            packed = export.format.pack(weight, name)
             if packed.scheme is None:
                 tensors[f"{name}.weight"] = _narrowed(packed.tensors["weight"], export.dtype, f"{name}.weight")
                 continue
@@ -292,9 +295,9 @@ def _write_config(
                 f"no weight of this checkpoint ({manifest['label']}) is quantized, so there is nothing to pack; use "
                 "--format dense"
             )
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        plain = [name for name in linears if name not in export.schemes]
         names = architecture_of(model.config)
+        linears = [owner_of(names, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        plain = [name for name in dict.fromkeys(linears) if name not in export.schemes]
         contents = Contents(export.schemes, plain, names.blocks, export.dtype)
         config["quantization_config"] = export.format.config(contents)
     config["intactkv"] = {

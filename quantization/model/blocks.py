@@ -76,7 +76,7 @@ class DecoderBlock:
     @property
     def head_size(self) -> int:
         """Channels of one attention head."""
-        return int(getattr(self.module.get_submodule(self.architecture.attention), "head_dim"))  # noqa: B009 (mypy)
+        return heads_of(self.config)[1]
 
     def linears(self) -> dict[str, nn.Linear]:
         """The block's linears, in the order of computation."""
@@ -96,7 +96,12 @@ class DecoderBlock:
     def feeds(self) -> tuple[Feed, ...]:
         """What scales can be moved through, in the order of computation. Raises UserError if there is a part without
         weights to move them to."""
-        feeds = self.architecture.feeds_of(self.config)
+        if self.architecture.unscaled is not None:
+            raise UserError(
+                f"this {self.config.model_type} {self.architecture.unscaled}; use a method without scales or rotations"
+                ", such as gptq or rtn"
+            )
+        feeds = self.architecture.feeds
         for feed in feeds:
             if getattr(self.module.get_submodule(feed.producer), "weight", None) is None:
                 raise UserError(
@@ -200,6 +205,7 @@ class CalibrationStream:
     ):
         self._config = model.config
         self._blocks = architecture.blocks_of(model)
+        self._cache = architecture.cache
         self._prefix: Tensor | None = None  # hidden states of the prefix tokens, always in full precision
         self._prefix_output: Tensor | None = None
         self._prefix_arguments: list[dict[str, Any]] = []
@@ -335,11 +341,13 @@ class CalibrationStream:
         cache: IntactCache,
         weights: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        keywords = {**arguments[block.index], "past_key_values": cache}
+        keywords = {**arguments[block.index], block.architecture.cache: cache}
         with stage("passes"):
             if weights is None:
-                return block.module(hidden, **keywords)
-            return torch.func.functional_call(block.module, weights, (hidden,), keywords)
+                output = block.module(hidden, **keywords)
+            else:
+                output = torch.func.functional_call(block.module, weights, (hidden,), keywords)
+        return output[0] if isinstance(output, tuple) else output  # some return what attention gave them, too
 
     @torch.no_grad()
     def _enter(self, model: PreTrainedModel, ids: Tensor, cache: IntactCache) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -352,7 +360,7 @@ class CalibrationStream:
 
         def skip(hidden: Tensor, **keywords: Any) -> Tensor:
             first.append(hidden)
-            arguments.append({k: v for k, v in keywords.items() if k != "past_key_values"})
+            arguments.append({k: v for k, v in keywords.items() if k != self._cache})
             if len(arguments) == len(self._blocks):
                 raise Reached
             return hidden

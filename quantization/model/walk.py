@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corpora.errors import UserError
-from intactkv.architecture import Feed
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
 from quantization.model.blocks import DecoderBlock, Reached
@@ -150,9 +148,7 @@ class Walk:
     def _feeding(self, linear: str) -> list[nn.Module]:
         """What stands in front of the module that a linear closes, for that module alone."""
         owner, block = linear.rpartition(".")[0], self._block
-        feeds: tuple[Feed, ...] = ()
-        with suppress(UserError):  # a variant whose norms stand elsewhere
-            feeds = block.architecture.feeds_of(block.config)
+        feeds = () if block.architecture.unscaled is not None else block.architecture.feeds
         return [block.module.get_submodule(feed.producer) for feed in feeds if feed.inside == owner]
 
     @contextmanager

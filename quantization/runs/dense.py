@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, reduce
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from corpora.errors import UserError, built
 from corpora.storage import MEND, is_finite, open_tensors, weight_files
 from intactkv.architecture import ARCHITECTURES, architecture_of
+from intactkv.layout import Part, lay_out, sources_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
 from quantization.model.stages import stage
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # What dense models are stored in, by safetensors' names. Everything else is some program's quantization.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# First parts of names that old files leave out.
+DECODERS = ("model", "transformer", "gpt_neox")
 # What old files hold besides the weights, and every reader computes anew.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$")
 
@@ -79,7 +82,8 @@ class DenseCheckpoint:
     def stored_name(self, name: str) -> str | None:
         """The name under which a parameter is stored, None if it is not; old files lack the leading `model.`, those of
         a model within another have it twice."""
-        for candidate in (name, name.removeprefix("model."), f"model.{name}"):
+        first, _, rest = name.partition(".")
+        for candidate in (name, *([rest] if first in DECODERS else []), f"model.{name}"):
             if candidate in self._file_of:
                 return candidate
         return None
@@ -106,18 +110,28 @@ class DenseCheckpoint:
     def weights(self, model: PreTrainedModel) -> "Weights":
         """The parameters of a model without weights, as they are stored; compared by name, shape and dtype.
 
+        Those of a model that is laid out are read from what files fuse or stack.
+
         Only one of two tied matrices may be missing. What is left over is logged, unless it is known to be harmless.
         Raises UserError for the first parameter that does not fit, and for what only a quantized checkpoint has.
         """
         self.refuse_layout()
+        architecture = architecture_of(model.config)
         names: dict[str, str] = {}
+        parts: dict[str, Part] = {}
         expected = dict(model.state_dict())
         for head, embedding in tied_names(model).items():
             pair = [stored for stored in map(self.stored_name, (head, embedding)) if stored]
             if len(pair) == 1:
                 del expected[head]
                 names[embedding] = pair[0]
-        names |= {name: stored for name in expected if name not in names and (stored := self.stored_name(name))}
+        for name in expected.keys() - names.keys():
+            for part in sources_of(architecture, name):
+                if stored := self.stored_name(part.name):
+                    names[name] = stored
+                    if part != Part(part.name):
+                        parts[name] = part
+                    break
         known = (*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
         unused = self._file_of.keys() - set(names.values())
         left = sorted(name for name in unused if not any(re.search(pattern, name) for pattern in known))
@@ -130,10 +144,12 @@ class DenseCheckpoint:
         for name, parameter in expected.items():
             shape, dtype = headers[names[name]]
             check_dtype(dtype, f"{self.directory}: the tensor {names[name]!r}")
-            self.check_shape(name, shape, tuple(parameter.shape))
+            stack = 0 if architecture.experts is None else architecture.experts.count
+            expected_shape = parts.get(name, Part(name)).stored_shape(tuple(parameter.shape), stack)
+            self.check_shape(names[name] if name in parts else name, shape, expected_shape)
         self.name_left_over(left)
         dtypes = [FLOATS[headers[stored][1]] for stored in names.values()]
-        return Weights(self, names, reduce(torch.promote_types, dtypes))
+        return Weights(self, names, reduce(torch.promote_types, dtypes), parts)
 
     def refuse_quantized(self, used: Iterable[str], left: Iterable[str]) -> None:
         """Raise UserError for a left over tensor that belongs to one weight, beside it or in its place."""
@@ -214,7 +230,7 @@ def _name_left_over(directory: Path, names: tuple[str, ...]) -> None:
 @dataclass(frozen=True)
 class Weights:
     """The parameters of a model in a dense checkpoint. names: where each is stored; a tied head that is not stored has
-    none.
+    none. parts: what of the stored tensor it is, where that is not all.
 
     dtype: in which all are read: the narrowest that holds every stored value. A block whose norms are wider than its
     linears computes in the norms' dtype, whatever quantizes it.
@@ -223,13 +239,15 @@ class Weights:
     checkpoint: DenseCheckpoint
     names: Mapping[str, str]
     dtype: torch.dtype
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """One parameter, on the CPU. Raises UserError if a value of it is not finite."""
         stored = self.names[name]
         (file,) = self.checkpoint.by_file([stored])
         with open_tensors(file) as tensors:
-            tensor: Tensor = tensors.get_tensor(stored)
+            part = self.parts.get(name)
+            tensor: Tensor = tensors.get_tensor(stored) if part is None else part.taken(tensors.get_slice(stored))
         check_finite(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
         return tensor.to(self.dtype)
 
@@ -238,7 +256,7 @@ class Weights:
 
         Reads every file once.
         """
-        for file, names in self.checkpoint.by_file(self.names.values()).items():
+        for file, names in self.checkpoint.by_file(dict.fromkeys(self.names.values())).items():
             with open_tensors(file) as tensors:
                 for name in names:
                     check_finite(tensors.get_tensor(name), f"{self.checkpoint.directory}: the tensor {name!r}")
@@ -334,12 +352,14 @@ def empty_model(directory: Path) -> PreTrainedModel:
 
 
 def empty_model_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """The same of a configuration of any causal language model that transformers knows.
+    """The same of a configuration of any causal language model that transformers knows; laid out, if it has a row.
 
     Raises UserError if it knows none."""
     what = f"transformers makes no causal language model of model_type {config.model_type!r}"
     with built(what, "mend its config.json"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
+    if config.model_type in ARCHITECTURES:
+        lay_out(model)
     return model.eval().requires_grad_(False)
 
 

@@ -82,6 +82,8 @@ def _load_dense(
     """
     checkpoint, config = DenseCheckpoint(directory), read_config(directory)
     empty = empty_model_of(config)
+    if config.model_type in ARCHITECTURES and architecture_of(config).is_laid_out:
+        return _finished(_load_laid_out(checkpoint, empty, dtype, device, spread_over_gpus, memory), directory)
     loader: Any = type(empty)
     if config.model_type in ARCHITECTURES:
         names = checkpoint.weights(empty).names
@@ -110,9 +112,39 @@ def _load_dense(
         torch.nn.Module.to(model, device)
     else:
         model.__dict__["intactkv_scratch"] = scratch  # removed with the model
+    return _finished(model, directory)
+
+
+def _finished(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     model.name_or_path = model.config.name_or_path = str(directory)
     model.generation_config = read_generation_config(directory)
     return model.eval().requires_grad_(False)
+
+
+def _load_laid_out(
+    checkpoint: DenseCheckpoint,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    spread_over_gpus: bool,
+    memory: dict[Any, int] | None,
+) -> PreTrainedModel:
+    """The weights of a model that is laid out, whose parameters transformers does not know; read by our own reader.
+
+    Spread over GPUs, it is in main memory first."""
+    weights = checkpoint.weights(model)
+    place = torch.device("cpu") if spread_over_gpus else device
+    state: dict[str, torch.Tensor] = {}
+    for name, stored in weights.names.items():
+        tensor = weights.tensor(name)
+        check_finite(tensor, f"{checkpoint.directory}: the tensor {stored!r}", dtype)
+        state[name] = tensor.to(place, dtype)
+    missing, _ = model.load_state_dict(state, strict=False, assign=True)
+    if missing:  # the reader has refused all but a tied head
+        model.tie_weights()
+    model.config.dtype = dtype
+    torch.nn.Module.to(model, place)  # buffers
+    return spread(model, memory) if spread_over_gpus else model
 
 
 class _Stored:

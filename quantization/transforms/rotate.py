@@ -65,18 +65,10 @@ class Rotate(BlockTransform):
     def check(self, block: DecoderBlock) -> None:
         """Raise UserError for norms behind what they should feed, a residual stream with another matrix or no norm at
         its end, a shift without a bias to go to, or heads without the Hadamard matrix that was asked for."""
-        config, linears = block.config, block.linears()
-        if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-            raise UserError(
-                f"this {config.model_type} projects its embeddings (word_embed_proj_dim={config.word_embed_proj_dim}, "
-                f"hidden_size={config.hidden_size}), which cannot be rotated; use a recipe without rotations"
-            )
-        if getattr(config, "_remove_final_layer_norm", False):
-            raise UserError(
-                f"this {config.model_type} has no norm in front of its head (_remove_final_layer_norm=true), so it "
-                "cannot be rotated; use a recipe without rotations"
-            )
-        for norm, readers in _norms(block.architecture, config):
+        linears = block.linears()
+        if (why := block.architecture.unrotated) is not None:
+            raise UserError(f"this {block.config.model_type} {why}; use a recipe without rotations")
+        for norm, readers in _norms(block.architecture):
             lacking = [name for name in readers if linears[name].bias is None]
             if lacking and getattr(block.module.get_submodule(norm), "bias", None) is not None:
                 raise UserError(
@@ -94,7 +86,7 @@ class Rotate(BlockTransform):
     def transform_block(self, block: DecoderBlock) -> None:
         """Rewrite the linears, make the norms plain, put the online rotations in front of W_o and W_down."""
         names, size, linears = block.architecture, block.head_size, block.linears()
-        for norm, readers in _norms(names, block.config):
+        for norm, readers in _norms(names):
             module = block.module.get_submodule(norm)
             gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
             for reader in readers:
@@ -139,7 +131,7 @@ class Rotate(BlockTransform):
         head = model.get_submodule(names.head)
         assert isinstance(head, nn.Linear)
         for block in names.blocks_of(model):
-            for norm, _ in _norms(names, model.config):
+            for norm, _ in _norms(names):
                 _make_plain(block, norm, like=head.weight)
         if getattr(model.get_submodule(names.final_norm), "bias", None) is not None:
             head.bias = nn.Parameter(head.weight.new_empty(head.out_features), requires_grad=False)
@@ -191,10 +183,10 @@ def _random(channels: int, seed: int, mode: str) -> Tensor:
     return random_rotation(channels, seed, mode)
 
 
-def _norms(names: Architecture, config: PreTrainedConfig) -> list[tuple[str, tuple[str, ...]]]:
-    """The norms of a block, and the linears behind each. Raises UserError for norms behind what they should feed."""
+def _norms(names: Architecture) -> list[tuple[str, tuple[str, ...]]]:
+    """The norms of a block, and the linears behind each."""
     linears = {name for names_of_set in names.linears for name in names_of_set}
-    return [(feed.producer, feed.consumers) for feed in names.feeds_of(config) if feed.producer not in linears]
+    return [(feed.producer, feed.consumers) for feed in names.feeds if feed.producer not in linears]
 
 
 def _query_heads(block: DecoderBlock) -> int:

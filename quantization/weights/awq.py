@@ -131,9 +131,9 @@ def clipped(weight: Tensor, limits: Tensor) -> Tensor:
     return merge_groups(groups.clamp(-limits, limits))
 
 
-def is_clipped(linear: str) -> bool:
+def is_clipped(block: DecoderBlock, linear: str) -> bool:
     """Queries and keys are not: only their product matters, not their own errors."""
-    return not any(part in linear for part in ("q_", "k_"))
+    return linear not in (block.architecture.query, block.architecture.key)
 
 
 class Inputs:
@@ -316,7 +316,7 @@ class AWQ(GridQuantizer):
             scale_of.update(dict.fromkeys(step.consumers, step.scale))
         limits = {}
         for name, linear in block.linears().items():
-            if self.clip and is_clipped(name):
+            if self.clip and is_clipped(block, name):
                 x = torch.cat(inputs[name].tokens).float()
                 if name in scale_of:
                     x /= per_column(scale_of[name], x.shape[1], block.head_size)
@@ -368,7 +368,7 @@ class AWQ(GridQuantizer):
     def _from_file(self, block: DecoderBlock) -> ZooBlock:
         """What the file says of the block. Raises UserError if it does not fit, or leaves something out."""
         scales = [feed.producer for feed in self.rescaled_feeds(block)]
-        limits = [name for name in block.linears() if self.clip and is_clipped(name)]
+        limits = [name for name in block.linears() if self.clip and is_clipped(block, name)]
         return read_zoo(Path(self.file), block, self.grid, scales, limits)
 
     def _apply(self, block: DecoderBlock, found: ZooBlock) -> Mapping[str, Tensor]:

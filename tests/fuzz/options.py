@@ -19,6 +19,7 @@ from unittest import mock
 from common import tree
 
 from corpora.errors import Parser
+from eval.tasks.lm_tasks import lm_eval_index
 from fuzz.engine import Call, Scratch, call, judge
 from fuzz.worlds import CHAT, MODEL, NEEDLE, RTN, copied, mtbench, quantized, ran, records, talked
 
@@ -178,6 +179,7 @@ def _filters(program: str, option: str) -> bool:
 
 def run_options(scratch: Scratch, seed: int, calls: int, programs: list[str] | None = None) -> Iterator[Call]:
     """So many cases, each option as often as any other, over all programs."""
+    lm_eval_index()  # thousands of files, read once in a process; slow, but no hang
     rng = random.Random(f"{seed}:options")
     cases = [case for name in programs or PROGRAMS for case in option_cases(name)]
     for case in rng.sample(cases, min(calls, len(cases))):

@@ -1,0 +1,174 @@
+"""Fused, transposed and stacked matrices of a model as linears of their own, and back.
+
+    qkv_proj(x) = (q_proj(x), k_proj(x), v_proj(x))        rows of one matrix, in runs where heads alternate
+
+transformers' code stays as it is: a fused module is exchanged for one that holds the linears and puts their outputs
+together again. Methods see linears; files are read and exports written through the same map of rows.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from intactkv.architecture import Architecture, Fused, architecture_of
+
+__all__ = ["FusedLinears", "Part", "joined", "lay_out", "owner_of", "sources_of"]
+
+
+class Indexed(Protocol):
+    """A tensor, or one in a file that reads what it is asked for."""
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        """`stored[2, :3]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a parameter of a laid-out model stands in transformers' own: in `name`, there are all of it, or rows.
+
+    start, count, run: rows start … start + count − 1 of every run of so many; run 0 for all rows. transposed: (in, out)
+    there. expert: its place in a stack, None for none.
+    """
+
+    name: str
+    start: int = 0
+    count: int = 0
+    run: int = 0
+    groups: int = 1
+    transposed: bool = False
+    expert: int | None = None
+
+    def taken(self, stored: Indexed) -> Tensor:
+        """The parameter's own numbers. stored: the whole."""
+        index: list[int | slice] = [] if self.expert is None else [self.expert]
+        if self.run and self.groups == 1 and not self.transposed:  # one run: nothing else is read
+            return stored[(*index, slice(self.start, self.start + self.count))].contiguous()
+        whole = stored[tuple(index) or slice(None)]
+        rows = whole.T if self.transposed and whole.ndim == 2 else whole
+        if self.run:
+            runs = rows.unflatten(0, (self.groups, self.run))
+            rows = runs[:, self.start : self.start + self.count].flatten(0, 1)
+        return rows.contiguous()
+
+    def stored_shape(self, shape: tuple[int, ...], stack: int = 0) -> tuple[int, ...]:
+        """The whole's shape, by this parameter's. stack: experts there are."""
+        if self.run:
+            shape = (self.groups * self.run, *shape[1:])
+        if self.transposed:
+            shape = shape[::-1]
+        return shape if self.expert is None else (stack, *shape)
+
+
+class FusedLinears(nn.Module):
+    """Linears in place of the module that held their matrices in one: the same outputs in the same order.
+
+    Every part reads the tensor that the module is given.
+    """
+
+    def __init__(self, fused: Fused, linears: Mapping[str, nn.Linear]):
+        super().__init__()
+        self.groups = fused.groups
+        for name in fused.parts:
+            self.add_module(name, linears[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) to (..., rows of all parts)."""
+        outputs = [linear(x) for linear in self.children()]
+        if self.groups == 1:
+            return torch.cat(outputs, dim=-1)
+        return torch.cat([output.unflatten(-1, (self.groups, -1)) for output in outputs], dim=-1).flatten(-2)
+
+
+def lay_out(model: PreTrainedModel) -> PreTrainedModel:
+    """Exchange what is fused or stacked for linears of their own, in place; weights stay the ones they were.
+
+    A model that is laid out already, or has nothing to lay out, stays as it is. Returns the model.
+    Raises UserError for a model type without a row.
+    """
+    architecture = architecture_of(model.config)
+    for block in architecture.blocks_of(model):
+        for fused in architecture.fused:
+            module = block.get_submodule(fused.module)
+            if not isinstance(module, FusedLinears) and not (type(module) is nn.Linear and not fused.parts):
+                block.set_submodule(fused.module, _apart(module, fused))
+    return model
+
+
+def _apart(module: nn.Module, fused: Fused) -> nn.Module:
+    """What stands in place of one fused module."""
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    if not fused.parts:
+        return _linear(_whole(fused, "weight").taken(weight.data), None if bias is None else bias.data)
+    linears = {}
+    for name in fused.parts:
+        own = _part(fused, name, "")
+        linears[name] = _linear(own.taken(weight.data), None if bias is None else own.taken(bias.data))
+    return FusedLinears(fused, linears)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear.eval()
+
+
+def _part(fused: Fused, part: str, name: str) -> Part:
+    place = fused.parts.index(part)
+    return Part(
+        name, sum(fused.rows[:place]), fused.rows[place], sum(fused.rows), fused.groups, transposed=fused.transposed
+    )
+
+
+def _whole(fused: Fused, name: str) -> Part:
+    return Part(name, transposed=fused.transposed)
+
+
+def sources_of(architecture: Architecture, name: str) -> Iterator[Part]:
+    """Where a parameter of the laid-out model may be in a file, the likeliest first: as it is called here, under older
+    names, or in what transformers' own model fuses or stacks."""
+    yield Part(name)
+    for spelling in architecture.stored:
+        other = name
+        for ours, theirs in spelling.items():
+            other = other.replace(ours, theirs)
+        if other != name:
+            yield Part(other)
+    place, inner = _in_block(architecture, name)
+    owner, _, parameter = inner.rpartition(".")
+    for fused in architecture.fused:
+        if owner == fused.module:
+            yield _whole(fused, name)
+        module, _, part = owner.rpartition(".")
+        if module == fused.module and part in fused.parts:
+            yield _part(fused, part, f"{place}{module}.{parameter}")
+
+
+def _in_block(architecture: Architecture, name: str) -> tuple[str, str]:
+    """`model.layers.3.` and the rest; nothing and the name for what is in no block."""
+    start = f"{architecture.blocks}."
+    if not name.startswith(start):
+        return "", name
+    index, _, inner = name.removeprefix(start).partition(".")
+    return f"{start}{index}.", inner
+
+
+def owner_of(architecture: Architecture, name: str) -> str:
+    """The module of transformers' own model that holds the rows of a linear; the linear itself where nothing is
+    fused."""
+    module, _, part = name.rpartition(".")
+    inner = _in_block(architecture, module)[1]
+    return module if any(inner == fused.module and part in fused.parts for fused in architecture.fused) else name
+
+
+def joined(fused: Fused, parts: Mapping[str, Tensor]) -> Tensor:
+    """One tensor of transformers' own module from those of its parts, whose first axis is that of output rows."""
+    runs = [part.unflatten(0, (fused.groups, -1)) for part in parts.values()]
+    whole = torch.cat(runs, dim=1).flatten(0, 1)
+    return whole.T.contiguous() if fused.transposed and whole.ndim == 2 else whole

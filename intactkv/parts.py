@@ -1,0 +1,165 @@
+"""What a row of the architecture table says of a model family: names, and what stands in the way of a method.
+
+Names are those of the model as it is laid out (`intactkv.layout`): every matrix that a method rounds is a linear of its
+own there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from corpora.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["HALVES", "NEIGHBOURS", "Architecture", "Experts", "Feed", "Fused"]
+
+# Which channels of a head RoPE turns together: i and i + n/2 of the first n, or 2i and 2i + 1.
+HALVES, NEIGHBOURS = "halves", "neighbours"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A module and the linears that read its output and nothing else, within a block.
+
+    inside: the smallest module that holds the consumers and all that is computed from them alone; "" is the block.
+    routers: what else reads it and takes over its scales: weights (experts, channels) that nobody quantizes.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    inside: str
+    routers: tuple[str, ...] = ()
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """All whose columns are scaled with it."""
+        return (*self.consumers, *self.routers)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A matrix that holds several linears, or none of torch's own.
+
+    module: within a block, as transformers has it. parts: names of the linears within it; none for a module that
+    becomes one linear. rows: how many of every part follow each other, in each of `groups` runs. transposed: stored as
+    (in, out).
+    """
+
+    module: str
+    parts: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Feed-forward parts of which a router chooses some for every token; transformers stacks their matrices.
+
+    module: of all, within a block; `count` of them. inputs, output: linears of one, its gated pair and its last.
+    stacked: parameters of the module, (count, rows of both inputs, in) and (count, out, in).
+    """
+
+    module: str
+    count: int
+    router: str
+    inputs: tuple[str, str] = ("gate_proj", "up_proj")
+    output: str = "down_proj"
+    stacked: tuple[str, str] = ("gate_up_proj", "down_proj")
+
+    def of(self, index: int) -> str:
+        """The name of one expert within a block."""
+        return f"{self.module}.{index}"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Dotted names within the model, for one configuration.
+
+    decoder: everything but the head; returns the hidden states that the head reads.
+    blocks: the list of decoder blocks. head: the vocabulary projection.
+    linears: within a block, in the order of computation; linears of one inner tuple read the same input.
+    feeds: within a block, in the order of computation: what scales can be moved through.
+    attention: within a block. rope_query, rope_key: the last modules in front of RoPE (the norms of models that have
+    them, else the linears), which a query ↔ key pair scales. rotary: whether positions rotate pairs of a head's
+    channels; pairing, turned: which, and how many of a head (None: all). unturned: blocks where they do not.
+    embeddings: the tables whose rows are added up to what enters the first block. final_norm: in front of the head.
+    query, key, value, output: linears of attention; down: the last of the feed-forward part, "" where experts have one
+    each. `output` and `down` write to the residual stream.
+    centred: whether norms take the mean off (LayerNorm) or not (RMSNorm). gain_offset: what a norm adds to its weight:
+    1 where it multiplies by 1 + w.
+    fused, experts: what `intactkv.layout` takes apart. stored: other names that files have for parts of a parameter's
+    name, old to new, tried together.
+    cache: the argument by which a block takes its keys and values. cache_heads: heads that it holds, None for as many
+    as the configuration says. plain_logits: whether they are the head's output, not scaled or capped.
+    unscaled, unrotated: why no scales can be moved (SmoothQuant, AWQ, OmniQuant's pairs), or no rotation put in; None
+    if they can.
+    """
+
+    decoder: str
+    blocks: str
+    head: str
+    linears: tuple[tuple[str, ...], ...]
+    feeds: tuple[Feed, ...]
+    attention: str = "self_attn"
+    rope_query: str = "self_attn.q_proj"
+    rope_key: str = "self_attn.k_proj"
+    rotary: bool = True
+    pairing: str = HALVES
+    turned: int | None = None
+    unturned: frozenset[int] = frozenset()
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    final_norm: str = "model.norm"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    centred: bool = False
+    gain_offset: float = 0.0
+    fused: tuple[Fused, ...] = ()
+    experts: Experts | None = None
+    stored: tuple[Mapping[str, str], ...] = ()
+    cache: str = "past_key_values"
+    cache_heads: int | None = None
+    plain_logits: bool = True
+    unscaled: str | None = None
+    unrotated: str | None = None
+
+    def block_name(self, index: int) -> str:
+        """Dotted name of a block, as in the checkpoint: `model.layers.3`."""
+        return f"{self.blocks}.{index}"
+
+    def blocks_of(self, model: "nn.Module") -> "list[nn.Module]":
+        """The decoder blocks, first to last."""
+        return list(model.get_submodule(self.blocks).children())
+
+    @property
+    def downs(self) -> tuple[str, ...]:
+        """The last linears of the feed-forward part: one, or one of every expert."""
+        if self.experts is None:
+            return (self.down,)
+        return tuple(f"{self.experts.of(i)}.{self.experts.output}" for i in range(self.experts.count))
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether the model differs from transformers' own."""
+        return bool(self.fused) or self.experts is not None
+
+    def linears_of(self, block: "nn.Module", name: str) -> "dict[str, nn.Linear]":
+        """The block's linears in the order of computation, by their name within the block.
+
+        Raises UserError if the block holds other linears than this table says: then the row is wrong for this model.
+        """
+        from torch import nn
+
+        known = [linear for group in self.linears for linear in group]
+        found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        if set(found) != set(known):
+            raise UserError(
+                f"{name} holds the linears {sorted(found)}, the architecture table expects "
+                f"{sorted(known)}; this variant of the model type is not supported"
+            )
+        return {linear: found[linear] for linear in known}
