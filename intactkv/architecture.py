@@ -1,16 +1,16 @@
-"""Where each model family keeps its parts: the only file that knows, beside `layout`.
+"""Where each model family keeps its parts: nothing but the rows in `intactkv.families` knows, and `layout`.
 
 The key is the configuration's `model_type`; a row makes the names of one configuration from it, and refuses a variant
 that it does not know. A new family is a row; it gets no fork of its modeling code. torch is imported late: command
 lines take words from here.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
-from intactkv.parts import Architecture, Experts, Feed, Fused
+from intactkv.families import fused, llama
+from intactkv.parts import Architecture, Experts, Feed, Fused, Row, attention_heads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,106 +37,7 @@ DOWN_PROJ = "down_proj"
 LM_HEAD = "lm_head"
 
 
-LLAMA = Architecture(
-    decoder="model",
-    blocks="model.layers",
-    head="lm_head",
-    linears=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-    feeds=(
-        Feed("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-        Feed("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
-        Feed("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-        Feed("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
-    ),
-)
-QWEN3 = replace(LLAMA, rope_query="self_attn.q_norm", rope_key="self_attn.k_norm")
-OPT = Architecture(
-    decoder="model.decoder",
-    blocks="model.decoder.layers",
-    head="lm_head",
-    linears=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("fc1",),
-        ("fc2",),
-    ),
-    feeds=(
-        Feed("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-        Feed("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj"),
-        Feed("final_layer_norm", ("fc1",), "fc1"),
-        Feed("fc1", ("fc2",), "fc2"),  # ReLU lets positive scales pass, but no shift
-    ),
-    rotary=False,
-    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-    final_norm="model.decoder.final_layer_norm",
-    output="self_attn.out_proj",
-    down="fc2",
-    centred=True,
-)
-
-
-def _opt(config: "PreTrainedConfig") -> Architecture:
-    """OPT-350m has norms behind attention and feed-forward, a projection behind its embeddings, no last norm."""
-    unscaled = unrotated = None
-    if not config.do_layer_norm_before:
-        unscaled = unrotated = (
-            "puts its norms behind attention and feed-forward (do_layer_norm_before=false), where nothing can be "
-            "folded into or out of them"
-        )
-    elif config.word_embed_proj_dim != config.hidden_size:
-        unrotated = (
-            f"projects its embeddings (word_embed_proj_dim={config.word_embed_proj_dim}, "
-            f"hidden_size={config.hidden_size}), which cannot be rotated"
-        )
-    elif config._remove_final_layer_norm:
-        unrotated = "has no norm in front of its head (_remove_final_layer_norm=true), so it cannot be rotated"
-    return replace(OPT, unscaled=unscaled, unrotated=unrotated)
-
-
-def _phi3(config: "PreTrainedConfig") -> Architecture:
-    """Phi-3 and Phi-4: q, k, v in one matrix, gate and up in another; a part of every head may turn."""
-    heads, size = heads_of(config)
-    queries = config.num_attention_heads * size
-    qkv = Fused("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), (queries, heads * size, heads * size))
-    gate_up = Fused("mlp.gate_up_proj", ("gate_proj", "up_proj"), (config.intermediate_size,) * 2)
-    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
-    return replace(with_fused(LLAMA, qkv, gate_up), turned=turned if turned < size else None)
-
-
-def with_fused(row: Architecture, *fused: Fused) -> Architecture:
-    """A row whose linears, called as their parts, stand within fused modules: `self_attn.qkv_proj.q_proj`."""
-    inner: dict[str, str] = {}
-    for one in fused:
-        owner = one.module.rpartition(".")[0]
-        inner |= {f"{owner}.{part}": f"{one.module}.{part}" for part in one.parts}
-
-    def named(name: str) -> str:
-        return inner.get(name, name)
-
-    def feed_of(feed: Feed) -> Feed:
-        consumers = tuple(map(named, feed.consumers))
-        return replace(feed, producer=named(feed.producer), consumers=consumers, inside=named(feed.inside))
-
-    fields = ("rope_query", "rope_key", "query", "key", "value", "output", "down")
-    renamed: dict[str, Any] = {field: named(getattr(row, field)) for field in fields}
-    linears = tuple(tuple(map(named, names)) for names in row.linears)
-    return replace(row, linears=linears, feeds=tuple(map(feed_of, row.feeds)), fused=fused, **renamed)
-
-
-Row = Callable[["PreTrainedConfig"], Architecture]
-ARCHITECTURES: Mapping[str, Row] = {
-    "llama": lambda _: LLAMA,  # LLaMA 1 to 3, Vicuna, SmolLM2
-    "mistral": lambda _: LLAMA,
-    "qwen2": lambda _: LLAMA,
-    "qwen3": lambda _: QWEN3,
-    "opt": _opt,
-    "phi3": _phi3,
-}
+ARCHITECTURES: Mapping[str, Row] = {**llama.ROWS, **fused.ROWS}
 
 
 # Model types that place a token by its slot in the batch, whatever position it is given; so pads shift it. Found by
@@ -170,9 +71,7 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
 
 def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
     """KV heads, and the channels of a head: of any model type, in the table or not."""
-    config = config.get_text_config(decoder=True)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, size
+    return attention_heads(config.get_text_config(decoder=True))
 
 
 def decoder_of(model: "PreTrainedModel") -> Any:

@@ -4,7 +4,7 @@ Names are those of the model as it is laid out (`intactkv.layout`): every matrix
 own there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from corpora.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig
 
-__all__ = ["HALVES", "NEIGHBOURS", "Architecture", "Experts", "Feed", "Fused"]
+__all__ = ["HALVES", "NEIGHBOURS", "Architecture", "Experts", "Feed", "Fused", "Row", "attention_heads"]
 
 # Which channels of a head RoPE turns together: i and i + n/2 of the first n, or 2i and 2i + 1.
 HALVES, NEIGHBOURS = "halves", "neighbours"
@@ -92,8 +93,8 @@ class Architecture:
     1 where it multiplies by 1 + w.
     fused, experts: what `intactkv.layout` takes apart. stored: other names that files have for parts of a parameter's
     name, old to new, tried together.
-    cache: the argument by which a block takes its keys and values. cache_heads: heads that it holds, None for as many
-    as the configuration says. plain_logits: whether they are the head's output, not scaled or capped.
+    cache: the argument by which a block takes its keys and values. plain_logits: whether they are the head's output,
+    not scaled or capped.
     unscaled, unrotated: why no scales can be moved (SmoothQuant, AWQ, OmniQuant's pairs), or no rotation put in; None
     if they can.
     """
@@ -123,7 +124,6 @@ class Architecture:
     experts: Experts | None = None
     stored: tuple[Mapping[str, str], ...] = ()
     cache: str = "past_key_values"
-    cache_heads: int | None = None
     plain_logits: bool = True
     unscaled: str | None = None
     unrotated: str | None = None
@@ -163,3 +163,13 @@ class Architecture:
                 f"{sorted(known)}; this variant of the model type is not supported"
             )
         return {linear: found[linear] for linear in known}
+
+
+# What makes the names of one configuration of a model type.
+Row = Callable[["PreTrainedConfig"], Architecture]
+
+
+def attention_heads(config: "PreTrainedConfig") -> tuple[int, int]:
+    """KV heads, and the channels of a head, of a text model's configuration."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, size

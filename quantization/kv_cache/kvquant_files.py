@@ -23,7 +23,7 @@ from torch import Tensor
 
 from corpora.errors import UserError, built
 from corpora.files import plain_file
-from intactkv.architecture import LLAMA
+from intactkv.families.llama import LLAMA
 
 __all__ = ["read_quantizers"]
 
