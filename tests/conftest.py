@@ -18,12 +18,14 @@ import torch
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 from common import FOXES, SMOLLM2
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from tiny import BOS
+from tiny import tiny_config as _tiny_config
+from tiny import tiny_model as _tiny_model
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from corpora.errors import run_program
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-PAD, BOS, EOS = 0, 1, 2
 # The real checkpoint's threads: all cores, shared with the other processes of pytest-xdist.
 THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of programs that tests start: threads that outnumber the cores wait
@@ -32,50 +34,6 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of programs that tests start: th
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long tests first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-def _tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """3 layers, hidden 64, 4 heads over 2 KV heads (OPT has as many KV heads), 101 tokens, float32."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 101,
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "tie_word_embeddings": False,
-        "dtype": torch.float32,
-    }
-    if model_type == "opt":
-        sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0, "layerdrop": 0.0}
-    else:
-        sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
-    if model_type in ("mistral", "phi3"):
-        sizes |= {"sliding_window": None}
-    return AutoConfig.for_model(model_type, **{**sizes, **overrides})
-
-
-def _tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model in evaluation mode whose activations and logits spread widely; `overrides` go to its config."""
-    config = _tiny_config(model_type, **overrides)
-    dtype = config.dtype  # from_config overwrites it
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.3 * noise)
-        elif parameter.ndim == 1:
-            parameter.copy_(0.3 * noise)
-        elif "embed" in name or "lm_head" in name:
-            parameter.copy_(0.4 * noise)
-        else:
-            parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
-    model.tie_weights()
-    model.config.dtype = dtype
-    return model.to(dtype)
 
 
 def _tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
