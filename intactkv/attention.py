@@ -249,8 +249,7 @@ def check_asked(model: type[PreTrainedModel], what: str, way_out: str) -> None:
     way_out: what goes without."""
     if not asks(model):
         raise UserError(
-            f"{model.__name__} computes attention in code of its own, which {what} would have to change; "
-            f"{way_out}"
+            f"{model.__name__} computes attention in code of its own, which {what} would have to change; {way_out}"
         )
 
 

@@ -20,7 +20,7 @@ from corpora.errors import UserError
 from intactkv.attention import Read
 from intactkv.copies import Copies
 from intactkv.policy import KVPolicy
-from intactkv.rope import Places, Rope, rope_of
+from intactkv.rope import Places, Rope, ropes_of
 from intactkv.store import Exact, Memory, Store
 
 __all__ = ["IntactCache", "KVPolicy"]
@@ -255,8 +255,8 @@ class IntactCache(Cache):
     single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
         text's cache would cost more memory than its activations.
     copies: of the prefix where the model is; whoever makes many caches of one prefix keeps them.
-    Raises UserError for layers that are no softmax attention over all or a window of the tokens, and for windows that
-    the policy cannot do.
+    Raises UserError for layers that are no softmax attention over all or a window of the tokens, or share keys and
+    values, and for windows that the policy cannot do.
     """
 
     def __init__(
@@ -269,10 +269,20 @@ class IntactCache(Cache):
         copies: Copies | None = None,
     ):
         self.policy, self.rows, copies = policy, Rows(), copies or Copies()
-        rope = rope_of(config) if policy is not None and policy.space == "pre_rope" else None
+        text = config.get_text_config(decoder=True)
+        ropes: list[Rope | None] = [None] * text.num_hidden_layers
+        if policy is not None and policy.space == "pre_rope":
+            ropes = ropes_of(config)
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer | IntactSlidingLayer] = []
-        for index, plain in enumerate(DynamicCache(config=config).layers):
+        own = DynamicCache(config=config).layers
+        if 0 < len(own) < len(ropes):
+            raise UserError(
+                f"the last {len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read keys and "
+                "values of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
+            )
+        for index, plain in enumerate(own):
+            rope = ropes[index]
             prefix = (keys[index], values[index]) if len(keys) else None
             store = Store(Exact(), Exact()) if policy is None else policy.store(index, None)
             if type(plain) is DynamicSlidingWindowLayer:

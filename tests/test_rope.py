@@ -12,7 +12,7 @@ from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.observe import outputs_of
-from intactkv.rope import Places, rope_of
+from intactkv.rope import Places, ropes_of
 
 TEXT = random_ids(60, seed=8)
 SCALED: dict[str, dict[str, Any]] = {
