@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv.architecture import Architecture, Fused, architecture_of
+from intactkv.architecture import Architecture, Experts, Fused, architecture_of
+from intactkv.experts import SeparateExperts
 
 __all__ = ["FusedLinears", "Part", "joined", "lay_out", "owner_of", "sources_of"]
 
@@ -96,6 +97,10 @@ def lay_out(model: PreTrainedModel) -> PreTrainedModel:
             module = block.get_submodule(fused.module)
             if not isinstance(module, FusedLinears) and not (type(module) is nn.Linear and not fused.parts):
                 block.set_submodule(fused.module, _apart(module, fused))
+        if (experts := architecture.experts) is not None:
+            module = block.get_submodule(experts.module)
+            if not isinstance(module, SeparateExperts):
+                block.set_submodule(experts.module, _separated(module, experts))
     return model
 
 
@@ -109,6 +114,25 @@ def _apart(module: nn.Module, fused: Fused) -> nn.Module:
         own = _part(fused, name, "")
         linears[name] = _linear(own.taken(weight.data), None if bias is None else own.taken(bias.data))
     return FusedLinears(fused, linears)
+
+
+def _separated(module: nn.Module, experts: Experts) -> SeparateExperts:
+    """What stands in place of transformers' stacks; the linears are views of them."""
+    linears = []
+    for index in range(experts.count):
+        own = {part: _part_of_stack(experts, index, part, "") for part in (*experts.inputs, experts.output)}
+        linears.append({part: _linear(where.taken(module.get_parameter(name).data), None)
+                        for part, (name, where) in own.items()})  # fmt: skip
+    return SeparateExperts(linears, module.act_fn)  # type: ignore[arg-type]  # a module or a function
+
+
+def _part_of_stack(experts: Experts, index: int, part: str, place: str) -> tuple[str, Part]:
+    """The parameter that holds a linear of an expert, and where. place: in front of the module's name."""
+    inputs, output = experts.stacked
+    if part == experts.output:
+        return output, Part(f"{place}{experts.module}.{output}", expert=index)
+    start, rows = experts.inputs.index(part) * experts.width, len(experts.inputs) * experts.width
+    return inputs, Part(f"{place}{experts.module}.{inputs}", start, experts.width, rows, expert=index)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -148,6 +172,8 @@ def sources_of(architecture: Architecture, name: str) -> Iterator[Part]:
         module, _, part = owner.rpartition(".")
         if module == fused.module and part in fused.parts:
             yield _part(fused, part, f"{place}{module}.{parameter}")
+    if architecture.experts is not None and (index := architecture.expert_of(inner)) is not None:
+        yield _part_of_stack(architecture.experts, index, owner.rpartition(".")[2], place)[1]
 
 
 def _in_block(architecture: Architecture, name: str) -> tuple[str, str]:

@@ -38,6 +38,12 @@ class Feed:
         """All whose columns are scaled with it."""
         return (*self.consumers, *self.routers)
 
+    @property
+    def witness(self) -> str:
+        """A module that reads all that the producer puts out: the router, where consumers see the tokens that it sends
+        them."""
+        return (*self.routers, *self.consumers)[0]
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -59,13 +65,16 @@ class Fused:
 class Experts:
     """Feed-forward parts of which a router chooses some for every token; transformers stacks their matrices.
 
-    module: of all, within a block; `count` of them. inputs, output: linears of one, its gated pair and its last.
-    stacked: parameters of the module, (count, rows of both inputs, in) and (count, out, in).
+    module: of all, within a block; `count` of them, `width` channels between the linears of one, `chosen` for every
+    token. inputs, output: linears of one, its gated pair and its last. stacked: parameters of the module, (count, rows
+    of both inputs, in) and (count, out, in).
     """
 
     module: str
     count: int
     router: str
+    width: int
+    chosen: int
     inputs: tuple[str, str] = ("gate_proj", "up_proj")
     output: str = "down_proj"
     stacked: tuple[str, str] = ("gate_up_proj", "down_proj")
@@ -73,6 +82,11 @@ class Experts:
     def of(self, index: int) -> str:
         """The name of one expert within a block."""
         return f"{self.module}.{index}"
+
+    def index_of(self, name: str) -> int | None:
+        """Which expert a module within a block belongs to; None for all others."""
+        index = name.removeprefix(f"{self.module}.").partition(".")[0]
+        return int(index) if name.startswith(f"{self.module}.") and index.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -147,6 +161,15 @@ class Architecture:
         return tuple(f"{self.experts.of(i)}.{self.experts.output}" for i in range(self.experts.count))
 
     @property
+    def routers(self) -> tuple[str, ...]:
+        """What reads along with the linears and is never rounded; a linear, too, in some families."""
+        return tuple(dict.fromkeys(name for feed in self.feeds for name in feed.routers))
+
+    def expert_of(self, name: str) -> int | None:
+        """Which expert a linear belongs to; None where every token reaches it."""
+        return None if self.experts is None else self.experts.index_of(name)
+
+    @property
     def is_laid_out(self) -> bool:
         """Whether the model differs from transformers' own."""
         return bool(self.fused) or self.experts is not None
@@ -159,7 +182,7 @@ class Architecture:
         from torch import nn
 
         known = [linear for group in self.linears for linear in group]
-        found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in self.routers}
         if set(found) != set(known):
             raise UserError(
                 f"{name} holds the linears {sorted(found)}, the architecture table expects "

@@ -254,12 +254,16 @@ class Weights:
     def check(self) -> None:
         """Raise UserError if a value of any parameter is not finite: before the work, and not at the block that has it.
 
-        Reads every file once.
+        Reads every file once; of stacks one matrix at a time.
         """
         for file, names in self.checkpoint.by_file(dict.fromkeys(self.names.values())).items():
             with open_tensors(file) as tensors:
                 for name in names:
-                    check_finite(tensors.get_tensor(name), f"{self.checkpoint.directory}: the tensor {name!r}")
+                    view = tensors.get_slice(name)
+                    shape = view.get_shape()
+                    for index in range(shape[0]) if len(shape) > 2 else (slice(None),):
+                        tensor = view[index] if shape else tensors.get_tensor(name)
+                        check_finite(tensor, f"{self.checkpoint.directory}: the tensor {name!r}")
 
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the model."""
