@@ -278,8 +278,8 @@ class IntactCache(Cache):
         own = DynamicCache(config=config).layers
         if 0 < len(own) < len(ropes):
             raise UserError(
-                f"the last {len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read keys and "
-                "values of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
+                f"{len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read the keys and values "
+                "of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
             )
         for index, plain in enumerate(own):
             rope = ropes[index]

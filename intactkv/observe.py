@@ -297,8 +297,10 @@ def attention_mass(
 def _hang(
     block: nn.Module, site: Site, look: Callable[[Tensor], None], rope: Rope | None, size: int, first: int
 ) -> Iterator[RemovableHandle]:
-    """The hooks that show a site of one block. rope: of the layer, None to turn nothing; size: channels of a head; first: position of
-    the first token."""
+    """The hooks that show a site of one block.
+
+    rope: of the layer, None to turn nothing. size: channels of a head. first: position of the first token.
+    """
     try:
         module = block.get_submodule(site.module)
     except AttributeError:

@@ -2,9 +2,9 @@
 
     k = p·cos + r(p)·sin,   p = (k·cos − r(k)·sin) / (cos² + sin²)      r(x) = (−x₂, x₁) for every pair x = (x₁, x₂)
 
-Pairs are the channels i and i + n/2 of a head's first n, or 2i and 2i + 1; the rest of a head does not turn. cos² + sin²
-is 1, or the square of the factor that YaRN multiplies both with. The frequencies are those of the model's own
-configuration, from transformers' functions, and may differ from layer to layer; all math is float32.
+Pairs are the channels i and i + n/2 of a head's first n, or 2i and 2i + 1; the rest of a head does not turn.
+cos² + sin² is 1, or the square of the factor that YaRN multiplies both with. The frequencies are those of the model's
+own configuration, from transformers' functions, and may differ from layer to layer; all math is float32.
 """
 
 from dataclasses import dataclass
@@ -151,8 +151,8 @@ def _frequencies(
     kind = told.get("rope_type")
     if kind not in (*FIXED, *STEPPED):
         raise UserError(
-            f"the rotary embedding of this {config.model_type} model is of the kind {kind!r}, which no KV policy before "
-            f"RoPE undoes; it can undo {', '.join((*FIXED, *STEPPED))}; choose another policy, such as per_head"
+            f"the rotary embedding of this {config.model_type} model is of the kind {kind!r}, which no KV policy "
+            f"before RoPE undoes; it can undo {', '.join((*FIXED, *STEPPED))}; choose another policy, such as per_head"
         )
     if kind != "default":
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=key)
