@@ -8,7 +8,7 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -110,6 +110,11 @@ class DecoderBlock:
                 )
         return feeds
 
+    def of_family(self, step: Rescaling) -> Rescaling:
+        """The same with the offset of this family's norms, where a norm is the producer."""
+        offset = 0.0 if step.producer in self.linears() else self.architecture.gain_offset
+        return replace(step, offset=offset)
+
     def rescale(self, step: Rescaling) -> None:
         """Apply an equivalent rescaling to the weights and remember it.
 
@@ -117,6 +122,7 @@ class DecoderBlock:
         """
         paths = {name: path_of(self.module.get_submodule(name)) for name in step.consumers}
         self.check_scales(step.producer, [n for n, path in paths.items() if path is not None and path.rotation])
+        step = self.of_family(step)
         rescale(self.module, step, self.head_size)
         self.rescalings.append(step)
 
