@@ -174,6 +174,14 @@ class Architecture:
         """Whether the model differs from transformers' own."""
         return bool(self.fused) or self.experts is not None
 
+    def pairs_of(self, block: int, size: int) -> tuple[int, ...]:
+        """For every channel of a head of so many: the number of what positions turn it with, in a block. Channels of
+        one number must be scaled alike, or queries and keys meet otherwise at every distance."""
+        turned = 0 if not self.rotary or block in self.unturned else size if self.turned is None else self.turned
+        half = turned // 2
+        pairs = [i // 2 if self.pairing == NEIGHBOURS else i % half for i in range(turned)]
+        return (*pairs, *range(half, half + size - turned))
+
     def linears_of(self, block: "nn.Module", name: str) -> "dict[str, nn.Linear]":
         """The block's linears in the order of computation, by their name within the block.
 
