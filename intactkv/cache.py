@@ -21,22 +21,12 @@ from intactkv.attention import Read
 from intactkv.copies import Copies
 from intactkv.policy import KVPolicy
 from intactkv.rope import Places, Rope, ropes_of
+from intactkv.rows import Rows
 from intactkv.store import Exact, Memory, Store
 
 __all__ = ["IntactCache", "KVPolicy"]
 
 Prefix = tuple[Tensor, Tensor] | None
-
-
-class Rows:
-    """The rows of a call's batch. pads: (B,) pads between the prefix and every row's text; None for none."""
-
-    pads: Tensor | None = None
-
-    def edit(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Follow an edit of the batch."""
-        if self.pads is not None:
-            self.pads = rows(self.pads)
 
 
 class _Intact(CacheLayerMixin):
@@ -270,16 +260,15 @@ class IntactCache(Cache):
     ):
         self.policy, self.rows, copies = policy, Rows(), copies or Copies()
         text = config.get_text_config(decoder=True)
-        ropes: list[Rope | None] = [None] * text.num_hidden_layers
-        if policy is not None and policy.space == "pre_rope":
-            ropes = ropes_of(config)
+        turns = policy is not None and policy.space == "pre_rope"
+        ropes: list[Rope | None] = ropes_of(config) if turns else [None] * text.num_hidden_layers
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer | IntactSlidingLayer] = []
         own = DynamicCache(config=config).layers
         if 0 < len(own) < len(ropes):
             raise UserError(
-                f"{len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read the keys and values "
-                "of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
+                f"{len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read the keys and "
+                "values of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
             )
         for index, plain in enumerate(own):
             rope = ropes[index]

@@ -52,7 +52,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-normed": ("cohere", {"use_qk_norm": True}),
     "falcon-many-heads": ("falcon", {"new_decoder_architecture": True, "alibi": False}),
     "falcon-one-head": ("falcon", {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
-    "falcon-alibi": ("falcon", {"multi_query": False, "new_decoder_architecture": False, "alibi": True}),
+    "falcon-alibi": (
+        "falcon",
+        {"multi_query": False, "num_kv_heads": 4, "new_decoder_architecture": False, "alibi": True},
+    ),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = (
     {name: (name, {}) for name in ARCHITECTURES}
