@@ -110,7 +110,8 @@ def _limit(config: PreTrainedConfig, told: dict[str, Any]) -> int | None:
     kind = told.get("rope_type")
     if kind not in STEPPED:
         return None
-    return told[STEPPED[kind]] if STEPPED[kind] else config.max_position_embeddings
+    field = STEPPED[kind]
+    return config.max_position_embeddings if field is None else told[field]
 
 
 def check_turns(config: PreTrainedConfig, slots: int) -> None:
