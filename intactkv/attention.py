@@ -29,7 +29,19 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from corpora.errors import UserError
 from intactkv.store import Store, TwoForms
 
-__all__ = ["EXPLICIT", "NAME", "NEEDED", "PRODUCTS", "ROWS", "Products", "Read", "asks", "check_asked", "masked", "take_over"]
+__all__ = [
+    "EXPLICIT",
+    "NAME",
+    "NEEDED",
+    "PRODUCTS",
+    "ROWS",
+    "Products",
+    "Read",
+    "asks",
+    "check_asked",
+    "masked",
+    "take_over",
+]
 
 NAME = "intact"  # torch's function where it can be
 ROWS = "intact_with_rows"  # softmax rows computed explicitly, and returned
