@@ -90,7 +90,7 @@ def _cohere2(config: "PreTrainedConfig") -> Architecture:
 def _stablelm(config: "PreTrainedConfig") -> Architecture:
     """LayerNorms with shifts; a part of every head turns; attention and feed-forward may stand side by side."""
     size = config.hidden_size // config.num_attention_heads
-    turned = int(size * config.rope_parameters["partial_rotary_factor"])
+    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
     row = PARALLEL if config.use_parallel_residual else LLAMA
     row = replace(row, centred=True, turned=turned if turned < size else None)
     if config.qk_layernorm:
