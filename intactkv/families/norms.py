@@ -72,7 +72,7 @@ def _gemma2(config: "PreTrainedConfig") -> Architecture:
 
 def _gemma3(config: "PreTrainedConfig") -> Architecture:
     """Gemma 2 with norms of queries and keys."""
-    return replace(_gemma2(config), rope_query="self_attn.q_norm", rope_key="self_attn.k_norm")
+    return replace(_gemma2(config), rope_query="self_attn.q_norm", rope_key="self_attn.k_norm", heads_first=True)
 
 
 def _cohere(config: "PreTrainedConfig") -> Architecture:
@@ -94,7 +94,7 @@ def _stablelm(config: "PreTrainedConfig") -> Architecture:
     row = PARALLEL if config.use_parallel_residual else LLAMA
     row = replace(row, centred=True, turned=turned if turned < size else None)
     if config.qk_layernorm:
-        row = replace(row, rope_query="self_attn.q_layernorm", rope_key="self_attn.k_layernorm")
+        row = replace(row, rope_query="self_attn.q_layernorm", rope_key="self_attn.k_layernorm", heads_first=True)
     return row
 
 
