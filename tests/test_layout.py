@@ -222,7 +222,9 @@ def of_bloom(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix("transformer."): x for n, x in tensors.items() if not n.startswith("lm_head")}
 
 
-OLD = {"pythia": of_pythia, "gpt2": of_gpt2, "bloom": of_bloom, "falcon-7b": dict}
+OLD: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "pythia": of_pythia, "gpt2": of_gpt2, "bloom": of_bloom, "falcon-7b": dict,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", OLD)
