@@ -167,6 +167,13 @@ class Architecture:
         return None if self.experts is None else self.experts.index_of(name)
 
     @property
+    def entered(self) -> dict[str, int]:
+        """The first linear of every expert, and which expert it is."""
+        if self.experts is None:
+            return {}
+        return {f"{self.experts.of(i)}.{self.experts.inputs[0]}": i for i in range(self.experts.count)}
+
+    @property
     def is_laid_out(self) -> bool:
         """Whether the model differs from transformers' own."""
         return bool(self.fused) or self.experts is not None

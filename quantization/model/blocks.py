@@ -135,29 +135,41 @@ class DecoderBlock:
             self.figures[name] = self.figures.get(name, 0.0) + float(value)
 
     def observe(self, look: Callable[[str, Tensor], None], leave: bool = False) -> None:
-        """Run the calibration text through the block once; `look(linear name, input)` sees every linear's input.
+        """Run the calibration text through the block once; `look(name, input)` sees the input of every linear, and of
+        routers.
 
-        Inputs are (samples, tokens, channels), one call per batch and linear, never containing a prefix token. leave:
-        the block at its last linear, whose product only matters to other hooks.
+        Inputs are (samples, tokens, channels), one call per batch and linear, never containing a prefix token; those of
+        an expert are `in_samples`, and there is no call for a batch that sends it no token. leave: the block at its
+        last linear, whose product only matters to other hooks.
         Raises UserError at the end, with the linear's name, if an input was not finite.
         """
-        stream, finite = self._stream, FiniteCheck()
+        stream, finite, entered = self._stream, FiniteCheck(), self.architecture.entered
+        sent = dict.fromkeys(entered.values(), 0)
         first = {names[0] for names in self.architecture.linears}  # the others read the same
 
         def shown(name: str, x: Tensor) -> None:
             if name in first:
                 finite.add(self.in_front_of(name), x)
-            look(name, stream.by_sample(x))
+                if (expert := entered.get(name)) is not None:
+                    sent[expert] += len(x)
+            look(name, self.in_samples(name, x))
             if leave and name == last:
                 raise Reached
 
-        linears = self.linears()
+        linears: dict[str, nn.Module] = {**self.linears()}
         *_, last = linears
+        linears |= {name: self.module.get_submodule(name) for name in self.architecture.routers}
         with torch.no_grad(), hooked(on_input(linear, partial(shown, name)) for name, linear in linears.items()):
             for batch in stream.batches():
                 with suppress(Reached):
                     stream.forward(self, batch)
         finite.check()
+        stream.sent.update(sent)
+
+    def in_samples(self, name: str, x: Tensor) -> Tensor:
+        """What a linear reads, as (samples, tokens, channels): of the linears of an expert (1, tokens, channels), all
+        that the samples of a batch send to it."""
+        return x[None] if self.architecture.expert_of(name) is not None else self._stream.by_sample(x)
 
     def in_front_of(self, linear: str) -> str:
         """What the values are that one linear reads, for `FiniteCheck`."""
@@ -224,7 +236,13 @@ class CalibrationStream:
             self._keys = self._values = [blank] * len(self._blocks)
         like = input_embeddings(model)
         self.device, self.tokens = like.device, segments.shape[1]
-        linears = [self._blocks[0].get_submodule(name) for names in architecture.linears for name in names]
+        every_token = (
+            name
+            for names in architecture.linears
+            for name in names
+            if (architecture.expert_of(name) or 0) < (architecture.experts.chosen if architecture.experts else 1)
+        )
+        linears = [self._blocks[0].get_submodule(name) for name in every_token]
         widths = [(int(linear.in_features), int(linear.out_features)) for linear in linears]  # type: ignore[arg-type]
         self.batch = samples_at_once(widths, self.tokens, like.dtype, self.device)
         self._arguments: list[dict[str, Any]] = []  # of one sample; they hold for all
@@ -240,6 +258,8 @@ class CalibrationStream:
         # that ask (`WeightQuantizer.reads`).
         self.full: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
+        # Tokens that the current block's router sends to each of its experts, where a pass has looked.
+        self.sent: dict[int, int] = {}
         # A `quantization.model.walk.Walk` through the current block, by a method that went set after set.
         self.walk: Any = None
 
@@ -329,7 +349,7 @@ class CalibrationStream:
         """Pass the text on, through the block as it is now, or as the given outputs; the prefix went through the
         full-precision block in `seed`."""
         self.hidden = self.passed(block, kv=kv) if following is None else following
-        self.walk = None
+        self.walk, self.sent = None, {}
         if self._prefix is not None:
             self._prefix = self._prefix_output
 
