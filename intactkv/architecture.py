@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
-from intactkv.families import experts, fused, llama
+from intactkv.families import experts, fused, llama, norms
 from intactkv.parts import Architecture, Experts, Feed, Fused, Row, attention_heads
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ DOWN_PROJ = "down_proj"
 LM_HEAD = "lm_head"
 
 
-ARCHITECTURES: Mapping[str, Row] = {**llama.ROWS, **fused.ROWS, **experts.ROWS}
+ARCHITECTURES: Mapping[str, Row] = {**llama.ROWS, **fused.ROWS, **norms.ROWS, **experts.ROWS}
 
 
 # Model types that place a token by its slot in the batch, whatever position it is given; so pads shift it. Found by

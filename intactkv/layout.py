@@ -7,7 +7,7 @@ together again. Methods see linears; files are read and exports written through 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -157,23 +157,28 @@ def _whole(fused: Fused, name: str) -> Part:
 def sources_of(architecture: Architecture, name: str) -> Iterator[Part]:
     """Where a parameter of the laid-out model may be in a file, the likeliest first: as it is called here, under older
     names, or in what transformers' own model fuses or stacks."""
-    yield Part(name)
-    for spelling in architecture.stored:
-        other = name
-        for ours, theirs in spelling.items():
-            other = other.replace(ours, theirs)
-        if other != name:
-            yield Part(other)
+    for part in _places(architecture, name):
+        yield part
+        for spelling in architecture.stored:
+            other = part.name
+            for ours, theirs in spelling.items():
+                other = other.replace(ours, theirs)
+            if other != part.name:
+                yield replace(part, name=other)
+
+
+def _places(architecture: Architecture, name: str) -> Iterator[Part]:
+    """The same without older names."""
     place, inner = _in_block(architecture, name)
     owner, _, parameter = inner.rpartition(".")
+    module, _, part = owner.rpartition(".")
+    alone = [fused for fused in architecture.fused if owner == fused.module]  # has no parts
+    yield _whole(alone[0], name) if alone else Part(name)
     for fused in architecture.fused:
-        if owner == fused.module:
-            yield _whole(fused, name)
-        module, _, part = owner.rpartition(".")
         if module == fused.module and part in fused.parts:
             yield _part(fused, part, f"{place}{module}.{parameter}")
     if architecture.experts is not None and (index := architecture.expert_of(inner)) is not None:
-        yield _part_of_stack(architecture.experts, index, owner.rpartition(".")[2], place)[1]
+        yield _part_of_stack(architecture.experts, index, part, place)[1]
 
 
 def _in_block(architecture: Architecture, name: str) -> tuple[str, str]:

@@ -200,6 +200,9 @@ Row = Callable[["PreTrainedConfig"], Architecture]
 
 
 def attention_heads(config: "PreTrainedConfig") -> tuple[int, int]:
-    """KV heads, and the channels of a head, of a text model's configuration."""
+    """KV heads that a cache holds, and the channels of a head, of a text model's configuration."""
+    if config.model_type == "falcon":  # the new architecture's cache holds a group's keys once for every query head
+        shared = config.multi_query and not config.new_decoder_architecture
+        return 1 if shared else config.num_attention_heads, config.hidden_size // config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, size

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from typing import Any, ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import ARCHITECTURES, architecture_of, heads_of
+from intactkv.layout import lay_out
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
 from quantization.kv_cache import KV_POLICIES, PerHead, StaticPerHead
 from quantization.model.blocks import DecoderBlock
@@ -269,7 +271,7 @@ def test_labels_say_method_bits_and_group() -> None:
 def test_every_architecture_lists_the_linears_in_the_order_of_computation(
     model_type: str, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    model = tiny_model(model_type)
+    model = lay_out(tiny_model(model_type))
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
     assert len(blocks) == model.config.num_hidden_layers
@@ -293,8 +295,10 @@ def test_every_architecture_lists_the_linears_in_the_order_of_computation(
     inputs = dict(seen[: len(order)])
     for group in architecture.linears:
         assert all(torch.equal(inputs[linear], inputs[group[0]]) for linear in group)
-    firsts = [inputs[group[0]] for group in architecture.linears]
-    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
+    fed = [{group[0] for group in architecture.linears} & set(feed.consumers) for feed in architecture.feeds]
+    for a, b in combinations([group[0] for group in architecture.linears], 2):
+        same = inputs[a].shape == inputs[b].shape and torch.equal(inputs[a], inputs[b])
+        assert same == any({a, b} <= names for names in fed)  # attention and feed-forward side by side
     torch.testing.assert_close(heads[0], decoded)  # the decoder returns what the head reads
 
 

@@ -8,8 +8,9 @@ text takes positions P, P + 1, …, and no statistic ever contains a pivot token
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -110,6 +111,11 @@ class DecoderBlock:
                 )
         return feeds
 
+    def of_family(self, step: Rescaling) -> Rescaling:
+        """The same with the offset of this family's norms, where a norm is the producer."""
+        offset = 0.0 if step.producer in self.linears() else self.architecture.gain_offset
+        return replace(step, offset=offset)
+
     def rescale(self, step: Rescaling) -> None:
         """Apply an equivalent rescaling to the weights and remember it.
 
@@ -117,6 +123,7 @@ class DecoderBlock:
         """
         paths = {name: path_of(self.module.get_submodule(name)) for name in step.consumers}
         self.check_scales(step.producer, [n for n, path in paths.items() if path is not None and path.rotation])
+        step = self.of_family(step)
         rescale(self.module, step, self.head_size)
         self.rescalings.append(step)
 
@@ -361,7 +368,8 @@ class CalibrationStream:
         cache: IntactCache,
         weights: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        keywords = {**arguments[block.index], block.architecture.cache: cache}
+        keywords = {name: _for_samples(x, len(hidden)) for name, x in arguments[block.index].items()}
+        keywords[block.architecture.cache] = cache
         with stage("passes"):
             if weights is None:
                 output = block.module(hidden, **keywords)
@@ -378,8 +386,11 @@ class CalibrationStream:
         first: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
 
-        def skip(hidden: Tensor, **keywords: Any) -> Tensor:
+        names = list(signature(type(self._blocks[0]).forward).parameters)[2:]  # behind `self` and the hidden states
+
+        def skip(hidden: Tensor, *positional: Any, **keywords: Any) -> Tensor:
             first.append(hidden)
+            keywords |= dict(zip(names, positional, strict=False))
             arguments.append({k: v for k, v in keywords.items() if k != self._cache})
             if len(arguments) == len(self._blocks):
                 raise Reached
@@ -396,3 +407,11 @@ class CalibrationStream:
             for module in self._blocks:
                 del module.forward  # the class's own forward shows again
         return first[0], arguments
+
+
+def _for_samples(argument: Any, samples: int) -> Any:
+    """A block's argument for one sample, as it is for several. Most have one row for all of them; BLOOM's biases by
+    distance, (samples · heads, 1, keys), have rows for each."""
+    if isinstance(argument, Tensor) and argument.ndim == 3 and len(argument) > 1:
+        return argument.repeat(samples, 1, 1)
+    return argument

@@ -3,6 +3,8 @@
     norm or linear → linears     y = x W₂ᵀ, x = f·g      producer: g/s, (β − δ)/s; consumers: W₂·diag(s), b₂ + W₂ δ
     query ↔ key                  q·k                     rows of q over s, rows of k times s
 
+A norm's gain g is its weight, or 1 plus its weight.
+
 AWQ (2306.00978, Eq. 4), SmoothQuant (2211.10438, Eq. 3) and OmniQuant's LET (2308.13137, Eq. 3 to 5) differ only in how
 s and δ are found. A quantized checkpoint keeps what was applied, so that its full-precision twin, the model whose keys
 and values are in the same basis, is the dense checkpoint with the same rescalings and no rounding.
@@ -27,7 +29,8 @@ class Rescaling:
     scale: (channels,) float32, positive, one per channel that the producer puts out; per KV channel for v → o and for
     query ↔ key, where the query heads that share a KV head share its scales.
     shift: (channels,) or None; needs a producer and consumers with biases.
-    rows: scale the consumers' rows instead of their columns: the query ↔ key pair.
+    rows: scale the consumers' rows instead of their columns: the query ↔ key pair. offset: the gain of the norms among
+    them is so much more than their weight.
     """
 
     producer: str
@@ -35,6 +38,7 @@ class Rescaling:
     scale: Tensor
     shift: Tensor | None = None
     rows: bool = False
+    offset: float = 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """Scale and shift, for a checkpoint."""
@@ -42,14 +46,14 @@ class Rescaling:
 
     def header(self) -> dict[str, Any]:
         """What `tensors` does not tell, as plain JSON."""
-        return {"producer": self.producer, "consumers": list(self.consumers), "rows": self.rows}
+        offset = {"offset": self.offset} if self.offset else {}  # files that have none stay what they were
+        return {"producer": self.producer, "consumers": list(self.consumers), "rows": self.rows} | offset
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "Rescaling":
         """Undo `tensors` and `header`."""
-        return cls(
-            header["producer"], tuple(header["consumers"]), tensors["scale"], tensors.get("shift"), header["rows"]
-        )
+        producer, consumers, offset = header["producer"], tuple(header["consumers"]), header.get("offset", 0.0)
+        return cls(producer, consumers, tensors["scale"], tensors.get("shift"), header["rows"], offset)
 
 
 def per_column(values: Tensor, columns: int, head_size: int) -> Tensor:
@@ -59,6 +63,14 @@ def per_column(values: Tensor, columns: int, head_size: int) -> Tensor:
         return values
     heads, repeats = values.numel() // head_size, columns // values.numel()
     return values.view(heads, 1, head_size).expand(heads, repeats, head_size).reshape(columns)
+
+
+def _per_row(values: Tensor, like: Tensor, head_size: int) -> Tensor:
+    """Values per KV channel as factors of a parameter: of a linear's weight (rows, in), of a bias or a norm, (rows,) or
+    (heads, D)."""
+    if like.ndim == 2 and like.shape[0] % values.numel() == 0:
+        return per_column(values, like.shape[0], head_size)[:, None]
+    return per_column(values, like.numel(), head_size).view_as(like)
 
 
 def rescaled(parameters: Mapping[str, Tensor], step: Rescaling, head_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -72,16 +84,16 @@ def rescaled(parameters: Mapping[str, Tensor], step: Rescaling, head_size: int) 
     weight, bias = _weight_and_bias(parameters, step.producer)
     scale = step.scale.to(weight.device, torch.float32)
     shift = None if step.shift is None else step.shift.to(weight.device, torch.float32)
-    over = per_column(scale, weight.shape[0], head_size)  # the query heads of a KV head share its scales
-    yield f"{step.producer}.weight", weight / (over[:, None] if weight.ndim == 2 else over)
+    # The query heads of a KV head share its scales.
+    yield f"{step.producer}.weight", (weight + step.offset) / _per_row(scale, weight, head_size) - step.offset
     if bias is not None:
-        yield f"{step.producer}.bias", (bias if shift is None else bias - shift) / over
+        yield f"{step.producer}.bias", (bias if shift is None else bias - shift) / _per_row(scale, bias, head_size)
     for name in step.consumers:
         weight, bias = _weight_and_bias(parameters, name)
         if step.rows:
-            yield f"{name}.weight", weight * (scale[:, None] if weight.ndim == 2 else scale)
+            yield f"{name}.weight", (weight + step.offset) * _per_row(scale, weight, head_size) - step.offset
             if bias is not None:
-                yield f"{name}.bias", bias * scale
+                yield f"{name}.bias", bias * _per_row(scale, bias, head_size)
             continue
         columns = weight.shape[1]
         if shift is not None and bias is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
 from corpora.storage import checkpoint_fingerprint, identity
@@ -23,6 +23,7 @@ from quantization.runs.prefixes import PrefixChoice
 __all__ = [
     "check_discovered",
     "check_fits",
+    "check_length",
     "check_needed",
     "check_prefix",
     "check_storage",
@@ -34,15 +35,15 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def check_fits(checkpoint: Checkpoint, context: int | None, option: str, tokens: int) -> None:
+def check_fits(name: str, context: int | None, option: str, tokens: int) -> None:
     """Raise UserError if so many tokens, with what stands in front of them, are more than a model's positions.
 
-    context: those, None if nothing says. option: which one to change, with its value.
+    name: of the model. context: its positions, None if nothing says. option: which one to change, with its value.
     """
     if context is not None and tokens > context:
         raise UserError(
             f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
-            f"{checkpoint.name}; use fewer"
+            f"{name}; use fewer"
         )
 
 
@@ -71,18 +72,25 @@ def check_prefix(choice: PrefixChoice, checkpoint: Checkpoint, context: int | No
     if not count:
         return
     config, name = read_config(checkpoint.directory), checkpoint.name
-    vocabulary, window = config.get_text_config(decoder=True).vocab_size, IntactCache(config).smallest_window
+    vocabulary = config.get_text_config(decoder=True).vocab_size
     option = f"--prefix {choice.word[:40]}" + "…" * (len(choice.word) > 40)
     if unknown := [token for token in choice.ids if token >= vocabulary]:
         raise UserError(
             f"{option}: the token ids {unknown[:5]} lie outside the vocabulary of {vocabulary} of {name}; its "
             "tokenizer has tokens that the model never got"
         )
+    check_length(config, count, context, option, name)
+
+
+def check_length(config: PreTrainedConfig, count: int, context: int | None, option: str, name: str) -> None:
+    """Raise UserError for a prefix of so many tokens that a model's layers cannot hold. name: what messages call it;
+    the rest as in `check_fits`."""
+    window = IntactCache(config).smallest_window
     if window is not None and count >= window:
         raise UserError(
             f"{option}: {count} tokens do not fit the sliding window of {window} of {name}; use {window - 1} or fewer"
         )
-    check_fits(checkpoint, context, option, count + 1)  # and one behind them
+    check_fits(name, context, option, count + 1)  # and one behind them
 
 
 def check_needed(choice: PrefixChoice, checkpoint: Checkpoint, recipe: Recipe, vanilla: bool) -> None:

@@ -138,7 +138,7 @@ class Known:
 
         option: which one to change, with its value.
         """
-        check_fits(self.checkpoint, self.context, option, tokens)
+        check_fits(self.checkpoint.name, self.context, option, tokens)
 
     def check_calibration(self, front: int) -> None:
         """Raise UserError for calibration text that does not fit the model, and for a batch of it that is no number.

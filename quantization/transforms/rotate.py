@@ -20,7 +20,7 @@ gets a matrix of its own; where no Hadamard matrix exists (odd numbers of heads)
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +88,10 @@ class Rotate(BlockTransform):
         names, size, linears = block.architecture, block.head_size, block.linears()
         for norm, readers in _norms(names):
             module = block.module.get_submodule(norm)
-            gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
+            gain, shift = _gain(getattr(module, "weight", None), names), getattr(module, "bias", None)
             for reader in readers:
                 self._read(block.module.get_submodule(reader), gain, shift, size if reader == names.value else None)
-            _make_plain(block.module, norm, like=linears[readers[0]].weight)
+            _make_plain(block.module, norm, names, like=linears[readers[0]].weight)
         output = linears[names.output]
         mixing = None
         if self.head_mix != "none":
@@ -113,11 +113,11 @@ class Rotate(BlockTransform):
         head, norm = f"{names.head}.weight", f"{names.final_norm}.weight"
         table = ends[f"{names.embeddings[0]}.weight"]
         weight = ends.get(head, table)
-        gain, shift = ends.get(norm), ends.pop(f"{names.final_norm}.bias", None)
+        gain, shift = _gain(ends.get(norm), names), ends.pop(f"{names.final_norm}.bias", None)
         if shift is not None:
             ends[f"{names.head}.bias"] = _by_rows(weight, lambda rows: rows @ shift.double())
-        ends[head] = _by_rows(weight, lambda rows: self._rotated(rows if gain is None else rows * gain.double()))
-        ends[norm] = torch.ones_like(table[0])
+        ends[head] = _by_rows(weight, lambda rows: self._rotated(rows if gain is None else rows * gain))
+        ends[norm] = torch.full_like(table[0], 1 - names.gain_offset)
         for name in names.embeddings:
             ends[f"{name}.weight"] = _by_rows(
                 ends[f"{name}.weight"], lambda rows: self._rotated(_without_mean(rows) if names.centred else rows)
@@ -133,10 +133,10 @@ class Rotate(BlockTransform):
         assert isinstance(head, nn.Linear)
         for block in names.blocks_of(model):
             for norm, _ in _norms(names):
-                _make_plain(block, norm, like=head.weight)
+                _make_plain(block, norm, names, like=head.weight)
         if getattr(model.get_submodule(names.final_norm), "bias", None) is not None:
             head.bias = nn.Parameter(head.weight.new_empty(head.out_features), requires_grad=False)
-        _make_plain(model, names.final_norm, like=head.weight)
+        _make_plain(model, names.final_norm, names, like=head.weight)
 
     def _rotated(self, x: Tensor) -> Tensor:
         """x Q for rows x (…, d) in float64."""
@@ -162,7 +162,7 @@ class Rotate(BlockTransform):
         bias = None if bias is None else bias.double()
         if bias is not None and shift is not None:
             bias = bias + weight @ shift.double()
-        weight = self._rotated(weight if gain is None else weight * gain.double())
+        weight = self._rotated(weight if gain is None else weight * gain)
         if head_size is not None:
             weight = self._in_heads(weight.T, head_size).T
             bias = None if bias is None else self._in_heads(bias, head_size)
@@ -211,11 +211,17 @@ def _store(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
             parameter.data = value.to(parameter.dtype).contiguous()
 
 
-def _make_plain(parent: nn.Module, name: str, like: Tensor) -> None:
-    """Give a norm a gain of one; a LayerNorm becomes the RMSNorm that it is on channels without a mean."""
+def _gain(weight: Tensor | None, names: Architecture) -> Tensor | None:
+    """What a norm of this weight multiplies by, in float64; None for 1."""
+    return None if weight is None else weight.double() + names.gain_offset
+
+
+def _make_plain(parent: nn.Module, name: str, names: Architecture, like: Tensor) -> None:
+    """Give a norm a gain of one; one that takes the mean off becomes the RMSNorm that it is on channels without."""
     norm = parent.get_submodule(name)
-    if isinstance(norm, nn.LayerNorm):
-        norm = nn.RMSNorm(norm.normalized_shape, norm.eps, device=like.device, dtype=like.dtype)
+    if names.centred and not isinstance(norm, nn.RMSNorm):
+        eps: Any = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        norm = nn.RMSNorm(like.shape[1], eps, device=like.device, dtype=like.dtype)
         parent.set_submodule(name, norm.requires_grad_(False))
-    gain = norm.get_parameter("weight")
-    gain.data = torch.ones_like(gain)
+    weight = norm.get_parameter("weight")
+    weight.data = torch.full_like(weight, 1 - names.gain_offset)

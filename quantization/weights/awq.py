@@ -50,7 +50,7 @@ SMALLEST = 1e-4  # of a^r, before the normalization
 CLIP_STEPS = 20  # candidates 1 − i/20 …
 CLIP_SHRINK = 0.5  # … for i < 10
 AT_ONCE = {"cpu": 2**17, "cuda": 2**25}  # weights that are rounded together: on a CPU those that its cache holds
-CACHE, HIDDEN = "past_key_values", "hidden_states"  # arguments of a module
+HIDDEN = "hidden_states"  # argument of a module
 # Share of a file's clip limits that no search over these weights gives (give or take 2% for half precision).
 STRANGE_LIMITS = 0.01
 
@@ -138,14 +138,14 @@ def is_clipped(block: DecoderBlock, linear: str) -> bool:
 class Calls:
     """A module's calls in full precision, of all samples, to be repeated with other weights.
 
-    What it read and returned lies where the text does (`Text`); its other arguments hold for all samples.
+    What it read and returned lies where the text does (`Text`); others hold for as many samples. cache: one of them.
     """
 
-    def __init__(self, samples: int, device: torch.device):
+    def __init__(self, samples: int, device: torch.device, cache: str):
         self._read, self._returned = (TextWriter(samples, device) for _ in range(2))
         self._batches: list[int] = []  # samples of each call
-        self._positional: tuple[Any, ...] = ()
-        self._keywords: dict[str, Any] = {}
+        self._arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # by samples of a call
+        self._cache = cache
         self.numbers = 0  # that it returned in all
 
     def note(self, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
@@ -156,8 +156,8 @@ class Calls:
         self._batches.append(len(given))
         self.numbers += made.numel()
         # Not the cache: it holds this call's keys and values.
-        self._positional = positional[1:]
-        self._keywords = {n: None if n == CACHE else x for n, x in keywords.items() if n != HIDDEN}
+        keywords = {n: None if n == self._cache else x for n, x in keywords.items() if n != HIDDEN}
+        self._arguments[len(given)] = (positional[1:], keywords)
 
     def again(
         self, module: nn.Module, weights: dict[str, Tensor], new_cache: Callable[[], IntactCache | None]
@@ -167,9 +167,10 @@ class Calls:
         start = 0
         for samples in self._batches:
             stop = start + samples
-            keywords = self._keywords | ({CACHE: new_cache()} if CACHE in self._keywords else {})
-            positional = (self._read.text.batch(start, stop), *self._positional)
-            made = torch.func.functional_call(module, weights, positional, keywords)
+            positional, keywords = self._arguments[samples]
+            keywords = keywords | ({self._cache: new_cache()} if self._cache in keywords else {})
+            read = self._read.text.batch(start, stop)
+            made = torch.func.functional_call(module, weights, (read, *positional), keywords)
             yield _output(made), self._returned.text.batch(start, stop)
             start = stop
 
@@ -291,7 +292,7 @@ class AWQ(GridQuantizer):
         assert stream is not None, "AWQ without a file calibrates, but no calibration text was given"
         alone = {feed.inside for feed in feeds if feed.inside in feed.consumers}
         inside = {feed.inside for feed in feeds if feed.inside not in alone}
-        calls = {name: Calls(len(stream.hidden), stream.device) for name in inside}
+        calls = {name: Calls(len(stream.hidden), stream.device, block.architecture.cache) for name in inside}
         with hooked(after(block.module.get_submodule(name), of.note) for name, of in calls.items()):
             inputs = inputs_of_block(block, alone)
         return inputs, calls

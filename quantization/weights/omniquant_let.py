@@ -121,7 +121,7 @@ def transformed(block: DecoderBlock, steps: Sequence[Rescaling]) -> dict[str, Te
     """The block's parameters after the steps, by their dotted names; what no step touches is the block's own."""
     parameters = {name: parameter.detach() for name, parameter in block.module.named_parameters()}
     for step in steps:
-        parameters |= dict(rescaled(parameters, step, block.head_size))
+        parameters |= dict(rescaled(parameters, block.of_family(step), block.head_size))
     return parameters
 
 

@@ -1,0 +1,119 @@
+"""Every family of the architecture table: its model is transformers' own, and each method runs on it or says why not.
+
+The cells and the laws are those of tests/matrix.py, made from the table: a new row is tested the day it is added.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from common import FOXES
+from matrix import LAYERS, PREFIXES, RECIPES, TEXT, Cell, decided, held_to_the_laws
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from corpora.errors import UserError
+from intactkv.architecture import ARCHITECTURES
+from intactkv.attach import attach
+from intactkv.prefix import build_prefix
+from quantization.runs.opening import load_model
+
+FAMILIES = list(ARCHITECTURES)
+CELLS = [(recipe, prefix) for recipe in RECIPES for prefix in PREFIXES]
+# What a row can be wrong about, on every family: the order of linears, feeds, norms, RoPE, the residual stream.
+OFTEN = [("gptq-w4", "xy"), ("awq-w4", "bos"), ("omniquant-let", "xy"), ("quarot", "bos"), ("smooth", "xy"),
+         ("kv:kvquant", "xy")]  # fmt: skip
+# The other cells in turns; `slow` runs all.
+SOME = [
+    (family, *cell)
+    for place, family in enumerate(FAMILIES)
+    for cell in dict.fromkeys([*OFTEN, CELLS[5 * place % len(CELLS)], CELLS[(5 * place + 37) % len(CELLS)]])
+]
+OTHERS = [(family, *cell) for family in FAMILIES for cell in CELLS if (family, *cell) not in SOME]
+
+Opened = Callable[[str], tuple[Path, PreTrainedModel]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A root of its own, with a text to calibrate on."""
+    root = tmp_path_factory.mktemp("families")
+    (root / "text.txt").write_text(FOXES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTACTKV_ROOT", str(root))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def opened(place: Path, tiny_checkpoint: Callable[..., Path]) -> Opened:
+    """opened(family) -> its tiny checkpoint, and transformers' own model of it."""
+
+    @cache
+    def make(family: str) -> tuple[Path, PreTrainedModel]:
+        checkpoint = tiny_checkpoint(place / "dense", family, num_hidden_layers=LAYERS)
+        return checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint).eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_model_that_methods_see_is_transformers_own(family: str, opened: Opened) -> None:
+    checkpoint, own = opened(family)
+    ours = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    expected = own(TEXT, use_cache=False).logits
+    torch.testing.assert_close(ours(TEXT).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_text_behind_a_prefix_is_the_whole_text_with_pads_or_without(family: str, opened: Opened) -> None:
+    checkpoint, own = opened(family)
+    ours = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    lead = torch.tensor([1, 40, 7])
+    padded, mask = TEXT.clone(), torch.ones_like(TEXT)
+    padded[1, :4], mask[1, :4] = 0, 0
+    found = attach(ours, build_prefix(ours, lead)).score(padded, mask)
+    for row, pads in ((0, 0), (1, 4)):
+        whole = torch.cat([lead, TEXT[row, pads:]])[None]
+        expected = own(whole, use_cache=False).logits[0, len(lead) :]
+        torch.testing.assert_close(found[row, pads:], expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+def _held(family: str, recipe: str, prefix: str, opened: Opened, place: Path) -> None:
+    checkpoint, dense = opened(family)
+    cell, reason = Cell(checkpoint, place / "text.txt", recipe, prefix), decided(family, recipe, prefix)
+    if reason is None:
+        held_to_the_laws(cell, dense)
+        return
+    outputs = place / "outputs"
+    before = set(outputs.rglob("*"))
+    with pytest.raises(UserError) as refused:
+        cell.plan().load()
+    assert str(refused.value) == reason
+    assert not {path for path in set(outputs.rglob("*")) - before if path.is_file()}
+
+
+@pytest.mark.parametrize(("family", "recipe", "prefix"), SOME)
+def test_a_cell_runs_or_refuses_as_decided(family: str, recipe: str, prefix: str, opened: Opened, place: Path) -> None:
+    _held(family, recipe, prefix, opened, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "recipe", "prefix"), OTHERS)
+def test_every_other_cell_runs_or_refuses_as_decided(
+    family: str, recipe: str, prefix: str, opened: Opened, place: Path
+) -> None:
+    _held(family, recipe, prefix, opened, place)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refusal_is_one_line_that_names_the_family_and_the_way_out(family: str) -> None:
+    reasons = {reason for cell in CELLS if (reason := decided(family, *cell)) is not None}
+    for reason in reasons:
+        assert "\n" not in reason
+        assert ";" in reason, "what to do instead"
+    runs = [cell for cell in CELLS if decided(family, *cell) is None]
+    assert ("rtn-w4", "none") in runs, "a family of the table can be rounded to nearest"
+    assert ("gptq-w4", "xy") in runs
