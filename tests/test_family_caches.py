@@ -152,6 +152,19 @@ def test_a_window_of_exact_tokens_longer_than_the_text_is_full_precision_or_is_r
     assert asks(type(model)) == (name not in OWN_ATTENTION)
 
 
+@pytest.mark.parametrize("name", sorted(OWN_ATTENTION))
+def test_codes_are_decoded_for_attention_in_code_of_its_own(name):
+    """Token by token: where codes could be attended to as they are, if the model asked for our function."""
+    model, policy = model_of(name), TOKENWISE["per_head"]
+    logits = []
+    for packed in (False, True):
+        intact = attach(model, prefix_of(name), Bound(policy, packed=packed))
+        held = intact.new_cache()
+        logits.append(torch.cat([intact.feed(x, cache=held).logits for x in TEXT[None, P:20].split(1, dim=1)], dim=1))
+        assert bool(held.intact_layers[0].store.keys.codes) == packed
+    assert relative(logits[1], logits[0]) < 1e-5
+
+
 @every(("model_type", "overrides"), [
     ("gemma2", CAPPED),
     ("gpt_oss", CAPPED | {"sliding_window": 4}),
