@@ -85,7 +85,8 @@ def check_layers(kv: KVPolicy, config: PreTrainedConfig) -> None:
         architecture_of(config)
     layers = IntactCache(config, policy=Bound(kv)).intact_layers
     if any(layer.store.waits for layer in layers):
-        check_asked(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], *NEEDED)
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        check_asked(model, *NEEDED)
 
 
 def bound_kv(
