@@ -171,8 +171,8 @@ def held_to_the_laws(cell: Cell, dense: PreTrainedModel) -> None:
 
 
 def _weights_are_near(checkpoint: Path, twin: PreTrainedModel, bits: int) -> None:
-    # A step takes 2⁻ᵇ of a range of a few deviations. GPTQ adds to its error where the text is short; another basis would
-    # be √2 away.
+    # A step takes 2⁻ᵇ of a range of a few deviations. GPTQ adds to its error where the text is short; another basis
+    # would be √2 away.
     bound = min(1.0, 6 * 2.0 ** -min(bits, 4))
     for index in range(LAYERS):
         for name, (kind, tensors, header) in read_block(block_file(checkpoint, index)).linears.items():
