@@ -74,8 +74,11 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
 
 
 def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
-    """KV heads, and the channels of a head: of any model type, in the table or not."""
-    return attention_heads(config.get_text_config(decoder=True))
+    """KV heads that the cache holds, and the channels of a head: of any model type, in the table or not."""
+    config = config.get_text_config(decoder=True)
+    heads, size = attention_heads(config)
+    held = architecture_of(config).held_heads if config.model_type in ARCHITECTURES else None
+    return heads if held is None else held, size
 
 
 def decoder_of(model: "PreTrainedModel") -> Any:

@@ -22,6 +22,7 @@ from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
 from intactkv.policy import KVPolicy
 from intactkv.prefix import Prefix, input_embeddings
+from intactkv.rope import check_turns
 from intactkv.rows import FedRows, Usage, left_padded, refuse_holes, to_columns
 from intactkv.store import Store
 from intactkv.vocabulary import known_ids
@@ -149,6 +150,8 @@ class IntactModel:
         that wants to look at it afterwards, or to feed a text in several calls; by default nothing is kept.
         """
         cache = self.new_cache(single_pass=True) if cache is None else cache
+        if self.prefix is not None:
+            check_turns(self.model.config, cache.get_seq_length() + ids.shape[1])
         full, positions, held = None, None, cache.get_seq_length() - self.prefix_length
         if not held:
             cache.rows.pads = None
@@ -225,8 +228,8 @@ class IntactModel:
         past_key_values: the cache of an earlier answer (`return_dict_in_generate=True`), to go on with a dialogue
             without feeding it again; the prompt must start with the tokens which that cache has seen.
         Raises UserError for prompts without the prefix, a prompt that equals the prefix (nothing to feed), a mixed
-        batch, a cache of another dialogue, padding that would push the prefix out of a sliding window, or any padding
-        for a model that places tokens by their slots.
+        batch, a cache of another dialogue, padding that would push the prefix out of a sliding window, any padding for
+        a model that places tokens by their slots, or more tokens than whose keys the model turns alike.
         """
         self._refuse_options(options)
         rows = self._take_apart(input_ids, attention_mask)
@@ -238,6 +241,10 @@ class IntactModel:
         self._refuse_pushed_out(rows, self._new_tokens(options, self.prefix_length + rows.feed.shape[1]))
         if self.pads_shift and bool(rows.pads.any()):
             raise UserError(self._no_pads())
+
+        if self.prefix is not None or self.kv is not None:
+            slots = self.prefix_length + rows.feed.shape[1]
+            check_turns(self.model.config, slots + self._new_tokens(options, slots))
 
         batch = rows.feed.shape[0]
         lead = rows.feed.new_empty(batch, 0)

@@ -4,6 +4,8 @@
     two forms of keys   S = where(column < limit(i), q·k̂ᵀ, q·kᵀ),   O = (P ⊙ [column < limit(i)])·v̂ + (P ⊙ [else])·v
     rounded products    queries and softmax rows on grids (`quantization.model.attention`)
     packed codes        one query attends to the codes as they are, by the products of its KV policy
+    what sdpa lacks     S = cap·tanh(S / cap) in front of the mask (Gemma 2), a sink's column that softmax counts and
+                        nothing reads (GPT-OSS), biases by position
 
 torch's `is_causal` aligns the causal triangle to the upper left, so with P cached tokens and T new ones transformers
 builds an explicit (T, P + T) mask, and the kernels lose their causal fast path (on CPUs a fifth of the time of a
@@ -11,7 +13,8 @@ builds an explicit (T, P + T) mask, and the kernels lose their causal fast path 
 
 What a pass must know besides its tensors (`Read`) comes with the keys, from the layer's cache. The function is
 registered with transformers, with a mask function, under two names, and a model is told once (`take_over`); no model
-code is touched.
+code is touched. Models that compute attention in code of their own (Falcon, BLOOM) never ask for a function: what needs
+this one is refused there (`check_asked`).
 """
 
 from dataclasses import dataclass
@@ -23,9 +26,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from corpora.errors import UserError
 from intactkv.store import Store, TwoForms
 
-__all__ = ["EXPLICIT", "NAME", "PRODUCTS", "ROWS", "Products", "Read", "masked", "take_over"]
+__all__ = ["EXPLICIT", "NAME", "PRODUCTS", "ROWS", "Products", "Read", "asks", "check_asked", "masked", "take_over"]
 
 NAME = "intact"  # torch's function where it can be
 ROWS = "intact_with_rows"  # softmax rows computed explicitly, and returned
@@ -33,6 +37,9 @@ ROWS = "intact_with_rows"  # softmax rows computed explicitly, and returned
 EXPLICIT = {"eager", ROWS}
 # Attribute of an attention module: what rounds in its products, or nothing.
 PRODUCTS = "intactkv_products"
+
+# What some models ask of attention between its products, and torch's function refuses or passes over.
+BETWEEN = ("softcap", "s_aux", "position_bias")
 
 # Dummy queries cost as much as real ones: worth it while the cached part is small against the new tokens.
 LARGEST_CACHED_SHARE = 0.25
@@ -125,13 +132,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query (B, heads, T, D), key and value (B, KV heads, P + T, D) to (B, T, heads, D)."""
     read = getattr(key, "intactkv_read", None) or Read()
+    plain = PRODUCTS not in module.__dict__ and all(kwargs.get(name) is None for name in BETWEEN)
     shared = attention_mask is None or attention_mask.shape[1] == 1  # by all heads
-    if read.store is not None and shared and PRODUCTS not in module.__dict__ and not kwargs.get("dropout"):
+    if read.store is not None and shared and plain and not kwargs.get("dropout"):
         read.taken = True
         mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return read.store.attended(query, scaling, mask).transpose(1, 2), None
-    if read.needed or PRODUCTS in module.__dict__:
+    if read.needed or not plain:
         return _explicit(module, query, key, value, attention_mask, read, rows=False, **kwargs)
     cached = key.shape[2] - query.shape[2]
     if attention_mask is not None or query.shape[2] == 1 or cached == 0:
@@ -160,9 +168,16 @@ def _explicit(
     rows: bool,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **_rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both products one after the other; the queries in parts whose scores fit the memory, unless rows are wanted."""
+    """Both products one after the other; the queries in parts whose scores fit the memory, unless rows are wanted.
+
+    softcap: the largest score. s_aux: a score by head, (heads,), of what every query may look at and reads nothing of.
+    position_bias: is added to scores, (1 or B, heads, 1 or T, S).
+    """
     read.taken = True
     if read.store is not None:
         key, value = read.store.states()
@@ -181,7 +196,14 @@ def _explicit(
         scores = (
             _two(query[:, :, part].float(), key.float().transpose(2, 3), read.keys, part, of_columns=True) * scaling
         )
-        softmax = torch.softmax(masked(scores, mask[:, :, part]), dim=-1, dtype=torch.float32)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if position_bias is not None:
+            scores = scores + position_bias.expand(-1, -1, tokens, -1)[:, :, part]
+        scores = masked(scores, mask[:, :, part])
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.float()[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+        softmax = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :columns]
         if products is not None:
             softmax = products.softmax(softmax, read.prefix)
         weights = torch.nn.functional.dropout(softmax.to(value.dtype), dropout, module.training)
@@ -217,14 +239,34 @@ AttentionInterface.register(ROWS, _attention_with_rows)
 AttentionMaskInterface.register(ROWS, eager_mask)
 
 
+def asks(model: type[PreTrainedModel]) -> bool:
+    """Whether models of a class ask transformers for their attention function, so that it can be one of these."""
+    return model._can_set_attn_implementation()
+
+
+def check_asked(model: type[PreTrainedModel], what: str, way_out: str) -> None:
+    """Raise UserError if models of a class compute attention in code of their own. what: needs a function of here;
+    way_out: what goes without."""
+    if not asks(model):
+        raise UserError(
+            f"{model.__name__} computes attention in code of its own, which {what} would have to change; {way_out}"
+        )
+
+
 def take_over(model: PreTrainedModel, needed: bool = False) -> None:
     """Let a model's attention run through these functions from now on; it computes what it computed.
 
     A model of torch's SDPA is told once. needed: one with another attention function is told, too, because a KV policy
-    needs it.
+    needs it; raises UserError for one that asks for no function.
     """
+    if needed:
+        check_asked(
+            type(model),
+            "a KV policy that keeps its newest tokens exact, or attends to packed codes,",
+            "choose one that rounds every token at once and keeps numbers, such as --kv per_head --kv-storage fake",
+        )
     now = model.config._attn_implementation
-    if now == "sdpa":
+    if now == "sdpa" and asks(type(model)):
         model.set_attn_implementation(NAME)
     elif needed and now not in (NAME, ROWS):
         model.set_attn_implementation(ROWS if now in EXPLICIT else NAME)

@@ -20,23 +20,13 @@ from corpora.errors import UserError
 from intactkv.attention import Read
 from intactkv.copies import Copies
 from intactkv.policy import KVPolicy
-from intactkv.rope import Places, Rope, rope_of
+from intactkv.rope import Places, Rope, ropes_of
+from intactkv.rows import Rows
 from intactkv.store import Exact, Memory, Store
 
 __all__ = ["IntactCache", "KVPolicy"]
 
 Prefix = tuple[Tensor, Tensor] | None
-
-
-class Rows:
-    """The rows of a call's batch. pads: (B,) pads between the prefix and every row's text; None for none."""
-
-    pads: Tensor | None = None
-
-    def edit(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Follow an edit of the batch."""
-        if self.pads is not None:
-            self.pads = rows(self.pads)
 
 
 class _Intact(CacheLayerMixin):
@@ -255,8 +245,8 @@ class IntactCache(Cache):
     single_pass: give every layer its K and V back and hold none, for a forward pass that nothing follows; a whole
         text's cache would cost more memory than its activations.
     copies: of the prefix where the model is; whoever makes many caches of one prefix keeps them.
-    Raises UserError for layers that are no softmax attention over all or a window of the tokens, and for windows that
-    the policy cannot do.
+    Raises UserError for layers that are no softmax attention over all or a window of the tokens, or share keys and
+    values, and for windows that the policy cannot do.
     """
 
     def __init__(
@@ -269,10 +259,19 @@ class IntactCache(Cache):
         copies: Copies | None = None,
     ):
         self.policy, self.rows, copies = policy, Rows(), copies or Copies()
-        rope = rope_of(config) if policy is not None and policy.space == "pre_rope" else None
+        text = config.get_text_config(decoder=True)
+        turns = policy is not None and policy.space == "pre_rope"
+        ropes: list[Rope | None] = ropes_of(config) if turns else [None] * text.num_hidden_layers
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer | IntactSlidingLayer] = []
-        for index, plain in enumerate(DynamicCache(config=config).layers):
+        own = DynamicCache(config=config).layers
+        if 0 < len(own) < len(ropes):
+            raise UserError(
+                f"{len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read the keys and "
+                "values of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
+            )
+        for index, plain in enumerate(own):
+            rope = ropes[index]
             prefix = (keys[index], values[index]) if len(keys) else None
             store = Store(Exact(), Exact()) if policy is None else policy.store(index, None)
             if type(plain) is DynamicSlidingWindowLayer:

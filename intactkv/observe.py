@@ -21,12 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import Architecture, architecture_of, blocks_of, decoder_of
+from intactkv.architecture import Architecture, architecture_of, blocks_of, decoder_of, heads_of
 from intactkv.attach import IntactModel, default_batch_size
-from intactkv.attention import EXPLICIT, ROWS
+from intactkv.attention import EXPLICIT, ROWS, asks
 from intactkv.cache import IntactCache
 from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
+from intactkv.rope import Places, Rope, ropes_of
 
 __all__ = [
     "BLOCK_OUTPUT",
@@ -125,11 +126,17 @@ def _collected(modules: Iterable[nn.Module], hang: Callable[..., RemovableHandle
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute its attention weights explicitly for the time of the block; one that does so stays."""
     earlier = model.config._attn_implementation
-    model.set_attn_implementation(earlier if earlier in EXPLICIT else ROWS)
+    if not asks(type(model)):
+        model.config._attn_implementation = "eager"  # which its own code looks up in every pass
+    else:
+        model.set_attn_implementation(earlier if earlier in EXPLICIT else ROWS)
     try:
         yield
     finally:
-        model.set_attn_implementation(earlier)
+        if not asks(type(model)):
+            model.config._attn_implementation = earlier
+        else:
+            model.set_attn_implementation(earlier)
 
 
 def run_decoder(model: IntactModel, ids: Tensor, cache: IntactCache | None = None) -> Tensor:
@@ -149,14 +156,16 @@ def run_decoder(model: IntactModel, ids: Tensor, cache: IntactCache | None = Non
 @dataclass(frozen=True)
 class Site:
     """One tensor of every block. name: in file names and CSV. label: on figures. module: dotted, within the block, ""
-    for the block itself. output: the module's output, else its input. rotated: after RoPE. first: in front of an online
-    rotation of the input, where there is one, and of its quantizer; else behind both."""
+    for the block itself. output: the module's output, else its input. rotated: after RoPE. heads_first: the module
+    returns (B, heads, T, D). first: in front of an online rotation of the input, where there is one, and of its
+    quantizer; else behind both."""
 
     name: str
     label: str
     module: str
     output: bool = True
     rotated: bool = False
+    heads_first: bool = False
     first: bool = False
 
 
@@ -181,11 +190,11 @@ def output_sites(architecture: Architecture, pre_rope: bool) -> tuple[Site, ...]
     """Queries, keys and values. pre_rope: the first two before the rotation by position (models with RoPE only)."""
     rotated = architecture.rotary and not pre_rope
     when = "" if not architecture.rotary else " after RoPE" if rotated else " before RoPE"
-    value = architecture.linears[0][-1]
+    ahead: Any = {"rotated": rotated, "heads_first": architecture.heads_first}
     return (
-        Site("query", f"Q{when}", architecture.rope_query, rotated=rotated),
-        Site("key", f"K{when}", architecture.rope_key, rotated=rotated),
-        Site("value", "V", value),
+        Site("query", f"Q{when}", architecture.rope_query, **ahead),
+        Site("key", f"K{when}", architecture.rope_key, **ahead),
+        Site("value", "V", architecture.value),
     )
 
 
@@ -203,10 +212,13 @@ def observe(
     """Run (N, T) ids behind the model's prefix and show `look` every site of the layers (None: all).
 
     batch_size: sequences of one pass; None takes what perplexity takes. advance: told how many sequences are done.
-    Raises UserError, with the linears there are, if a block has no module of that name.
+    Raises UserError, with the linears there are, if a block has no module of that name; and for a site after a rotation
+    that `intactkv.rope` does not know.
     """
     blocks = blocks_of(model.model)
     batch_size = batch_size or default_batch_size(ids.shape[1], input_embeddings(model.model).device.type)
+    ropes = ropes_of(model.model.config) if any(site.rotated for site in sites) else []
+    size = heads_of(model.model.config)[1]
     row, shape = 0, torch.Size()
 
     def report(site: Site, layer: int, x: Tensor) -> None:
@@ -215,7 +227,8 @@ def observe(
     def hooks() -> Iterator[RemovableHandle]:
         for layer in range(len(blocks)) if layers is None else layers:
             for site in sites:
-                yield from _hang(model, blocks[layer], site, partial(report, site, layer))
+                rope = ropes[layer] if site.rotated else None
+                yield from _hang(blocks[layer], site, partial(report, site, layer), rope, size, model.prefix_length)
 
     with hooked(hooks()):
         for rows in ids.split(batch_size):
@@ -282,9 +295,12 @@ def attention_mass(
 
 
 def _hang(
-    model: IntactModel, block: nn.Module, site: Site, look: Callable[[Tensor], None]
+    block: nn.Module, site: Site, look: Callable[[Tensor], None], rope: Rope | None, size: int, first: int
 ) -> Iterator[RemovableHandle]:
-    """The hooks that show a site of one block."""
+    """The hooks that show a site of one block.
+
+    rope: of the layer, None to turn nothing. size: channels of a head. first: position of the first token.
+    """
     try:
         module = block.get_submodule(site.module)
     except AttributeError:
@@ -292,25 +308,12 @@ def _hang(
         raise UserError(
             f"a block of this model holds no {site.module!r}; name one of its linears: {', '.join(linears)}"
         ) from None
-    if not site.output:
-        yield on_input(module, look, first=site.first)
-    elif not site.rotated:
-        yield on_output(module, look)
-    else:  # the block hands cosines and sines of its tokens' positions to attention just before it computes Q and K
-        angles: list[tuple[Tensor, Tensor]] = []
 
-        def remember(_args: Any, keywords: dict[str, Any]) -> None:
-            angles[:] = [keywords["position_embeddings"]]
+    def shown(output: Tensor) -> None:  # queries or keys, (B, T, heads · D), (B, T, heads, D) or (B, heads, T, D)
+        heads = output.transpose(1, 2) if site.heads_first else output
+        if rope is not None:
+            heads = heads.reshape(*heads.shape[:2], -1, size).transpose(1, 2).float()
+            heads = Places(first, heads.shape[2], None, rope).turned(heads).transpose(1, 2).to(output.dtype)
+        look(heads)
 
-        yield before(block.get_submodule(architecture_of(model.model.config).attention), remember)
-        yield on_output(module, lambda output: look(_rotated(output, *angles[0])))
-
-
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """RoPE (Su et al. 2021, 2104.09864) on the pairs (i, i + D/2) of every head.
-
-    x: (B, T, heads · D) or (B, T, heads, D). cosines, sines: (B or 1, T, D). Returns (B, T, heads, D).
-    """
-    heads = x.reshape(*x.shape[:2], -1, cosines.shape[-1])
-    low, high = heads.chunk(2, dim=-1)
-    return heads * cosines[:, :, None] + torch.cat([-high, low], dim=-1) * sines[:, :, None]
+    yield on_output(module, shown) if site.output else on_input(module, look, first=site.first)

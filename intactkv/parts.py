@@ -98,8 +98,10 @@ class Architecture:
     linears: within a block, in the order of computation; linears of one inner tuple read the same input.
     feeds: within a block, in the order of computation: what scales can be moved through.
     attention: within a block. rope_query, rope_key: the last modules in front of RoPE (the norms of models that have
-    them, else the linears), which a query ↔ key pair scales. rotary: whether positions rotate pairs of a head's
-    channels; pairing, turned: which, and how many of a head (None: all). unturned: blocks where they do not.
+    them, else the linears), which a query ↔ key pair scales; heads_first: they return (B, heads, T, channels), not
+    (B, T, …). held_heads: KV heads in the cache, where the configuration's are others.
+    rotary: whether positions rotate pairs of a head's channels; pairing, turned: which, and how many of a head (None:
+    all). unturned: blocks where they do not.
     embeddings: the tables whose rows are added up to what enters the first block. final_norm: in front of the head.
     query, key, value, output: linears of attention; down: the last of the feed-forward part, "" where experts have one
     each. `output` and `down` write to the residual stream.
@@ -121,6 +123,8 @@ class Architecture:
     attention: str = "self_attn"
     rope_query: str = "self_attn.q_proj"
     rope_key: str = "self_attn.k_proj"
+    heads_first: bool = False
+    held_heads: int | None = None
     rotary: bool = True
     pairing: str = HALVES
     turned: int | None = None
@@ -170,6 +174,14 @@ class Architecture:
     def is_laid_out(self) -> bool:
         """Whether the model differs from transformers' own."""
         return bool(self.fused) or self.experts is not None
+
+    def pairs_of(self, block: int, size: int) -> tuple[int, ...]:
+        """For every channel of a head of so many: the number of what positions turn it with, in a block. Channels of
+        one number must be scaled alike, or queries and keys meet otherwise at every distance."""
+        turned = 0 if not self.rotary or block in self.unturned else size if self.turned is None else self.turned
+        half = turned // 2
+        pairs = [i // 2 if self.pairing == NEIGHBOURS else i % half for i in range(turned)]
+        return (*pairs, *range(half, half + size - turned))
 
     def linears_of(self, block: "nn.Module", name: str) -> "dict[str, nn.Linear]":
         """The block's linears in the order of computation, by their name within the block.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.architecture import decoder_of
+from intactkv.architecture import blocks_of
 from intactkv.cache import IntactCache
 from intactkv.finite import finite
-from intactkv.observe import inputs_of
+from intactkv.observe import outputs_of
 from intactkv.vocabulary import known_ids
 
 __all__ = ["EPS", "MASSIVE", "MASSIVE_RATIO", "OUTLIER_RATIO", "Magnitudes", "OutlierTokens", "hidden_magnitudes",
@@ -49,19 +49,17 @@ def hidden_magnitudes(model: PreTrainedModel, ids: Tensor, cache: IntactCache | 
     """Run a model over (T,) ids and measure its residual stream.
 
     cache: holds a prefix that the ids follow (`IntactModel.new_cache`); its own tokens are not among the T measured.
-    The last row is the output of the last block before the final norm: transformers reports it after the norm, which
-    would hide the pivots, so it is taken from the norm's input. Raises UserError for numbers that are none.
+    The last row is the output of the last block: transformers reports it after the final norm, which would hide the
+    pivots. Raises UserError for numbers that are none.
     """
-    decoder = decoder_of(model)
-    norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
-    with inputs_of([] if norm is None else [norm]) as seen:
+    with outputs_of(blocks_of(model)[-1:]) as last:
         output = model.base_model(
             input_ids=known_ids(ids, model)[None].to(model.device),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=True,
         )
-    states = [*output.hidden_states[:-1], seen[-1] if seen else output.hidden_states[-1]]
+    states = [*output.hidden_states[:-1], last[-1]]
     magnitudes = [state[0].float().abs().cpu() for state in states]
     largest = torch.stack([m.amax(dim=-1) for m in magnitudes])
     finite(largest, f"hidden states of {model.name_or_path or model.config.model_type}, by layer and token")

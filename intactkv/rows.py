@@ -1,6 +1,7 @@
 """A batch of prompts taken apart behind a prefix, its logits brought back to the columns of the given rows, and what
 attention read of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from corpora.errors import UserError
 
-__all__ = ["FedRows", "Usage", "left_padded", "refuse_holes", "to_columns"]
+__all__ = ["FedRows", "Rows", "Usage", "left_padded", "refuse_holes", "to_columns"]
 
 
 @dataclass
@@ -26,6 +27,17 @@ class Usage:
     def clear(self) -> None:
         """Begin anew."""
         self.rounded = self.pairs = 0
+
+
+class Rows:
+    """The rows of a call's batch. pads: (B,) pads between the prefix and every row's text; None for none."""
+
+    pads: Tensor | None = None
+
+    def edit(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Follow an edit of the batch."""
+        if self.pads is not None:
+            self.pads = rows(self.pads)
 
 
 @dataclass(frozen=True, eq=False)

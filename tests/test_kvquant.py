@@ -25,7 +25,7 @@ from intactkv.cache import IntactCache
 from intactkv.observe import outputs_of
 from intactkv.policy import Bound
 from intactkv.prefix import Prefix, build_prefix
-from intactkv.rope import Places, Rope, rope_of
+from intactkv.rope import Places, Rope, ropes_of
 from quantization.kv_cache import KV_POLICIES, KVQuant
 from quantization.kv_cache.fisher import gradients_of, squared_gradients
 from quantization.model.blocks import CalibrationStream, DecoderBlock
@@ -427,7 +427,7 @@ def test_what_is_rounded_is_what_rope_receives(bits, tiny_model):
     plain = attach(model, None).new_cache()
     model(TEXT[None], past_key_values=plain)
     keys = policy.roundings(found[0])[0].numbers(
-        plain.intact_layers[0].held[0], Places(0, len(TEXT), None, rope_of(model.config))
+        plain.intact_layers[0].held[0], Places(0, len(TEXT), None, ropes_of(model.config)[0])
     )
     assert_close(keys, plain.intact_layers[0].held[0], rtol=2e-3, atol=2e-3)
 

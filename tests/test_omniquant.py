@@ -240,9 +240,9 @@ def test_with_rotary_positions_only_paired_scales_keep_the_scores(
     expected = list(stream.outputs(block))
     pair = initial_pairs(block, 0.5, shift=False)[-1]
     assert pair.rows
-    for tied, unchanged in ((True, True), (False, False)):
-        shape = pair.log_scale.shape if tied else pair.step.scale.shape
-        step = replace(pair, log_scale=0.5 * noise(*shape), tied=tied).step
+    for shared, unchanged in ((pair.shared, True), (None, False)):
+        shape = pair.step.scale.shape if shared is None else pair.log_scale.shape
+        step = replace(pair, log_scale=0.5 * noise(*shape), shared=shared).step
         weights = transformed(block, [step])
         outputs = [stream.forward(block, sample, weights) for sample in stream.hidden]
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs, expected, strict=True))

@@ -51,8 +51,7 @@ def draw_kv_smoothness(subject: Subject, output: Output) -> Table:
     Raises UserError if the text has no pivot token, or nothing else.
     """
     (arm,) = subject.arms
-    key, value = subject.architecture.linears[0][1:]
-    sites = (Site("K", "K", key), Site("V", "V", value))
+    sites = (Site("K", "K", subject.architecture.key), Site("V", "V", subject.architecture.value))
     blocks = len(subject.architecture.blocks_of(arm.model.model))
     found = {(site.name, name): torch.zeros(blocks, *arm.ids.shape) for site in sites for name in STATISTICS}
 

@@ -170,6 +170,7 @@ def _falcon(config: "PreTrainedConfig") -> Architecture:
         decoder="transformer",
         blocks="transformer.h",
         rotary=not config.alibi,
+        held_heads=heads if new else groups,  # newer ones repeat keys and values before they keep them
         embeddings=("transformer.word_embeddings",),
         final_norm="transformer.ln_f",
     )

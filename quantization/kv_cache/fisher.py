@@ -24,7 +24,7 @@ from intactkv.attach import IntactModel, attach
 from intactkv.finite import finite
 from intactkv.observe import hooked, on_output
 from intactkv.prefix import Prefix, build_prefix, input_embeddings
-from intactkv.rope import rope_of
+from intactkv.rope import ropes_of
 
 __all__ = ["gradients_of", "squared_gradients"]
 
@@ -55,10 +55,13 @@ def gradients_of(model: IntactModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]
         found = torch.autograd.grad(loss, states)
     for gradient in found:
         finite(gradient, f"gradients by keys or values of {model.name}")
-    rope, positions = rope_of(model.model.config), torch.arange(len(ids))[None] + model.prefix_length
+    positions = torch.arange(len(ids))[None] + model.prefix_length
     mean = [gradient.float() / (len(ids) - 1) for gradient in found]  # later: small numbers vanish in half precision
     # A gradient turns with the transposed rotation, which is that by the opposite angle.
-    keys = [x if rope is None else rope.turned(x, -positions.to(x.device)) for x in mean[0::2]]
+    keys = [
+        x if rope is None else rope.turned(x, -positions.to(x.device))
+        for rope, x in zip(ropes_of(model.model.config), mean[0::2], strict=True)
+    ]
     return list(zip(keys, mean[1::2], strict=True))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from corpora.errors import UserError
 from corpora.files import plain_file, sha256_of_file
-from intactkv.rope import Places, rope_of
+from intactkv.rope import Places, ropes_of
 from intactkv.store import Codes, Rounding
 from quantization.grids.nonuniform import nearest
 from quantization.grids.packing import pack_codes, unpack_codes
@@ -263,7 +263,7 @@ class KVQuant(Policy):
         if self.file is not None:
             return self._read(block)
         assert block.stream is not None, "KVQuant calibrates, but no calibration text was given"
-        rope, first = rope_of(block.config), block.stream.prefix_length
+        rope, first = ropes_of(block.config)[block.index], block.stream.prefix_length
         skipped = max(self.sinks - first, 0)
         vectors: dict[str, list[Tensor]] = {"keys": [], "values": []}
         for keys, values in block.keys_and_values():

@@ -70,6 +70,13 @@ class _Rope(TypedDict, total=False):
     long_factor: list[Positive]
 
 
+class _Ropes(_Rope, total=False):
+    """One for all blocks, or one for each kind of them."""
+
+    full_attention: _Rope | None
+    sliding_attention: _Rope | None
+
+
 class _Known(_Config, total=False):
     """Of the types in the architecture table."""
 
@@ -84,8 +91,19 @@ class _Known(_Config, total=False):
     head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] | None  # RoPE turns pairs
     max_position_embeddings: Size
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None
+    query_pre_attn_scalar: Positive
+    attn_logit_softcapping: Positive | None
+    final_logit_softcapping: Positive | None
+    logit_scale: Positive | None
+    logits_scaling: Positive
+    embedding_multiplier: Positive
+    residual_multiplier: Positive
+    attention_multiplier: Positive
+    no_rope_layers: list[Literal[0, 1]] | None
+    layer_types: list[str] | None
     rope_theta: Positive
-    rope_parameters: _Rope | None
+    rope_parameters: _Ropes | None
     rope_scaling: _Rope | None
     sliding_window: Size | None
     max_window_layers: Annotated[int, Field(ge=0)]
@@ -157,7 +175,10 @@ def config_of(directory: Path) -> dict[str, Any]:
                 f"{file} nests another configuration in {name!r}, where {config['model_type']} has none; {MEND}"
             )
     for name in ("rope_parameters", "rope_scaling"):
-        _check_rope(config.get(name) or {}, config, f"{file}: {name}")
+        rope: dict[str, Any] = config.get(name) or {}
+        of_kinds = [of_kind for kind in ("full_attention", "sliding_attention") if (of_kind := rope.get(kind))]
+        for one in of_kinds or [rope]:
+            _check_rope(one, config, f"{file}: {name}")
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise UserError(

@@ -88,7 +88,12 @@ class Smooth(BlockTransform):
 
     def check(self, block: DecoderBlock) -> None:
         """Norms must stand in front of what they feed. Raises UserError."""
-        block.feeds()
+        if not self.rescaled_feeds(block):
+            raise UserError(
+                f"this {block.config.model_type} has no norm in front of its linears, so there is nothing to smooth; "
+                "smooth what linears feed (--set transforms.smooth.values=true --set transforms.smooth.down=true), or "
+                "use a recipe without smooth"
+            )
 
     def transform_block(self, block: DecoderBlock) -> None:
         """Smooth every feed, the last first: those of linears' rows change the columns' maxima that the

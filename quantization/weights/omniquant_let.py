@@ -15,7 +15,7 @@ take one s for all heads; s starts from all linears that share an input (referen
 as the quantized blocks before pass it on; v → o is the same routine as the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ REMEMBER = 0.99  # of the centre that the shifts start from, per sample
 class Pair:
     """What is learned for one pair of maps.
 
-    log_scale: (channels,), or (heads, D/2) where both members of a rotary pair share it (`tied`).
+    log_scale: (channels,), or (heads, numbers) where channels of a head share them: shared tells whose is whose.
     shift: (channels,), or None. producer, consumers, rows: see `Rescaling`.
     """
 
@@ -45,14 +45,14 @@ class Pair:
     log_scale: Tensor
     shift: Tensor | None = None
     rows: bool = False
-    tied: bool = False
+    shared: tuple[int, ...] | None = None
 
     @property
     def step(self) -> Rescaling:
         """The rescaling by what is learned so far, with gradients where they are on."""
         scale = self.log_scale.exp()
-        if self.tied:  # channels i and i + D/2 of a head
-            scale = torch.cat([scale, scale], dim=-1).flatten()
+        if self.shared is not None:
+            scale = scale[:, list(self.shared)].flatten()
         return Rescaling(self.producer, self.consumers, scale, self.shift, self.rows)
 
     @property
@@ -90,7 +90,7 @@ def initial_pairs(block: DecoderBlock, alpha: float, shift: bool) -> tuple[Pair,
         delta = of_producer(centres[feed.consumers[0]], channels, block.head_size) if shift else None
         scale = smoothing_scale(block, feed, inputs, alpha)
         pairs.append(Pair(feed.producer, feed.consumers, scale.log(), delta))
-    return (*pairs, _query_and_key(block))
+    return (*pairs, *_query_and_key(block))
 
 
 def _centres(block: DecoderBlock) -> dict[str, Tensor]:
@@ -107,14 +107,16 @@ def _centres(block: DecoderBlock) -> dict[str, Tensor]:
     return centres
 
 
-def _query_and_key(block: DecoderBlock) -> Pair:
-    """q ↔ k with s = 1: one per channel that the key map puts out, or per rotary pair of them."""
-    architecture = block.architecture
-    key = block.module.get_parameter(f"{architecture.rope_key}.weight")
-    channels, size = key.shape[0], block.head_size
-    shape = (channels // size, size // 2) if architecture.rotary else (channels,)
-    zeros = torch.zeros(shape, device=key.device)
-    return Pair(architecture.rope_query, (architecture.rope_key,), zeros, rows=True, tied=architecture.rotary)
+def _query_and_key(block: DecoderBlock) -> Iterator[Pair]:
+    """q ↔ k with s = 1: one per channel that the key map puts out, or for all that RoPE turns together. None where
+    every head has a norm of its own, in a module of its own."""
+    architecture, size = block.architecture, block.head_size
+    key = dict(block.module.named_parameters()).get(f"{architecture.rope_key}.weight")
+    if key is not None:
+        channels = key.shape[0] if architecture.rope_key in block.linears() else key.numel()
+        shared = architecture.pairs_of(block.index, size)
+        zeros = torch.zeros(channels // size, max(shared) + 1, device=key.device)
+        yield Pair(architecture.rope_query, (architecture.rope_key,), zeros, rows=True, shared=shared)
 
 
 def transformed(block: DecoderBlock, steps: Sequence[Rescaling]) -> dict[str, Tensor]:
