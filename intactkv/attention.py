@@ -29,7 +29,19 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from corpora.errors import UserError
 from intactkv.store import Store, TwoForms
 
-__all__ = ["EXPLICIT", "NAME", "PRODUCTS", "ROWS", "Products", "Read", "asks", "check_asked", "masked", "take_over"]
+__all__ = [
+    "EXPLICIT",
+    "NAME",
+    "NEEDED",
+    "PRODUCTS",
+    "ROWS",
+    "Products",
+    "Read",
+    "asks",
+    "check_asked",
+    "masked",
+    "take_over",
+]
 
 NAME = "intact"  # torch's function where it can be
 ROWS = "intact_with_rows"  # softmax rows computed explicitly, and returned
@@ -37,6 +49,12 @@ ROWS = "intact_with_rows"  # softmax rows computed explicitly, and returned
 EXPLICIT = {"eager", ROWS}
 # Attribute of an attention module: what rounds in its products, or nothing.
 PRODUCTS = "intactkv_products"
+
+# What KV policies need a function of here, and what goes without, for messages.
+NEEDED = (
+    "a KV policy that keeps its newest tokens exact, or attends to packed codes,",
+    "choose one that rounds every token at once and keeps numbers, such as --kv per_head --kv-storage fake",
+)
 
 # What some models ask of attention between its products, and torch's function refuses or passes over.
 BETWEEN = ("softcap", "s_aux", "position_bias")
@@ -260,11 +278,7 @@ def take_over(model: PreTrainedModel, needed: bool = False) -> None:
     needs it; raises UserError for one that asks for no function.
     """
     if needed:
-        check_asked(
-            type(model),
-            "a KV policy that keeps its newest tokens exact, or attends to packed codes,",
-            "choose one that rounds every token at once and keeps numbers, such as --kv per_head --kv-storage fake",
-        )
+        check_asked(type(model), *NEEDED)
     now = model.config._attn_implementation
     if now == "sdpa" and asks(type(model)):
         model.set_attn_implementation(NAME)

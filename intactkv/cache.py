@@ -259,19 +259,11 @@ class IntactCache(Cache):
         copies: Copies | None = None,
     ):
         self.policy, self.rows, copies = policy, Rows(), copies or Copies()
-        text = config.get_text_config(decoder=True)
-        turns = policy is not None and policy.space == "pre_rope"
-        ropes: list[Rope | None] = ropes_of(config) if turns else [None] * text.num_hidden_layers
+        ropes = ropes_of(config) if policy is not None and policy.space == "pre_rope" else []
         # Which layer slides, and how far, is transformers' knowledge: ask its own cache.
         layers: list[IntactLayer | IntactSlidingLayer] = []
-        own = DynamicCache(config=config).layers
-        if 0 < len(own) < len(ropes):
-            raise UserError(
-                f"{len(ropes) - len(own)} of {len(ropes)} layers of this {text.model_type} model read the keys and "
-                "values of earlier layers; a prefix or a KV policy needs layers with keys and values of their own"
-            )
-        for index, plain in enumerate(own):
-            rope = ropes[index]
+        for index, plain in enumerate(DynamicCache(config=config).layers):
+            rope = ropes[index] if ropes else None
             prefix = (keys[index], values[index]) if len(keys) else None
             store = Store(Exact(), Exact()) if policy is None else policy.store(index, None)
             if type(plain) is DynamicSlidingWindowLayer:
@@ -287,7 +279,7 @@ class IntactCache(Cache):
             else:
                 raise UserError(
                     f"layer {index} of this {config.model_type} model keeps a {type(plain).__name__}; a "
-                    "prefix needs layers of full or sliding-window attention"
+                    "prefix needs layers of full or sliding-window attention with keys and values of their own"
                 )
             layers[-1].copies, layers[-1].index = copies, index
         super().__init__(layers=list(layers))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from intactkv.architecture import ARCHITECTURES
+
 WINDOW = 48  # wider than every text of the general laws; tests beyond the window choose a smaller one
 
 # name -> (model type, overrides of the configuration)
@@ -24,6 +26,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {}),
     "opt": ("opt", {}),
+}
+# Longrope, in the heads of Phi-3 that turn in part.
+LONG: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+        "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    },
+    "original_max_position_embeddings": 64,
+    "max_position_embeddings": 256,
+}
+# The families of the table, and variants of them that a row tells apart.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ARCHITECTURES} | {
+    "phi3-longrope": ("phi3", LONG),
+    "gemma3-two-kinds": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            }
+        },
+    ),
+    "stablelm-normed": ("stablelm", {"qk_layernorm": True}),
+    "cohere-normed": ("cohere", {"use_qk_norm": True}),
+    "falcon-many-heads": ("falcon", {"new_decoder_architecture": True, "alibi": False}),
+    "falcon-one-head": ("falcon", {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
+    "falcon-alibi": (
+        "falcon",
+        {"multi_query": False, "num_kv_heads": 4, "new_decoder_architecture": False, "alibi": True},
+    ),
 }
 SLIDING = [name for name, (_, overrides) in FAMILIES.items() if "sliding_window" in overrides]
 

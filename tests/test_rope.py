@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 from common import every
-from families import FAMILIES, random_ids
+from families import FAMILIES, LONG, ROWS, random_ids
 from tiny import tiny_config, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError
-from intactkv.architecture import ARCHITECTURES, architecture_of
+from intactkv.architecture import architecture_of
 from intactkv.attach import attach
 from intactkv.layout import lay_out
 from intactkv.observe import observe, output_sites, outputs_of
@@ -26,43 +26,10 @@ SCALED: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
     "dynamic": {"factor": 2.0},
 }
-LONG: dict[str, Any] = {
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.75,
-        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
-        "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
-    },
-    "original_max_position_embeddings": 64,
-    "max_position_embeddings": 256,
-}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "phi3-longrope": ("phi3", LONG),
-    "gemma3-two-kinds": (
-        "gemma3_text",
-        {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
-            }
-        },
-    ),
-    "stablelm-normed": ("stablelm", {"qk_layernorm": True}),
-    "cohere-normed": ("cohere", {"use_qk_norm": True}),
-    "falcon-many-heads": ("falcon", {"new_decoder_architecture": True, "alibi": False}),
-    "falcon-one-head": ("falcon", {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
-    "falcon-alibi": (
-        "falcon",
-        {"multi_query": False, "num_kv_heads": 4, "new_decoder_architecture": False, "alibi": True},
-    ),
-}
 CASES: dict[str, tuple[str, dict[str, Any]]] = (
-    {name: (name, {}) for name in ARCHITECTURES}
-    | {name: case for name, case in VARIANTS.items() if case[0] in ARCHITECTURES}
-    | FAMILIES
+    ROWS | FAMILIES
     | {name: ("llama", {"rope_parameters": {"rope_type": name, **ROPE, **more}}) for name, more in SCALED.items()}
-)
+)  # fmt: skip
 POSITIONS = {"opt", "gpt2", "bloom", "falcon-alibi"}  # of another kind
 
 

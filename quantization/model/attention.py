@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
-from intactkv.attention import PRODUCTS, ROWS
+from intactkv.attention import PRODUCTS, ROWS, check_asked
 from quantization.grids.straight_through import straight
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.model.blocks import DecoderBlock
@@ -58,6 +58,10 @@ class AttentionProducts:
         if not self.rows:
             return rows
         return torch.cat([rows[..., :prefix], _rounded(rows[..., prefix:], self.grid)], dim=-1)
+
+    def check(self, model: type[PreTrainedModel]) -> None:
+        """Raise UserError for a class of models whose attention cannot run through these grids."""
+        check_asked(model, "a grid in attention's products", "leave it out with --set attention=none")
 
     def install(self, model: PreTrainedModel) -> None:
         """Let a model's attention run through these grids."""

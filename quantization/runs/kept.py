@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from intactkv.architecture import heads_of
+from intactkv.attention import NEEDED, check_asked
+from intactkv.cache import IntactCache
 from intactkv.policy import Bound, KVPolicy
+from intactkv.rope import ropes_of
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
@@ -55,13 +59,14 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
     """The recipe with its KV policy said for the model's heads; one that a quantized checkpoint holds tensors for is
     said as there. For a checkpoint that was calibrated behind a prefix, its text runs behind it, too.
 
-    config: of the text model. Raises UserError for groups that do not fit.
+    config: of the text model. Raises UserError for groups that do not fit, and for what the model's layers cannot do.
     """
     kv = recipe.kv_cache
     if not isinstance(kv, Policy):
         return recipe
     _, head_size = heads_of(config)
     wanted, held = kv.in_heads(head_size), held_kv(checkpoint)
+    _check_layers(wanted, config)
     if held is not None:
         # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
         kind: Any = type(held)
@@ -72,6 +77,14 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
     if kv.calibrates and manifest is not None and manifest["needs_prefix"] is not None and recipe.prefix != "none":
         recipe = replace(recipe, kv_cache=wanted, calibrate_behind_prefix=True)
     return replace(recipe, kv_cache=wanted)
+
+
+def _check_layers(kv: Policy, config: PreTrainedConfig) -> None:
+    """Raise UserError for a policy that cannot run in a model: its windows, its rotation or its attention."""
+    if kv.space == "pre_rope":
+        ropes_of(config)
+    if not kv.calibrates and any(layer.store.waits for layer in IntactCache(config, policy=kv).intact_layers):
+        check_asked(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], *NEEDED)
 
 
 def bound_kv(

@@ -209,6 +209,8 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> None:
                     block.check_scales(feed.producer, [name for name in feed.consumers if name in rotated])
         if recipe.activations is not None:
             recipe.activations.check(block)
+    if recipe.attention is not None:
+        recipe.attention.check(type(model))
 
 
 def _work_off(
