@@ -17,6 +17,7 @@ from corpora.storage import weight_files
 from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of, heads_of
 from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
+from quantization.export.fused import check_packed
 from quantization.export.writer import FORMATS
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
@@ -27,13 +28,14 @@ from quantization.runs.dense import FLOATS, DenseCheckpoint, empty_model_of, rea
 from quantization.runs.opening import load_tokenizer
 from quantization.runs.pipeline import check_makes_something
 from quantization.runs.prefixes import choose_prefix
-from quantization.runs.suited import refusal
+from quantization.runs.suited import refusal, unlike_blocks
 
 __all__ = ["KINDS", "Checked", "Method", "check"]
 
 Kind = Literal["recipe", "kv", "prefix", "export"]
 KINDS = {"recipe": "recipes", "kv": "KV policies", "prefix": "prefixes", "export": "exports of quantized weights"}
 KV_BITS = 4
+WHOLE = "whole, by their headers: every tensor is there, in its shape"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Checked:
     methods: tuple[Method, ...] = ()
 
     @property
+    def files(self) -> str:
+        """How far the headers of the files were compared."""
+        return WHOLE if self.facts["family"] in ARCHITECTURES else "readable; only a row tells whether all are there"
+
+    @property
     def runs(self) -> bool:
         """Whether anything does."""
         return self.damage is None and any(method.reason is None for method in self.methods)
@@ -66,7 +73,7 @@ def check(directory: Path) -> Checked:
     dense, damage = _opened(directory)
     model = empty_model_of(read_config(directory))
     if dense is not None:
-        damage = _said(dense.check if _has_row(model) else dense.refuse_layout)
+        damage = _said(partial(dense.weights, model) if _has_row(model) else dense.refuse_layout)
     facts = _facts(directory, model, dense)
     return Checked(str(directory), facts, damage, tuple(_methods(directory, model, dense)))
 
@@ -150,18 +157,21 @@ def _window(model: PreTrainedModel) -> int | None:
 
 
 def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | None) -> Iterator[Method]:
+    blocks, no_row = unlike_blocks(model), _said(partial(architecture_of, model.config))
     for name, row in RECIPES.items():
         recipe = row.recipe
-        reason = None
-        if recipe.makes_checkpoint and (dense is not None or is_quantized(directory)):
+        reason = no_row if recipe.makes_checkpoint else None  # said once: the families that are like it take a while
+        if reason is None and recipe.makes_checkpoint and (dense is not None or is_quantized(directory)):
             reason = _said(partial(check_makes_something, directory, recipe))
-        yield Method("recipe", name, reason or refusal(model, recipe))
+        yield Method("recipe", name, reason or refusal(model, recipe, blocks=blocks))
     for name, kind in KV_POLICIES.items():
         yield Method("kv", name, refusal(model, Recipe(kv_cache=kind(bits=KV_BITS))))
     for word in ("bos", "prompt"):
         yield Method("prefix", word, refusal(model, Recipe(), 1) or _no_prefix(word, directory))
-    for name in FORMATS:
-        yield Method("export", name, None)
+    weights = no_row or refusal(model, RECIPES["rtn-w8a8"].recipe, blocks=blocks)  # whatever the group size
+    for name, form in FORMATS.items():
+        packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
+        yield Method("export", name, weights or packed)
 
 
 def _no_prefix(word: str, directory: Path) -> str | None:

@@ -61,7 +61,7 @@ def _lines(found: "Checked") -> "Iterator[str]":
     yield found.directory
     for name, value in found.facts.items():
         yield _wrapped(f"  {name}: ", f"{value:,}" if isinstance(value, int) else value)
-    yield _wrapped("  files: ", found.damage or "whole, by their headers")
+    yield _wrapped("  files: ", found.damage or found.files)
     for kind, words in KINDS.items():
         mine = [method for method in found.methods if method.kind == kind]
         runs = [method.name for method in mine if method.reason is None]
