@@ -108,11 +108,12 @@ def _apart(module: nn.Module, fused: Fused) -> nn.Module:
     """What stands in place of one fused module."""
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
     if not fused.parts:
-        return _linear(_whole(fused, "weight").taken(weight.data), None if bias is None else bias.data)
+        return _linear(nn.Linear, _whole(fused, "weight").taken(weight.data), None if bias is None else bias.data)
+    kind = type(module) if isinstance(module, nn.Linear) else nn.Linear  # Falcon's adds its bias in another way
     linears = {}
     for name in fused.parts:
         own = _part(fused, name, "")
-        linears[name] = _linear(own.taken(weight.data), None if bias is None else own.taken(bias.data))
+        linears[name] = _linear(kind, own.taken(weight.data), None if bias is None else own.taken(bias.data))
     return FusedLinears(fused, linears)
 
 
@@ -121,7 +122,7 @@ def _separated(module: nn.Module, experts: Experts) -> SeparateExperts:
     linears = []
     for index in range(experts.count):
         own = {part: _part_of_stack(experts, index, part, "") for part in (*experts.inputs, experts.output)}
-        linears.append({part: _linear(where.taken(module.get_parameter(name).data), None)
+        linears.append({part: _linear(nn.Linear, where.taken(module.get_parameter(name).data), None)
                         for part, (name, where) in own.items()})  # fmt: skip
     return SeparateExperts(linears, module.act_fn)  # type: ignore[arg-type]  # a module or a function
 
@@ -135,8 +136,8 @@ def _part_of_stack(experts: Experts, index: int, part: str, place: str) -> tuple
     return inputs, Part(f"{place}{experts.module}.{inputs}", start, experts.width, rows, expert=index)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+def _linear(kind: type[nn.Linear], weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = kind(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)

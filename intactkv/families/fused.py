@@ -120,6 +120,11 @@ def _bloom(config: "PreTrainedConfig") -> Architecture:
     """BLOOM: heads' rows follow each other as in GPT-NeoX; biases by distance in place of RoPE; attention adds the
     residual stream itself."""
     heads, size = attention_heads(config)
+    if config.slow_but_exact and config.pretraining_tp > 1:
+        raise UserError(
+            f"this bloom has slow_but_exact=true and pretraining_tp={config.pretraining_tp}, so it reads its matrices "
+            "in slices; set slow_but_exact to false in its config.json"
+        )
     row = _joined_heads("self_attention", passes=False, adds=True)
     unscaled = None
     unrotated: str | None = (

@@ -8,8 +8,9 @@ The library counts codes and zero points from −2^(b−1) and adds that before 
 code. Layout: compressed_tensors 0.20, compressors/pack_quantized.
 
 Two things that transformers 5.23 does on its default route are avoided by `dequantize` in the configuration, which
-makes it unpack while loading: it cannot open packed zero points, and it rounds scales to the dtype of the model. Other
-runtimes do not look at that field. The route takes one grid for all linears.
+makes it unpack while loading: it cannot open packed zero points, and it rounds scales to the dtype of the model. So are
+linears that read their own weight (Falcon's), which it takes away. Other runtimes do not look at that field. The route
+takes one grid for all linears.
 """
 
 from typing import Any
@@ -46,8 +47,8 @@ def config(contents: Contents) -> dict[str, Any]:
     schemes = contents.schemes
     kinds = list(dict.fromkeys(schemes.values()))
     asymmetric = any(not kind.symmetric for kind in kinds)
-    if asymmetric:
-        common_scheme(schemes, "an asymmetric compressed-tensors checkpoint")
+    if asymmetric or contents.unpacked:
+        common_scheme(schemes, "a compressed-tensors checkpoint that is asymmetric or of Falcon")
     rounded = any(contents.dtype not in (kind.scale_dtype, torch.float32) for kind in kinds)
     groups = {
         f"group_{i}": {
@@ -71,5 +72,5 @@ def config(contents: Contents) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(contents.plain),
-        **({"dequantize": True} if asymmetric or (rounded and len(kinds) == 1) else {}),
+        **({"dequantize": True} if asymmetric or contents.unpacked or (rounded and len(kinds) == 1) else {}),
     }

@@ -58,13 +58,15 @@ class Contents:
     """All that a format's configuration is made from.
 
     schemes: of the packed linears, by name. plain: linears that are not quantized. blocks: where the decoder blocks
-    are. dtype: what the model computes in by default.
+    are. dtype: what the model computes in by default. unpacked: whether a linear reads its own weight (Falcon's), so
+    that no other product can stand in for it.
     """
 
     schemes: Mapping[str, Scheme]
     plain: Sequence[str]
     blocks: str
     dtype: torch.dtype
+    unpacked: bool = False
 
 
 def refuse(name: str, what: str, way_out: str = "use --format compressed-tensors") -> UserError:

@@ -298,7 +298,9 @@ def _write_config(
         names = architecture_of(model.config)
         linears = [owner_of(names, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         plain = [name for name in dict.fromkeys(linears) if name not in export.schemes]
-        contents = Contents(export.schemes, plain, names.blocks, export.dtype)
+        blocks = [module for block in names.blocks_of(model) for module in block.modules()]
+        unpacked = any(isinstance(x, nn.Linear) and type(x).forward is not nn.Linear.forward for x in blocks)
+        contents = Contents(export.schemes, plain, names.blocks, export.dtype, unpacked)
         config["quantization_config"] = export.format.config(contents)
     config["intactkv"] = {
         "fingerprint": manifest["source"]["fingerprint"],

@@ -26,7 +26,7 @@ from intactkv.prefix import Prefix, input_embeddings
 from intactkv.vocabulary import known_ids
 from quantization.model.finite import FiniteCheck
 from quantization.model.inputs import path_of
-from quantization.model.rescale import Rescaling, rescale
+from quantization.model.rescale import Rescaling, held, rescale
 from quantization.model.stages import stage
 from quantization.model.text import Text, batch_of, samples_at_once
 
@@ -112,12 +112,15 @@ class DecoderBlock:
         return feeds
 
     def of_family(self, step: Rescaling) -> Rescaling:
-        """The same with the offset of this family's norms, where a norm is the producer."""
-        offset = 0.0 if step.producer in self.linears() else self.architecture.gain_offset
-        return replace(step, offset=offset)
+        """The same as this family's norms take it, where a norm is the producer."""
+        offset = self.architecture.gain_offset
+        if not offset or step.producer in self.linears():
+            return step
+        step = replace(step, offset=offset)
+        return step if step.rows else held(self.module.get_parameter(f"{step.producer}.weight"), step)
 
-    def rescale(self, step: Rescaling) -> None:
-        """Apply an equivalent rescaling to the weights and remember it.
+    def rescale(self, step: Rescaling) -> Rescaling:
+        """Apply an equivalent rescaling to the weights, as `of_family`, and remember it; what was applied.
 
         Raises UserError if an online rotation stands between the two: their scales cannot move through it.
         """
@@ -126,6 +129,7 @@ class DecoderBlock:
         step = self.of_family(step)
         rescale(self.module, step, self.head_size)
         self.rescalings.append(step)
+        return step
 
     def check_scales(self, producer: str, rotated: Collection[str]) -> None:
         """Raise UserError for scales that would have to move from a producer to linears whose input is rotated."""

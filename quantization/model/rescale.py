@@ -11,7 +11,7 @@ and values are in the same basis, is the dense checkpoint with the same rescalin
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from corpora.errors import UserError
 
-__all__ = ["Rescaling", "per_column", "rescale", "rescaled"]
+__all__ = ["Rescaling", "held", "per_column", "rescale", "rescaled"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,20 @@ def per_column(values: Tensor, columns: int, head_size: int) -> Tensor:
         return values
     heads, repeats = values.numel() // head_size, columns // values.numel()
     return values.view(heads, 1, head_size).expand(heads, repeats, head_size).reshape(columns)
+
+
+def held(weight: Tensor, step: Rescaling) -> Rescaling:
+    """The step with the scales that a norm of 1 + w can hold, to which the consumers then fit.
+
+    Near 0 a gain of 1 + w is rounded as coarsely as 1 is: in bfloat16 one of 0.1 may be 2% off. weight: w.
+    """
+    gain = weight.detach().float() + step.offset
+    scale = step.scale.to(gain)
+    least = torch.finfo(weight.dtype).eps
+    wanted = gain / scale
+    wanted = torch.where(wanted.abs() < least, torch.copysign(torch.full_like(gain, least), gain), wanted)
+    kept = (wanted - step.offset).to(weight.dtype).float() + step.offset
+    return replace(step, scale=torch.where(gain == 0, scale, gain / kept))
 
 
 def _per_row(values: Tensor, like: Tensor, head_size: int) -> Tensor:

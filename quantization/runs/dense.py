@@ -165,17 +165,14 @@ class DenseCheckpoint:
 
     def refuse_blocks(self, model: PreTrainedModel, left: Iterable[str]) -> None:
         """Raise UserError for a left over tensor of a block that the model does not have."""
-        start = f"{architecture_of(model.config).blocks}."
+        first, _, rest = architecture_of(model.config).blocks.partition(".")  # of which old files leave out the first
         for name in left:
-            full = name if name.startswith("model.") else f"model.{name}"
-            if full.startswith(start) and full.removeprefix(start).partition(".")[0].isdecimal():
-                block = int(full.removeprefix(start).partition(".")[0])
-                if block >= model.config.num_hidden_layers:
-                    raise UserError(
-                        f"{self.directory} holds {name!r}, but its config.json says num_hidden_layers "
-                        f"{model.config.num_hidden_layers}; the checkpoint and its configuration belong to different "
-                        "models"
-                    )
+            found = re.match(rf"({first}\.)?{re.escape(rest)}\.(\d+)\.", name)
+            if found and int(found[2]) >= model.config.num_hidden_layers:
+                raise UserError(
+                    f"{self.directory} holds {name!r}, but its config.json says num_hidden_layers "
+                    f"{model.config.num_hidden_layers}; the checkpoint and its configuration belong to different models"
+                )
 
     def lacks(self, name: str, left: Iterable[str] = ()) -> UserError:
         """The error for a parameter that is not there. left: tensors that are no parameter's."""

@@ -313,8 +313,7 @@ class AWQ(GridQuantizer):
             block.report(loss=smallest)
         scale_of = {}
         for step in steps:
-            block.rescale(step)
-            scale_of.update(dict.fromkeys(step.consumers, step.scale))
+            scale_of.update(dict.fromkeys(step.consumers, block.rescale(step).scale))
         limits = {}
         for name, linear in block.linears().items():
             if self.clip and is_clipped(block, name):
