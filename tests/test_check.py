@@ -176,6 +176,7 @@ def test_a_quantized_checkpoint_takes_caches_and_prefixes_alone(
     recipes = reasons(found, "recipe")
     assert (code, recipes["fp16"], recipes["kv4"]) == (0, None, None)
     assert "is quantized already" in str(recipes["rtn-w4"])
+    assert found["facts"]["quantized"] == "rtn-w4row"
 
 
 def test_the_text_says_every_method_once(made: Callable[[str], Path], run_main: Callable[..., Any]) -> None:

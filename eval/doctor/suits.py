@@ -22,7 +22,7 @@ from quantization.export.writer import FORMATS
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.recipes.recipe import Recipe
-from quantization.runs.checkpoint import is_quantized
+from quantization.runs.checkpoint import is_quantized, read_manifest
 from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import FLOATS, DenseCheckpoint, empty_model_of, read_config, tied_names
 from quantization.runs.opening import load_tokenizer
@@ -60,6 +60,8 @@ class Checked:
     @property
     def files(self) -> str:
         """How far the headers of the files were compared."""
+        if "quantized" in self.facts:
+            return "of a quantized checkpoint of ours, whose sums are compared whenever it is opened"
         return WHOLE if self.facts["family"] in ARCHITECTURES else "readable; only a row tells whether all are there"
 
     @property
@@ -123,6 +125,8 @@ def _facts(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | Non
         facts["positions"] = int(context)
     if (window := _window(model)) is not None:
         facts["sliding window"] = window
+    if is_quantized(directory):
+        facts["quantized"] = str(read_manifest(directory)["label"])
     item = model.dtype.itemsize
     if dense is not None:
         stored = sorted({dtype for _, dtype in dense.headers(dense.names()).values()})
