@@ -103,8 +103,8 @@ class Architecture:
     rotary: whether positions rotate pairs of a head's channels; pairing, turned: which, and how many of a head (None:
     all). unturned: blocks where they do not.
     embeddings: the tables whose rows are added up to what enters the first block. final_norm: in front of the head.
-    query, key, value, output: linears of attention; down: the last of the feed-forward part, "" where experts have one
-    each. `output` and `down` write to the residual stream.
+    query, key, value, output: linears of attention; down: the last of the feed-forward part; "" where each expert has
+    one and no token sees all of them. `output` and `down` write to the residual stream.
     centred: whether norms take the mean off (LayerNorm) or not (RMSNorm). gain_offset: what a norm adds to its weight:
     1 where it multiplies by 1 + w.
     fused, experts: what `intactkv.layout` takes apart. stored: other names that files have for parts of a parameter's
@@ -157,9 +157,10 @@ class Architecture:
     @property
     def downs(self) -> tuple[str, ...]:
         """The last linears of the feed-forward part: one, or one of every expert."""
+        common = (self.down,) if self.down else ()
         if self.experts is None:
-            return (self.down,)
-        return tuple(f"{self.experts.of(i)}.{self.experts.output}" for i in range(self.experts.count))
+            return common
+        return (*common, *(f"{self.experts.of(i)}.{self.experts.output}" for i in range(self.experts.count)))
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -169,6 +170,13 @@ class Architecture:
     def expert_of(self, name: str) -> int | None:
         """Which expert a linear belongs to; None where every token reaches it."""
         return None if self.experts is None else self.experts.index_of(name)
+
+    @property
+    def entered(self) -> dict[str, int]:
+        """The first linear of every expert, and which expert it is."""
+        if self.experts is None:
+            return {}
+        return {f"{self.experts.of(i)}.{self.experts.inputs[0]}": i for i in range(self.experts.count)}
 
     @property
     def is_laid_out(self) -> bool:

@@ -34,7 +34,8 @@ def with_experts(row: Architecture, experts: Experts, shared: tuple[str, ...] = 
         readers += inputs
         pairs.append(Feed(inputs[1], (output,), output))
     norm = Feed(row.feeds[2].producer, tuple(readers), row.feeds[2].inside, (experts.router, *shared[1:]))
-    return replace(row, linears=(*attention, *linears), feeds=(*feeds, norm, *pairs), experts=experts, down="")
+    down = f"{shared[0]}.{experts.output}" if shared else ""
+    return replace(row, linears=(*attention, *linears), feeds=(*feeds, norm, *pairs), experts=experts, down=down)
 
 
 def _mixtral(config: "PreTrainedConfig") -> Architecture:

@@ -18,6 +18,7 @@ from corpora.errors import UserError
 from quantization.grids.uniform import UniformGrid, split_groups
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer, put_in_front
+from quantization.model.routed import with_unseen
 
 __all__ = ["Activations", "at_work", "input_ranges", "quantize_inputs"]
 
@@ -77,9 +78,9 @@ class Activations:
 def input_ranges(block: DecoderBlock) -> dict[str, tuple[Tensor, Tensor]]:
     """Lowest and highest value of every input channel over the calibration text, (channels,) float32 each.
 
-    By the first linear of every set that shares an input.
+    By the first linear of every set that shares an input, and by router: what it reads is what all experts read.
     """
-    wanted = {names[0] for names in block.architecture.linears}
+    wanted = {names[0] for names in block.architecture.linears} | {*block.architecture.routers}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
     def look(name: str, x: Tensor) -> None:
@@ -90,7 +91,14 @@ def input_ranges(block: DecoderBlock) -> dict[str, tuple[Tensor, Tensor]]:
             ranges[name] = torch.minimum(before[0], low), torch.maximum(before[1], high)
 
     block.observe(look)
-    return ranges
+    return with_unseen(
+        block,
+        ranges,
+        lambda others: (
+            torch.stack([low for low, _ in others]).amin(0),
+            torch.stack([high for _, high in others]).amax(0),
+        ),
+    )
 
 
 def quantize_inputs(block: DecoderBlock, quantizers: Mapping[tuple[str, ...], InputQuantizer]) -> None:

@@ -7,13 +7,14 @@ beginning there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intactkv.experts import alone
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
 from quantization.model.blocks import DecoderBlock, Reached
@@ -36,6 +37,7 @@ class _Kept:
     feeding: list[nn.Module]  # what only this module reads, such as the norm in front of it
     text: Text
     values: int
+    flat: bool = False  # whether it is called with (tokens, channels)
     returned: bool = False
     writer: TextWriter | None = None  # in that first pass
 
@@ -46,6 +48,7 @@ class _Kept:
             output = self.linear(output)
             if self.writer is not None:
                 self.writer.add(output)
+        output = output.flatten(0, 1) if self.flat else output
         return (output, *[None] * (self.values - 1)) if self.values else output
 
 
@@ -73,6 +76,8 @@ class Walk:
         """The input of one linear for all samples, in batches (samples, tokens, channels), with the weights that the
         block has now; to be asked for in the order of computation.
 
+        Of an expert's linears, which are parallel to those of the others, they are (1, tokens, channels), from the
+        batches that send it any; nothing else is computed of the experts.
         Raises UserError at the end if one was not finite.
         """
         stream, finite, writer = self._stream, FiniteCheck(), None
@@ -80,6 +85,8 @@ class Walk:
         new = [kept for kept in self._kept if not kept.returned]
         for kept in new:
             kept.writer = TextWriter(len(stream.hidden), stream.device, kept.text)
+        names, sent = self._block.architecture, 0
+        expert = names.expert_of(linear)
         for start, stop, batch in self._batches():
             given: list[Tensor] = []  # what is handed to the linear, in front of a rotation
             seen: list[Tensor] = []  # what it multiplies
@@ -89,8 +96,14 @@ class Walk:
                 hooks += [on_output(reader, close.made), after(module, close.returned)]
             else:
                 hooks.append(on_input(reader, _leave))
-            with torch.no_grad(), self._standing_in(start, stop), hooked(hooks), suppress(Reached):
+            with torch.no_grad(), self._standing_in(start, stop), self._only(linear), hooked(hooks), suppress(Reached):
                 stream.forward(self._block, batch)
+            if expert is not None:
+                if given:
+                    sent += len(given[0])
+                    finite.add(self._block.in_front_of(linear), seen[0])
+                    yield seen[0][None]
+                continue
             if module is not None and start == 0 and (values := close.values) is not None:
                 writer = TextWriter(len(stream.hidden), stream.device)
             if writer is not None:
@@ -98,11 +111,35 @@ class Walk:
             finite.add(self._block.in_front_of(linear), seen[0])
             yield stream.by_sample(seen[0])
         finite.check()
+        if expert is not None:
+            stream.sent[expert] = sent
         for kept in new:
             assert kept.writer is not None
             kept.text, kept.returned, kept.writer = kept.writer.text, True, None
         if writer is not None and module is not None and values is not None:
-            self._kept.append(_Kept(module, reader, self._feeding(linear), writer.text, values))
+            flat = values == 0 and given[0].ndim == 2
+            self._kept.append(_Kept(module, reader, self._feeding(linear), writer.text, values, flat))
+
+    def _only(self, linear: str) -> AbstractContextManager[None]:
+        """Let no expert compute but the one that a linear belongs to."""
+        names = self._block.architecture
+        index = names.expert_of(linear)
+        if names.experts is None or index is None:
+            return nullcontext()
+        return alone(self._block.module.get_submodule(names.experts.module), index)
+
+    def inputs_of_all(self, part: str) -> Iterator[Tensor]:
+        """What the linears of this name read in all experts that tokens are sent to, (1, tokens, channels) each, with
+        the weights that the block has now."""
+        experts = self._block.architecture.experts
+        assert experts is not None
+        for start, stop, batch in self._batches():
+            given: list[Tensor] = []
+            readers = [self._block.module.get_submodule(f"{experts.of(i)}.{part}") for i in range(experts.count)]
+            hooks = [on_input(reader, given.append) for reader in readers]
+            with torch.no_grad(), self._standing_in(start, stop), hooked(hooks):
+                self._stream.forward(self._block, batch)
+            yield from (x[None] for x in given)
 
     def end(self, weights: Mapping[str, StoredWeight]) -> None:
         """All linears have these weights: let the text be passed on from here (`runs.one_block`)."""
@@ -135,8 +172,8 @@ class Walk:
 
     def _closed_by(self, linear: str) -> nn.Module | None:
         """The module that a linear may close, if there is room for what the linear reads."""
-        owner, alone = linear.rpartition(".")[0], (linear,) in self._block.architecture.linears
-        if not owner or not alone:
+        owner, closes = linear.rpartition(".")[0], (linear,) in self._block.architecture.linears
+        if not owner or not closes or self._block.architecture.expert_of(linear) is not None:
             return None
         like = self._stream.hidden[0]
         width = int(self._block.linears()[linear].in_features)

@@ -105,7 +105,14 @@ class _Known(_Config, total=False):
     rope_theta: Positive
     rope_parameters: _Ropes | None
     rope_scaling: _Rope | None
-    sliding_window: Size | None
+    num_experts: Annotated[int, Field(ge=1, le=2**16)]
+    num_local_experts: Annotated[int, Field(ge=1, le=2**16)]
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=2**16)]
+    moe_intermediate_size: Annotated[int, Field(ge=1, le=2**24)]
+    shared_expert_intermediate_size: Annotated[int, Field(ge=1, le=2**24)]
+    decoder_sparse_step: Annotated[int, Field(ge=1)]
+    mlp_only_layers: list[Annotated[int, Field(ge=0)]] | None
+    sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None
     max_window_layers: Annotated[int, Field(ge=0)]
     attention_dropout: Share | None
     dropout: Share
@@ -184,6 +191,11 @@ def config_of(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: num_attention_heads {heads} are no multiple of num_key_value_heads {kv_heads}; {MEND}"
         )
+    experts, chosen = config.get("num_local_experts", config.get("num_experts")), config.get("num_experts_per_tok")
+    if experts and chosen and chosen > experts:
+        raise UserError(f"{file}: a token goes to num_experts_per_tok {chosen} of only {experts} experts; {MEND}")
+    if config.get("sliding_window") == 0 and config.get("use_sliding_window", True):  # else 0 says that none slides
+        raise UserError(f"{file} is damaged: its sliding_window 0 lets no token see another; {MEND}")
     return config
 
 

@@ -15,6 +15,7 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer, restore_paths
 from quantization.model.rescale import Rescaling, rescale_all
 from quantization.model.rounding import BlockRounding
+from quantization.model.routed import report_experts
 from quantization.model.stages import stage
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import StoredBlock, block_file, read_block, write_block
@@ -56,6 +57,8 @@ def process_block(block: DecoderBlock, recipe: Recipe, partial: Path) -> tuple[f
         _rescale_as(block, stored.rescalings[by_transforms:])
     elif tuning is None and recipe.weights is not None:
         quantized = recipe.weights.quantize_block(_with_rounding(block, recipe))
+    if stored is None:
+        report_experts(block)
     if stream is not None and len(block.rescalings) > by_transforms:  # keys and values may be in another basis now
         stream.seed(block)
     if stored is not None:  # behind the last `seed`, which rounds nothing

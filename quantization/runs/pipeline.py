@@ -8,11 +8,11 @@ through the blocks that are already done. The directory gets its final name last
 import ctypes
 import functools
 import logging
+import operator
 import os
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -290,14 +290,20 @@ def _ends(weights: Weights, names: list[str], recipe: Recipe, model: PreTrainedM
 
 def _sizes(directory: Path, model: PreTrainedModel) -> dict[str, Any]:
     """Bits per quantized weight, from the bytes in the files, and what the quantizer reported, summed over blocks."""
-    weights, size, figures = 0, 0, Counter[str]()
+    weights, size, figures = 0, 0, dict[str, float]()
     for index in range(model.config.num_hidden_layers):
         block = read_block(block_file(directory, index))
         for name, (_, parts, _) in block.linears.items():
             weights += model.get_parameter(f"{name}.weight").numel()
             size += sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
-        figures.update(block.figures)
-    return {"bits_per_weight": 8 * size / weights if weights else None, "figures": dict(figures)}
+        for name, value in block.figures.items():
+            figures[name] = _joining(name)(figures[name], value) if name in figures else value
+    return {"bits_per_weight": 8 * size / weights if weights else None, "figures": figures}
+
+
+def _joining(figure: str) -> Callable[[float, float], float]:
+    """What becomes of a figure of two blocks, by the end of its name: most are summed."""
+    return {"least": min, "most": max}.get(figure.rpartition("_")[2], operator.add)
 
 
 def return_memory() -> None:

@@ -65,11 +65,11 @@ class Rotate(BlockTransform):
     def check(self, block: DecoderBlock) -> None:
         """Raise UserError for norms behind what they should feed, a residual stream with another matrix or no norm at
         its end, a shift without a bias to go to, or heads without the Hadamard matrix that was asked for."""
-        linears = block.linears()
+        block.linears()  # refuses other ones
         if (why := block.architecture.unrotated) is not None:
             raise UserError(f"this {block.config.model_type} {why}; use a recipe without rotations")
         for norm, readers in _norms(block.architecture):
-            lacking = [name for name in readers if linears[name].bias is None]
+            lacking = [name for name in readers if getattr(block.module.get_submodule(name), "bias", None) is None]
             if lacking and getattr(block.module.get_submodule(norm), "bias", None) is not None:
                 raise UserError(
                     f"{block.name}.{norm} has a bias, and {lacking[0]} behind it has none to take it over; use a "
@@ -81,7 +81,7 @@ class Rotate(BlockTransform):
     def rotated_inputs(self, block: DecoderBlock) -> list[str]:
         """W_o, where heads are mixed, and W_down."""
         names = block.architecture
-        return [names.output] * (self.head_mix != "none") + [names.down] * self.online_down
+        return [names.output] * (self.head_mix != "none") + [*names.downs] * self.online_down
 
     def transform_block(self, block: DecoderBlock) -> None:
         """Rewrite the linears, make the norms plain, put the online rotations in front of W_o and W_down."""
@@ -90,21 +90,22 @@ class Rotate(BlockTransform):
             module = block.module.get_submodule(norm)
             gain, shift = _gain(getattr(module, "weight", None), names), getattr(module, "bias", None)
             for reader in readers:
-                self._read(linears[reader], gain, shift, size if reader == names.value else None)
+                self._read(block.module.get_submodule(reader), gain, shift, size if reader == names.value else None)
             _make_plain(block.module, norm, names, like=linears[readers[0]].weight)
-        output, down = linears[names.output], linears[names.down]
+        output = linears[names.output]
         mixing = None
         if self.head_mix != "none":
             mixing = OnlineRotation.of(_query_heads(block), size, self.head_mix)
             put_in_front(block.module, (names.output,), rotation=mixing)
         in_heads = self._in_heads(output.weight.double(), size)
         self._write(output, in_heads if mixing is None else mixing(in_heads), names.centred)
-        columns = down.weight.double()
-        if self.online_down:
-            spread = OnlineRotation.of(down.in_features)
-            put_in_front(block.module, (names.down,), rotation=spread)
-            columns = spread(columns)
-        self._write(down, columns, names.centred)
+        for down in names.downs:  # of every expert, where there are any
+            columns = linears[down].weight.double()
+            if self.online_down:
+                spread = OnlineRotation.of(linears[down].in_features)
+                put_in_front(block.module, (down,), rotation=spread)
+                columns = spread(columns)
+            self._write(linears[down], columns, names.centred)
 
     def transform_ends(self, ends: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
         """Embeddings rotated, the final norm plain, its gain and shift in a head that is no longer tied."""
@@ -151,13 +152,14 @@ class Rotate(BlockTransform):
             return (heads @ _random(size, self.seed, self.mode).to(x.device)).flatten(-2)
         return apply(heads, plan(size)).flatten(-2)
 
-    def _read(self, linear: nn.Linear, gain: Tensor | None, shift: Tensor | None, head_size: int | None) -> None:
-        """A linear behind a norm takes over its gain and shift, and the rotation of what it reads.
+    def _read(self, linear: nn.Module, gain: Tensor | None, shift: Tensor | None, head_size: int | None) -> None:
+        """A linear or router behind a norm takes over its gain and shift, and the rotation of what it reads.
 
         head_size: rotate the heads of its output, too.
         """
-        weight = linear.weight.double()
-        bias = None if linear.bias is None else linear.bias.double()
+        weight = linear.get_parameter("weight").double()
+        bias = getattr(linear, "bias", None)
+        bias = None if bias is None else bias.double()
         if bias is not None and shift is not None:
             bias = bias + weight @ shift.double()
         weight = self._rotated(weight if gain is None else weight * gain)
@@ -184,9 +186,9 @@ def _random(channels: int, seed: int, mode: str) -> Tensor:
 
 
 def _norms(names: Architecture) -> list[tuple[str, tuple[str, ...]]]:
-    """The norms of a block, and the linears behind each."""
+    """The norms of a block, and all that reads what each puts out."""
     linears = {name for names_of_set in names.linears for name in names_of_set}
-    return [(feed.producer, feed.consumers) for feed in names.feeds if feed.producer not in linears]
+    return [(feed.producer, feed.readers) for feed in names.feeds if feed.producer not in linears]
 
 
 def _query_heads(block: DecoderBlock) -> int:
@@ -202,10 +204,11 @@ def _by_rows(table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([change(rows.double()).to(table.dtype) for rows in table.split(ROWS)])
 
 
-def _store(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    linear.weight.data = weight.to(linear.weight.dtype).contiguous()
-    if bias is not None:
-        linear.bias.data = bias.to(linear.bias.dtype)
+def _store(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            parameter = linear.get_parameter(name)
+            parameter.data = value.to(parameter.dtype).contiguous()
 
 
 def _gain(weight: Tensor | None, names: Architecture) -> Tensor | None:

@@ -31,7 +31,8 @@ SMALLEST = 1e-5  # of a maximum or a scale; the reference's floor
 
 
 def input_maxima(block: DecoderBlock) -> dict[str, Tensor]:
-    """max|X_j| over the calibration text, (channels,) float32, by the first linear of every set that shares X."""
+    """max|X_j| over the calibration text, (channels,) float32, by the first linear of every set that shares X, and by
+    router."""
     return {name: torch.maximum(high, -low) for name, (low, high) in input_ranges(block).items()}
 
 
@@ -44,7 +45,7 @@ def smoothing_scale(block: DecoderBlock, feed: Feed, inputs: Mapping[str, Tensor
     linears = block.linears()
     channels = block.module.get_parameter(f"{feed.producer}.weight").shape[0]
     columns = torch.stack([linears[name].weight.float().abs().amax(dim=0) for name in feed.consumers]).amax(dim=0)
-    activation, weight = (of_producer(x, channels, block.head_size) for x in (inputs[feed.consumers[0]], columns))
+    activation, weight = (of_producer(x, channels, block.head_size) for x in (inputs[feed.witness], columns))
     scale = activation.clamp_min(SMALLEST) ** alpha / weight.clamp_min(SMALLEST) ** (1 - alpha)
     return scale.clamp_min(SMALLEST)
 
@@ -103,7 +104,7 @@ class Smooth(BlockTransform):
             scale = smoothing_scale(block, feed, inputs, self.alpha)
             if self.power_of_two:
                 scale = torch.ldexp(torch.ones_like(scale), scale.log2().round())
-            block.rescale(Rescaling(feed.producer, feed.consumers, scale))
+            block.rescale(Rescaling(feed.producer, feed.readers, scale))
 
     def rescaled_feeds(self, block: DecoderBlock) -> list[Feed]:
         """norm → linears; linear → linear where the fields ask for it."""

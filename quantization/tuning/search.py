@@ -28,6 +28,7 @@ from quantization.grids.uniform import Fit, UniformGrid, encode, split_groups
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
 from quantization.kv_cache.base import split_heads
 from quantization.model.blocks import DecoderBlock
+from quantization.model.routed import sum_of, with_unseen
 from quantization.tuning.quantizers import Quantizers, at_work, output_error, stream_of
 
 __all__ = [
@@ -95,7 +96,7 @@ def grams(block: DecoderBlock, group_size: int) -> dict[str, Tensor]:
             found[name] = found[name] + product if name in found else product
 
     block.observe(look)
-    return found
+    return with_unseen(block, found, sum_of)
 
 
 def group_errors(groups: Tensor, fitted: Fit, grid: UniformGrid, gram: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ another pass over them; `grouped_values` is an addition.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -39,9 +39,9 @@ from quantization.grids.uniform import (
 from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling, per_column
 from quantization.model.text import TextWriter
+from quantization.weights.awq_inputs import Inputs, inputs_of_block, with_moment
 from quantization.weights.awq_zoo import ZooBlock, read_zoo
 from quantization.weights.base import GridQuantizer
-from quantization.weights.gptq import Hessian
 
 __all__ = ["AWQ", "channel_scales", "clip_candidates", "clip_limits", "clipped", "is_clipped", "search_scales"]
 
@@ -49,7 +49,6 @@ RATIOS = 20  # candidates r = i/20, i < 20
 SMALLEST = 1e-4  # of a^r, before the normalization
 CLIP_STEPS = 20  # candidates 1 − i/20 …
 CLIP_SHRINK = 0.5  # … for i < 10
-CLIP_TOKENS = 512  # at least, where there are as many: every k-th one
 AT_ONCE = {"cpu": 2**17, "cuda": 2**25}  # weights that are rounded together: on a CPU those that its cache holds
 HIDDEN = "hidden_states"  # argument of a module
 # Share of a file's clip limits that no search over these weights gives (give or take 2% for half precision).
@@ -134,43 +133,6 @@ def clipped(weight: Tensor, limits: Tensor) -> Tensor:
 def is_clipped(block: DecoderBlock, linear: str) -> bool:
     """Queries and keys are not: only their product matters, not their own errors."""
     return linear not in (block.architecture.query, block.architecture.key)
-
-
-class Inputs:
-    """What the searches need of the input of linears that read the same: no tokens but every `stride`-th one, and all
-    of a short text where a linear is measured alone."""
-
-    def __init__(self, stride: int, alone: bool):
-        self._stride = stride
-        self._alone = alone
-        self.count = 0
-        self.magnitude = torch.zeros(())  # Σ|x|, (channels,)
-        self.tokens: list[Tensor] = []
-        self._all: list[Tensor] = []  # while they are fewer than the channels …
-        self._hessian, self._parts = Hessian(), 0  # … then 2/parts · Σ x xᵀ, (channels, channels)
-
-    def add(self, x: Tensor) -> None:
-        """Take the inputs of some tokens, (tokens, channels)."""
-        self.tokens.append(x[-self.count % self._stride :: self._stride].clone())
-        self.count += len(x)
-        self.magnitude = self.magnitude.to(x.device) + x.abs().sum(0, dtype=torch.float32)
-        if self._alone:
-            self._all.append(x)
-            if self.count >= x.shape[1]:
-                for seen in self._all:
-                    self._hessian.add(seen)
-                self._parts += len(self._all)
-                self._all.clear()
-
-    @cached_property
-    def _moment(self) -> Tensor:
-        return self._hessian.take().mul_(self._parts / 2)
-
-    def squared_error(self, delta: Tensor) -> Tensor:
-        """Σ_t ‖ΔW x_t‖², of weights that are off by ΔW (out, channels); no tokens can be added any more."""
-        if self._all:
-            return torch.stack([(x.float() @ delta.T).square_().sum() for x in self._all]).sum()
-        return (delta @ self._moment).mul_(delta).sum()
 
 
 class Calls:
@@ -305,11 +267,11 @@ class AWQ(GridQuantizer):
         for feed in self.rescaled_feeds(block):
             producer = block.module.get_submodule(feed.producer)
             channels = len(producer.get_parameter("weight"))
-            seen = inputs[feed.consumers[0]]
+            seen = with_moment(block, feed, inputs)
             loss = self._loss(block, feed, seen, calls.pop(feed.inside, None))
             magnitude = _per_producer(seen.magnitude / seen.count, channels, block.head_size)
             scale, smallest = search_scales(magnitude, loss, f"{block.name}.{feed.producer}")
-            steps.append(Rescaling(feed.producer, feed.consumers, scale))
+            steps.append(Rescaling(feed.producer, feed.readers, scale))
             block.report(loss=smallest)
         scale_of = {}
         for step in steps:
@@ -327,14 +289,12 @@ class AWQ(GridQuantizer):
         """Run the text through the block once: the inputs of every linear, the calls of every measured module."""
         stream, feeds = block.stream, self.rescaled_feeds(block)
         assert stream is not None, "AWQ without a file calibrates, but no calibration text was given"
-        stride = max(1, sum(hidden.shape[1] for hidden in stream.hidden) // CLIP_TOKENS)
         alone = {feed.inside for feed in feeds if feed.inside in feed.consumers}
-        inputs = {names[0]: Inputs(stride, names[0] in alone) for names in block.architecture.linears}
         inside = {feed.inside for feed in feeds if feed.inside not in alone}
         calls = {name: Calls(len(stream.hidden), stream.device, block.architecture.cache) for name in inside}
         with hooked(after(block.module.get_submodule(name), of.note) for name, of in calls.items()):
-            block.observe(lambda name, x: inputs[name].add(x.flatten(0, 1)) if name in inputs else None)
-        return {name: inputs[names[0]] for names in block.architecture.linears for name in names}, calls
+            inputs = inputs_of_block(block, alone)
+        return inputs, calls
 
     def _loss(self, block: DecoderBlock, feed: Feed, inputs: Inputs, calls: Calls | None) -> Callable[[Tensor], Tensor]:
         """The mean squared error of the measured module as a function of s, with the weights as they are now."""

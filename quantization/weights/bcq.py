@@ -27,6 +27,7 @@ from quantization.grids.binary_coding import BinaryCoded, BinaryGrid, from_unifo
 from quantization.grids.uniform import SCALE_DTYPES, UniformGrid, finite, split_groups
 from quantization.grids.uniform import fit as fit_uniform
 from quantization.model.blocks import DecoderBlock
+from quantization.model.routed import sum_of, with_unseen
 from quantization.weights.base import GridQuantizer
 from quantization.weights.gptq import GPTQ
 
@@ -250,20 +251,24 @@ class BCQ(GridQuantizer):
     def quantize_block(self, block: DecoderBlock) -> dict[str, BinaryCoded]:
         """Every linear of the block in binary coding, by the linear's name within the block."""
         importance: dict[str, Tensor] = {}
+        first_of = {name: names[0] for names in block.architecture.linears for name in names}
 
         def look(name: str, x: Tensor) -> None:
+            if name not in first_of.values():
+                return
             energy = x.float().square().sum(dim=(0, 1))
             importance[name] = importance[name] + energy if name in importance else energy
 
         if self.weighted:
             block.observe(look)
+            importance = with_unseen(block, importance, sum_of)
         return {
             name: bcq(
                 linear.weight.data,
                 self.grid,
                 rounds=self.rounds,
                 start=self.start,
-                importance=importance.get(name),
+                importance=importance.get(first_of[name]),
                 name=f"{block.name}.{name}",
             )
             for name, linear in block.linears().items()

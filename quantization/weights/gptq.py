@@ -3,7 +3,8 @@
     H = 2/n · Σ x xᵀ,   H_λ = H + λI,   H_λ⁻¹ = UᵀU                      section 3, step 3 (Cholesky)
     e_c = (w_c − ŵ_c) / U_cc,   w_j ← w_j − e_c · U_cj  for j > c          Eq. 2 and 3
 
-`Hessian` accumulates H, `inverse_factor` is U, `column_loop` the rounding, `gptq` one matrix. The grid is RTN's.
+`Hessian` (`hessians`) accumulates H, `inverse_factor` is U, `column_loop` the rounding, `gptq` one matrix, on RTN's
+grid.
 
 Departs from the reference: linears that read the same input share one H and go through the loop as one matrix; U comes
 from one factorization (of H_λ with both axes flipped); groups that are fitted on the way see all updates made so far;
@@ -13,7 +14,7 @@ float64, instead of an error.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -35,8 +36,8 @@ from quantization.grids.uniform import (
 from quantization.kernels.columns import LONGEST, Levels, round_columns
 from quantization.model.blocks import DecoderBlock
 from quantization.model.stages import stage
-from quantization.model.walk import Walk
 from quantization.weights.base import GridQuantizer
+from quantization.weights.hessians import Hessian, panels, shared_hessians
 
 __all__ = ["GPTQ", "Hessian", "column_loop", "gptq", "inverse_factor", "quantize_sets", "shared_hessians"]
 
@@ -45,57 +46,7 @@ log = logging.getLogger(__name__)
 Weight = TypeVar("Weight", bound=StoredWeight)
 
 COLUMNS = 128  # channels that are rounded before all later ones get their errors; changes the speed only
-TOKENS = 1024  # of one product of a Hessian: on tensor cores a share of 2⁻¹⁸ is lost (H200; 2⁻¹⁴ with 16384 tokens)
-PANEL = 192  # rows that are computed at a time where a triangle is asked for; changes the speed only
-PANELS = {"cuda": 2048}  # where it is another: large products fill a GPU
 DAMP_STEPS = 3  # times that λ grows tenfold, in float32 and then in float64
-
-
-class Hessian:
-    """H of a linear's inputs, in float32: (channels, channels). Samples may come one at a time, or several."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None  # of x xᵀ, in panels of rows that end with their diagonal
-        self._samples = 0
-
-    def add(self, x: Tensor) -> None:
-        """Take the inputs of one sample, (tokens, channels), or of several, (samples, tokens, channels).
-
-        On CUDA half-precision inputs are multiplied as they are, on tensor cores: products are exact in float32. Their
-        sums are not rounded but cut, so what is lost grows with their length: `TOKENS` bounds it.
-        """
-        self._samples += len(x) if x.ndim == 3 else 1
-        x = x.flatten(0, -2)
-        channels = x.shape[1]
-        if self._sum is None:
-            self._sum = torch.zeros(channels, channels, device=x.device)
-        if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)):
-            x = x.float()
-        for part in x.split(TOKENS):
-            for first, last in _panels(channels, x.device):
-                _add_product(self._sum[first:last, :last], part[:, first:last].T, part[:, :last])
-
-    def take(self) -> Tensor:
-        """H, with n counting samples; the memory is the caller's from then on."""
-        assert self._sum is not None, "no sample was added"
-        h, self._sum = self._sum.mul_(2 / self._samples), None
-        for first, last in _panels(len(h), h.device):
-            h[:first, first:last] = h[first:last, :first].T
-        return h
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a product of matrices of one dtype to float32 sums."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _panels(channels: int, device: torch.device) -> list[tuple[int, int]]:
-    """First and last row of the panels that a matrix is computed in, where only a triangle of it is asked for."""
-    width = PANELS.get(device.type, PANEL)
-    return [(first, min(first + width, channels)) for first in range(0, channels, width)]
 
 
 def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor | None = None) -> tuple[Tensor, int]:
@@ -119,7 +70,7 @@ def inverse_factor(h: Tensor, damp: float, name: str = "Hessian", order: Tensor 
         if _invert_factor(flipped):
             if attempt:
                 log.warning("%s: no Cholesky factor at damping %g; took %g", name, damp, damp * 10**attempt)
-            for first, last in _panels(len(h), h.device):  # into the memory of H: at 14336 channels it takes 0.8 GB
+            for first, last in panels(len(h), h.device):  # into the memory of H: at 14336 channels it takes 0.8 GB
                 h[len(h) - last : len(h) - first] = flipped[first:last].flip(0, 1)
             return h, attempt
         del flipped
@@ -140,8 +91,8 @@ def _invert_factor(a: Tensor) -> bool:
 
     Torch factorizes and inverts the corners, the rest is matrix products, of one triangle alone.
     """
-    panels, failed = _panels(len(a), a.device), []
-    for i, (first, last) in enumerate(panels):
+    parts, failed = panels(len(a), a.device), []
+    for i, (first, last) in enumerate(parts):
         own = a[first:last]
         corner, wrong = torch.linalg.cholesky_ex(own[:, first:last])
         failed.append(wrong)
@@ -149,11 +100,11 @@ def _invert_factor(a: Tensor) -> bool:
             corner, torch.eye(len(own), dtype=a.dtype, device=a.device), upper=False
         )
         a[last:, first:last] = a[last:, first:last] @ inverse.T  # of L from here on
-        for up, down in panels[i + 1 :]:
+        for up, down in parts[i + 1 :]:
             a[up:down, last:down].addmm_(a[up:down, first:last], a[last:down, first:last].T, alpha=-1)
         # The panels above hold L⁻¹ already.
-        left = [inverse @ (own[:, up:first] @ a[up:first, up:down]) for up, down in panels[:i]]
-        for (up, down), part in zip(panels, left, strict=False):
+        left = [inverse @ (own[:, up:first] @ a[up:first, up:down]) for up, down in parts[:i]]
+        for (up, down), part in zip(parts, left, strict=False):
             own[:, up:down] = part.neg_()
         own[:, first:last] = inverse
         own[:, last:] = 0
@@ -278,34 +229,6 @@ def gptq(
         codes.T.contiguous(), scale.to(SCALE_DTYPES[grid.scale_dtype]), zero_point, grid, group_index
     )
     return quantized, loss, repairs
-
-
-def shared_hessians(block: DecoderBlock, true_sequential: bool) -> Iterable[tuple[tuple[str, ...], Tensor]]:
-    """Every set of linears that read one input, with its Hessian; sets in the order of computation.
-
-    true_sequential: a Hessian is taken after the earlier sets were given their quantized weights, one at a time;
-    otherwise all in one pass through the full-precision block.
-    """
-    sets = block.architecture.linears
-    if true_sequential:
-        walk = Walk.begin(block)
-        for names in sets:
-            hessian = Hessian()
-            for x in walk.inputs(names[0]):
-                with stage("Hessians"):
-                    hessian.add(x)
-            yield names, hessian.take()
-        return
-    hessians = {names[0]: Hessian() for names in sets}
-
-    def look(name: str, x: Tensor) -> None:
-        if name in hessians:
-            with stage("Hessians"):
-                hessians[name].add(x)
-
-    block.observe(look, leave=True)
-    for names in sets:
-        yield names, hessians.pop(names[0]).take()
 
 
 def quantize_sets(

@@ -87,9 +87,9 @@ def initial_pairs(block: DecoderBlock, alpha: float, shift: bool) -> tuple[Pair,
     inputs, centres, pairs = input_maxima(block), _centres(block) if shift else {}, []
     for feed in learned_feeds(block):
         channels = block.module.get_parameter(f"{feed.producer}.weight").shape[0]
-        delta = of_producer(centres[feed.consumers[0]], channels, block.head_size) if shift else None
+        delta = of_producer(centres[feed.witness], channels, block.head_size) if shift else None
         scale = smoothing_scale(block, feed, inputs, alpha)
-        pairs.append(Pair(feed.producer, feed.consumers, scale.log(), delta))
+        pairs.append(Pair(feed.producer, feed.readers, scale.log(), delta))
     return (*pairs, *_query_and_key(block))
 
 
