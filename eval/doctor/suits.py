@@ -30,7 +30,7 @@ from quantization.runs.pipeline import check_makes_something
 from quantization.runs.prefixes import choose_prefix
 from quantization.runs.suited import refusal, unlike_blocks
 
-__all__ = ["KINDS", "Checked", "Method", "check"]
+__all__ = ["KINDS", "Checked", "Method", "check", "laid_out"]
 
 Kind = Literal["recipe", "kv", "prefix", "export"]
 KINDS = {"recipe": "recipes", "kv": "KV policies", "prefix": "prefixes", "export": "exports of quantized weights"}
@@ -116,7 +116,7 @@ def _facts(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | Non
     count = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
     facts: dict[str, str | int] = {"family": model.config.model_type}
     if _has_row(model):
-        facts["laid out"] = "; ".join(_laid_out(architecture_of(model.config))) or "nothing: every matrix is a linear"
+        facts["laid out"] = laid_out(architecture_of(model.config))
     else:
         facts["laid out"] = "unknown: the family has no row in the architecture table"
     facts |= {"parameters": count, "blocks": int(config.num_hidden_layers), "hidden size": int(config.hidden_size)}
@@ -140,8 +140,12 @@ def _facts(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | Non
     return facts
 
 
-def _laid_out(row: Architecture) -> Iterator[str]:
-    """What methods see in place of transformers' own modules."""
+def laid_out(row: Architecture) -> str:
+    """What methods see in place of transformers' own modules, in words."""
+    return "; ".join(_parts(row)) or "nothing: every matrix is a linear"
+
+
+def _parts(row: Architecture) -> Iterator[str]:
     for fused in row.fused:
         parts = f" as {', '.join(fused.parts)}" if fused.parts else ""
         yield f"{fused.module}{parts}{' (stored as input × output)' if fused.transposed else ''}"
