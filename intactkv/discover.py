@@ -93,9 +93,9 @@ def down_maxima(
 
     In front of an online rotation, where a rotated twin has one. ids: (N, T), without the prefix. A few sequences run
     at once, and of their activations only the maxima are kept.
-    Raises UserError if a block has no such linear, or a value is not finite.
+    Raises UserError if a block has no such linear, or experts, or a value is not finite.
     """
-    linear = linear or architecture_of(model.config).down
+    linear = linear or architecture_of(model.config).last
     site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
     at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
     return token_maxima(attach(model, prefix), ids, (site,), batch_size=at_once, advance=advance)[site.name]

@@ -173,17 +173,19 @@ BLOCK_OUTPUT = Site("block", "output of the block", "")
 
 
 def input_sites(architecture: Architecture) -> tuple[Site, ...]:
-    """The inputs of a block's linears: one site for those that read the same tensor, named after the first."""
+    """The inputs of a block's linears: one site for those that read the same tensor, named after the first. Those of
+    experts, which see a part of the tokens, are none."""
     sites = []
-    for linears in architecture.linears:
+    for linears in architecture.everywhere:
         short = [linear.rpartition(".")[2] for linear in linears]
         sites.append(Site(short[0], f"input of {', '.join(short)}", linears[0], output=False))
     return tuple(sites)
 
 
 def down_input(architecture: Architecture) -> Site:
-    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at."""
-    return input_sites(architecture)[-1]
+    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at. Raises UserError
+    for experts."""
+    return next(site for site in input_sites(architecture) if site.module == architecture.last)
 
 
 def output_sites(architecture: Architecture, pre_rope: bool) -> tuple[Site, ...]:

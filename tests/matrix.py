@@ -263,7 +263,8 @@ def models() -> str:
         for reason, recipes in refused.items():
             what = "every method" if len(recipes) == len(RECIPES) else ", ".join(f"`{recipe}`" for recipe in recipes)
             own = reason.replace(f"this {kind} model", "this model").replace(f"this {kind}", "this model")
-            text = f"{own[0].upper()}{own[1:]}. Refused: {what}"
+            first = own[0] if "." in own.split()[0] else own[0].upper()  # a module keeps its name
+            text = f"{first}{own[1:]}. Refused: {what}"
             places.append(str(notes.setdefault(text, len(notes) + 1)))
         model = _empty(family)
         own = "" if isinstance(model, str) else laid_out(architecture_of(model.config))

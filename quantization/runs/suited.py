@@ -2,15 +2,14 @@
 
 from collections.abc import Collection
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from corpora.errors import UserError, one_line
 from intactkv.architecture import ARCHITECTURES, architecture_of, heads_of
-from intactkv.cache import IntactCache
-from intactkv.policy import Bound, KVPolicy
 from quantization.kv_cache import Policy
 from quantization.recipes.recipe import Recipe
 from quantization.runs.fitting import check_length
+from quantization.runs.kept import check_layers
 from quantization.runs.pipeline import check_recipe
 
 __all__ = ["check_suited", "refusal", "unlike_blocks"]
@@ -26,10 +25,12 @@ def check_suited(
     """
     if recipe.makes_checkpoint:
         check_recipe(model, recipe, blocks)
-    if recipe.kv_cache is not None:
-        _check_kv(model.config, recipe.kv_cache)
+    text = model.config.get_text_config(decoder=True)
+    if (kv := recipe.kv_cache) is not None:
+        if kv.calibrates:
+            architecture_of(model.config)
+        check_layers(kv.in_heads(heads_of(text)[1]) if isinstance(kv, Policy) else kv, text)
     if prefix:
-        text = model.config.get_text_config(decoder=True)
         context = getattr(text, "max_position_embeddings", None)
         check_length(model.config, prefix, context, f"a prefix of {prefix} tokens", f"this {model.config.model_type}")
 
@@ -54,11 +55,3 @@ def unlike_blocks(model: PreTrainedModel) -> list[int]:
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         kinds.setdefault((type(block), shapes, index in architecture.unturned), index)
     return list(kinds.values())
-
-
-def _check_kv(config: PreTrainedConfig, kv: KVPolicy) -> None:
-    if isinstance(kv, Policy):
-        kv = kv.in_heads(heads_of(config)[1])
-    if kv.calibrates:
-        architecture_of(config)
-    IntactCache(config, policy=Bound(kv, {}))
