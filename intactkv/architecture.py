@@ -62,9 +62,13 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
     """The names of a model's parts. Raises UserError, with the types there are, for a type without a row, and for a
     variant that its row does not know."""
     if config.model_type not in ARCHITECTURES:
+        from intactkv.nearest import nearest  # builds the model without weights
+
         raise UserError(
             f"model_type {config.model_type!r} is not in the architecture table; quantization supports "
-            f"{', '.join(ARCHITECTURES)}. A new type is a row in intactkv/architecture.py"
+            f"{', '.join(ARCHITECTURES)}. {nearest(config, ARCHITECTURES)} A new row names its linears and what feeds "
+            "them (docs/extending.md, A model family); prefixes, evaluation, and KV policies that calibrate on no text "
+            "need none for a causal language model"
         )
     return ARCHITECTURES[config.model_type](config)
 

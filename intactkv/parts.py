@@ -215,8 +215,8 @@ class Architecture:
         """
         from torch import nn
 
-        known = [linear for group in self.linears for linear in group]
-        found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in self.routers}
+        known, routers = [linear for group in self.linears for linear in group], self.routers
+        found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in routers}
         if set(found) != set(known):
             raise UserError(
                 f"{name} holds the linears {sorted(found)}, the architecture table expects "

@@ -19,16 +19,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
 import torch
 from common import FOXES
-from tiny import tiny_config
+from tiny import VARIANTS, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from intactkv.architecture import ARCHITECTURES
+from corpora.errors import UserError
+from eval.doctor.suits import laid_out
+from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.attach import IntactModel, attach
 from quantization.grids.stored import restore
 from quantization.kv_cache import KV_POLICIES
@@ -39,7 +42,7 @@ from quantization.runs.dense import empty_model_of
 from quantization.runs.plan import Plan, plan_run
 from quantization.runs.suited import refusal
 
-__all__ = ["LAYERS", "PREFIXES", "RECIPES", "Cell", "decided", "held_to_the_laws"]
+__all__ = ["FAMILIES", "PREFIXES", "RECIPES", "Cell", "decided", "held_to_the_laws"]
 
 LAYERS = 2  # of the tiny models
 TEXT = torch.randint(4, 101, (2, 11), generator=torch.Generator().manual_seed(6))
@@ -49,6 +52,35 @@ PREFIXES: Mapping[str, int] = {"none": 0, "bos": 1, "xy": 3}
 BEHIND = "xy"
 # A named recipe and settings that fit a tiny model. Where it can be, everything has eight bits: then the logits must be
 # near the dense model's, and a fault shows.
+# What is published under a model type.
+MODELS: Mapping[str, str] = {
+    "llama": "LLaMA 1 to 3, Vicuna, SmolLM2, Yi",
+    "mistral": "Mistral 7B, Small 3",
+    "qwen2": "Qwen 1.5 to 2.5",
+    "qwen3": "Qwen3",
+    "opt": "OPT",
+    "phi3": "Phi-3, Phi-3.5, Phi-4",
+    "gpt_neox": "GPT-NeoX-20B, Pythia",
+    "glm4": "GLM-4-0414",
+    "gpt2": "GPT-2",
+    "bloom": "BLOOM",
+    "falcon": "Falcon 7B, 40B, RW, 11B",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3, text alone (270M, 1B)",
+    "olmo2": "OLMo 2",
+    "cohere": "Command R, R+",
+    "cohere2": "Command R7B, A",
+    "stablelm": "StableLM 2, 3B",
+    "granite": "Granite 3",
+    "smollm3": "SmolLM3",
+    "ministral": "Ministral 8B",
+    "ministral3": "Ministral 3, text alone",
+    "mixtral": "Mixtral 8x7B, 8x22B",
+    "qwen3_moe": "Qwen3-30B-A3B, 235B-A22B",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
+    "olmoe": "OLMoE",
+}
 GROUPS, TRAINED = "weights.grid.group_size=16", "tuning.held_out=1"
 NAMED: Mapping[str, tuple[str, ...]] = {
     "rtn-w4": (GROUPS, "weights.grid.bits=8"),
@@ -85,14 +117,31 @@ RECIPES: Mapping[str, Recipe] = {name: _small(named_recipe(name), settings) for 
 }  # fmt: skip
 
 
+# Every row of the table, and variants of some: the configuration's type, and what it says.
+FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {"num_hidden_layers": LAYERS}) for family in ARCHITECTURES},
+    **{
+        name: (family, {"num_hidden_layers": LAYERS, **overrides})
+        for name, (family, overrides) in VARIANTS.items()
+        if family in ARCHITECTURES
+    },
+}
+
+
 @cache
-def _empty(family: str) -> PreTrainedModel:
-    return empty_model_of(tiny_config(family, num_hidden_layers=LAYERS))
+def _empty(family: str) -> PreTrainedModel | str:
+    """A model without weights; why not, of a variant that its row does not know."""
+    kind, overrides = FAMILIES[family]
+    try:
+        return empty_model_of(tiny_config(kind, **overrides))
+    except UserError as error:
+        return str(error)
 
 
 def decided(family: str, recipe: str, prefix: str) -> str | None:
     """Why a cell refuses, in one line; None if it shall run. Nothing is loaded."""
-    return refusal(_empty(family), RECIPES[recipe], PREFIXES[prefix])
+    model = _empty(family)
+    return model if isinstance(model, str) else refusal(model, RECIPES[recipe], PREFIXES[prefix])
 
 
 @dataclass
@@ -171,8 +220,8 @@ def held_to_the_laws(cell: Cell, dense: PreTrainedModel) -> None:
 
 
 def _weights_are_near(checkpoint: Path, twin: PreTrainedModel, bits: int) -> None:
-    # A step takes 2⁻ᵇ of a range of a few deviations. GPTQ adds to its error where the text is short; another basis would
-    # be √2 away.
+    # A step takes 2⁻ᵇ of a range of a few deviations. GPTQ adds to its error where the text is short; another basis
+    # would be √2 away.
     bound = min(1.0, 6 * 2.0 ** -min(bits, 4))
     for index in range(LAYERS):
         for name, (kind, tensors, header) in read_block(block_file(checkpoint, index)).linears.items():
@@ -201,6 +250,31 @@ def table(families: list[str], recipes: list[str]) -> str:
     return "\n".join(lines)
 
 
+def models() -> str:
+    """The tables of docs/models.md."""
+    lines = ["| model_type | models | laid out | refused |", "|---|---|---|---|"]
+    notes: dict[str, int] = {}  # and its number
+    for family, (kind, overrides) in FAMILIES.items():
+        refused: dict[str, list[str]] = {}
+        for recipe in RECIPES:
+            if (reason := decided(family, recipe, "none")) is not None:
+                refused.setdefault(reason, []).append(recipe)
+        places = []
+        for reason, recipes in refused.items():
+            what = "every method" if len(recipes) == len(RECIPES) else ", ".join(f"`{recipe}`" for recipe in recipes)
+            own = reason.replace(f"this {kind} model", "this model").replace(f"this {kind}", "this model")
+            first = own[0] if "." in own.split()[0] else own[0].upper()  # a module keeps its name
+            text = f"{first}{own[1:]}. Refused: {what}"
+            places.append(str(notes.setdefault(text, len(notes) + 1)))
+        model = _empty(family)
+        own = "" if isinstance(model, str) else laid_out(architecture_of(model.config))
+        own = "–" if not own or own.startswith("nothing") else own.replace("4 experts", "experts")
+        said = ", ".join(f"{name}={value}" for name, value in overrides.items() if name != "num_hidden_layers")
+        lines.append(f"| `{kind}` | {said or MODELS[family]} | {own} | {', '.join(places) or '–'} |")
+    lines += ["", *(f"{number}. {text}." for text, number in notes.items())]
+    return "\n".join(lines)
+
+
 def run_all(families: list[str], recipes: list[str]) -> int:
     """Run every cell that is not refused; print what is wrong, and return how often."""
     from conftest import _tiny_checkpoint
@@ -211,7 +285,10 @@ def run_all(families: list[str], recipes: list[str]) -> int:
         text = Path(folder) / "text.txt"
         text.write_text(FOXES)
         for family in families:
-            checkpoint = _tiny_checkpoint(Path(folder), family, num_hidden_layers=LAYERS)
+            kind, overrides = FAMILIES[family]
+            if isinstance(_empty(family), str):
+                continue
+            checkpoint = _tiny_checkpoint(Path(folder) / family.replace(" ", "-"), kind, **overrides)
             dense = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
             cells = [(r, p) for r in recipes for p in PREFIXES if decided(family, r, p) is None]
             for recipe, prefix in cells:
@@ -228,11 +305,15 @@ def run_all(families: list[str], recipes: list[str]) -> int:
 def main() -> None:
     """Print the matrix; exit code 1 if a cell that shall run does not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--run", action="store_true", help="run the cells too: about half a second each")
+    parser.add_argument("--models", action="store_true", help="print the tables of docs/models.md instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.models:
+        print(models())
+        return
     print(table(options.families, options.recipes))
     if options.run:
         logging.disable()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import FOXES
-from matrix import LAYERS, PREFIXES, RECIPES, TEXT, Cell, decided, held_to_the_laws
+from matrix import FAMILIES, MODELS, PREFIXES, RECIPES, TEXT, Cell, decided, held_to_the_laws, models
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from corpora.errors import UserError
@@ -19,7 +19,6 @@ from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.runs.opening import load_model
 
-FAMILIES = list(ARCHITECTURES)
 CELLS = [(recipe, prefix) for recipe in RECIPES for prefix in PREFIXES]
 # What a row can be wrong about, on every family: the order of linears, feeds, norms, RoPE, the residual stream.
 OFTEN = [("gptq-w4", "xy"), ("awq-w4", "bos"), ("omniquant-let", "xy"), ("quarot", "bos"), ("smooth", "xy"),
@@ -51,13 +50,18 @@ def opened(place: Path, tiny_checkpoint: Callable[..., Path]) -> Opened:
 
     @cache
     def make(family: str) -> tuple[Path, PreTrainedModel]:
-        checkpoint = tiny_checkpoint(place / "dense", family, num_hidden_layers=LAYERS)
+        kind, overrides = FAMILIES[family]
+        checkpoint = tiny_checkpoint(place / family.replace(" ", "-"), kind, **overrides)
         return checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint).eval().requires_grad_(False)
 
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Those that their row does not refuse whole.
+OPEN = [family for family in FAMILIES if decided(family, "rtn-w4", "none") is None]
+
+
+@pytest.mark.parametrize("family", OPEN)
 @torch.no_grad()
 def test_the_model_that_methods_see_is_transformers_own(family: str, opened: Opened) -> None:
     checkpoint, own = opened(family)
@@ -66,7 +70,7 @@ def test_the_model_that_methods_see_is_transformers_own(family: str, opened: Ope
     torch.testing.assert_close(ours(TEXT).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OPEN)
 @torch.no_grad()
 def test_text_behind_a_prefix_is_the_whole_text_with_pads_or_without(family: str, opened: Opened) -> None:
     checkpoint, own = opened(family)
@@ -115,5 +119,15 @@ def test_a_refusal_is_one_line_that_names_the_family_and_the_way_out(family: str
         assert "\n" not in reason
         assert ";" in reason, "what to do instead"
     runs = [cell for cell in CELLS if decided(family, *cell) is None]
-    assert ("rtn-w4", "none") in runs, "a family of the table can be rounded to nearest"
-    assert ("gptq-w4", "xy") in runs
+    if family in ARCHITECTURES:  # of a variant, all may be refused
+        assert {("rtn-w4", "none"), ("gptq-w4", "xy"), ("kv:per_head", "bos")} <= set(runs)
+
+
+def test_the_page_of_models_says_what_is_decided() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    _, _, behind = page.partition("<!-- models -->\n")
+    assert behind.partition("\n<!-- end -->")[0] == models(), "python -m tests.matrix --models prints it"
+
+
+def test_every_family_of_the_table_has_a_name_that_people_know() -> None:
+    assert list(MODELS) == list(ARCHITECTURES)

@@ -328,9 +328,9 @@ def test_absent_text_an_unknown_architecture_and_a_text_without_pivots_are_named
     plain = tiny_checkpoint(intactkv_root / "other", "llama")
     code, _, err = program("kv-smooth", "--model", plain, "--corpus", text, *SMALL, "--out", intactkv_root / "f")
     assert (code, "0 of 24 tokens are pivot tokens" in err) == (2, True)
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "mpt"}))
     code, _, err = program("act", "--model", model, "--corpus", text, "--out", intactkv_root / "f")
-    assert (code, "'gpt_neox' is not in the architecture table" in err) == (2, True)
+    assert (code, "'mpt' is not in the architecture table" in err) == (2, True)
 
 
 def test_without_out_the_figures_lie_in_the_outputs_as_png_and_pdf(program, model, text, intactkv_root):

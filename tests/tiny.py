@@ -55,6 +55,21 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True},
 }
 
+# Configurations of a type that is more than one model: its name, the type, and what differs from the tiny one.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt post-norm": ("opt", {"do_layer_norm_before": False}),
+    "opt projected": ("opt", {"word_embed_proj_dim": 32}),
+    "gpt_neox serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon grouped": ("falcon", {"new_decoder_architecture": True, "multi_query": False}),
+    "falcon alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
+                                "num_kv_heads": 4}),
+    "stablelm parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "cohere norms": ("cohere", {"use_qk_norm": True}),
+    "olmoe clipped": ("olmoe", {"clip_qkv": 2.0}),
+    "qwen3_moe mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "gemma2 both ways": ("gemma2", {"use_bidirectional_attention": True}),
+}  # fmt: skip
+
 
 @cache
 def _fields(model_type: str) -> frozenset[str]:

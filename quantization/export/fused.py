@@ -18,7 +18,7 @@ from intactkv.layout import joined
 from quantization.grids.stored import StoredWeight
 from quantization.grids.uniform import QuantizedTensor
 
-__all__ = ["as_stored"]
+__all__ = ["as_stored", "check_packed"]
 
 DENSE = "export real values: --format dense"
 
@@ -75,14 +75,23 @@ def as_stored(
     yield from weights.items()
 
 
+def check_packed(names: Architecture) -> None:
+    """Raise UserError for a family whose matrices no format of codes can hold."""
+    for fused in names.fused:
+        if fused.transposed:
+            raise _conv1d(fused.module)
+
+
+def _conv1d(name: str) -> UserError:
+    return UserError(f"{name} is no linear in transformers' model but a Conv1D, which no packed format holds; {DENSE}")
+
+
 def _whole(fused: Fused, weights: Mapping[str, StoredWeight], name: str, packed: bool) -> StoredWeight:
     first, *others = weights.values()
     if not packed:
         return _Values(joined(fused, {part: weight.dequantize() for part, weight in weights.items()}))
     if fused.transposed:
-        raise UserError(
-            f"{name} is no linear in transformers' model but a Conv1D, which no packed format holds; {DENSE}"
-        )
+        raise _conv1d(name)
     if not isinstance(first, QuantizedTensor):
         return first  # the format refuses it in its own words
     for other in others:

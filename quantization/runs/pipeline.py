@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +196,13 @@ def _empty_model_for(source: Path, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def check_recipe(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise UserError for a recipe that a model's blocks, which need no weights, cannot take."""
+def check_recipe(model: PreTrainedModel, recipe: Recipe, only: Collection[int] | None = None) -> None:
+    """Raise UserError for a recipe that a model's blocks, which need no weights, cannot take. only: blocks to look at,
+    where the others are like them; None for all."""
     architecture = architecture_of(model.config)
     for index, module in enumerate(architecture.blocks_of(model)):
+        if only is not None and index not in only:
+            continue
         block = DecoderBlock(index, module, architecture, model.config)
         rotated = {name for step in recipe.transforms for name in step.rotated_inputs(block)}
         for part in (*recipe.transforms, recipe.weights):

@@ -1,0 +1,188 @@
+"""python -m corpora check: what it says of a directory is what the programs do with it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import every
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from corpora.__main__ import main
+from eval.doctor import suits
+from intactkv.architecture import ARCHITECTURES
+from quantization.__main__ import main as quantize
+from quantization.grids.uniform import UniformGrid
+from quantization.recipes.recipe import Recipe
+from quantization.runs.pipeline import quantize_checkpoint
+from quantization.weights.rtn import RTN
+
+FAMILIES = ["llama", "opt", "qwen3", "phi3", "gpt_neox", "gpt2", "bloom", "gemma2", "cohere", "mixtral", "helium"]
+RECIPES = ["rtn-w4", "omniquant-let", "quarot"]
+
+Check = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+    """made(family) -> a tiny checkpoint that tests only read."""
+    folder = tmp_path_factory.mktemp("checked")
+
+    def make(family: str) -> Path:
+        there = folder / f"tiny-{family}"
+        return there if there.is_dir() else tiny_checkpoint(folder, family, num_hidden_layers=2)
+
+    return make
+
+
+@pytest.fixture
+def check(run_main: Callable[..., tuple[int, str, str]]) -> Check:
+    """check(directory) -> (exit code, what it prints as JSON)."""
+
+    def run(directory: Path) -> tuple[int, dict[str, Any]]:
+        code, out, err = run_main(main, "check", directory, "--json")
+        assert code in (0, 1), err
+        return code, json.loads(out)
+
+    return run
+
+
+def reasons(found: dict[str, Any], kind: str) -> dict[str, str | None]:
+    return {method["name"]: method["reason"] for method in found["methods"] if method["kind"] == kind}
+
+
+@every("family", FAMILIES)
+def test_the_facts_are_those_of_transformers_own_model(family: str, made: Callable[[str], Path], check: Check) -> None:
+    directory = made(family)
+    code, found = check(directory)
+    own = AutoModelForCausalLM.from_pretrained(directory)
+    facts = found["facts"]
+    assert (code, found["damage"], found["runs"]) == (0, None, True)
+    assert facts["family"] == family
+    assert facts["parameters"] == sum(p.numel() for p in own.parameters())
+    assert (facts["blocks"], facts["hidden size"], facts["stored as"]) == (2, 64, "F32")
+    assert facts["bytes of weights"] == (directory / "model.safetensors").stat().st_size
+    keys = own(torch.tensor([[1, 5, 7]]), use_cache=True).past_key_values.layers[0].keys
+    assert (facts["KV heads"], facts["channels of a head"]) == (keys.shape[1], keys.shape[3])
+    if family in ARCHITECTURES:
+        block = next(m for m in own.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)[0]
+        assert facts["bytes of one block"] == 4 * sum(p.numel() for p in block.parameters())
+
+
+@every("family", FAMILIES)
+def test_what_it_says_of_a_recipe_is_what_quantization_says(
+    family: str, made: Callable[[str], Path], run_main: Callable[..., tuple[int, str, str]], check: Check, text: Path
+) -> None:
+    directory = made(family)
+    said = reasons(check(directory)[1], "recipe")
+    for recipe in RECIPES:
+        words = ["--model", directory, "--recipe", recipe, "--plan"]
+        if recipe != "rtn-w4":
+            words += ["--calibration", text, "--calibration-samples", 2, "--calibration-length", 16]
+        code, _, err = run_main(quantize, *words)
+        assert code == (0 if said[recipe] is None else 2), err
+        if said[recipe] is not None:
+            assert err.strip() == f"error: {said[recipe]}"
+
+
+def test_a_layout_is_told_in_words(made: Callable[[str], Path], check: Check) -> None:
+    def laid_out(family: str) -> str:
+        return str(check(made(family))[1]["facts"]["laid out"])
+
+    assert laid_out("llama").startswith("nothing")
+    assert "self_attn.qkv_proj as q_proj, k_proj, v_proj" in laid_out("phi3")
+    assert "4 experts of gate_proj, up_proj, down_proj" in laid_out("mixtral")
+    assert "stored as input × output" in laid_out("gpt2")
+    assert "no row" in laid_out("helium")
+
+
+def test_a_family_without_a_row_still_has_prefixes_and_kv_policies(made: Callable[[str], Path], check: Check) -> None:
+    code, found = check(made("helium"))
+    assert code == 0
+    recipes, kv = reasons(found, "recipe"), reasons(found, "kv")
+    assert recipes["fp16"] is None
+    assert "llama, whose blocks hold matrices of the same names" in str(recipes["gptq-row"])
+    assert kv["per_head"] is None
+    assert "'helium' is not in the architecture table" in str(kv["static"])
+    assert reasons(found, "prefix")["bos"] is None
+    assert all(reasons(found, "export").values())
+
+
+def test_a_transposed_family_is_exported_as_real_values_alone(made: Callable[[str], Path], check: Check) -> None:
+    found = reasons(check(made("gpt2"))[1], "export")
+    assert found.pop("dense") is None
+    assert all("Conv1D" in str(reason) for reason in found.values())
+    assert not any(reasons(check(made("phi3"))[1], "export").values())
+
+
+@every("damage", ["missing", "truncated", "shape", "tensor", "index"])
+def test_damaged_files_are_named_and_nothing_runs(
+    damage: str,
+    made: Callable[[str], Path],
+    check: Check,
+    run_main: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+) -> None:
+    directory = shutil.copytree(made("phi3"), tmp_path / damage)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif damage == "index":
+        weight_map = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    else:
+        tensors[name] = tensors[name][:8].contiguous()
+        if damage == "tensor":
+            del tensors[name]
+        save_file(tensors, file, {"format": "pt"})
+    code, found = check(directory)
+    assert (code, found["runs"]) == (1, False)
+    expected = {"missing": "holds no *.safetensors", "truncated": "model.safetensors", "shape": "has shape (8, 96)",
+                "tensor": f"lacks the tensor '{name}'", "index": "which is missing"}[damage]  # fmt: skip
+    assert expected in found["damage"]
+    assert "\n" not in found["damage"]
+    code, _, err = run_main(quantize, "--model", directory, "--recipe", "bcq-row", "--plan")
+    assert (code, err.strip()) == (2, f"error: {found['damage']}")
+    assert reasons(found, "recipe")["bcq-row"] is None  # as it would be once the files are whole
+
+
+def test_what_is_no_model_gets_one_line(
+    run_main: Callable[..., tuple[int, str, str]], tmp_path: Path, made: Callable[[str], Path]
+) -> None:
+    empty, other = tmp_path / "empty", tmp_path / "t5"
+    empty.mkdir()
+    shutil.copytree(made("llama"), other)
+    (other / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    cases = {empty: "holds no config.json", other: "no causal language model", tmp_path / "nowhere": "is missing"}
+    for directory, said in cases.items():
+        code, out, err = run_main(main, "check", directory)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert said in err
+
+
+def test_a_quantized_checkpoint_takes_caches_and_prefixes_alone(
+    made: Callable[[str], Path], check: Check, tmp_path: Path
+) -> None:
+    out = quantize_checkpoint(made("llama"), Recipe(weights=RTN(UniformGrid(4))), tmp_path / "quantized")
+    code, found = check(out)
+    recipes = reasons(found, "recipe")
+    assert (code, recipes["fp16"], recipes["kv4"]) == (0, None, None)
+    assert "is quantized already" in str(recipes["rtn-w4"])
+    assert found["facts"]["quantized"] == "rtn-w4row"
+
+
+def test_the_text_says_every_method_once(made: Callable[[str], Path], run_main: Callable[..., Any]) -> None:
+    code, out, _ = run_main(main, "check", made("cohere"))
+    assert code == 0
+    words = out.replace(",", " ").replace(":", " ").split()
+    for method in suits.check(made("cohere")).methods:
+        assert method.name in words
+    assert max(map(len, out.splitlines())) <= 120 or "/" in max(out.splitlines(), key=len)
