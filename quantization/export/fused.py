@@ -66,7 +66,13 @@ def as_stored(
         own = {part: weights.pop(name) for part, name in parts.items() if name in weights}
         if own:
             yield owner, _whole(fused, own, owner, packed)
-    yield from weights.items()
+    for name, weight in weights.items():
+        if packed and names.expert_of(name.removeprefix(f"{block}.")) is not None:
+            raise UserError(
+                f"{name}: transformers keeps the experts of a block in one tensor, which it reads in no packed format; "
+                f"{DENSE}"
+            )
+        yield name, weight
 
 
 def _whole(fused: Fused, weights: Mapping[str, StoredWeight], name: str, packed: bool) -> StoredWeight:
