@@ -39,6 +39,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "opt": ("opt", {}),
     "opt-tied": ("opt", {"tie_word_embeddings": True}),
+    "cohere": ("cohere", {"tie_word_embeddings": True, "logit_scale": 1.0}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
 }  # fmt: skip
 VARIANTS = {
     "quarot": Rotate(),
@@ -234,9 +236,10 @@ def test_without_online_rotations_other_runtimes_load_it_unless_its_norms_are_ot
     made = quantize_checkpoint(checkpoint("llama"), recipe, tmp_path / "llama")
     export_checkpoint(made, tmp_path / "export", "dense")
     assert torch.equal(dense(tmp_path / "export")(SEGMENTS).logits, load_quantized(made)(SEGMENTS).logits)
-    made = quantize_checkpoint(checkpoint("opt"), recipe, tmp_path / "opt")
-    with pytest.raises(UserError, match="has norms that a plain opt does not have"):
-        export_checkpoint(made, tmp_path / "refused", "dense")
+    for family in ("opt", "cohere"):  # a norm of the latter has the names of the one that takes its place
+        made = quantize_checkpoint(checkpoint(family), recipe, tmp_path / family)
+        with pytest.raises(UserError, match=f"has norms that a plain {family} does not have"):
+            export_checkpoint(made, tmp_path / "refused", "dense")
     with pytest.raises(UserError, match="quantizes or rotates"):
         export_checkpoint(quantize_checkpoint(checkpoint("llama"), w4a4(), tmp_path / "a4"), tmp_path / "x", "dense")
 

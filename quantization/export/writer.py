@@ -32,6 +32,7 @@ from quantization.runs.checkpoint import (
     MANIFEST,
     block_file,
     copy_companions,
+    empty_quantized,
     is_quantized,
     read_block,
     read_manifest,
@@ -162,6 +163,12 @@ def export_checkpoint(
     manifest = read_source(source, out)
     plan = plan_run(source, Recipe(prefix=prefix), device=torch.device(device))
     model = empty_model(source)
+    _, own = empty_quantized(source)
+    if [type(module) for module in own.modules()] != [type(module) for module in model.modules()]:
+        raise UserError(
+            f"{source} has norms that a plain {model.config.model_type} does not have ({manifest['label']}), so no "
+            "other runtime could compute it; export a recipe that does not rotate"
+        )
     export = Export(out, FORMATS[format_name], dtype or model.dtype)
     if plan.choice.ids:
         export.prefix = plan.intact_prefix()
@@ -205,13 +212,6 @@ def _packed_blocks(
             raise UserError(
                 f"{source} quantizes or rotates more than weights ({manifest['label']}): inputs, "
                 "attention or the KV cache, which no format here can say; export a recipe that quantizes weights only"
-            )
-        there = {*block.parameters, *(f"{linear}.weight" for linear in block.linears)}
-        if place and there != {name for name in model.state_dict() if name.startswith(f"{place}.")}:
-            raise UserError(
-                f"{source} has norms that a plain {model.config.model_type} does not have "
-                f"({manifest['label']}), so no other runtime could load it; export a recipe that does not "
-                "rotate"
             )
         tensors = {
             name: _narrowed(tensor, dtype, name) if dtype is not None and tensor.is_floating_point() else tensor
