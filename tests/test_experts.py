@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import quantization.runs.pipeline as pipeline
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
+from intactkv.discover import down_maxima
 from intactkv.experts import SeparateExperts
 from intactkv.layout import Part, lay_out, sources_of
 from intactkv.observe import hooked, outputs_of
@@ -66,15 +67,20 @@ def lonely(model_type: str = "mixtral", **overrides: Any) -> PreTrainedModel:
     return model
 
 
-def read_by_experts(block: DecoderBlock) -> dict[int, tuple[Tensor, Tensor]]:
-    """What the first and the last linears of every expert read, in float64, by the formula: its tokens' outputs of the
-    norm; the gated product."""
+def outputs_in_front(block: DecoderBlock) -> list[Tensor]:
+    """What the norm in front of the router puts out, sample by sample."""
     assert block.stream is not None
-    mlp: Any = block.module.mlp
     with outputs_of([block.module.get_submodule("post_attention_layernorm")]) as normed:
         for hidden in block.stream.hidden:
             block.stream.forward(block, hidden)
-    x = torch.cat([y.flatten(0, 1) for y in normed])
+    return normed
+
+
+def read_by_experts(block: DecoderBlock) -> dict[int, tuple[Tensor, Tensor]]:
+    """What the first and the last linears of every expert read, in float64, by the formula: its tokens' outputs of the
+    norm; the gated product."""
+    mlp: Any = block.module.mlp
+    x = torch.cat([y.flatten(0, 1) for y in outputs_in_front(block)])
     chosen = linear(x, mlp.gate.weight).topk(block.config.num_experts_per_tok, dim=-1).indices
     found = {}
     for index in range(block.config.num_local_experts):
@@ -292,6 +298,21 @@ def test_the_scales_of_a_norm_are_weighed_by_all_tokens() -> None:
     maxima = input_maxima(block)
     tokens = torch.cat([x for x, _ in read_by_experts(block).values()])
     assert_close(maxima["mlp.gate"].double(), tokens.abs().amax(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_look_at_the_last_linears_shows_every_token_what_its_experts_read() -> None:
+    model = tiny_model("mixtral")
+    block = block_of(model)
+    x = torch.cat([y.flatten(0, 1) for y in outputs_in_front(block)])
+    chosen = linear(x, block.module.get_parameter("mlp.gate.weight")).topk(2, dim=-1).indices
+    truth = torch.stack([torch.cat([_product(block, int(e), x[t]) for e in of]) for t, of in enumerate(chosen)])
+    found = down_maxima(model, SEGMENTS)[0]
+    assert_close(found, truth.abs().amax(-1).view(SEGMENTS.shape), rtol=1e-5, atol=1e-5)
+
+
+def _product(block: DecoderBlock, index: int, x: Tensor) -> Tensor:
+    expert: Any = block.module.get_submodule(f"mlp.experts.{index}")
+    return silu(linear(x, expert.gate_proj.weight)) * linear(x, expert.up_proj.weight)
 
 
 # transforms -----------------------------------------------------------------------------------------------------------
