@@ -55,15 +55,21 @@ def as_stored(
     for fused in names.fused:
         owner = f"{block}.{fused.module}"
         parts = {part: f"{owner}.{part}" for part in fused.parts} or {"": owner}
+        own = {part: weights.pop(name) for part, name in parts.items() if name in weights}
         for parameter in ("weight", "bias"):
             plain = {
                 part: tensors.pop(f"{name}.{parameter}")
                 for part, name in parts.items()
                 if f"{name}.{parameter}" in tensors
             }
-            if plain:
+            if own and plain and parameter == "weight":
+                if packed:
+                    raise UserError(
+                        f"{owner}: of its parts {', '.join(plain)} are not quantized, and all are one matrix; {DENSE}"
+                    )
+                own = {part: own.get(part) or _Values(plain[part]) for part in parts}
+            elif plain:
                 tensors[f"{owner}.{parameter}"] = joined(fused, plain)
-        own = {part: weights.pop(name) for part, name in parts.items() if name in weights}
         if own:
             yield owner, _whole(fused, own, owner, packed)
     for name, weight in weights.items():
