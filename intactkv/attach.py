@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.architecture import decoder_of, heads_of, pads_shift
-from intactkv.attention import take_over
+from intactkv.attention import asks, take_over
 from intactkv.cache import IntactCache
 from intactkv.finite import FiniteLogits, finite
 from intactkv.policy import KVPolicy
@@ -132,8 +132,13 @@ class IntactModel:
     def new_cache(self, single_pass: bool = False) -> IntactCache:
         """A fresh cache that holds the prefix and applies the KV policy; `single_pass` if one pass is all it is for."""
         if self.prefix is None:
-            return IntactCache(self.model.config, policy=self.kv, single_pass=single_pass)
-        return self.prefix.cache(self.model.config, self.kv, single_pass)
+            cache = IntactCache(self.model.config, policy=self.kv, single_pass=single_pass)
+        else:
+            cache = self.prefix.cache(self.model.config, self.kv, single_pass)
+        if not asks(type(self.model)):
+            for layer in cache.intact_layers:
+                layer.store.direct = None  # codes are decoded for attention of its own code
+        return cache
 
     def feed(
         self,

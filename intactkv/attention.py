@@ -52,8 +52,8 @@ PRODUCTS = "intactkv_products"
 
 # What KV policies need a function of here, and what goes without, for messages.
 NEEDED = (
-    "a KV policy that keeps its newest tokens exact, or attends to packed codes,",
-    "choose one that rounds every token at once and keeps numbers, such as --kv per_head --kv-storage fake",
+    "a KV policy that keeps its newest tokens exact",
+    "choose one that rounds every token at once, such as --kv per_head",
 )
 
 # What some models ask of attention between its products, and torch's function refuses or passes over.

@@ -176,12 +176,12 @@ BLOCK_OUTPUT = Site("block", "output of the block", "")
 
 
 def input_sites(architecture: Architecture) -> tuple[Site, ...]:
-    """The inputs of a block's linears: one site for those that read the same tensor, named after the first."""
+    """The inputs of a block's linears: one site for those that read the same tensor, named after the first. Those of
+    all experts are two: what goes into them, and what the last linears of those that a token is sent to read."""
     sites = []
-    for linears in architecture.linears:
-        if architecture.expert_of(linears[0]) is None:
-            short = [linear.rpartition(".")[2] for linear in linears]
-            sites.append(Site(short[0], f"input of {', '.join(short)}", linears[0], output=False))
+    for linears in architecture.everywhere:
+        short = [linear.rpartition(".")[2] for linear in linears]
+        sites.append(Site(short[0], f"input of {', '.join(short)}", linears[0], output=False))
     if (experts := architecture.experts) is not None:
         sites.append(Site("experts", f"input of experts' {', '.join(experts.inputs)}", experts.module, output=False))
         name, label = f"experts_{experts.output}", f"input of experts' {experts.output}"
@@ -190,8 +190,10 @@ def input_sites(architecture: Architecture) -> tuple[Site, ...]:
 
 
 def down_input(architecture: Architecture) -> Site:
-    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at."""
-    return input_sites(architecture)[-1]
+    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at; where each
+    expert has one, and no token sees all of them, of those that a token is sent to."""
+    sites = input_sites(architecture)
+    return next((site for site in sites if site.module == architecture.down), sites[-1])
 
 
 def output_sites(architecture: Architecture, pre_rope: bool) -> tuple[Site, ...]:

@@ -163,6 +163,11 @@ class Architecture:
         return (*common, *(f"{self.experts.of(i)}.{self.experts.output}" for i in range(self.experts.count)))
 
     @property
+    def everywhere(self) -> tuple[tuple[str, ...], ...]:
+        """The sets of linears that every token reaches: all but the experts'."""
+        return tuple(names for names in self.linears if self.expert_of(names[0]) is None)
+
+    @property
     def routers(self) -> tuple[str, ...]:
         """What reads along with the linears and is never rounded; a linear, too, in some families."""
         return tuple(dict.fromkeys(name for feed in self.feeds for name in feed.routers))

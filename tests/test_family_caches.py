@@ -12,16 +12,19 @@ from tiny import WINDOW, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma3nTextConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corpora.errors import UserError
+from eval.inside.analysis import position_share
 from intactkv.architecture import architecture_of, heads_of
 from intactkv.attach import attach
 from intactkv.attention import ROWS as WITH_ROWS
 from intactkv.attention import asks
 from intactkv.cache import IntactCache
 from intactkv.calibrate import Sample, sample_loss
+from intactkv.discover import down_maxima
 from intactkv.layout import lay_out
-from intactkv.observe import attention_mass, inputs_of
+from intactkv.observe import Site, attention_mass, down_input, input_sites, inputs_of, observe
 from intactkv.pivots import hidden_magnitudes
 from intactkv.policy import Bound
 from intactkv.prefix import Prefix, build_prefix
@@ -152,6 +155,19 @@ def test_a_window_of_exact_tokens_longer_than_the_text_is_full_precision_or_is_r
     assert asks(type(model)) == (name not in OWN_ATTENTION)
 
 
+@pytest.mark.parametrize("name", sorted(OWN_ATTENTION))
+def test_codes_are_decoded_for_attention_in_code_of_its_own(name):
+    """Token by token: where codes could be attended to as they are, if the model asked for our function."""
+    model, policy = model_of(name), TOKENWISE["per_head"]
+    logits = []
+    for packed in (False, True):
+        intact = attach(model, prefix_of(name), Bound(policy, packed=packed))
+        held = intact.new_cache()
+        logits.append(torch.cat([intact.feed(x, cache=held).logits for x in TEXT[None, P:20].split(1, dim=1)], dim=1))
+        assert bool(held.intact_layers[0].store.keys.codes) == packed
+    assert relative(logits[1], logits[0]) < 1e-5
+
+
 @every(("model_type", "overrides"), [
     ("gemma2", CAPPED),
     ("gpt_oss", CAPPED | {"sliding_window": 4}),
@@ -236,3 +252,36 @@ def test_layers_that_read_the_keys_and_values_of_others_are_refused():
         UserError, match=r"layer 2 of this gemma3n_text model keeps a .* with keys and values of their own"
     ):
         IntactCache(config)
+
+
+def test_figures_show_every_token_what_its_own_experts_read():
+    """An expert's inputs are fewer rows than the text has; those of all experts that a token is sent to are its row."""
+    model = model_of("mixtral")
+    architecture = architecture_of(model.config)
+    shapes: dict[str, torch.Size] = {}
+
+    def look(site: Site, _layer: int, _row: int, x: Tensor) -> None:
+        shapes[site.name] = x.shape
+
+    observe(attach(model, None), TEXT[None], input_sites(architecture), look)
+    widths = {"q_proj": 64, "o_proj": 64, "experts": 64, "experts_down_proj": 2 * 96}
+    assert shapes == {name: torch.Size([1, len(TEXT), width]) for name, width in widths.items()}
+    shares = position_share(model, TEXT[None], [range(len(TEXT))])
+    assert_close(torch.stack(list(shares.values())), torch.ones(2, 3))
+    assert down_maxima(model, TEXT[None]).shape == (3, 1, len(TEXT))
+    assert down_input(architecture).part == "down_proj"
+
+
+def test_biases_by_position_are_added_in_front_of_the_mask():
+    """As some models ask for; the truth is a plain formula in float64."""
+    random = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 4, count, 8, generator=random) for count in (5, 9, 9))
+    bias = torch.randn(1, 4, 1, 9, generator=random)
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)[None, None]
+    scores = query.double() @ key.double().transpose(2, 3) * 0.3 + bias.double()
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.double()
+    for given in (mask, None):
+        found, _ = ALL_ATTENTION_FUNCTIONS["intact"](
+            torch.nn.Module(), query, key, value, given, scaling=0.3, position_bias=bias
+        )
+        assert relative(found.transpose(1, 2).double(), expected) < 1e-6

@@ -33,7 +33,7 @@ def position_share(model: PreTrainedModel, segments: Tensor, positions: Sequence
     """
     architecture = architecture_of(model.config)
     blocks = architecture.blocks_of(model)
-    names = [linears[0] for linears in architecture.linears]
+    names = [linears[0] for linears in architecture.everywhere]
     energy = {name: torch.zeros(len(blocks), segments.shape[1], dtype=torch.float64) for name in names}
     owned = {name: torch.zeros(len(blocks), dtype=torch.float64) for name in names}
     chosen: list[int] = []  # of the segment that is running

@@ -49,7 +49,7 @@ def linear_statistics(
     x: the input, all tokens that the linear processes (an intact prefix is not among them), its error that of what the
     product takes; behind the online rotation where there is one. w: the twin's weight, its error that of the current
     one. o: the twin's output for this x, bias included, its error that of the real output. x and o: means over the
-    windows, as published.
+    windows, as published; of an expert over those that send it a token, nan if none does.
     Memory: one linear's input and output at a time, in float64. report: called after each window.
     """
     rows: list[dict[str, str | int | float]] = []
@@ -65,8 +65,9 @@ def linear_statistics(
                 last[:] = [(x, spread(x))]
             figures = {f"{name}_x": value for name, value in last[0][1].items()}
             figures |= {"sqnr_x": of_input.sqnr, "mse_x": of_input.mse, "sqnr_o": loss.sqnr, "mse_o": loss.mse}
+            row["seen"] = row.get("seen", 0) + 1
             for name, value in figures.items():
-                row[name] = row.get(name, 0.0) + value / len(windows.fed)
+                row[name] = row.get(name, 0.0) + value
 
         return _watch(module, look)
 
@@ -82,6 +83,9 @@ def linear_statistics(
         for i in range(len(windows.fed)):
             pair.run(pair.quantized, pair.fed(windows, i))
             report()
+    for row in rows:
+        seen = row.pop("seen", 0)  # an expert may see no token of some windows, or of all
+        row |= {key: row[key] / seen if seen else math.nan for key in COLUMNS if not key.endswith("_w")}
     return [{key: row[key] for key in ("block", "linear", *COLUMNS)} for row in rows]
 
 
@@ -89,7 +93,7 @@ def linear_statistics(
 def layerwise_distance(
     pair: Pair, windows: Windows, report: Callable[[], Any] = lambda: None
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The three curves, and the figures of the logits.
+    """The three curves, and the figures of the logits. Experts, which see a part of the tokens, are in the output.
 
     Returns rows of arm, curve, block, linear (`-` for the output), sqnr, median_token_sqnr (see `TokenLoss`), mse; and
     kl (nats, mean over positions), top1_agreement (0…1), max_logit_change. All count the text's tokens only, so that
@@ -97,7 +101,8 @@ def layerwise_distance(
     Memory: two models, and of one window the twin's inputs of every set of linears and its block outputs (on the CPU).
     report: called after each window.
     """
-    losses = {(curve, block, name): TokenLoss() for block, name, _, _ in pair.linears() for curve in ("own", "input")}
+    names = [(block, name) for block, name, _, _ in pair.linears(everywhere=True)]
+    losses = {(curve, *name): TokenLoss() for name in names for curve in ("own", "input")}
     losses |= {("output", block, "-"): TokenLoss() for block in range(len(pair.blocks(pair.quantized)))}
     logits = LogitLoss()
     for i in range(len(windows.fed)):
@@ -133,7 +138,7 @@ def _keep(pair: Pair, kept: dict[tuple[int, str], Tensor]) -> Iterator[Removable
 
     for block, module in enumerate(pair.blocks(pair.reference)):
         yield on_output(module, partial(keep, (block, "-")))
-        for names in pair.architecture.linears:
+        for names in pair.architecture.everywhere:
             yield on_input(module.get_submodule(names[0]), partial(keep, (block, names[0])))
 
 
@@ -141,7 +146,7 @@ def _compare(
     pair: Pair, kept: dict[tuple[int, str], Tensor], losses: dict[tuple[str, int, str], TokenLoss], lead: int
 ) -> Iterator[RemovableHandle]:
     """Hooks on the quantized model that count every error behind the leading tokens."""
-    first_of = {name: names[0] for names in pair.architecture.linears for name in names}
+    first_of = {name: names[0] for names in pair.architecture.everywhere for name in names}
 
     def linear(key: tuple[int, str], twin: nn.Linear, x: Tensor, _rounded: Tensor, output: Tensor) -> None:
         block, name = key
@@ -152,7 +157,7 @@ def _compare(
     def block_output(block: int, output: Tensor) -> None:
         losses["output", block, "-"].add(kept[block, "-"][lead:].to(output.device), output.flatten(0, -2)[lead:])
 
-    for i, name, module, twin in pair.linears():
+    for i, name, module, twin in pair.linears(everywhere=True):
         yield from _watch(module, partial(linear, (i, name), twin))
     for i, module in enumerate(pair.blocks(pair.quantized)):
         yield on_output(module, partial(block_output, i))

@@ -60,12 +60,17 @@ class Pair:
         """The decoder blocks of one of the two models."""
         return self.architecture.blocks_of(model.model)
 
-    def linears(self) -> Iterator[tuple[int, str, nn.Module, nn.Linear]]:
-        """Block, name within it, the quantized model's linear (of any class) and the reference's, in model order."""
+    def linears(self, everywhere: bool = False) -> Iterator[tuple[int, str, nn.Module, nn.Linear]]:
+        """Block, name within it, the quantized model's linear (of any class) and the reference's, in model order.
+
+        everywhere: only those that every token reaches, not the experts'.
+        """
         blocks = self.blocks(self.quantized)
         for index, twin in enumerate(self.blocks(self.reference)):
             linears = self.architecture.linears_of(twin, self.architecture.block_name(index))
             for name, linear in linears.items():
+                if everywhere and self.architecture.expert_of(name) is not None:
+                    continue
                 yield index, name, blocks[index].get_submodule(name), linear
 
 

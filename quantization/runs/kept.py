@@ -9,17 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from intactkv.architecture import heads_of
+from intactkv.architecture import architecture_of, heads_of
 from intactkv.attention import NEEDED, check_asked
 from intactkv.cache import IntactCache
 from intactkv.policy import Bound, KVPolicy
-from intactkv.rope import ropes_of
 from quantization.kv_cache import Policy
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import PARTS, Checkpoint
 
-__all__ = ["bound_kv", "fitting_kv", "held_kv", "needed_prefix", "stored_kv"]
+__all__ = ["bound_kv", "check_layers", "fitting_kv", "held_kv", "needed_prefix", "stored_kv"]
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
         return recipe
     _, head_size = heads_of(config)
     wanted, held = kv.in_heads(head_size), held_kv(checkpoint)
-    _check_layers(wanted, config)
+    check_layers(wanted, config)
     if held is not None:
         # Its name and bits alone do not say how keys are rotated, for example; the checkpoint does.
         kind: Any = type(held)
@@ -79,12 +78,15 @@ def fitting_kv(recipe: Recipe, checkpoint: Checkpoint, config: PreTrainedConfig)
     return replace(recipe, kv_cache=wanted)
 
 
-def _check_layers(kv: Policy, config: PreTrainedConfig) -> None:
-    """Raise UserError for a policy that cannot run in a model: its windows, its rotation or its attention."""
-    if kv.space == "pre_rope":
-        ropes_of(config)
-    if not kv.calibrates and any(layer.store.waits for layer in IntactCache(config, policy=kv).intact_layers):
-        check_asked(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], *NEEDED)
+def check_layers(kv: KVPolicy, config: PreTrainedConfig) -> None:
+    """Raise UserError for a policy that cannot run in a model: its windows, its rotation or its attention. config: of
+    the text model."""
+    if kv.calibrates:
+        architecture_of(config)
+    layers = IntactCache(config, policy=Bound(kv)).intact_layers
+    if any(layer.store.waits for layer in layers):
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        check_asked(model, *NEEDED)
 
 
 def bound_kv(

@@ -1,14 +1,13 @@
 """Whether a method runs on a model, and if not, why: from the model without weights, by the checks that runs make."""
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from corpora.errors import UserError, one_line
-from intactkv.architecture import architecture_of, heads_of
-from intactkv.cache import IntactCache
-from intactkv.policy import Bound, KVPolicy
+from intactkv.architecture import heads_of
 from quantization.kv_cache import Policy
 from quantization.recipes.recipe import Recipe
 from quantization.runs.fitting import check_length
+from quantization.runs.kept import check_layers
 from quantization.runs.pipeline import check_recipe
 
 __all__ = ["check_suited", "refusal"]
@@ -21,10 +20,10 @@ def check_suited(model: PreTrainedModel, recipe: Recipe, prefix: int = 0) -> Non
     """
     if recipe.makes_checkpoint:
         check_recipe(model, recipe)
-    if recipe.kv_cache is not None:
-        _check_kv(model.config, recipe.kv_cache)
+    text = model.config.get_text_config(decoder=True)
+    if (kv := recipe.kv_cache) is not None:
+        check_layers(kv.in_heads(heads_of(text)[1]) if isinstance(kv, Policy) else kv, text)
     if prefix:
-        text = model.config.get_text_config(decoder=True)
         context = getattr(text, "max_position_embeddings", None)
         check_length(model.config, prefix, context, f"a prefix of {prefix} tokens", f"this {model.config.model_type}")
 
@@ -36,11 +35,3 @@ def refusal(model: PreTrainedModel, recipe: Recipe, prefix: int = 0) -> str | No
     except UserError as error:
         return one_line(str(error))
     return None
-
-
-def _check_kv(config: PreTrainedConfig, kv: KVPolicy) -> None:
-    if isinstance(kv, Policy):
-        kv = kv.in_heads(heads_of(config)[1])
-    if kv.calibrates:
-        architecture_of(config)
-    IntactCache(config, policy=Bound(kv, {}))
