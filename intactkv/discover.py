@@ -14,7 +14,7 @@ found is not put there twice; of ids with equal counts the smaller goes first (t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from corpora.errors import UserError
 from intactkv.architecture import architecture_of
 from intactkv.attach import attach
-from intactkv.observe import Site, token_maxima
+from intactkv.observe import Site, down_input, token_maxima
 from intactkv.pivots import OUTLIER_RATIO, OutlierTokens, outlier_ratios, outlier_tokens
 from intactkv.prefix import Prefix
 
@@ -93,10 +93,13 @@ def down_maxima(
 
     In front of an online rotation, where a rotated twin has one. ids: (N, T), without the prefix. A few sequences run
     at once, and of their activations only the maxima are kept.
-    Raises UserError if a block has no such linear, or experts, or a value is not finite.
+    Raises UserError if a block has no such linear, or a value is not finite.
     """
-    linear = linear or architecture_of(model.config).last
-    site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
+    names = architecture_of(model.config)
+    site = replace(down_input(names), name="down", first=True)
+    if linear is not None or names.down:
+        linear = linear or names.down
+        site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
     at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
     return token_maxima(attach(model, prefix), ids, (site,), batch_size=at_once, advance=advance)[site.name]
 

@@ -9,11 +9,13 @@ as (tokens, channels) in their order.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Expert", "SeparateExperts", "alone"]
+__all__ = ["Expert", "SeparateExperts", "alone", "on_inputs_of_chosen"]
 
 
 class Expert(nn.Module):
@@ -61,6 +63,34 @@ class SeparateExperts(nn.Module):
                 made = expert(hidden_states[tokens]) * weights[places, None]
                 output.index_add_(0, tokens, made.to(output.dtype))
         return output
+
+
+def on_inputs_of_chosen(
+    experts: nn.Module, part: str, look: Callable[[Tensor], object], *, first: bool = False
+) -> Iterator[RemovableHandle]:
+    """Show `look` what the linear of a name reads in the experts of every token: (tokens, k · channels), those of one
+    token beside each other, in the experts' order. first: in front of hooks that change it, such as a rotation."""
+    assert isinstance(experts, SeparateExperts)
+    read: dict[int, Tensor] = {}
+
+    def keep(index: int, _linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read[index] = args[0]
+
+    def gather(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        chosen = args[1]
+        some = next(iter(read.values()))
+        found = some.new_zeros(*chosen.shape, some.shape[-1])
+        taken = torch.zeros(len(chosen), dtype=torch.long, device=chosen.device)
+        for index in sorted(read):
+            tokens = (chosen == index).any(-1).nonzero()[:, 0]
+            found[tokens, taken[tokens]] = read[index]
+            taken[tokens] += 1
+        read.clear()
+        look(found.flatten(1))
+
+    for index, expert in enumerate(experts.children()):
+        yield expert.get_submodule(part).register_forward_pre_hook(partial(keep, index), prepend=first)
+    yield experts.register_forward_hook(gather)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from intactkv.architecture import Architecture, Experts, Fused, architecture_of
 from intactkv.experts import SeparateExperts
 
-__all__ = ["FusedLinears", "Part", "joined", "lay_out", "owner_of", "sources_of"]
+__all__ = ["FusedLinears", "Part", "in_files", "joined", "lay_out", "owner_of", "sources_of"]
 
 
 class Indexed(Protocol):
@@ -161,11 +161,20 @@ def sources_of(architecture: Architecture, name: str) -> Iterator[Part]:
     for part in _places(architecture, name):
         yield part
         for spelling in architecture.stored:
-            other = part.name
-            for ours, theirs in spelling.items():
-                other = other.replace(ours, theirs)
-            if other != part.name:
+            if (other := _spelled(part.name, spelling)) != part.name:
                 yield replace(part, name=other)
+
+
+def in_files(architecture: Architecture, name: str) -> str:
+    """What files call a parameter of an exported model. transformers knows an expert's own matrices by the names of
+    files alone; everything else by those of its model, too."""
+    return _spelled(name, architecture.stored[0]) if architecture.experts and architecture.stored else name
+
+
+def _spelled(name: str, spelling: Mapping[str, str]) -> str:
+    for ours, theirs in spelling.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _places(architecture: Architecture, name: str) -> Iterator[Part]:

@@ -25,6 +25,7 @@ from intactkv.architecture import Architecture, architecture_of, blocks_of, deco
 from intactkv.attach import IntactModel, default_batch_size
 from intactkv.attention import EXPLICIT, ROWS, asks
 from intactkv.cache import IntactCache
+from intactkv.experts import on_inputs_of_chosen
 from intactkv.finite import finite
 from intactkv.prefix import input_embeddings
 from intactkv.rope import Places, Rope, ropes_of
@@ -158,7 +159,8 @@ class Site:
     """One tensor of every block. name: in file names and CSV. label: on figures. module: dotted, within the block, ""
     for the block itself. output: the module's output, else its input. rotated: after RoPE. heads_first: the module
     returns (B, heads, T, D). first: in front of an online rotation of the input, where there is one, and of its
-    quantizer; else behind both."""
+    quantizer; else behind both. part: the module holds experts, and the tensor is the input of the linear of this name
+    in those that a token is sent to."""
 
     name: str
     label: str
@@ -167,6 +169,7 @@ class Site:
     rotated: bool = False
     heads_first: bool = False
     first: bool = False
+    part: str = ""
 
 
 BLOCK_OUTPUT = Site("block", "output of the block", "")
@@ -174,18 +177,23 @@ BLOCK_OUTPUT = Site("block", "output of the block", "")
 
 def input_sites(architecture: Architecture) -> tuple[Site, ...]:
     """The inputs of a block's linears: one site for those that read the same tensor, named after the first. Those of
-    experts, which see a part of the tokens, are none."""
+    all experts are two: what goes into them, and what the last linears of those that a token is sent to read."""
     sites = []
     for linears in architecture.everywhere:
         short = [linear.rpartition(".")[2] for linear in linears]
         sites.append(Site(short[0], f"input of {', '.join(short)}", linears[0], output=False))
+    if (experts := architecture.experts) is not None:
+        sites.append(Site("experts", f"input of experts' {', '.join(experts.inputs)}", experts.module, output=False))
+        name, label = f"experts_{experts.output}", f"input of experts' {experts.output}"
+        sites.append(Site(name, label, experts.module, output=False, part=experts.output))
     return tuple(sites)
 
 
 def down_input(architecture: Architecture) -> Site:
-    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at. Raises UserError
-    for experts."""
-    return next(site for site in input_sites(architecture) if site.module == architecture.last)
+    """The input of the last linear of the feed-forward part: what PrefixQuant's detector looks at; where each
+    expert has one, and no token sees all of them, of those that a token is sent to."""
+    sites = input_sites(architecture)
+    return next((site for site in sites if site.module == architecture.down), sites[-1])
 
 
 def output_sites(architecture: Architecture, pre_rope: bool) -> tuple[Site, ...]:
@@ -318,4 +326,7 @@ def _hang(
             heads = Places(first, heads.shape[2], None, rope).turned(heads).transpose(1, 2).to(output.dtype)
         look(heads)
 
+    if site.part:
+        yield from on_inputs_of_chosen(module, site.part, look, first=site.first)
+        return
     yield on_output(module, shown) if site.output else on_input(module, look, first=site.first)

@@ -163,18 +163,6 @@ class Architecture:
         return (*common, *(f"{self.experts.of(i)}.{self.experts.output}" for i in range(self.experts.count)))
 
     @property
-    def last(self) -> str:
-        """The last linear of the feed-forward part. Raises UserError where experts have one each, which see only the
-        tokens that are sent to them."""
-        if self.experts is not None and not self.down:
-            raise UserError(
-                f"a block has {self.experts.count} experts, and the last linear of each sees only the tokens that are "
-                "sent to it, so outlier tokens cannot be told there; name a prefix, such as --prefix bos, or look at "
-                "the outputs of blocks"
-            )
-        return self.down
-
-    @property
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
         """The sets of linears that every token reaches: all but the experts'."""
         return tuple(names for names in self.linears if self.expert_of(names[0]) is None)

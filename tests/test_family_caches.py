@@ -254,8 +254,8 @@ def test_layers_that_read_the_keys_and_values_of_others_are_refused():
         IntactCache(config)
 
 
-def test_figures_leave_out_experts_and_outliers_are_not_searched_in_a_part_of_the_tokens():
-    """An expert's inputs are fewer rows than the text has."""
+def test_figures_show_every_token_what_its_own_experts_read():
+    """An expert's inputs are fewer rows than the text has; those of all experts that a token is sent to are its row."""
     model = model_of("mixtral")
     architecture = architecture_of(model.config)
     shapes: dict[str, torch.Size] = {}
@@ -264,12 +264,12 @@ def test_figures_leave_out_experts_and_outliers_are_not_searched_in_a_part_of_th
         shapes[site.name] = x.shape
 
     observe(attach(model, None), TEXT[None], input_sites(architecture), look)
-    assert shapes == {name: torch.Size([1, len(TEXT), 64]) for name in ("q_proj", "o_proj")}
+    widths = {"q_proj": 64, "o_proj": 64, "experts": 64, "experts_down_proj": 2 * 96}
+    assert shapes == {name: torch.Size([1, len(TEXT), width]) for name, width in widths.items()}
     shares = position_share(model, TEXT[None], [range(len(TEXT))])
     assert_close(torch.stack(list(shares.values())), torch.ones(2, 3))
-    for refused in (lambda: down_maxima(model, TEXT[None]), lambda: down_input(architecture)):
-        with pytest.raises(UserError, match="a block has 4 experts, and the last linear of each sees only the tokens"):
-            refused()
+    assert down_maxima(model, TEXT[None]).shape == (3, 1, len(TEXT))
+    assert down_input(architecture).part == "down_proj"
 
 
 def test_biases_by_position_are_added_in_front_of_the_mask():

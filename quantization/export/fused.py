@@ -72,7 +72,13 @@ def as_stored(
                 tensors[f"{owner}.{parameter}"] = joined(fused, plain)
         if own:
             yield owner, _whole(fused, own, owner, packed)
-    yield from weights.items()
+    for name, weight in weights.items():
+        if packed and names.expert_of(name.removeprefix(f"{block}.")) is not None:
+            raise UserError(
+                f"{name}: transformers keeps the experts of a block in one tensor, which it reads in no packed format; "
+                f"{DENSE}"
+            )
+        yield name, weight
 
 
 def check_packed(names: Architecture) -> None:

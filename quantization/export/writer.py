@@ -19,7 +19,7 @@ from corpora.json_files import read_json, write_json
 from corpora.storage import write_tensors
 from corpora.writing import directory_beside
 from intactkv.architecture import architecture_of
-from intactkv.layout import owner_of
+from intactkv.layout import in_files, owner_of
 from intactkv.prefix import Prefix
 from quantization.export import awq, compressed_tensors, gptq
 from quantization.export.fused import as_stored
@@ -226,7 +226,7 @@ def _packed_blocks(
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
             export.schemes[name] = packed.scheme
             export.scale_change = max(export.scale_change, packed.scale_change)
-        yield tensors
+        yield {in_files(names, name): tensor for name, tensor in tensors.items()}
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

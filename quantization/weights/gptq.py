@@ -244,6 +244,7 @@ def quantize_sets(
     linears = block.linears()
     full = {name: linear.weight.data for name, linear in linears.items()}
     quantized: dict[str, Weight] = {}
+    expert_of = block.architecture.expert_of
     for names, hessian in shared_hessians(block, true_sequential):
         stacked = torch.cat([full[name] for name in names])
         with stage("columns"):
@@ -252,6 +253,9 @@ def quantize_sets(
         if true_sequential:  # the next Hessians see these
             for name in names:
                 linears[name].weight.data = quantized[name].dequantize(full[name].dtype)
+            if names[0] in block.architecture.downs and (expert := expert_of(names[0])) is not None:
+                for name in (name for name in linears if expert_of(name) == expert):  # the others never see these
+                    linears[name].weight.data = full[name]
         block.report(loss=loss, repaired_hessians=repairs > 0)
     for name, linear in linears.items():
         linear.weight.data = full[name]

@@ -109,7 +109,7 @@ def _of_others(
     block: DecoderBlock, walk: Walk, unseen: Sequence[tuple[str, ...]]
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Sets of linears whose expert sees no token, with the mean of the other experts' Hessians, every token counted
-    once for each expert that it is sent to."""
+    once for each expert that it is sent to. Those experts have full precision by then, all in front of them has not."""
     alike: dict[str, list[tuple[str, ...]]] = {}
     for names in unseen:
         alike.setdefault(names[0].rpartition(".")[2], []).append(names)
