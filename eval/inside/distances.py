@@ -52,7 +52,7 @@ def linear_statistics(
     windows, as published; of an expert over those that send it a token, nan if none does.
     Memory: one linear's input and output at a time, in float64. report: called after each window.
     """
-    rows: list[dict[str, str | int | float]] = []
+    rows: list[dict[str, Any]] = []
     watched: list[tuple[dict[str, Any], nn.Module, nn.Linear]] = []
     last: list[tuple[Tensor, dict[str, float]]] = []
 
@@ -74,7 +74,7 @@ def linear_statistics(
     for block, name, module, twin in pair.linears():
         loss = Loss()
         loss.add(twin.weight, weight_of(module, twin.weight.dtype))
-        row: dict[str, Any] = {"block": block, "linear": name}
+        row = {"block": block, "linear": name}
         row |= {"sqnr_w": loss.sqnr, "mse_w": loss.mse}
         row |= {f"{figure}_w": value for figure, value in spread(twin.weight).items()}
         rows.append(row)
