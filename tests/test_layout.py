@@ -137,7 +137,25 @@ def test_eight_bits_hardly_move_the_logits(
     assert torch.equal(packed, found)
 
 
-@pytest.mark.parametrize("variant", ["phi4-mini", "pythia", "gpt2", "falcon-rw"])
+@pytest.mark.parametrize(
+    "variant", ["phi3", "pythia in sequence", "gpt2 with relu", "bloom", "falcon-40b", "falcon-11b"]
+)
+def test_scales_of_every_feed_are_exact_in_double(variant: str, dense_of: Callable[..., Path], tmp_path: Path) -> None:
+    source = dense_of(variant, dtype=torch.float64)
+    expected = own(source, torch.float64)(SEGMENTS).logits
+    step = Smooth(values=True, down=True, power_of_two=True)
+    out = quantize_checkpoint(source, Recipe((step,)), tmp_path / "q", segments=SEGMENTS)
+    moved = load_quantized(out)
+    near(moved(SEGMENTS).logits, expected, 5e-6 if variant == "phi3" else 1e-12)
+    feeds = architecture_of(moved.config).feeds
+    block = architecture_of(moved.config).blocks_of(moved)[1]
+    before = architecture_of(moved.config).blocks_of(lay_out(own(source, torch.float64)))[1]
+    for feed in feeds:  # every pair has scales that are not one
+        gains = (x.get_submodule(feed.producer).get_parameter("weight") for x in (block, before))
+        assert not torch.allclose(*gains, rtol=0.1)
+
+
+@pytest.mark.parametrize("variant", ["phi4-mini", "pythia", "gpt2", "falcon-rw", "falcon-7b"])
 def test_rotations_are_exact_in_double(variant: str, dense_of: Callable[..., Path], tmp_path: Path) -> None:
     source = dense_of(variant, dtype=torch.float64)
     expected = own(source, torch.float64)(SEGMENTS).logits
@@ -151,7 +169,6 @@ def test_rotations_are_exact_in_double(variant: str, dense_of: Callable[..., Pat
     [
         ("glm4", Rotate(), r"this glm4 has norms behind attention and feed-forward .*use a recipe without rotations"),
         ("bloom", Rotate(), r"this bloom has a norm behind its embeddings .*use a recipe without rotations"),
-        ("falcon-7b", Rotate(), r"input_layernorm has a bias, and .*q_proj behind it has none to take it over"),
     ],
 )
 def test_rotations_that_cannot_be_exact_are_refused(

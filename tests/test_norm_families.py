@@ -56,9 +56,6 @@ UNROTATED = {
     "gemma2 without caps": "norms with gains behind attention",
     "gemma3": "norms with gains behind attention",
     "olmo2": "norms with gains behind attention",
-    "stablelm": "has a bias, and",
-    "stablelm side by side": "has a bias, and",
-    "stablelm with norms of queries and keys": "has a bias, and",
 }
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -137,6 +137,10 @@ class BlockTuning(Protocol):
         """Raise UserError for a quantizer of weights that it cannot do."""
         ...
 
+    def check_model(self, model: type[PreTrainedModel], kv: KVPolicy | None) -> None:
+        """Raise UserError for a class of models that it cannot do with this policy."""
+        ...
+
     def tune_block(
         self,
         block: DecoderBlock,

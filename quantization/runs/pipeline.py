@@ -211,6 +211,8 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> None:
             recipe.activations.check(block)
     if recipe.attention is not None:
         recipe.attention.check(type(model))
+    if recipe.tuning is not None:
+        recipe.tuning.check_model(type(model), recipe.kv_cache)
 
 
 def _work_off(

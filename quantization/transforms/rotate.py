@@ -13,11 +13,12 @@ the original model's.
 With head_mix="none" this is PrefixQuant's variant (2410.05265): heads are not mixed, and one random rotation serves
 v and o of all layers.
 
-Departs from the reference: biases of v are rotated, too; the mean is taken off for LayerNorm models only; a tied head
-gets a matrix of its own; where no Hadamard matrix exists (odd numbers of heads), the Hartley matrix stands in.
+Departs from the reference: biases of v are rotated, too; linears get a bias where a norm's shift needs one; the mean is
+taken off for LayerNorm models only; a tied head gets a matrix of its own; where no Hadamard matrix exists (odd numbers
+of heads), the Hartley matrix stands in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -64,17 +65,10 @@ class Rotate(BlockTransform):
 
     def check(self, block: DecoderBlock) -> None:
         """Raise UserError for norms behind what they should feed, a residual stream with another matrix or no norm at
-        its end, a shift without a bias to go to, or heads without the Hadamard matrix that was asked for."""
+        its end, or heads without the Hadamard matrix that was asked for."""
         block.linears()  # refuses other ones
         if (why := block.architecture.unrotated) is not None:
             raise UserError(f"this {block.config.model_type} {why}; use a recipe without rotations")
-        for norm, readers in _norms(block.architecture):
-            lacking = [name for name in readers if getattr(block.module.get_submodule(name), "bias", None) is None]
-            if lacking and getattr(block.module.get_submodule(norm), "bias", None) is not None:
-                raise UserError(
-                    f"{block.name}.{norm} has a bias, and {lacking[0]} behind it has none to take it over; use a "
-                    "recipe without rotations"
-                )
         if self.head_mix != "none":
             plan(_query_heads(block), self.head_mix)
 
@@ -89,6 +83,7 @@ class Rotate(BlockTransform):
         for norm, readers in _norms(names):
             module = block.module.get_submodule(norm)
             gain, shift = _gain(getattr(module, "weight", None), names), getattr(module, "bias", None)
+            _give_biases(block.module, norm, readers)
             for reader in readers:
                 self._read(block.module.get_submodule(reader), gain, shift, size if reader == names.value else None)
             _make_plain(block.module, norm, names, like=linears[readers[0]].weight)
@@ -125,17 +120,17 @@ class Rotate(BlockTransform):
         return ends
 
     def restructure(self, model: PreTrainedModel) -> None:
-        """RMSNorms for LayerNorms; a head with a bias where the final norm had one."""
+        """RMSNorms for LayerNorms; linears and a head with biases where the norms in front had some."""
         names = architecture_of(model.config)
         if not names.centred:
             return
         head = model.get_submodule(names.head)
         assert isinstance(head, nn.Linear)
         for block in names.blocks_of(model):
-            for norm, _ in _norms(names):
+            for norm, readers in _norms(names):
+                _give_biases(block, norm, readers)
                 _make_plain(block, norm, names, like=head.weight)
-        if getattr(model.get_submodule(names.final_norm), "bias", None) is not None:
-            head.bias = nn.Parameter(head.weight.new_empty(head.out_features), requires_grad=False)
+        _give_biases(model, names.final_norm, (names.head,))
         _make_plain(model, names.final_norm, names, like=head.weight)
 
     def _rotated(self, x: Tensor) -> Tensor:
@@ -209,6 +204,15 @@ def _store(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         if value is not None:
             parameter = linear.get_parameter(name)
             parameter.data = value.to(parameter.dtype).contiguous()
+
+
+def _give_biases(parent: nn.Module, norm: str, readers: Sequence[str]) -> None:
+    """Biases of 0 to the linears behind a norm that has a shift for them to take over."""
+    if getattr(parent.get_submodule(norm), "bias", None) is not None:
+        for linear in map(parent.get_submodule, readers):
+            if linear.bias is None:
+                weight = linear.get_parameter("weight")
+                linear.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
 
 
 def _gain(weight: Tensor | None, names: Architecture) -> Tensor | None:

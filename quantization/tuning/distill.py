@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from transformers import PreTrainedModel
 
 from corpora.errors import UserError
 from intactkv.observe import change_input
@@ -89,6 +90,9 @@ class Distill:
                 f"distillation rounds the weights anew in every step, which {weights.name} cannot do without its text; "
                 "use a method that needs none, such as --weights rtn-w4, or do without distillation (--set tuning=none)"
             )
+
+    def check_model(self, model: type[PreTrainedModel], kv: KVPolicy | None) -> None:
+        """Every model will do."""
 
     def tune_block(
         self,

@@ -20,11 +20,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss
+from transformers import PreTrainedModel
 
 from corpora.errors import UserError
+from intactkv.attention import check_asked
 from intactkv.policy import KVPolicy
 from intactkv.training import Group, Schedule, every, in_order, mean_loss, repeatable, split_samples, train
 from quantization.grids.uniform import QuantizedTensor, UniformGrid
+from quantization.kv_cache import StaticPerHead
 from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
 from quantization.recipes.protocols import WeightQuantizer
@@ -135,6 +138,11 @@ class PrefixQuantTuning:
                 f"convention={grid.convention}, clip_search={str(grid.clip_search).lower()}, "
                 f"scale_dtype={grid.scale_dtype}: set weights.grid.convention=gptq-sym or gptq-asym"
             )
+
+    def check_model(self, model: type[PreTrainedModel], kv: KVPolicy | None) -> None:
+        """The search of static keys runs attention's scores through a function of its own."""
+        if self.mse_init and isinstance(kv, StaticPerHead):
+            check_asked(model, "the search for scales of keys", "leave it out with --set tuning.mse_init=false")
 
     def tune_block(
         self,
