@@ -74,7 +74,7 @@ def linear_statistics(
     for block, name, module, twin in pair.linears():
         loss = Loss()
         loss.add(twin.weight, weight_of(module, twin.weight.dtype))
-        row = {"block": block, "linear": name}
+        row: dict[str, Any] = {"block": block, "linear": name}
         row |= {"sqnr_w": loss.sqnr, "mse_w": loss.mse}
         row |= {f"{figure}_w": value for figure, value in spread(twin.weight).items()}
         rows.append(row)
@@ -83,7 +83,7 @@ def linear_statistics(
         for i in range(len(windows.fed)):
             pair.run(pair.quantized, pair.fed(windows, i))
             report()
-    for row in rows:
+    for row, _, _ in watched:
         seen = row.pop("seen", 0)  # an expert may see no token of some windows, or of all
         row |= {key: row[key] / seen if seen else math.nan for key in COLUMNS if not key.endswith("_w")}
     return [{key: row[key] for key in ("block", "linear", *COLUMNS)} for row in rows]
