@@ -52,7 +52,7 @@ def linear_statistics(
     windows, as published; of an expert over those that send it a token, nan if none does.
     Memory: one linear's input and output at a time, in float64. report: called after each window.
     """
-    rows: list[dict[str, str | int | float]] = []
+    rows: list[dict[str, Any]] = []
     watched: list[tuple[dict[str, Any], nn.Module, nn.Linear]] = []
     last: list[tuple[Tensor, dict[str, float]]] = []
 
@@ -83,7 +83,7 @@ def linear_statistics(
         for i in range(len(windows.fed)):
             pair.run(pair.quantized, pair.fed(windows, i))
             report()
-    for row in rows:
+    for row, _, _ in watched:
         seen = row.pop("seen", 0)  # an expert may see no token of some windows, or of all
         row |= {key: row[key] / seen if seen else math.nan for key in COLUMNS if not key.endswith("_w")}
     return [{key: row[key] for key in ("block", "linear", *COLUMNS)} for row in rows]

@@ -115,10 +115,10 @@ def draw_surfaces(
 def draw_layer_inputs(subject: Subject, layers: Sequence[int], only_down: bool, log: bool, output: Output) -> None:
     """|input| of every set of linears that reads one tensor, and of the head: a figure per linear and layer.
 
-    only_down: the last linear of the feed-forward part alone. The first sequence of the text is shown.
+    only_down: the last linear of the feed-forward part alone. The first sequence of the text is shown. Experts' inputs
+    are left out.
     """
-    down = down_input(subject.architecture)
-    sites = (down,) if only_down else input_sites(subject.architecture)
+    sites = (down_input(subject.architecture),) if only_down else input_sites(subject.architecture)
     parts = len(layers) * len(sites) + (not only_down)
     view = View(log=log)
     with subject.progress(f"inputs of {len(sites)} linears", parts) as bar:
