@@ -84,17 +84,14 @@ def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_model_that_is_laid_out_computes_what_it_did(
-    variant: str, dtype: torch.dtype, dense_of: Callable[..., Path]
-) -> None:
-    model = own(dense_of(variant), dtype)
+def test_a_model_that_is_laid_out_computes_what_it_did(variant: str, dense_of: Callable[..., Path]) -> None:
+    model = own(dense_of(variant), torch.float64)
     expected = model(SEGMENTS).logits
     modules = dict(model.named_modules())
     assert lay_out(model) is model
     laid = [name for name, module in model.named_modules() if modules.get(name) is not module]
     assert laid
-    near(model(SEGMENTS).logits, expected, 1e-5 if dtype == torch.float32 else 1e-13)
+    near(model(SEGMENTS).logits, expected, 1e-13)
     after = dict(model.named_modules())
     lay_out(model)  # again: nothing is left to do
     assert all(module is after[name] for name, module in model.named_modules())
@@ -116,13 +113,12 @@ def test_files_are_read_as_transformers_reads_them(
 
 GRID = UniformGrid(8, 16)
 RECIPES = {
-    "gptq": Recipe(weights=GPTQ(GRID)),
     "awq": Recipe(weights=AWQ(GRID)),
     "smoothed": Recipe((Smooth(),), RTN(GRID), Activations(UniformGrid(8))),
 }
 
 
-@pytest.mark.parametrize("variant", ["pythia in sequence", "gpt2 with relu", "falcon-40b", "falcon-11b", "falcon-rw"])
+@pytest.mark.parametrize("variant", ["pythia in sequence", "gpt2 with relu", "falcon-11b"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_eight_bits_hardly_move_the_logits(
     variant: str, recipe: str, dense_of: Callable[..., Path], tmp_path: Path

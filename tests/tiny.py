@@ -50,7 +50,6 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"sliding_window": WINDOW},
     "cohere2": {"sliding_window": WINDOW},
-    "olmo3": {"sliding_window": WINDOW},
     "ministral": {"sliding_window": WINDOW},
     "qwen3_moe": {"norm_topk_prob": True},
 }
