@@ -66,8 +66,8 @@ def architecture_of(config: "PreTrainedConfig") -> Architecture:
 
         raise UserError(
             f"model_type {config.model_type!r} is not in the architecture table. {nearest(config, ARCHITECTURES)} "
-            f"docs/models.md lists the {len(ARCHITECTURES)} families, docs/extending.md (A model family) what a new row "
-            "needs; prefixes, evaluation, and KV policies that calibrate on no text need none"
+            f"docs/models.md lists the {len(ARCHITECTURES)} families, docs/extending.md (A model family) what a new "
+            "row needs; prefixes, evaluation, and KV policies that calibrate on no text need none"
         )
     return ARCHITECTURES[config.model_type](config)
 

@@ -23,7 +23,7 @@ def nearest(config: PreTrainedConfig, rows: Mapping[str, Row]) -> str:
     said = [f"nearest by its name: {', '.join(names)}"] if names else []
     own = _matrices(config)
     found = {family: _of_family(family, row) for family, row in rows.items()}
-    family = max(found, key=lambda name: _alike(own, found[name]))
+    family = max(found, key=lambda name: len(own & found[name]))  # the first of several: the plainer one
     if own & found[family]:
         said.append(f"nearest by its blocks: {family}, {_difference(own, found[family])}")
     sentence = "; ".join(said or ["no family there has a name or blocks like it"])
@@ -58,11 +58,6 @@ def _matrices(config: PreTrainedConfig) -> frozenset[str]:
             named = blocks[0].named_parameters()
             return frozenset(name.rpartition(".")[0] for name, parameter in named if parameter.ndim > 1)
     return frozenset()
-
-
-def _alike(one: frozenset[str], other: frozenset[str]) -> float:
-    """The part of the matrices of two blocks together that both have by the same names."""
-    return len(one & other) / max(1, len(one | other))
 
 
 def _difference(own: frozenset[str], theirs: frozenset[str]) -> str:
