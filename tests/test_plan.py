@@ -27,6 +27,7 @@ from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, added, describe
 from quantization.runs.auto_prefix import Search
 from quantization.runs.checkpoint import find_checkpoint
+from quantization.runs.fitting import check_fits
 from quantization.runs.identities import artefact_of, by_tokens
 from quantization.runs.kept import stored_kv
 from quantization.runs.pipeline import quantize_checkpoint
