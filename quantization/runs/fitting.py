@@ -17,7 +17,7 @@ from quantization.kernels.products import check_kernel
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import Checkpoint, read_manifest
 from quantization.runs.configuration import CONFIG
-from quantization.runs.dense import empty_model, read_config
+from quantization.runs.dense import empty_model_of, read_config
 from quantization.runs.prefixes import PrefixChoice
 
 __all__ = [
@@ -41,9 +41,11 @@ def check_fits(name: str, context: int | None, option: str, tokens: int) -> None
     name: of the model. context: its positions, None if nothing says. option: which one to change, with its value.
     """
     if context is not None and tokens > context:
+        word, _, value = option.partition(" ")
+        fewer = context - (tokens - int(value)) if value.isdecimal() else 0  # what stands in front stays
         raise UserError(
             f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
-            f"{name}; use fewer"
+            f"{name}; use " + (f"{word} {fewer} or fewer" if fewer > 0 else "fewer")
         )
 
 
@@ -109,7 +111,7 @@ def check_needed(choice: PrefixChoice, checkpoint: Checkpoint, recipe: Recipe, v
                 "the chat template or the tokenizer has changed or printed another date; put back the old one, "
                 "give a prefix file of the old tokens, or quantize again"
             )
-        raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
+        raise UserError(f"{calibrated}; run it with --prefix {word}{' and without --vanilla' * vanilla}")
 
 
 def check_discovered(ids: Sequence[int], discovery: Path, finished: Path) -> None:
@@ -168,7 +170,7 @@ def model_of(directory: Path, source: tuple[str, str]) -> PreTrainedModel:
 
     One that is quantized in another program's format has none; an export of ours names them in its configuration.
     """
-    model = empty_model(directory)
+    model = empty_model_of(read_config(directory))
     if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
         model.__dict__["intactkv_source"] = source
     return model
