@@ -200,7 +200,8 @@ def _text(options: argparse.Namespace, plan: "Plan") -> "tuple[TokenStream, Wind
     else:
         stream = evaluation_stream(plan.tokenizer, corpus, window=window, protocol=rules)
     windows = cut_windows(stream, rules, plan.choice.ids, False, options.limit)
-    plan.check_fits(f"--window {window}", windows.lead.numel() + windows.fed.shape[1])
+    whole = windows.lead.numel() + windows.fed.shape[1]
+    plan.check_fits(f"--window {window}", whole, whole - window)
     return stream, windows
 
 

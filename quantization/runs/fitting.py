@@ -35,15 +35,17 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def check_fits(name: str, context: int | None, option: str, tokens: int) -> None:
+def check_fits(name: str, context: int | None, option: str, tokens: int, beside: int | None = None) -> None:
     """Raise UserError if so many tokens, with what stands in front of them, are more than a model's positions.
 
     name: of the model. context: its positions, None if nothing says. option: which one to change, with its value.
+    beside: how many of the tokens are not the option's; None where its value counts no tokens.
     """
     if context is not None and tokens > context:
+        most = "" if beside is None else f"{option.split()[0]} {max(context - beside, 1)} or "
         raise UserError(
             f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
-            f"{name}; use fewer"
+            f"{name}; use {most}fewer"
         )
 
 
