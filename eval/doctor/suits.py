@@ -17,7 +17,7 @@ from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of, 
 from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
 from quantization.export.fused import check_packed
-from quantization.export.writer import FORMATS
+from quantization.export.writer import FORMATS, check_weights_alone
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.recipes.recipe import Recipe
@@ -125,7 +125,10 @@ def _facts(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | Non
     if (window := _window(model)) is not None:
         facts["sliding window"] = window
     if is_quantized(directory):
-        facts["quantized"] = str(read_manifest(directory)["label"])
+        manifest = read_manifest(directory)
+        facts["quantized"] = str(manifest["label"])
+        if manifest["needs_prefix"] is not None:
+            facts["calibrated behind"] = f"--prefix {manifest['recipe']['prefix']}; every program needs it"
     item = model.dtype.itemsize
     if dense is not None:
         stored = sorted({dtype for _, dtype in dense.headers(dense.names()).values()})
@@ -181,6 +184,8 @@ def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | N
     yield Method("prefix", AUTO, behind or no_row)
     yield Method("prefix", '"text"', behind)
     weights = no_row or refusal(model, RECIPES["rtn-w8a8"].recipe, blocks=blocks)  # whatever the group size
+    if quantized:
+        weights = _said(partial(check_weights_alone, directory))
     for name, form in FORMATS.items():
         packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
         yield Method("export", name, weights or packed)

@@ -111,7 +111,7 @@ def check_needed(choice: PrefixChoice, checkpoint: Checkpoint, recipe: Recipe, v
                 "the chat template or the tokenizer has changed or printed another date; put back the old one, "
                 "give a prefix file of the old tokens, or quantize again"
             )
-        raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
+        raise UserError(f"{calibrated}; run it with --prefix {word}{' and without --vanilla' * vanilla}")
 
 
 def check_discovered(ids: Sequence[int], discovery: Path, finished: Path) -> None:
