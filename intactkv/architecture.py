@@ -97,5 +97,5 @@ def blocks_of(model: "PreTrainedModel") -> "list[nn.Module]":
             return list(getattr(decoder, name))
     raise UserError(
         f"the blocks of this {model.config.model_type} are called neither layers nor h nor blocks; add its row to "
-        "intactkv/architecture.py"
+        "intactkv/families/ (docs/extending.md, A model family)"
     )

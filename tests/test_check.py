@@ -116,10 +116,13 @@ def test_a_family_without_a_row_still_has_prefixes_and_kv_policies(made: Callabl
     assert all(reasons(found, "export").values())
 
 
-def test_a_transposed_family_is_exported_as_real_values_alone(made: Callable[[str], Path], check: Check) -> None:
-    found = reasons(check(made("gpt2"))[1], "export")
-    assert found.pop("dense") is None
-    assert all("Conv1D" in str(reason) for reason in found.values())
+def test_transposed_and_stacked_families_are_exported_as_real_values_alone(
+    made: Callable[[str], Path], check: Check
+) -> None:
+    for family, word in {"gpt2": "Conv1D", "mixtral": "keeps the experts of a block in one tensor"}.items():
+        found = reasons(check(made(family))[1], "export")
+        assert found.pop("dense") is None
+        assert all(word in str(reason) for reason in found.values())
     assert not any(reasons(check(made("phi3"))[1], "export").values())
 
 

@@ -18,6 +18,7 @@ from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
 from quantization.export.fused import check_packed
 from quantization.export.writer import FORMATS, check_weights_alone
+from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.recipes.recipe import Recipe
@@ -28,6 +29,7 @@ from quantization.runs.opening import load_tokenizer
 from quantization.runs.pipeline import check_makes_something
 from quantization.runs.prefixes import AUTO, choose_prefix
 from quantization.runs.suited import refusal, unlike_blocks
+from quantization.weights.rtn import RTN
 
 __all__ = ["KINDS", "Checked", "Method", "check", "laid_out"]
 
@@ -183,9 +185,10 @@ def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | N
         yield Method("prefix", word, behind or _no_prefix(word, directory))
     yield Method("prefix", AUTO, behind or no_row)
     yield Method("prefix", '"text"', behind)
-    weights = no_row or refusal(model, RECIPES["rtn-w8a8"].recipe, blocks=blocks)  # whatever the group size
     if quantized:
         weights = _said(partial(check_weights_alone, directory))
+    else:
+        weights = no_row or refusal(model, Recipe(weights=RTN(UniformGrid(8, -1))), blocks=blocks)
     for name, form in FORMATS.items():
         packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
         yield Method("export", name, weights or packed)
