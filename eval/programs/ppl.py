@@ -77,8 +77,7 @@ def run(options: argparse.Namespace) -> None:
     for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).corpora_of(rules.name):
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
-        whole = windows.lead.numel() + windows.fed.shape[1]
-        plan.check_fits(f"--window {options.window}", whole, whole - options.window)
+        plan.check_fits(f"--window {options.window}", windows.lead.numel() + windows.fed.shape[1])
         texts.append((stream, windows))  # of all corpora, before the first of them is run
 
     for stream, windows in texts:

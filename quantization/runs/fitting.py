@@ -17,7 +17,7 @@ from quantization.kernels.products import check_kernel
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import Checkpoint, read_manifest
 from quantization.runs.configuration import CONFIG
-from quantization.runs.dense import empty_model, read_config
+from quantization.runs.dense import empty_model_of, read_config
 from quantization.runs.prefixes import PrefixChoice
 
 __all__ = [
@@ -35,17 +35,17 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def check_fits(name: str, context: int | None, option: str, tokens: int, beside: int | None = None) -> None:
+def check_fits(name: str, context: int | None, option: str, tokens: int) -> None:
     """Raise UserError if so many tokens, with what stands in front of them, are more than a model's positions.
 
     name: of the model. context: its positions, None if nothing says. option: which one to change, with its value.
-    beside: how many of the tokens are not the option's; None where its value counts no tokens.
     """
     if context is not None and tokens > context:
-        most = "" if beside is None else f"{option.split()[0]} {max(context - beside, 1)} or "
+        word, _, value = option.partition(" ")
+        fewer = context - (tokens - int(value)) if value.isdecimal() else 0  # what stands in front stays
         raise UserError(
             f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
-            f"{name}; use {most}fewer"
+            f"{name}; use " + (f"{word} {fewer} or fewer" if fewer > 0 else "fewer")
         )
 
 
@@ -170,7 +170,7 @@ def model_of(directory: Path, source: tuple[str, str]) -> PreTrainedModel:
 
     One that is quantized in another program's format has none; an export of ours names them in its configuration.
     """
-    model = empty_model(directory)
+    model = empty_model_of(read_config(directory))
     if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
         model.__dict__["intactkv_source"] = source
     return model

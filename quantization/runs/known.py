@@ -133,21 +133,19 @@ class Known:
             return dict(self.checkpoint.manifest["made_of"])
         return self.artefact.made_of if self.recipe.makes_checkpoint else {"source": self.checkpoint.fingerprint}
 
-    def check_fits(self, option: str, tokens: int, beside: int | None = None) -> None:
+    def check_fits(self, option: str, tokens: int) -> None:
         """Raise UserError if so many tokens, with what stands in front of them, are more than the model's positions.
 
-        option: which one to change, with its value. beside: how many of the tokens are not the option's; None where its
-        value counts no tokens.
+        option: which one to change, with its value.
         """
-        check_fits(self.checkpoint.name, self.context, option, tokens, beside)
+        check_fits(self.checkpoint.name, self.context, option, tokens)
 
     def check_calibration(self, front: int) -> None:
         """Raise UserError for calibration text that does not fit the model, and for a batch of it that is no number.
         front: tokens of the prefix."""
         given_batch()
         length, behind = self.recipe.calibration.length, self.recipe.calibrate_behind_prefix
-        front = front if behind else 0
-        self.check_fits(f"--calibration-length {length}", length + front, front)
+        self.check_fits(f"--calibration-length {length}", length + (front if behind else 0))
 
     @cached_property
     def _auto(self) -> str:
