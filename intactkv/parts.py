@@ -34,6 +34,8 @@ HALVES, NEIGHBOURS = "halves", "neighbours"
 class Feed:
     """A module and the linears that read its output and nothing else, within a block.
 
+    A scale of the output may pass an activation on the way to the consumers only where every positive scale does:
+    ReLU, or the product with a gate; not GELU.
     inside: the smallest module that holds the consumers and all that is computed from them alone; "" is the block.
     routers: what else reads it and takes over its scales: weights (experts, channels) that nobody quantizes.
     """

@@ -17,12 +17,16 @@ from eval.doctor import suits
 from intactkv.architecture import ARCHITECTURES
 from quantization.__main__ import main as quantize
 from quantization.grids.uniform import UniformGrid
+from quantization.model.activations import Activations
 from quantization.recipes.recipe import Recipe
 from quantization.runs.pipeline import quantize_checkpoint
+from quantization.transforms.rotate import Rotate
+from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
 
 FAMILIES = ["llama", "opt", "qwen3", "phi3", "gpt_neox", "gpt2", "bloom", "gemma2", "cohere", "mixtral", "helium"]
 RECIPES = ["rtn-w4", "omniquant-let", "quarot"]
+W4 = UniformGrid(4)
 
 Check = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -174,12 +178,36 @@ def test_what_is_no_model_gets_one_line(
 def test_a_quantized_checkpoint_takes_caches_and_prefixes_alone(
     made: Callable[[str], Path], check: Check, tmp_path: Path
 ) -> None:
-    out = quantize_checkpoint(made("llama"), Recipe(weights=RTN(UniformGrid(4))), tmp_path / "quantized")
+    out = quantize_checkpoint(made("llama"), Recipe(weights=RTN(W4)), tmp_path / "quantized")
     code, found = check(out)
     recipes = reasons(found, "recipe")
-    assert (code, recipes["fp16"], recipes["kv4"]) == (0, None, None)
+    assert (code, recipes["kv4"]) == (0, None)
+    assert "fp16" not in recipes
     assert "is quantized already" in str(recipes["rtn-w4"])
     assert found["facts"]["quantized"] == "rtn-w4row"
+
+
+@every("more", [Recipe((Rotate(),)), Recipe(weights=RTN(W4), activations=Activations(W4))])
+def test_exports_of_a_quantized_checkpoint_are_told_as_the_exporter_tells_them(
+    more: Recipe, made: Callable[[str], Path], check: Check, run_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = quantize_checkpoint(made("gpt_neox"), more, tmp_path / more.label())
+    said = reasons(check(out)[1], "export")
+    for name, reason in said.items():
+        code, _, err = run_main(quantize, "export", "--model", out, "--out", tmp_path / name, "--format", name)
+        assert (code, err.strip()) == (2, f"error: {reason}")
+
+
+def test_a_checkpoint_that_needs_a_prefix_names_it(
+    made: Callable[[str], Path], check: Check, run_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = Recipe(weights=GPTQ(W4), prefix="bos", calibrate_behind_prefix=True)
+    segments = torch.randint(4, 101, (2, 16), generator=torch.Generator().manual_seed(1))
+    out = quantize_checkpoint(made("llama"), recipe, tmp_path / "behind", segments=segments, behind=torch.tensor([1]))
+    assert check(out)[1]["facts"]["calibrated behind"] == "--prefix bos; every program needs it"
+    code, _, err = run_main(quantize, "export", "--model", out, "--out", tmp_path / "out")
+    assert (code, err.strip().partition("; ")[2]) == (2, "run it with --prefix bos")
+    assert run_main(quantize, "export", "--model", out, "--out", tmp_path / "out", "--prefix", "bos")[0] == 0
 
 
 def test_the_text_says_every_method_once(made: Callable[[str], Path], run_main: Callable[..., Any]) -> None:

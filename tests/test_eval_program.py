@@ -117,7 +117,7 @@ BAD_INPUT = {
     "unknown field": (["--recipe", "rtn", "--set", "weights.grid.bitz=3"], "'bitz'"),
     "text shorter than a window": (["--window", "100000"], "less than one window of 100000"),
     "no window at all": (["--window", "0"], "--window: 0 is"),
-    "window longer than the model": (["--window", "300"], "do not fit the 256 positions"),
+    "window longer than the model": (["--window", "300"], "; use --window 256 or fewer"),
     "window too small": (["--window", "2"], "--window: 2 is"),
     "no windows": (["--limit", "0"], "--limit: 0 is"),
     "no batch": (["--batch-size", "0"], "--batch-size: 0 is"),

@@ -1,6 +1,7 @@
 """Mixtures of experts: laid out, read, calibrated on the tokens that the router sends, transformed and exported."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,12 @@ from intactkv.discover import down_maxima
 from intactkv.experts import SeparateExperts
 from intactkv.layout import Part, lay_out, sources_of
 from intactkv.observe import hooked, outputs_of
+from quantization.__main__ import main as quantize
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
 from quantization.model.activations import input_ranges
 from quantization.model.blocks import DecoderBlock
+from quantization.model.routed import experts_said
 from quantization.model.stream import CalibrationStream
 from quantization.model.walk import Walk
 from quantization.recipes.recipe import Recipe
@@ -276,6 +279,21 @@ def test_an_expert_without_tokens_takes_the_ranges_of_the_others() -> None:
     assert_close(high, torch.stack([x for _, x in others]).amax(0))
 
 
+def test_quantization_says_how_many_tokens_the_experts_saw(
+    tiny_checkpoint: Callable[..., Path], run_main: Callable[..., tuple[int, str, str]], text: Path, tmp_path: Path
+) -> None:
+    model = tiny_checkpoint(tmp_path, "mixtral", num_hidden_layers=2)
+    words = ("--calibration", text, "--calibration-samples", 6, "--calibration-length", 32)
+    code, out, err = run_main(quantize, "--model", model, "--recipe", "gptq-row", *words)
+    said = re.search(
+        r"^\[experts\] all 8 \(2 blocks × 4\) saw calibration text, (\d+) to (\d+) tokens each$", out, re.M
+    )
+    assert code == 0, err
+    assert said is not None, out
+    # two of four experts for each of 6 * 32 tokens
+    assert 0 < int(said[1]) <= 6 * 32 / 2 <= int(said[2]) <= 6 * 32
+
+
 @pytest.mark.parametrize("method", [GPTQ(ROW), AWQ(ROW)], ids=["gptq", "awq"])
 def test_unseen_experts_are_counted_and_said_in_one_line(
     method: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -286,8 +304,11 @@ def test_unseen_experts_are_counted_and_said_in_one_line(
     figures = read_cost(out)["figures"]
     assert figures["experts"] == 8
     assert figures["experts_unseen"] == 2
-    assert figures["expert_tokens_least"] == 0
-    assert 40 <= figures["expert_tokens_most"] <= SEGMENTS.numel()
+    assert 0 < figures["expert_tokens_least"] < figures["expert_tokens_most"] <= SEGMENTS.numel()
+    assert figures["expert_tokens_most"] >= 40
+    assert str(experts_said(figures)).startswith(
+        "[experts] 2 of 8 (2 blocks × 4) saw no calibration text and took the others' statistics; the rest "
+    )
     lines = [record.getMessage() for record in caplog.records if "experts see" in record.getMessage()]
     assert len(lines) == 2
     assert "of 120 tokens; 1 of them none (3), which take the statistics of the others" in lines[0]

@@ -176,7 +176,9 @@ def test_records_of_the_range_that_held_zero_are_told_apart() -> None:
 @every("size", [3, 32])
 def test_groups_that_do_not_fill_a_head_are_refused_before_any_work(size: int, checkpoint: Callable[..., Path]) -> None:
     recipe = Recipe(kv_cache=PerHead(4, group_size=size))
-    with pytest.raises(UserError, match=f"group_size={size} does not divide the 16 channels of a head; use a divisor"):
+    with pytest.raises(
+        UserError, match=f"group_size={size} does not divide the 16 channels of a head; use --kv-group-size 16"
+    ):
         plan_run(checkpoint(), recipe, device=torch.device("cpu"))
 
 
@@ -286,10 +288,11 @@ def test_a_group_size_of_weights_names_a_divisor_of_all_linears(
     tiny_checkpoint: Any, tmp_path: Path, run_main: Any
 ) -> None:
     source = tiny_checkpoint(tmp_path, "llama", hidden_size=60, head_dim=16, intermediate_size=84)
-    recipes = (("--recipe", "rtn", "--group-size", "32"),
-               ("--recipe", "rtn-w8a8", "--set", "activations.grid.group_size=30"))  # fmt: skip
-    for recipe in recipes:
+    inputs = "--set activations.grid.group_size="
+    recipes = {("--recipe", "rtn", "--group-size", "32"): "--group-size ",
+               ("--recipe", "rtn-w8a8", "--set", f"{inputs.split()[1]}30"): inputs}  # fmt: skip
+    for recipe, option in recipes.items():
         code, _, err = run_main(quantize, "--model", source, *recipe, "--out", tmp_path / "out")
         assert (code, len(err.splitlines())) == (2, 1)
         # 60, 64 and 84 input channels
-        assert "use a divisor of 4, as the block's linears have 60 and 64 and 84, or -1" in err
+        assert f"use {option}4 or a divisor of 4, as the block's linears have 60 and 64 and 84, or -1" in err

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError
@@ -48,6 +49,14 @@ def test_a_row_names_modules_that_transformers_own_block_has(
     block = row.blocks_of(model)[0]
     there = {name.rpartition(".")[0] for name, parameter in block.named_parameters() if parameter.ndim > 1}
     assert matrices_of(row) <= there
+    linears = {linear for names in row.linears for linear in names}
+    named = {name: getattr(row, name) for name in ("query", "key", "value", "output", "down") if getattr(row, name)}
+    wrong = {name: linear for name, linear in named.items() if linear not in linears}
+    assert not wrong, f"the row of {family} names linears that it does not have: {wrong}"
+    tables = [model.get_submodule(name) for name in row.embeddings]
+    assert all(isinstance(table, nn.Embedding) for table in tables)
+    norm = model.get_submodule(row.final_norm)
+    assert row.centred == ("LayerNorm" in type(norm).__name__), f"{type(norm).__name__} with centred={row.centred}"
     beside = there - matrices_of(row)
     routers = {reader for feed in row.feeds for reader in feed.routers}
     assert {name for name in beside if "norm" not in name} == {name for name in routers if name in there}

@@ -70,7 +70,7 @@ FITS: dict[str, tuple[str, tuple[object, ...], str]] = {  # 256 positions, 101 t
     "behind a prefix": (
         "quantize",
         (*GPTQ, "--calibration-length", 254, "--prefix", "ab", "--calibrate-behind-prefix"),
-        "--calibration-length 254: 257 tokens with what stands in front do not fit the 256 positions",
+        "use --calibration-length 253 or fewer",
     ),
     "calibration of a run": ("ppl", (*GPTQ, "--calibration-length", 900), "--calibration-length 900: 900 tokens"),
     "a text": ("build", ("--prefix", LONG), f"--prefix {'x' * 40}…: 302 tokens"),

@@ -2,9 +2,13 @@
 
 A default initialisation hides faults: norms that multiply by one, biases of zero, caps that nothing reaches. So every
 parameter gets noise around what transformers starts it with, and multipliers, caps and windows are far from one.
+
+    python -m tests.tiny MODEL_TYPE DIR        writes such a model and its tokenizer, for programs that take a directory
 """
 
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,3 +114,18 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     model.tie_weights()
     model.config.dtype = dtype
     return model.to(dtype)
+
+
+def main() -> None:
+    """Write a tiny model and its tokenizer to a directory."""
+    if len(sys.argv) != 3 or sys.argv[1] not in CONFIG_MAPPING:
+        sys.exit("usage: python -m tests.tiny MODEL_TYPE DIR, with a type that transformers knows, such as llama")
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
+    from conftest import _tiny_tokenizer
+
+    tiny_model(sys.argv[1]).save_pretrained(sys.argv[2])
+    _tiny_tokenizer().save_pretrained(sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import PreTrainedModel
 
 from corpora.errors import UserError, one_line
@@ -18,7 +17,7 @@ from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of, 
 from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
 from quantization.export.fused import check_packed
-from quantization.export.writer import FORMATS
+from quantization.export.writer import FORMATS, check_weights_alone
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
@@ -28,7 +27,7 @@ from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import FLOATS, DenseCheckpoint, empty_model_of, read_config, tied_names
 from quantization.runs.opening import load_tokenizer
 from quantization.runs.pipeline import check_makes_something
-from quantization.runs.prefixes import choose_prefix
+from quantization.runs.prefixes import AUTO, choose_prefix
 from quantization.runs.suited import refusal, unlike_blocks
 from quantization.weights.rtn import RTN
 
@@ -128,7 +127,10 @@ def _facts(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | Non
     if (window := _window(model)) is not None:
         facts["sliding window"] = window
     if is_quantized(directory):
-        facts["quantized"] = str(read_manifest(directory)["label"])
+        manifest = read_manifest(directory)
+        facts["quantized"] = str(manifest["label"])
+        if manifest["needs_prefix"] is not None:
+            facts["calibrated behind"] = f"--prefix {manifest['recipe']['prefix']}; every program needs it"
     item = model.dtype.itemsize
     if dense is not None:
         stored = sorted({dtype for _, dtype in dense.headers(dense.names()).values()})
@@ -138,7 +140,6 @@ def _facts(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | Non
     if _has_row(model):
         block = max(sum(p.numel() for p in one.parameters()) for one in architecture_of(model.config).blocks_of(model))
         facts["bytes of one block"] = block * item
-        facts["bytes to round one block, about"] = 2 * block * torch.float32.itemsize
     return facts
 
 
@@ -167,18 +168,27 @@ def _window(model: PreTrainedModel) -> int | None:
 
 
 def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | None) -> Iterator[Method]:
+    quantized = is_quantized(directory)
     blocks, no_row = unlike_blocks(model), _said(partial(architecture_of, model.config))
     for name, row in RECIPES.items():
         recipe = row.recipe
+        if quantized and recipe == Recipe():
+            continue  # full precision, which it has not
         reason = no_row if recipe.makes_checkpoint else None  # said once: the families that are like it take a while
-        if reason is None and recipe.makes_checkpoint and (dense is not None or is_quantized(directory)):
+        if reason is None and recipe.makes_checkpoint and (dense is not None or quantized):
             reason = _said(partial(check_makes_something, directory, recipe))
         yield Method("recipe", name, reason or refusal(model, recipe, blocks=blocks))
     for name, kind in KV_POLICIES.items():
         yield Method("kv", name, refusal(model, Recipe(kv_cache=kind(bits=KV_BITS))))
+    behind = refusal(model, Recipe(), 1)
     for word in ("bos", "prompt"):
-        yield Method("prefix", word, refusal(model, Recipe(), 1) or _no_prefix(word, directory))
-    weights = no_row or refusal(model, Recipe(weights=RTN(UniformGrid(8, -1))), blocks=blocks)
+        yield Method("prefix", word, behind or _no_prefix(word, directory))
+    yield Method("prefix", AUTO, behind or no_row)
+    yield Method("prefix", '"text"', behind)
+    if quantized:
+        weights = _said(partial(check_weights_alone, directory))
+    else:
+        weights = no_row or refusal(model, Recipe(weights=RTN(UniformGrid(8, -1))), blocks=blocks)
     for name, form in FORMATS.items():
         packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
         yield Method("export", name, weights or packed)

@@ -23,6 +23,9 @@ Exit code 0: something runs. 1: nothing does, because files are missing or damag
 is no causal language model that transformers knows.
 """
 WIDTH = 118
+BYTES = "bytes of "
+OF_TOKENS = ("vocabulary", "positions", "sliding window")
+SHOWN = 20  # names of methods that one reason refuses
 
 
 def add(commands: Any) -> None:
@@ -60,8 +63,9 @@ def _lines(found: "Checked") -> "Iterator[str]":
 
     yield found.directory
     for name, value in found.facts.items():
-        yield _wrapped(f"  {name}: ", f"{value:,}" if isinstance(value, int) else value)
+        yield _wrapped(f"  {name.removeprefix(BYTES)}: ", _fact(name, value))
     yield _wrapped("  files: ", found.damage or found.files)
+    said = set[str]()
     for kind, words in KINDS.items():
         mine = [method for method in found.methods if method.kind == kind]
         runs = [method.name for method in mine if method.reason is None]
@@ -73,7 +77,18 @@ def _lines(found: "Checked") -> "Iterator[str]":
             if method.reason is not None:
                 reasons.setdefault(method.reason, []).append(method.name)
         for reason, names in reasons.items():
-            yield _wrapped("  refused: ", f"{', '.join(names)}: {reason}")
+            who = ", ".join(names) if len(names) <= SHOWN else f"{len(names)} (--json names them)"
+            yield _wrapped("  refused: ", f"{who}: {'the same' if reason in said else reason}")
+            said.add(reason)
+
+
+def _fact(name: str, value: str | int) -> str:
+    """With its unit."""
+    if isinstance(value, str):
+        return value
+    if name.startswith(BYTES):
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:,}{' tokens' if name in OF_TOKENS else ''}"
 
 
 def _wrapped(head: str, text: str) -> str:

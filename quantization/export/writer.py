@@ -41,7 +41,7 @@ from quantization.runs.dense import check_finite, empty_model
 from quantization.runs.plan import plan_run
 from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS
 
-__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "export_checkpoint", "read_source"]
+__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "check_weights_alone", "export_checkpoint", "read_source"]
 
 PREFIX_FILE = "intactkv-prefix.safetensors"
 SHARD_BYTES = 1 << 28  # of a file, and so of what waits in memory; one block or embedding more goes in
@@ -157,16 +157,11 @@ def export_checkpoint(
     needs one, or an `out` that exists.
     """
     manifest = read_source(source, out)
+    check_weights_alone(source)
     model, form = empty_model(source), FORMATS[format_name]
     if form.config is not None:
         check_packed(architecture_of(model.config))
     plan = plan_run(source, Recipe(prefix=prefix), device=torch.device(device))
-    _, own = empty_quantized(source)
-    if [type(module) for module in own.modules()] != [type(module) for module in model.modules()]:
-        raise UserError(
-            f"{source} has norms that a plain {model.config.model_type} does not have ({manifest['label']}), so no "
-            "other runtime could compute it; export a recipe that does not rotate"
-        )
     export = Export(out, form, dtype or model.dtype)
     if plan.choice.ids:
         export.prefix = plan.intact_prefix()
@@ -188,6 +183,26 @@ def export_checkpoint(
     return export
 
 
+def check_weights_alone(source: Path) -> None:
+    """Raise UserError, by what its manifest says, for a quantized checkpoint that is more than other weights."""
+    model = empty_model(source)
+    manifest, own = empty_quantized(source)
+    if [type(module) for module in own.modules()] != [type(module) for module in model.modules()]:
+        raise UserError(
+            f"{source} has norms that a plain {model.config.model_type} does not have ({manifest['label']}), so no "
+            "other runtime could compute it; export a recipe that does not rotate"
+        )
+    if manifest["recipe"].get("activations") or manifest["recipe"].get("attention"):
+        raise _more(source, manifest)
+
+
+def _more(source: Path, manifest: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"{source} quantizes or rotates more than weights ({manifest['label']}): inputs, attention or the KV cache, "
+        "which no format here can say; export a recipe that quantizes weights only"
+    )
+
+
 def _check_prefix(prefix: Prefix, source: Path, manifest: Mapping[str, Any]) -> None:
     """Raise UserError unless the prefix belongs to the checkpoint: identity, basis and embeddings."""
     model = empty_model(source)
@@ -206,11 +221,8 @@ def _packed_blocks(
     files = {names.block_name(i): block_file(source, i) for i in range(model.config.num_hidden_layers)}
     for place, file in (*files.items(), ("", source / ENDS)):
         block = read_block(file)
-        if block.paths or block.kv or manifest["recipe"].get("attention"):
-            raise UserError(
-                f"{source} quantizes or rotates more than weights ({manifest['label']}): inputs, "
-                "attention or the KV cache, which no format here can say; export a recipe that quantizes weights only"
-            )
+        if block.paths or block.kv:
+            raise _more(source, manifest)
         tensors = {
             name: _narrowed(tensor, dtype, name) if dtype is not None and tensor.is_floating_point() else tensor
             for name, tensor in block.parameters.items()

@@ -186,8 +186,9 @@ class Grids(Policy):
         fill a head."""
         if self.group_size not in (None, -1) and head_size % (self.group_size or 1):
             raise UserError(
-                f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use a "
-                f"divisor of {head_size}, -1 for one group over all heads of a token, or none for a head"
+                f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use "
+                f"--kv-group-size {head_size} or a divisor of it, -1 for one group over all heads of a token, or none "
+                "for a head"
             )
         return replace(
             super().in_heads(head_size), group_size=None if self.group_size == head_size else self.group_size

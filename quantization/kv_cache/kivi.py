@@ -150,8 +150,8 @@ class KIVI(Policy):
         """Raises UserError if groups do not fill a head."""
         if head_size % self.group_size:
             raise UserError(
-                f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use a "
-                f"divisor of {head_size}"
+                f"kv_cache.group_size={self.group_size} does not divide the {head_size} channels of a head; use "
+                f"--kv-group-size {head_size} or a divisor of it"
             )
         return super().in_heads(head_size)
 

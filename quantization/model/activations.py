@@ -58,7 +58,7 @@ class Activations:
 
     def check(self, block: DecoderBlock) -> None:
         """Groups of channels must fill every input. Raises UserError, with the linear's name."""
-        block.check_groups(self.grid.group_size)
+        block.check_groups(self.grid.group_size, "--set activations.grid.group_size=")
 
     def fit_block(self, block: DecoderBlock) -> dict[tuple[str, ...], InputQuantizer]:
         """A quantizer for every set of linears that share an input; static ones see the calibration text pass through

@@ -78,14 +78,18 @@ class DecoderBlock:
         """The block's linears, in the order of computation."""
         return self.architecture.linears_of(self.module, self.name)
 
-    def check_groups(self, group_size: int) -> None:
-        """Groups of input channels must fill the rows of every linear. Raises UserError, with a linear's name."""
+    def check_groups(self, group_size: int, option: str = "--group-size ") -> None:
+        """Groups of input channels must fill the rows of every linear. Raises UserError, with a linear's name.
+
+        option: what sets the size, up to its value.
+        """
         channels = {name: linear.weight.shape[-1] for name, linear in self.linears().items()}
+        fits = math.gcd(*channels.values())
         for name, count in channels.items():
             if group_size != -1 and count % group_size:
                 raise UserError(
-                    f"{self.name}.{name}: group_size={group_size} does not divide its {count} input channels; use a "
-                    f"divisor of {math.gcd(*channels.values())}, as the block's linears have "
+                    f"{self.name}.{name}: group_size={group_size} does not divide its {count} input channels; use "
+                    f"{option}{fits} or a divisor of {fits}, as the block's linears have "
                     f"{' and '.join(str(x) for x in sorted(set(channels.values())))}, or -1 for one group per row"
                 )
 

@@ -1,7 +1,7 @@
 """Statistics of experts: each sees the tokens that the router sends to it, and one that sees none takes the others'."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantization.model.blocks import DecoderBlock
 
-__all__ = ["of_others", "report_experts", "sum_of", "with_unseen"]
+__all__ = ["experts_said", "of_others", "report_experts", "sum_of", "with_unseen"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,22 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0)
 
 
+def experts_said(figures: Mapping[str, float]) -> str | None:
+    """What a checkpoint's figures say of its experts, in one line; None without any."""
+    if "expert_blocks" not in figures:
+        return None
+    count, blocks = int(figures["experts"]), int(figures["expert_blocks"])
+    unseen = int(figures["experts_unseen"])
+    spread = f"{int(figures['expert_tokens_least'])} to {int(figures['expert_tokens_most'])} tokens each"
+    whole = f"{count} ({blocks} block{'s' * (blocks > 1)} × {count // blocks})"
+    if not unseen:
+        return f"[experts] all {whole} saw calibration text, {spread}"
+    return (
+        f"[experts] {unseen} of {whole} saw no calibration text and took the others' statistics; the rest {spread}. "
+        "More --calibration-samples reach more of them"
+    )
+
+
 def report_experts(block: DecoderBlock) -> None:
     """Add to a block's figures how many tokens its experts saw, and log it.
 
@@ -54,8 +70,9 @@ def report_experts(block: DecoderBlock) -> None:
     unseen = [str(i) for i, count in enumerate(tokens) if not count]
     block.report(
         experts=experts.count,
+        expert_blocks=1,
         experts_unseen=len(unseen),
-        expert_tokens_least=min(tokens),
+        expert_tokens_least=min(count for count in tokens if count),  # every token goes to some
         expert_tokens_most=max(tokens),
     )
     say = log.warning if unseen else log.info

@@ -60,6 +60,7 @@ def quantize(arguments: list[str]) -> None:
         )
 
     from quantization.labels import full_label
+    from quantization.model.routed import experts_said
     from quantization.runs.checkpoint import read_cost
 
     out = plan.written(plan.recipe, options.out)
@@ -69,13 +70,8 @@ def quantize(arguments: list[str]) -> None:
         return
     bits = "" if cost["bits_per_weight"] is None else f"{cost['bits_per_weight']:.2f} bits per weight  "
     repaired = int(cost["figures"].get("repaired_hessians", 0))
-    figures = cost["figures"]
-    if "experts" in figures:
-        print(
-            f"[experts] {int(figures['experts_unseen'])} of {int(figures['experts'])} saw no calibration token; the "
-            f"least used of a block saw {int(figures['expert_tokens_least'])}, the most used "
-            f"{int(figures['expert_tokens_most'])}"
-        )
+    if (line := experts_said(cost["figures"])) is not None:
+        print(line)
     print(
         f"{full_label(plan.recipe)}  {bits}{cost['seconds']:.0f} s  {cost['peak_memory_mb']:.0f} MB  "
         + (f"{repaired} Hessians needed more damping  " if repaired else "")
