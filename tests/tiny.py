@@ -6,6 +6,7 @@ parameter gets noise around what transformers starts it with, and multipliers, c
     python -m tests.tiny MODEL_TYPE DIR        writes such a model and its tokenizer, for programs that take a directory
 """
 
+import argparse
 import sys
 from functools import cache
 from pathlib import Path
@@ -119,13 +120,15 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
 
 def main() -> None:
     """Write a tiny model and its tokenizer to a directory."""
-    if len(sys.argv) != 3 or sys.argv[1] not in CONFIG_MAPPING:
-        sys.exit("usage: python -m tests.tiny MODEL_TYPE DIR, with a type that transformers knows, such as llama")
+    parser = argparse.ArgumentParser(prog="python -m tests.tiny", description=__doc__)
+    parser.add_argument("model_type", choices=CONFIG_MAPPING, metavar="MODEL_TYPE", help="that transformers knows")
+    parser.add_argument("directory", metavar="DIR")
+    options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
     from conftest import _tiny_tokenizer
 
-    tiny_model(sys.argv[1]).save_pretrained(sys.argv[2])
-    _tiny_tokenizer().save_pretrained(sys.argv[2])
+    tiny_model(options.model_type).save_pretrained(options.directory)
+    _tiny_tokenizer().save_pretrained(options.directory)
 
 
 if __name__ == "__main__":
