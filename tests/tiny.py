@@ -94,7 +94,11 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in evaluation mode whose activations and logits spread widely; `overrides` go to its config."""
-    config = tiny_config(model_type, **overrides)
+    return random_model(tiny_config(model_type, **overrides), seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same, of a configuration."""
     dtype = config.dtype  # from_config overwrites it
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # (in, out)
