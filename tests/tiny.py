@@ -59,11 +59,11 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt post-norm": ("opt", {"do_layer_norm_before": False}),
     "opt projected": ("opt", {"word_embed_proj_dim": 32}),
-    "gpt_neox serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "mistral sliding": ("mistral", {"sliding_window": 6, "head_dim": 32}),  # shorter than the texts
     "falcon grouped": ("falcon", {"new_decoder_architecture": True, "multi_query": False}),
     "falcon alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
                                 "num_kv_heads": 4}),
-    "stablelm parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "qwen3_moe of one": ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 1}),
     "cohere norms": ("cohere", {"use_qk_norm": True}),
     "olmoe clipped": ("olmoe", {"clip_qkv": 2.0}),
     "qwen3_moe mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
