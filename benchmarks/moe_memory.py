@@ -17,7 +17,8 @@ from benchmarks.measure import report
 from corpora.machine import peak_memory_mb
 from intactkv.architecture import architecture_of
 from quantization.grids.uniform import UniformGrid
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.recipe import Recipe
 from quantization.runs.dense import empty_model_of
 from quantization.runs.one_block import process_block

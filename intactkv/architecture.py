@@ -59,16 +59,15 @@ def pads_shift(config: "PreTrainedConfig", behind_prefix: bool) -> bool:
 
 
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
-    """The names of a model's parts. Raises UserError, with the types there are, for a type without a row, and for a
-    variant that its row does not know."""
+    """The names of a model's parts. Raises UserError, with what is near, for a type without a row, and for a variant
+    that its row does not know."""
     if config.model_type not in ARCHITECTURES:
         from intactkv.nearest import nearest  # builds the model without weights
 
         raise UserError(
-            f"model_type {config.model_type!r} is not in the architecture table; quantization supports "
-            f"{', '.join(ARCHITECTURES)}. {nearest(config, ARCHITECTURES)} A new row names its linears and what feeds "
-            "them (docs/extending.md, A model family); prefixes, evaluation, and KV policies that calibrate on no text "
-            "need none for a causal language model"
+            f"model_type {config.model_type!r} is not in the architecture table. {nearest(config, ARCHITECTURES)} "
+            f"docs/models.md lists the {len(ARCHITECTURES)} families, docs/extending.md (A model family) what a new "
+            "row needs; prefixes, evaluation, and KV policies that calibrate on no text need none"
         )
     return ARCHITECTURES[config.model_type](config)
 
@@ -97,5 +96,5 @@ def blocks_of(model: "PreTrainedModel") -> "list[nn.Module]":
             return list(getattr(decoder, name))
     raise UserError(
         f"the blocks of this {model.config.model_type} are called neither layers nor h nor blocks; add its row to "
-        "intactkv/architecture.py"
+        "intactkv/families/ (docs/extending.md, A model family)"
     )

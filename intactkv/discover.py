@@ -96,10 +96,12 @@ def down_maxima(
     Raises UserError if a block has no such linear, or a value is not finite.
     """
     names = architecture_of(model.config)
-    site = replace(down_input(names), name="down", first=True)
-    if linear is not None or names.down:
-        linear = linear or names.down
-        site = Site("down", f"inputs of {linear}", linear, output=False, first=True)
+    linear = linear or names.down
+    site = (
+        Site("down", f"inputs of {linear}", linear, output=False, first=True)
+        if linear
+        else replace(down_input(names), name="down", first=True)
+    )
     at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
     return token_maxima(attach(model, prefix), ids, (site,), batch_size=at_once, advance=advance)[site.name]
 

@@ -166,9 +166,8 @@ def sources_of(architecture: Architecture, name: str) -> Iterator[Part]:
 
 
 def in_files(architecture: Architecture, name: str) -> str:
-    """What files call a parameter of an exported model. transformers knows an expert's own matrices by the names of
-    files alone; everything else by those of its model, too."""
-    return _spelled(name, architecture.stored[0]) if architecture.experts and architecture.stored else name
+    """What files call a parameter of an exported model."""
+    return _spelled(name, architecture.exported or {})
 
 
 def _spelled(name: str, spelling: Mapping[str, str]) -> str:

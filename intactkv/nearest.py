@@ -13,20 +13,19 @@ from intactkv.parts import Architecture, Row
 
 __all__ = ["matrices_of", "nearest"]
 
-ALIKE = 0.6  # of the matrices of two blocks together, in both by the same names
 SHOWN = 4
 
 
 def nearest(config: PreTrainedConfig, rows: Mapping[str, Row]) -> str:
-    """A sentence on the families of the table that a model is most like, for an error message."""
+    """A sentence on the families of the table that a model is most like, for an error message: whatever they share,
+    with the difference."""
     names = get_close_matches(config.model_type, rows, n=2, cutoff=0.7)
     said = [f"nearest by its name: {', '.join(names)}"] if names else []
     own = _matrices(config)
-    found = {family: theirs for family, row in rows.items() if (theirs := _of_family(family, row))}
-    if own and found:
-        family = max(found, key=lambda name: _alike(own, found[name]))
-        if _alike(own, found[family]) >= ALIKE:
-            said.append(f"nearest by its blocks: {family}, {_difference(own, found[family])}")
+    found = {family: _of_family(family, row) for family, row in rows.items()}
+    family = max(found, key=lambda name: len(own & found[name]))  # the first of several: the plainer one
+    if own & found[family]:
+        said.append(f"nearest by its blocks: {family}, {_difference(own, found[family])}")
     sentence = "; ".join(said or ["no family there has a name or blocks like it"])
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -59,10 +58,6 @@ def _matrices(config: PreTrainedConfig) -> frozenset[str]:
             named = blocks[0].named_parameters()
             return frozenset(name.rpartition(".")[0] for name, parameter in named if parameter.ndim > 1)
     return frozenset()
-
-
-def _alike(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / len(one | other)
 
 
 def _difference(own: frozenset[str], theirs: frozenset[str]) -> str:

@@ -127,17 +127,14 @@ def _collected(modules: Iterable[nn.Module], hang: Callable[..., RemovableHandle
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute its attention weights explicitly for the time of the block; one that does so stays."""
     earlier = model.config._attn_implementation
-    if not asks(type(model)):
-        model.config._attn_implementation = "eager"  # which its own code looks up in every pass
-    else:
-        model.set_attn_implementation(earlier if earlier in EXPLICIT else ROWS)
+    explicit, set_to = ROWS, model.set_attn_implementation
+    if not asks(type(model)):  # its own code looks the word up in every pass
+        explicit, set_to = "eager", partial(setattr, model.config, "_attn_implementation")
+    set_to(earlier if earlier in EXPLICIT else explicit)
     try:
         yield
     finally:
-        if not asks(type(model)):
-            model.config._attn_implementation = earlier
-        else:
-            model.set_attn_implementation(earlier)
+        set_to(earlier)
 
 
 def run_decoder(model: IntactModel, ids: Tensor, cache: IntactCache | None = None) -> Tensor:

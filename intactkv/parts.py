@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "attention_heads",
     "divided_heads",
+    "turned_channels",
 ]
 
 # Which channels of a head RoPE turns together: i and i + n/2 of the first n, or 2i and 2i + 1.
@@ -118,7 +119,8 @@ class Architecture:
     centred: whether norms take the mean off (LayerNorm) or not (RMSNorm). gain_offset: what a norm adds to its weight:
     1 where it multiplies by 1 + w.
     fused, experts: what `intactkv.layout` takes apart. stored: other names that files have for parts of a parameter's
-    name, old to new, tried together.
+    name, old to new, tried together. exported: the same, for files that are written, where transformers reads a
+    parameter under no other; None for the model's own names.
     cache: the argument by which a block takes its keys and values. plain_logits: whether they are the head's output,
     not scaled or capped.
     unscaled, unrotated: why no scales can be moved (SmoothQuant, AWQ, OmniQuant's pairs), or no rotation put in; None
@@ -151,6 +153,7 @@ class Architecture:
     fused: tuple[Fused, ...] = ()
     experts: Experts | None = None
     stored: tuple[Mapping[str, str], ...] = ()
+    exported: Mapping[str, str] | None = None
     cache: str = "past_key_values"
     plain_logits: bool = True
     unscaled: str | None = None
@@ -176,6 +179,13 @@ class Architecture:
     def everywhere(self) -> tuple[tuple[str, ...], ...]:
         """The sets of linears that every token reaches: all but the experts'."""
         return tuple(names for names in self.linears if self.expert_of(names[0]) is None)
+
+    @property
+    def of_one_token(self) -> tuple[str, ...]:
+        """The linears that one token passes through; experts are alike, so the first ones stand for those it is sent
+        to."""
+        chosen = 1 if self.experts is None else self.experts.chosen
+        return tuple(name for names in self.linears for name in names if (self.expert_of(name) or 0) < chosen)
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -243,9 +253,12 @@ def divided_heads(config: "PreTrainedConfig") -> int:
 
 
 def attention_heads(config: "PreTrainedConfig") -> tuple[int, int]:
-    """KV heads that a cache holds, and the channels of a head, of a text model's configuration."""
-    if config.model_type == "falcon":  # the new architecture's cache holds a group's keys once for every query head
-        shared = config.multi_query and not config.new_decoder_architecture
-        return 1 if shared else config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    """KV heads and the channels of a head, as most text models' configurations say them (else `held_heads`)."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, size
+
+
+def turned_channels(config: "PreTrainedConfig", size: int) -> int | None:
+    """Channels of a head of so many that RoPE turns; None for all."""
+    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+    return turned if turned < size else None

@@ -26,8 +26,9 @@ from quantization.__main__ import main as quantization_main
 from quantization.export.awq_search import recovered_limits
 from quantization.grids.stored import restore
 from quantization.grids.uniform import UniformGrid, fake_quantize, quantize
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import per_column, rescale_all
+from quantization.model.stream import CalibrationStream
 from quantization.model.text import BATCH
 from quantization.named import named_recipe
 from quantization.programs.export import export

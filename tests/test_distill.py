@@ -18,9 +18,10 @@ from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import PerHead
 from quantization.model.activations import Activations, quantize_inputs
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import put_in_front
 from quantization.model.online import OnlineRotation
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, load_quantized, read_block
 from quantization.runs.pipeline import quantize_checkpoint

@@ -21,13 +21,12 @@ from quantization.runs.opening import load_model
 
 CELLS = [(recipe, prefix) for recipe in RECIPES for prefix in PREFIXES]
 # What a row can be wrong about, on every family: the order of linears, feeds, norms, RoPE, the residual stream.
-OFTEN = [("gptq-w4", "xy"), ("awq-w4", "bos"), ("omniquant-let", "xy"), ("quarot", "bos"), ("smooth", "xy"),
-         ("kv:kvquant", "xy")]  # fmt: skip
-# The other cells in turns; `slow` runs all.
+OFTEN = [("gptq-w4", "xy"), ("quarot", "bos"), ("awq-w4", "bos"), ("omniquant-let", "xy"), ("kv:kvquant", "xy")]
+# One other cell of each family in turns, and two of a variant; `slow` runs all.
 SOME = [
     (family, *cell)
     for place, family in enumerate(FAMILIES)
-    for cell in dict.fromkeys([*OFTEN, CELLS[5 * place % len(CELLS)], CELLS[(5 * place + 37) % len(CELLS)]])
+    for cell in dict.fromkeys([*OFTEN, CELLS[5 * place % len(CELLS)]] if family in ARCHITECTURES else OFTEN[:2])
 ]
 OTHERS = [(family, *cell) for family in FAMILIES for cell in CELLS if (family, *cell) not in SOME]
 

@@ -32,7 +32,8 @@ from intactkv.rope import Places, ropes_of
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KIVI, KV_POLICIES, KVQuant, Policy
 from quantization.model.attention import AttentionProducts
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -105,14 +105,12 @@ def test_parts_in_activation_order_share_it(dense_of: Callable[[str], Path], tmp
     torch.testing.assert_close(read_gptq(of_linear, 4, 0).float(), weights[f"{name}.weight"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [name for name, row in FORMATS.items() if row.config is not None])
-def test_no_packed_format_holds_the_matrices_of_gpt2(
-    kind: str, dense_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_no_packed_format_holds_the_matrices_of_gpt2(dense_of: Callable[[str], Path], tmp_path: Path) -> None:
     source = quantized(dense_of("gpt2"), tmp_path / "q", 4, 32, "gptq-sym")
-    with pytest.raises(UserError, match=r"transformer\.h\.0\.attn\.c_attn is no linear .* --format dense$"):
-        export_checkpoint(source, tmp_path / "out", kind)
-    assert not (tmp_path / "out").exists()
+    for kind in [name for name, row in FORMATS.items() if row.config is not None]:
+        with pytest.raises(UserError, match=r"^attn\.c_attn is no linear .* --format dense$"):
+            export_checkpoint(source, tmp_path / "out", kind)
+        assert not (tmp_path / "out").exists()
 
 
 @dataclass(frozen=True)

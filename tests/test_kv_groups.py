@@ -21,7 +21,8 @@ from intactkv.architecture import architecture_of
 from quantization.__main__ import main as quantize
 from quantization.kv_cache import KV_POLICIES, ClippedPerHead, Grids, PerHead, Rotated, StaticPerHead, kv_bits
 from quantization.labels import kv_label
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe, describe, with_settings
 from quantization.runs.checkpoint import PARTS

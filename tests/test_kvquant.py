@@ -28,7 +28,8 @@ from intactkv.prefix import Prefix, build_prefix
 from intactkv.rope import Places, Rope, ropes_of
 from quantization.kv_cache import KV_POLICIES, KVQuant
 from quantization.kv_cache.fisher import gradients_of, squared_gradients
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 
 HEADS, SIZE = 4, 16  # of the states that are not a model's: 64 channels
 BITS = [2, 3, 4]

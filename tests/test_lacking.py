@@ -1,6 +1,7 @@
 """What a plan says is lacking, without torch, beside what the recipes and files themselves say."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,11 @@ def test_a_name_in_place_of_a_directory_is_told_where_the_model_lies(intactkv_ro
     model_of(intactkv_root / "modelzoo" / "smollm2" / "smollm2-135m", hidden_size=64, intermediate_size=64)
     (line,) = lacking([Run("ppl", Path("smollm2-135m"), __file__, ())])
     assert line == "no model in smollm2-135m; name --model modelzoo/smollm2/smollm2-135m"
+
+
+def test_a_family_that_no_recipe_quantizes_is_lacking_with_its_recipes(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    model = tiny_checkpoint(tmp_path, "helium", num_hidden_layers=1)
+    (line,) = lacking([asked(name, model, "--group-size", "16") for name in ("rtn", "rtn-w8a8", "fp16")])
+    assert line.startswith("tiny-helium does not take rtn, rtn-w8a8: model_type 'helium' is not in the")

@@ -35,8 +35,9 @@ from quantization.grids.uniform import UniformGrid
 from quantization.kernels.linear import QuantLinear
 from quantization.kv_cache import PerHead, StaticPerHead
 from quantization.model.activations import Activations
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputPath
+from quantization.model.stream import CalibrationStream
 from quantization.named import PUBLISHED_GROUP, RECIPES, named_recipe, put_together
 from quantization.recipes.recipe import Recipe, with_settings
 from quantization.runs.checkpoint import CHECKSUMS, block_file, load_quantized, read_block

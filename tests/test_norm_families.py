@@ -19,8 +19,9 @@ from corpora.errors import UserError
 from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.parts import HALVES
 from quantization.grids.uniform import UniformGrid, fake_quantize
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.pipeline import quantize_checkpoint

@@ -16,8 +16,9 @@ from corpora.json_files import read_json
 from intactkv.architecture import architecture_of
 from quantization.grids.stored import restore
 from quantization.grids.uniform import QuantizedTensor, UniformGrid, encode, split_groups
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.rescale import Rescaling
+from quantization.model.stream import CalibrationStream
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, with_settings
 from quantization.runs.checkpoint import MANIFEST, block_file, load_quantized, read_block

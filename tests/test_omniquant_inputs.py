@@ -18,9 +18,10 @@ from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import PerHead
 from quantization.model.activations import Activations
 from quantization.model.attention import AttentionProducts
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
 from quantization.model.rounding import BlockRounding
+from quantization.model.stream import CalibrationStream
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, describe, with_settings
 from quantization.runs.checkpoint import load_quantized

@@ -27,6 +27,7 @@ from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Calibration, Recipe, added, describe
 from quantization.runs.auto_prefix import Search
 from quantization.runs.checkpoint import find_checkpoint
+from quantization.runs.fitting import check_fits
 from quantization.runs.identities import artefact_of, by_tokens
 from quantization.runs.kept import stored_kv
 from quantization.runs.pipeline import quantize_checkpoint
@@ -291,6 +292,30 @@ def test_an_added_field_is_told_only_where_it_is_not_at_its_default():
 
 
 # --plan ---------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_a_model_without_a_row_ends_as_its_run_does(tiny_checkpoint, tmp_path, text, intactkv_root, run_main):
+    model = tiny_checkpoint(tmp_path, "helium", num_hidden_layers=1)
+    call = ("ppl", "--model", model, "--corpus", text, "--window", 32, "--limit", 1, "--kv-bits", 4, "--prefix", "bos")
+    code, said, _ = run_main(eval_main, *call, "--plan")
+    assert (code, "memory to run" in said) == (run_main(eval_main, *call)[0], True) == (0, True)
+    for more in (("--recipe", "gptq-w4"), ("--kv", "static")):  # whose text, C4 or the Pile, is not here
+        for end in ((), ("--plan",)):
+            code, _, errors = run_main(eval_main, *call, *more, *end)
+            assert (code, "'helium' is not in the architecture table" in errors) == (2, True), errors
+
+
+def test_a_family_is_refused_before_its_text_is_asked_for(tiny_checkpoint, tmp_path, intactkv_root, run_main):
+    model = tiny_checkpoint(tmp_path, "gemma2", num_hidden_layers=1)
+    for end in ((), ("--plan",)):
+        code, _, errors = run_main(quantize_main, "--model", model, "--recipe", "quarot", *end)
+        assert (code, "the residual stream cannot be rotated" in errors) == (2, True), errors
+
+
+def test_what_does_not_fit_is_told_the_number_that_does():
+    check_fits("GPT-2", 1024, "--window 1023", 1024)
+    with pytest.raises(UserError, match=r"do not fit the 1024 positions of GPT-2; use --window 1023 or fewer"):
+        check_fits("GPT-2", 1024, "--window 2048", 2049)  # behind one token
 
 
 def test_plan_prints_what_is_missing_and_what_is_there(dense, text, intactkv_root, run_main):

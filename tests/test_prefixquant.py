@@ -25,8 +25,9 @@ from intactkv.training import train
 from quantization.grids.uniform import Fit, UniformGrid, fit, split_groups
 from quantization.kv_cache import ClippedPerHead, Policy, StaticPerHead
 from quantization.model.activations import Activations
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
+from quantization.model.stream import CalibrationStream
 from quantization.model.walk import Walk
 from quantization.named import RECIPES, named_recipe
 from quantization.recipes.recipe import Recipe

@@ -18,7 +18,8 @@ from intactkv.attach import attach
 from intactkv.prefix import build_prefix
 from quantization.grids.uniform import UniformGrid
 from quantization.model.activations import Activations
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 from quantization.model.walk import Walk
 from quantization.named import named_recipe
 from quantization.recipes.recipe import Recipe, with_settings

@@ -20,7 +20,8 @@ from intactkv.policy import Bound
 from quantization.__main__ import main
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import ClippedPerHead, PerHead, StaticPerHead
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.recipe import Calibration, Recipe
 from quantization.runs.checkpoint import load_quantized
 from quantization.runs.identities import by_tokens

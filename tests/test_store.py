@@ -22,7 +22,8 @@ from intactkv.prefix import Prefix, build_prefix
 from intactkv.store import Memory
 from quantization.kv_cache import KIVI, KV_POLICIES, KVQuant, PerHead, Policy, TurboQuant
 from quantization.kv_cache.per_head import WholeRange
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

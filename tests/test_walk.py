@@ -23,8 +23,9 @@ from intactkv.policy import KVPolicy
 from quantization.grids.uniform import UniformGrid, fake_quantize
 from quantization.kv_cache import KIVI, PerHead
 from quantization.model import text
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.stages import seconds_by_stage
+from quantization.model.stream import CalibrationStream
 from quantization.model.text import BATCH, Text, said_when_full, samples_at_once
 from quantization.model.walk import Walk
 from quantization.recipes.recipe import Recipe

@@ -1,4 +1,4 @@
-"""What runs of published tables lack before anything runs, in lines. Nothing here loads torch."""
+"""What runs of published tables lack before anything runs, in lines. Only a family without a row loads torch here."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from corpora.catalog import ModelDefaults, model_defaults
 from corpora.errors import UserError
@@ -15,13 +16,14 @@ from eval.doctor.recipe_facts import group_of, text_of
 from eval.tables.asked import Run
 from eval.tables.declared import Paper
 from eval.tables.preview import place_of
+from intactkv.architecture import ARCHITECTURES
 
 __all__ = ["lacking", "refuse_lacking", "texts_of", "uneven"]
 
 
 def lacking(runs: Iterable[Run]) -> list[str]:
-    """What is not here and no run makes: models, texts that are scored or calibrated on, questions, judges; and groups
-    that do not divide a model's channels. A line for each, with the way out."""
+    """What is not here and no run makes: models, texts that are scored or calibrated on, questions, judges; groups that
+    do not divide a model's channels; and families that no recipe quantizes. A line for each, with the way out."""
     runs = [run for run in runs if run.program != "latency"]
     lines = [
         f"no model in {found.found.removesuffix(' is missing')}; {_another(directory) or found.way_out}"
@@ -35,7 +37,7 @@ def lacking(runs: Iterable[Run]) -> list[str]:
         if found.verdict == "lacks":
             other = f", or another: {option} NAME|FILE" if found.what.startswith("text ") else ""
             lines.append(f"{found.what}: {found.found}; {found.way_out}{other}")
-    return lines + uneven(runs)
+    return lines + uneven(runs) + _without_row(runs)
 
 
 def _another(directory: Path) -> str:
@@ -80,14 +82,50 @@ def uneven(runs: Iterable[Run]) -> list[str]:
     ]
 
 
+def _without_row(runs: Iterable[Run]) -> list[str]:
+    """Models of a family without a row, and the recipes of runs that refuse it; a line for each model."""
+    asked: dict[Path, dict[str, None]] = {}
+    for run in runs:
+        family = _told(run.model).get("model_type")
+        if (name := _said(run, "--recipe")) and isinstance(family, str) and family not in ARCHITECTURES:
+            asked.setdefault(run.model, {})[name] = None
+    return [line for directory, names in asked.items() for line in _refusals(directory, list(names))]
+
+
+def _refusals(directory: Path, names: list[str]) -> list[str]:
+    """The recipes that a model refuses, by its reasons. These load torch: only a model that will not run asks."""
+    from quantization.named import RECIPES
+    from quantization.runs.dense import empty_model_of, read_config
+    from quantization.runs.suited import refusal
+
+    try:
+        model = empty_model_of(read_config(directory))
+    except UserError as error:
+        return [f"{directory.name}: {error}"]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name in RECIPES and (reason := refusal(model, RECIPES[name].recipe)) is not None:
+            found.setdefault(reason, []).append(name)
+    return [f"{directory.name} does not take {', '.join(refused)}: {reason}" for reason, refused in found.items()]
+
+
+def _told(model: Path) -> dict[str, Any]:
+    """A model's configuration; nothing where it cannot be read: the program that reads it will say what is wrong."""
+    try:
+        told = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 @lru_cache(maxsize=1000)
 def _channels(model: Path) -> tuple[int, ...]:
     """What a model's linears read, by its configuration: hidden and inner size. Nothing where it does not say."""
+    told = _told(model)
     try:
-        told = json.loads((model / "config.json").read_text(encoding="utf-8"))
         sizes = (told["hidden_size"], told.get("intermediate_size") or told["ffn_dim"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ()  # the program that reads it will say what is wrong
+    except KeyError:
+        return ()
     return tuple(dict.fromkeys(size for size in sizes if isinstance(size, int)))
 
 

@@ -20,6 +20,7 @@ from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
 from quantization.export.fused import check_packed
 from quantization.export.writer import FORMATS
+from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
 from quantization.recipes.recipe import Recipe
@@ -31,6 +32,7 @@ from quantization.runs.opening import load_tokenizer
 from quantization.runs.pipeline import check_makes_something
 from quantization.runs.prefixes import choose_prefix
 from quantization.runs.suited import refusal, unlike_blocks
+from quantization.weights.rtn import RTN
 
 __all__ = ["KINDS", "Checked", "Method", "check", "laid_out"]
 
@@ -184,7 +186,7 @@ def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | N
         yield Method("kv", name, refusal(model, Recipe(kv_cache=kind(bits=KV_BITS))))
     for word in ("bos", "prompt"):
         yield Method("prefix", word, refusal(model, Recipe(), 1) or _no_prefix(word, directory))
-    weights = no_row or refusal(model, RECIPES["rtn-w8a8"].recipe, blocks=blocks)  # whatever the group size
+    weights = no_row or refusal(model, Recipe(weights=RTN(UniformGrid(8, -1))), blocks=blocks)
     for name, form in FORMATS.items():
         packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
         yield Method("export", name, weights or packed)

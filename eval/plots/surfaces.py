@@ -115,8 +115,7 @@ def draw_surfaces(
 def draw_layer_inputs(subject: Subject, layers: Sequence[int], only_down: bool, log: bool, output: Output) -> None:
     """|input| of every set of linears that reads one tensor, and of the head: a figure per linear and layer.
 
-    only_down: the last linear of the feed-forward part alone. The first sequence of the text is shown. Experts' inputs
-    are left out.
+    only_down: the last linear of the feed-forward part alone. The first sequence of the text is shown.
     """
     sites = (down_input(subject.architecture),) if only_down else input_sites(subject.architecture)
     parts = len(layers) * len(sites) + (not only_down)

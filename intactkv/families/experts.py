@@ -43,7 +43,7 @@ def _mixtral(config: "PreTrainedConfig") -> Architecture:
     experts = Experts(
         "mlp.experts", config.num_local_experts, "mlp.gate", config.intermediate_size, config.num_experts_per_tok
     )
-    return replace(with_experts(LLAMA, experts), stored=(MIXTRAL,))
+    return replace(with_experts(LLAMA, experts), stored=(MIXTRAL,), exported=MIXTRAL)
 
 
 def _qwen3_moe(config: "PreTrainedConfig") -> Architecture:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
 from intactkv.families.llama import LLAMA
-from intactkv.parts import NEIGHBOURS, Architecture, Feed, Fused, Row, attention_heads, divided_heads
+from intactkv.parts import NEIGHBOURS, Architecture, Feed, Fused, Row, attention_heads, divided_heads, turned_channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,18 +38,12 @@ def with_fused(row: Architecture, *fused: Fused) -> Architecture:
     return replace(row, linears=linears, feeds=tuple(map(feed_of, row.feeds)), fused=fused, **renamed)
 
 
-def _turned(config: "PreTrainedConfig", size: int) -> int | None:
-    """Channels of a head that RoPE turns; None for all."""
-    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
-    return turned if turned < size else None
-
-
 def _phi3(config: "PreTrainedConfig") -> Architecture:
     """Phi-3 and Phi-4: q, k, v in one matrix, gate and up in another; a part of every head may turn."""
     heads, size = attention_heads(config)
     queries = config.num_attention_heads * size
     qkv = Fused("self_attn.qkv_proj", QKV, (queries, heads * size, heads * size))
-    return replace(with_fused(LLAMA, qkv, _gate_up(config)), turned=_turned(config, size))
+    return replace(with_fused(LLAMA, qkv, _gate_up(config)), turned=turned_channels(config, size))
 
 
 def _gate_up(config: "PreTrainedConfig") -> Fused:
@@ -62,7 +56,7 @@ def _glm4(config: "PreTrainedConfig") -> Architecture:
     return replace(
         with_fused(LLAMA, _gate_up(config)),
         pairing=NEIGHBOURS,
-        turned=_turned(config, size),
+        turned=turned_channels(config, size),
         unrotated="has norms behind attention and feed-forward (post_self_attn_layernorm, post_mlp_layernorm), whose "
         "gains no rotation passes",
     )
@@ -109,7 +103,7 @@ def _gpt_neox(config: "PreTrainedConfig") -> Architecture:
         with_fused(row, Fused("attention.query_key_value", QKV, (size,) * 3, heads)),
         decoder="gpt_neox",
         blocks="gpt_neox.layers",
-        turned=_turned(config, size),
+        turned=turned_channels(config, size),
         embeddings=("gpt_neox.embed_in",),
         final_norm="gpt_neox.final_layer_norm",
         stored=({"lm_head.": "embed_out."},),

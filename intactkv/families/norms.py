@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from corpora.errors import UserError
 from intactkv.families.llama import LLAMA
-from intactkv.parts import NEIGHBOURS, Architecture, Feed, Row, divided_heads
+from intactkv.parts import NEIGHBOURS, Architecture, Feed, Row, divided_heads, turned_channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,9 +90,8 @@ def _cohere2(config: "PreTrainedConfig") -> Architecture:
 def _stablelm(config: "PreTrainedConfig") -> Architecture:
     """LayerNorms with shifts; a part of every head turns; attention and feed-forward may stand side by side."""
     size = divided_heads(config)
-    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
     row = PARALLEL if config.use_parallel_residual else LLAMA
-    row = replace(row, centred=True, turned=turned if turned < size else None)
+    row = replace(row, centred=True, turned=turned_channels(config, size))
     if config.qk_layernorm:
         row = replace(row, rope_query="self_attn.q_layernorm", rope_key="self_attn.k_layernorm", heads_first=True)
     return row

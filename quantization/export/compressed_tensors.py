@@ -48,7 +48,8 @@ def config(contents: Contents) -> dict[str, Any]:
     kinds = list(dict.fromkeys(schemes.values()))
     asymmetric = any(not kind.symmetric for kind in kinds)
     if asymmetric or contents.unpacked:
-        common_scheme(schemes, "a compressed-tensors checkpoint that is asymmetric or of Falcon")
+        trait = "is asymmetric" if asymmetric else "has linears that compute by code of their own"
+        common_scheme(schemes, f"a compressed-tensors checkpoint that {trait}")
     rounded = any(contents.dtype not in (kind.scale_dtype, torch.float32) for kind in kinds)
     groups = {
         f"group_{i}": {

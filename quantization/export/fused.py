@@ -6,8 +6,7 @@ input.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,86 +17,64 @@ from intactkv.layout import joined
 from quantization.grids.stored import StoredWeight
 from quantization.grids.uniform import QuantizedTensor
 
-__all__ = ["as_stored", "check_packed"]
+__all__ = ["as_stored", "check_packed", "join_plain"]
 
 DENSE = "export real values: --format dense"
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Real values, as transformers' module holds them."""
-
-    values: Tensor
-    kind: ClassVar[str] = "values"
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values}
-
-    def header(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "_Values":
-        return cls(tensors["values"])
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.values.to(dtype)
-
-
 def as_stored(
-    names: Architecture, block: str, weights: dict[str, StoredWeight], tensors: dict[str, Tensor], packed: bool
+    names: Architecture, block: str, weights: Mapping[str, StoredWeight]
 ) -> Iterator[tuple[str, StoredWeight]]:
-    """A block's quantized linears as transformers' own model names them; what stays plain of them is joined within
-    `tensors`. packed: for a format of codes, not of real values.
+    """A block's quantized linears as transformers' own model names them.
 
-    Raises UserError for what a format of codes cannot hold as one matrix.
+    Raises UserError for codes that are no single matrix.
     """
+    left = dict(weights)
     for fused in names.fused:
         owner = f"{block}.{fused.module}"
-        parts = {part: f"{owner}.{part}" for part in fused.parts} or {"": owner}
-        own = {part: weights.pop(name) for part, name in parts.items() if name in weights}
-        for parameter in ("weight", "bias"):
-            plain = {
-                part: tensors.pop(f"{name}.{parameter}")
-                for part, name in parts.items()
-                if f"{name}.{parameter}" in tensors
-            }
-            if own and plain and parameter == "weight":
-                if packed:
-                    raise UserError(
-                        f"{owner}: of its parts {', '.join(plain)} are not quantized, and all are one matrix; {DENSE}"
-                    )
-                own = {part: own.get(part) or _Values(plain[part]) for part in parts}
-            elif plain:
-                tensors[f"{owner}.{parameter}"] = joined(fused, plain)
-        if own:
-            yield owner, _whole(fused, own, owner, packed)
-    for name, weight in weights.items():
-        if packed and names.expert_of(name.removeprefix(f"{block}.")) is not None:
+        parts = _parts_of(fused, owner)
+        own = {part: left.pop(name) for part, name in parts.items() if name in left}
+        if own and (plain := [part for part in parts if part not in own]):
             raise UserError(
-                f"{name}: transformers keeps the experts of a block in one tensor, which it reads in no packed format; "
-                f"{DENSE}"
+                f"{owner}: of its parts {', '.join(plain)} are not quantized, and all are one matrix; {DENSE}"
             )
-        yield name, weight
+        if own:
+            yield owner, _whole(fused, own, owner)
+    yield from left.items()
+
+
+def join_plain(names: Architecture, block: str, tensors: dict[str, Tensor]) -> None:
+    """Exchange a block's weights and biases, in place, for those of transformers' own model."""
+    for fused in names.fused:
+        owner = f"{block}.{fused.module}"
+        for parameter in ("weight", "bias"):
+            stored = {part: f"{name}.{parameter}" for part, name in _parts_of(fused, owner).items()}
+            if own := {part: tensors.pop(name) for part, name in stored.items() if name in tensors}:
+                tensors[f"{owner}.{parameter}"] = joined(fused, own)
+
+
+def _parts_of(fused: Fused, owner: str) -> dict[str, str]:
+    """The linears of a fused module, by part; a module without parts is its only one."""
+    return {part: f"{owner}.{part}" for part in fused.parts} or {"": owner}
 
 
 def check_packed(names: Architecture) -> None:
     """Raise UserError for a family whose matrices no format of codes can hold."""
     for fused in names.fused:
         if fused.transposed:
-            raise _conv1d(fused.module)
+            raise UserError(
+                f"{fused.module} is no linear in transformers' model but a Conv1D, which no packed format holds; "
+                f"{DENSE}"
+            )
+    if names.experts is not None:
+        raise UserError(
+            f"{names.experts.module}: transformers keeps the experts of a block in one tensor, which it reads in no "
+            f"packed format; {DENSE}"
+        )
 
 
-def _conv1d(name: str) -> UserError:
-    return UserError(f"{name} is no linear in transformers' model but a Conv1D, which no packed format holds; {DENSE}")
-
-
-def _whole(fused: Fused, weights: Mapping[str, StoredWeight], name: str, packed: bool) -> StoredWeight:
+def _whole(fused: Fused, weights: Mapping[str, StoredWeight], name: str) -> StoredWeight:
     first, *others = weights.values()
-    if not packed:
-        return _Values(joined(fused, {part: weight.dequantize() for part, weight in weights.items()}))
-    if fused.transposed:
-        raise _conv1d(name)
     if not isinstance(first, QuantizedTensor):
         return first  # the format refuses it in its own words
     for other in others:

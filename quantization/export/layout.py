@@ -8,7 +8,7 @@ out as they are. Real ones, and codes that are no uniform grid, have no place in
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,13 +43,13 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Packed:
-    """A linear in a format: its tensors by the last part of their name, what it is (None: plain weights).
+    """A linear in a format: its tensors by the last part of their name, and what it is.
 
     scale_change: the largest |s' − s| / s where the format's scales are narrower than ours.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    scheme: Scheme | None = None
+    tensors: dict[str, Tensor]
+    scheme: Scheme
     scale_change: float = 0.0
 
 

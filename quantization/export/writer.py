@@ -22,7 +22,7 @@ from intactkv.architecture import architecture_of
 from intactkv.layout import in_files, owner_of
 from intactkv.prefix import Prefix
 from quantization.export import awq, compressed_tensors, gptq
-from quantization.export.fused import as_stored
+from quantization.export.fused import as_stored, check_packed, join_plain
 from quantization.export.layout import Contents, Packed, Scheme
 from quantization.export.readme import how_to
 from quantization.grids.stored import StoredWeight, restore
@@ -49,21 +49,17 @@ SHARD_BYTES = 1 << 28  # of a file, and so of what waits in memory; one block or
 
 @dataclass(frozen=True)
 class Format:
-    """pack: a linear and its name to its tensors. config: `quantization_config`; None for plain weights.
+    """pack: a linear and its name to its tensors. config: `quantization_config`. None, both, for plain weights.
 
     packages: what reads it. tolerance: for the relative difference of logits, as read by them against ours. Where the
     scales are rounded to float16, the kernels compute in half precision, too (measured: 5e-4 to 2e-3).
     """
 
     name: str
-    pack: Callable[[StoredWeight, str], Packed]
+    pack: Callable[[StoredWeight, str], Packed] | None
     config: Callable[[Contents], dict[str, Any]] | None
     packages: tuple[str, ...]
     tolerance: float
-
-
-def _plain(weight: StoredWeight, name: str) -> Packed:
-    return Packed({"weight": weight.dequantize()})
 
 
 EXACT, HALF = 1e-5, 2e-2
@@ -82,7 +78,7 @@ FORMATS: Mapping[str, Format] = {
         Format("gptq", gptq.pack, gptq.config, GPTQMODEL, HALF),
         Format("gptq-v2", gptq.pack_v2, gptq.config_v2, GPTQMODEL, HALF),
         Format("awq", awq.pack, awq.config, (*BASE, "gptqmodel"), HALF),
-        Format("dense", _plain, None, BASE, EXACT),
+        Format("dense", None, None, BASE, EXACT),
     )
 }
 
@@ -161,15 +157,17 @@ def export_checkpoint(
     needs one, or an `out` that exists.
     """
     manifest = read_source(source, out)
+    model, form = empty_model(source), FORMATS[format_name]
+    if form.config is not None:
+        check_packed(architecture_of(model.config))
     plan = plan_run(source, Recipe(prefix=prefix), device=torch.device(device))
-    model = empty_model(source)
     _, own = empty_quantized(source)
     if [type(module) for module in own.modules()] != [type(module) for module in model.modules()]:
         raise UserError(
             f"{source} has norms that a plain {model.config.model_type} does not have ({manifest['label']}), so no "
             "other runtime could compute it; export a recipe that does not rotate"
         )
-    export = Export(out, FORMATS[format_name], dtype or model.dtype)
+    export = Export(out, form, dtype or model.dtype)
     if plan.choice.ids:
         export.prefix = plan.intact_prefix()
         _check_prefix(export.prefix, source, manifest)
@@ -218,14 +216,16 @@ def _packed_blocks(
             for name, tensor in block.parameters.items()
         }
         weights = {name: restore(*parts) for name, parts in block.linears.items()}
-        for name, weight in as_stored(names, place, weights, tensors, export.format.config is not None):
-            packed = export.format.pack(weight, name)
-            if packed.scheme is None:
-                tensors[f"{name}.weight"] = _narrowed(packed.tensors["weight"], export.dtype, f"{name}.weight")
-                continue
-            tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
-            export.schemes[name] = packed.scheme
-            export.scale_change = max(export.scale_change, packed.scale_change)
+        if (pack := export.format.pack) is None:
+            for name, weight in weights.items():
+                tensors[f"{name}.weight"] = _narrowed(weight.dequantize(), export.dtype, f"{name}.weight")
+        else:
+            for name, weight in as_stored(names, place, weights):
+                packed = pack(weight, name)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
+                export.schemes[name] = packed.scheme
+                export.scale_change = max(export.scale_change, packed.scale_change)
+        join_plain(names, place, tensors)
         yield {in_files(names, name): tensor for name, tensor in tensors.items()}
 
 

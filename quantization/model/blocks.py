@@ -25,7 +25,7 @@ from quantization.model.inputs import path_of
 from quantization.model.rescale import Rescaling, held, rescale
 from quantization.model.stream import CalibrationStream, Reached
 
-__all__ = ["CalibrationStream", "DecoderBlock", "Reached", "Rounding"]
+__all__ = ["DecoderBlock", "Rounding"]
 
 
 class Rounding(Protocol):

@@ -83,13 +83,7 @@ class CalibrationStream:
             self._keys = self._values = [blank] * len(self._blocks)
         like = input_embeddings(model)
         self.device, self.tokens = like.device, segments.shape[1]
-        every_token = (
-            name
-            for names in architecture.linears
-            for name in names
-            if (architecture.expert_of(name) or 0) < (architecture.experts.chosen if architecture.experts else 1)
-        )
-        linears = [self._blocks[0].get_submodule(name) for name in every_token]
+        linears = [self._blocks[0].get_submodule(name) for name in architecture.of_one_token]
         widths = [(int(linear.in_features), int(linear.out_features)) for linear in linears]  # type: ignore[arg-type]
         self.batch = samples_at_once(widths, self.tokens, like.dtype, self.device)
         self._arguments: list[dict[str, Any]] = []  # of one sample; they hold for all

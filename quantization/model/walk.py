@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from intactkv.experts import alone
 from intactkv.observe import after, hooked, on_input, on_output
 from quantization.grids.stored import StoredWeight
-from quantization.model.blocks import DecoderBlock, Reached
+from quantization.model.blocks import DecoderBlock
 from quantization.model.finite import FiniteCheck
+from quantization.model.stream import Reached
 from quantization.model.text import Text, TextWriter, to_spare
 
 __all__ = ["Walk"]

@@ -260,8 +260,6 @@ def plan_of(
     """
     from corpora.errors import UserError
     from quantization.runs.checkpoint import find_checkpoint
-    from quantization.runs.dense import empty_model
-    from quantization.runs.pipeline import check_makes_something, check_recipe
     from quantization.runs.plan import plan_run
 
     if device is None:
@@ -285,10 +283,6 @@ def plan_of(
     )
     if needs_prefix and (not plan.has_prefix or plan.vanilla):
         raise UserError(f"{needs_prefix}; name one, for example --prefix bos" + " (without --vanilla)" * plan.vanilla)
-    if makes == "checkpoint":
-        check_makes_something(options.model, plan.recipe)
-    if checkpoint.manifest is None and plan.recipe.makes_checkpoint:  # now, and not behind a discovery and a text
-        check_recipe(empty_model(checkpoint.directory), plan.recipe)
     if makes != "discovery":  # whose text is not among these options
         stop_at_plan(options, plan, makes, shown)
     return plan

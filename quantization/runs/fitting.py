@@ -17,7 +17,7 @@ from quantization.kernels.products import check_kernel
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import Checkpoint, read_manifest
 from quantization.runs.configuration import CONFIG
-from quantization.runs.dense import empty_model, read_config
+from quantization.runs.dense import empty_model_of, read_config
 from quantization.runs.prefixes import PrefixChoice
 
 __all__ = [
@@ -121,7 +121,7 @@ def check_needed(choice: PrefixChoice, checkpoint: Checkpoint, recipe: Recipe, v
                 "the chat template or the tokenizer has changed or printed another date; put back the old one, "
                 "give a prefix file of the old tokens, or quantize again"
             )
-        raise UserError(f"{calibrated}; run it with --prefix {word} and without --vanilla")
+        raise UserError(f"{calibrated}; run it with --prefix {word}{' and without --vanilla' * vanilla}")
 
 
 def check_discovered(ids: Sequence[int], discovery: Path, finished: Path) -> None:
@@ -180,7 +180,7 @@ def model_of(directory: Path, source: tuple[str, str]) -> PreTrainedModel:
 
     One that is quantized in another program's format has none; an export of ours names them in its configuration.
     """
-    model = empty_model(directory)
+    model = empty_model_of(read_config(directory))
     if not any(hasattr(model.config, name) for name in ("quantization_config", "intactkv")):
         model.__dict__["intactkv_source"] = source
     return model

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.protocols import restored
 from quantization.runs.checkpoint import ENDS, block_file, block_state, cast, empty_quantized, is_quantized, read_block
 from quantization.runs.dense import DenseCheckpoint, Weights, check_finite, empty_model

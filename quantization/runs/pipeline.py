@@ -29,8 +29,9 @@ from corpora.storage import checkpoint_fingerprint
 from corpora.writing import drop_dead_lock, locked, sweep
 from intactkv.architecture import architecture_of
 from intactkv.prefix import Prefix
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.stages import stages_are_counted
+from quantization.model.stream import CalibrationStream
 from quantization.model.text import said_when_full
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.background import Background

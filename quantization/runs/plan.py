@@ -29,7 +29,7 @@ from quantization.recipes.protocols import restored
 from quantization.recipes.recipe import Recipe
 from quantization.runs.auto_prefix import default_search, find
 from quantization.runs.checkpoint import PARTS, Checkpoint, dense_directory, find_checkpoint, read_cost, read_manifest
-from quantization.runs.dense import DenseCheckpoint, read_config
+from quantization.runs.dense import DenseCheckpoint, empty_model_of, read_config
 from quantization.runs.fitting import (
     check_discovered,
     check_needed,
@@ -45,7 +45,7 @@ from quantization.runs.kept import bound_kv, fitting_kv
 from quantization.runs.known import Known
 from quantization.runs.kv_artefact import KVArtefact, calibrate_kv, tidy
 from quantization.runs.opening import is_rescaled, load_model, load_tokenizer, rescaled
-from quantization.runs.pipeline import identity_at, partial_of, quantize_checkpoint
+from quantization.runs.pipeline import check_makes_something, identity_at, partial_of, quantize_checkpoint
 from quantization.runs.prefixes import (
     PrefixChoice,
     auto_search,
@@ -54,6 +54,7 @@ from quantization.runs.prefixes import (
     prefix_file,
     stored_prefix,
 )
+from quantization.runs.suited import check_suited
 
 __all__ = ["Plan", "plan_run"]
 
@@ -304,14 +305,16 @@ def plan_run(
     dtype = dtype or (torch.float32 if device.type == "cpu" else own)
     tokenizer = load_tokenizer(directory)
     context = getattr(text_config, "max_position_embeddings", None)
-    named, search = None, None
-    if (found := auto_search(recipe.prefix)) is not None:
-        search = default_search(checkpoint, tokenizer, context, *found)
-    else:
-        named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name)
+    found = auto_search(recipe.prefix)
+    named = choose_prefix(recipe.prefix, tokenizer, checkpoint.family_name) if found is None else None
     # A prefix that a file holds is passed on without the model's weights, which may be in another program's layout.
     if manifest is None and (makes != "prefix" or named is None or named.file is None):
         DenseCheckpoint(directory).check()
+    if makes == "checkpoint":
+        check_makes_something(directory, recipe)
+    if manifest is None and (recipe.makes_checkpoint or recipe.kv_cache is not None):  # before a text is asked for
+        check_suited(empty_model_of(config), recipe)
+    search = None if found is None else default_search(checkpoint, tokenizer, context, *found)
     plan = Plan(
         checkpoint,
         recipe,

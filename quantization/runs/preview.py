@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from corpora.storage import weight_files
-from intactkv.architecture import architecture_of
+from intactkv.architecture import ARCHITECTURES, architecture_of
 from quantization.kv_cache import Policy
 from quantization.model.text import fits, left_by_token, samples_at_once, to_spare
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import block_file, is_quantized
-from quantization.runs.dense import empty_model, tied_names
+from quantization.runs.dense import empty_model_of, read_config, tied_names
 from quantization.runs.pipeline import identity_at, partial_of
 from quantization.runs.plan import Plan
 
@@ -63,21 +63,26 @@ class Sizes:
 
 
 def sizes_of(directory: Path, unties: bool) -> Sizes:
-    """Counted on the model without weights. unties: a tied head becomes a matrix of its own."""
-    model = empty_model(directory)
-    architecture = architecture_of(model.config)
-    blocks = architecture.blocks_of(model)
+    """Counted on the model without weights; of a family without a row only all parameters, which it runs with.
+
+    unties: a tied head becomes a matrix of its own.
+    """
+    model = empty_model_of(read_config(directory))
+    blocks, linears = [], []
+    if model.config.model_type in ARCHITECTURES:  # else it runs as it is
+        architecture = architecture_of(model.config)
+        blocks = architecture.blocks_of(model)
+        linears = [architecture.linears_of(block, architecture.block_name(i)) for i, block in enumerate(blocks)]
     counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    linears = [architecture.linears_of(block, architecture.block_name(i)) for i, block in enumerate(blocks)]
     tied = {} if unties else tied_names(model)
     total = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
     return Sizes(
         all=total,
         ends=total - sum(counts),
-        block=max(counts),
+        block=max(counts, default=0),
         linears=sum(linear.weight.numel() for mine in linears for linear in mine.values()),
-        inputs=max(linear.in_features for mine in linears for linear in mine.values()),
-        widths=[(linear.in_features, linear.out_features) for linear in linears[0].values()],
+        inputs=max((linear.in_features for mine in linears for linear in mine.values()), default=0),
+        widths=[(linear.in_features, linear.out_features) for mine in linears[:1] for linear in mine.values()],
         width=int(model.config.get_text_config(decoder=True).hidden_size),
         blocks=len(blocks),
         dtype=model.dtype,

@@ -40,8 +40,9 @@ from intactkv.training import (
 from quantization.grids.stored import StoredWeight
 from quantization.grids.straight_through import straight
 from quantization.grids.uniform import TINY
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
+from quantization.model.stream import CalibrationStream
 from quantization.recipes.protocols import WeightQuantizer
 
 __all__ = ["Distill", "Student"]

@@ -24,8 +24,9 @@ from quantization.grids.uniform import (
 )
 from quantization.kv_cache import ClippedPerHead, StaticPerHead
 from quantization.model.activations import at_work
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
 from quantization.model.inputs import InputQuantizer
+from quantization.model.stream import CalibrationStream
 
 __all__ = ["Quantizers", "at_work", "first_samples", "joint_error", "min_max", "output_error", "stream_of"]
 

@@ -38,7 +38,8 @@ from quantization.grids.uniform import (
     merge_groups,
     split_groups,
 )
-from quantization.model.blocks import CalibrationStream, DecoderBlock
+from quantization.model.blocks import DecoderBlock
+from quantization.model.stream import CalibrationStream
 from quantization.weights.base import GridQuantizer
 from quantization.weights.omniquant_let import (
     Pair,
