@@ -64,11 +64,11 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt post-norm": ("opt", {"do_layer_norm_before": False}),
     "opt projected": ("opt", {"word_embed_proj_dim": 32}),
-    "gpt_neox serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "mistral sliding": ("mistral", {"sliding_window": 6, "head_dim": 32}),  # shorter than the texts
     "falcon grouped": ("falcon", {"new_decoder_architecture": True, "multi_query": False}),
     "falcon alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
                                 "num_kv_heads": 4}),
-    "stablelm parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "qwen3_moe of one": ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 1}),
     "cohere norms": ("cohere", {"use_qk_norm": True}),
     "olmoe clipped": ("olmoe", {"clip_qkv": 2.0}),
     "qwen3_moe mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
@@ -99,7 +99,11 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in evaluation mode whose activations and logits spread widely; `overrides` go to its config."""
-    config = tiny_config(model_type, **overrides)
+    return random_model(tiny_config(model_type, **overrides), seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same, of a configuration."""
     dtype = config.dtype  # from_config overwrites it
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # (in, out)
