@@ -23,6 +23,7 @@ __all__ = [
     "Fused",
     "Row",
     "attention_heads",
+    "divided_heads",
     "turned_channels",
 ]
 
@@ -236,6 +237,21 @@ class Architecture:
 
 # What makes the names of one configuration of a model type.
 Row = Callable[["PreTrainedConfig"], Architecture]
+
+
+def divided_heads(config: "PreTrainedConfig") -> int:
+    """Channels of a head, of a family that divides the hidden size among its heads.
+
+    Raises UserError for a head_dim that says another number: transformers passes over it, or breaks."""
+    size = int(config.hidden_size // config.num_attention_heads)
+    told = getattr(config, "head_dim", None)
+    if told not in (None, size):
+        raise UserError(
+            f"this {config.model_type} has head_dim={told}, but its heads have {size} channels (hidden_size "
+            f"{config.hidden_size} / num_attention_heads {config.num_attention_heads}); take head_dim out of its "
+            "config.json"
+        )
+    return size
 
 
 def attention_heads(config: "PreTrainedConfig") -> tuple[int, int]:

@@ -46,6 +46,7 @@ from quantization.runs.suited import refusal
 __all__ = ["FAMILIES", "PREFIXES", "RECIPES", "Cell", "decided", "held_to_the_laws", "models", "row_of"]
 
 LAYERS = 2  # of the tiny models
+LENGTH = 16  # tokens that methods calibrate on
 TEXT = torch.randint(4, 101, (2, 11), generator=torch.Generator().manual_seed(6))
 # The words of --prefix, by the tokens that the tiny tokenizer makes of them. Where a method calibrates, its text runs
 # behind the three tokens too.
@@ -144,7 +145,8 @@ def row_of(family: str) -> Architecture | None:
 def decided(family: str, recipe: str, prefix: str) -> str | None:
     """Why a cell refuses, in one line; None if it shall run. Nothing is loaded."""
     model = _empty(family)
-    return model if isinstance(model, str) else refusal(model, RECIPES[recipe], PREFIXES[prefix])
+    asked = replace(RECIPES[recipe], calibration=Calibration(length=LENGTH))
+    return model if isinstance(model, str) else refusal(model, asked, PREFIXES[prefix])
 
 
 @dataclass
@@ -160,7 +162,7 @@ class Cell:
     def asked(self) -> Recipe:
         """The recipe as a command line would spell it."""
         recipe = replace(RECIPES[self.recipe], prefix=self.prefix)
-        recipe = replace(recipe, calibration=Calibration(str(self.text), samples=2, length=16))
+        recipe = replace(recipe, calibration=Calibration(str(self.text), samples=2, length=LENGTH))
         return replace(recipe, calibrate_behind_prefix=self.prefix == BEHIND and recipe.calibrates)
 
     def plan(self) -> Plan:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from corpora.__main__ import main
+from eval.__main__ import main as evaluate
 from eval.doctor import suits
 from intactkv.architecture import ARCHITECTURES
 from quantization.__main__ import main as quantize
@@ -38,7 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[...
 
     def make(family: str) -> Path:
         there = folder / f"tiny-{family}"
-        return there if there.is_dir() else tiny_checkpoint(folder, family, num_hidden_layers=2)
+        sizes = {"num_hidden_layers": 2, "max_position_embeddings": 2048}  # as long as calibration text is by default
+        return there if there.is_dir() else tiny_checkpoint(folder, family, **sizes)
 
     return make
 
@@ -91,6 +93,29 @@ def test_what_it_says_of_a_recipe_is_what_quantization_says(
         assert code == (0 if said[recipe] is None else 2), err
         if said[recipe] is not None:
             assert err.strip() == f"error: {said[recipe]}"
+
+
+@every("family", ["gpt2", "mixtral"])
+def test_text_longer_than_a_models_positions_is_refused_with_what_fits(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory,
+    run_main: Callable[..., tuple[int, str, str]], check: Check, text: Path,
+) -> None:  # fmt: skip
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("short"), family, num_hidden_layers=2)
+    found = check(directory)[1]
+    recipes, kv = reasons(found, "recipe"), reasons(found, "kv")
+    assert recipes["rtn-w8a8"] is None
+    assert kv["per_head"] is None
+    fits = f"do not fit the 256 positions of this {family}; use --{{0}} 256 or fewer"
+    given = ["--model", directory, "--calibration", text]
+    runs = [
+        (quantize, "calibration-length", recipes["gptq-row"], [*given, "--recipe", "gptq-row"]),
+        (quantize, "calibration-length", kv["static"], ["kv", *given, "--kv", "static", "--kv-bits", 4]),
+        (evaluate, "window", reasons(found, "eval")["ppl"], ["ppl", "--model", directory, "--corpus", text]),
+    ]
+    for program, option, reason, words in runs:
+        code, _, err = run_main(program, *words)
+        assert reason == f"--{option} 2048: 2048 tokens with what stands in front {fits.format(option)}"
+        assert (code, err.strip().replace(directory.name, f"this {family}")) == (2, f"error: {reason}")
 
 
 def test_a_layout_is_told_in_words(made: Callable[[str], Path], check: Check) -> None:

@@ -19,7 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from corpora.errors import UserError
 from intactkv.architecture import ARCHITECTURES
+from intactkv.attach import attach
 from intactkv.families import experts, fused, llama, norms
+from intactkv.prefix import build_prefix
 from quantization.runs.opening import load_model
 
 CELLS = [(recipe, prefix) for recipe in RECIPES for prefix in PREFIXES]
@@ -90,6 +92,29 @@ def test_the_model_that_methods_see_is_transformers_own(family: str, opened: Ope
     ours = load_model(checkpoint, torch.float32, torch.device("cpu"))
     expected = own(TEXT, use_cache=False).logits
     torch.testing.assert_close(ours(TEXT).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+# tests/test_family_caches.py holds the rows to it.
+@pytest.mark.parametrize("family", [family for family in OPEN if family not in ARCHITECTURES])
+@torch.no_grad()
+def test_text_behind_a_prefix_is_the_whole_text_with_pads_or_without(family: str, opened: Opened) -> None:
+    checkpoint, own = opened(family)
+    ours = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    lead = torch.tensor([1, 40, 7])
+    padded, mask = TEXT.clone(), torch.ones_like(TEXT)
+    padded[1, :4], mask[1, :4] = 0, 0
+    model = attach(ours, build_prefix(ours, lead))
+    window = model.new_cache().smallest_window
+    if window is not None and window < len(lead) + TEXT.shape[1]:  # pads would push the prefix out of it
+        with pytest.raises(UserError, match=f"does not fit the model's sliding window of {window}"):
+            model.score(padded, mask)
+        found, rows = model.score(TEXT), ((0, 0), (1, 0))
+    else:
+        found, rows = model.score(padded, mask), ((0, 0), (1, 4))
+    for row, pads in rows:
+        whole = torch.cat([lead, TEXT[row, pads:]])[None]
+        expected = own(whole, use_cache=False).logits[0, len(lead) :]
+        torch.testing.assert_close(found[row, pads:], expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 def _made(place: Path) -> set[Path]:

@@ -6,6 +6,7 @@ they were written years ago, and the map of rows itself.
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,11 @@ def test_rotations_that_cannot_be_exact_are_refused(
         ("falcon", {"multi_query": False, "num_kv_heads": 2}, "multi_query=false and num_kv_heads=2"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 4}, "slow_but_exact=true and pretraining_tp=4"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=true"),
+        ("falcon", NEW | {"num_kv_heads": 3}, "num_kv_heads=3.*must say a divisor of 4"),
+        *(
+            (family, {"head_dim": 32}, f"this {family} has head_dim=32, but its heads have 16 channels")
+            for family in ("opt", "gpt_neox", "gpt2", "bloom", "stablelm", "olmoe")
+        ),
     ],
 )
 def test_variants_that_a_row_does_not_know_are_refused_in_one_line(
@@ -190,6 +196,19 @@ def test_variants_that_a_row_does_not_know_are_refused_in_one_line(
     with pytest.raises(UserError, match=words) as refused:
         architecture_of(config)
     assert "\n" not in str(refused.value)
+
+
+def test_a_falcon_is_refused_exactly_where_transformers_cannot_run_it(tiny_config: Callable[..., Any]) -> None:
+    for new, parallel, norms in product((False, True), (False, True), (None, 0, 1, 2, 3)):
+        told = {"new_decoder_architecture": new, "parallel_attn": parallel, "num_ln_in_parallel_attn": norms}
+        config = tiny_config("falcon", num_hidden_layers=1, **told)
+        try:
+            architecture_of(config)
+        except UserError:
+            with pytest.raises((AttributeError, UnboundLocalError)):
+                AutoModelForCausalLM.from_config(config)(SEGMENTS[:1])
+        else:
+            AutoModelForCausalLM.from_config(config)(SEGMENTS[:1])
 
 
 def test_a_residual_stream_behind_norms_takes_no_scales(dense_of: Callable[..., Path], tmp_path: Path) -> None:

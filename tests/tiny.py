@@ -6,6 +6,7 @@ parameter gets noise around what transformers starts it with, and multipliers, c
     python -m tests.tiny MODEL_TYPE DIR        writes such a model and its tokenizer, for programs that take a directory
 """
 
+import argparse
 import sys
 from functools import cache
 from pathlib import Path
@@ -62,11 +63,11 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt post-norm": ("opt", {"do_layer_norm_before": False}),
     "opt projected": ("opt", {"word_embed_proj_dim": 32}),
-    "gpt_neox serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "mistral sliding": ("mistral", {"sliding_window": 6, "head_dim": 32}),  # shorter than the texts
     "falcon grouped": ("falcon", {"new_decoder_architecture": True, "multi_query": False}),
     "falcon alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
                                 "num_kv_heads": 4}),
-    "stablelm parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "qwen3_moe of one": ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 1}),
     "cohere norms": ("cohere", {"use_qk_norm": True}),
     "olmoe clipped": ("olmoe", {"clip_qkv": 2.0}),
     "qwen3_moe mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
@@ -97,7 +98,11 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in evaluation mode whose activations and logits spread widely; `overrides` go to its config."""
-    config = tiny_config(model_type, **overrides)
+    return random_model(tiny_config(model_type, **overrides), seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The same, of a configuration."""
     dtype = config.dtype  # from_config overwrites it
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # (in, out)
@@ -118,13 +123,15 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
 
 def main() -> None:
     """Write a tiny model and its tokenizer to a directory."""
-    if len(sys.argv) != 3 or sys.argv[1] not in CONFIG_MAPPING:
-        sys.exit("usage: python -m tests.tiny MODEL_TYPE DIR, with a type that transformers knows, such as llama")
+    parser = argparse.ArgumentParser(prog="python -m tests.tiny", description=__doc__)
+    parser.add_argument("model_type", choices=CONFIG_MAPPING, metavar="MODEL_TYPE", help="that transformers knows")
+    parser.add_argument("directory", metavar="DIR")
+    options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
     from conftest import _tiny_tokenizer
 
-    tiny_model(sys.argv[1]).save_pretrained(sys.argv[2])
-    _tiny_tokenizer().save_pretrained(sys.argv[2])
+    tiny_model(options.model_type).save_pretrained(options.directory)
+    _tiny_tokenizer().save_pretrained(options.directory)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from corpora.errors import UserError, one_line
 from corpora.storage import weight_files
+from eval.tables.departures import WINDOW
 from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of, heads_of
 from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
@@ -25,6 +26,7 @@ from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import is_quantized, read_manifest
 from quantization.runs.configuration import CONFIG
 from quantization.runs.dense import FLOATS, DenseCheckpoint, empty_model_of, read_config, tied_names
+from quantization.runs.fitting import check_fits
 from quantization.runs.opening import load_tokenizer
 from quantization.runs.pipeline import check_makes_something
 from quantization.runs.prefixes import AUTO, choose_prefix
@@ -33,8 +35,14 @@ from quantization.weights.rtn import RTN
 
 __all__ = ["KINDS", "Checked", "Method", "check", "laid_out"]
 
-Kind = Literal["recipe", "kv", "prefix", "export"]
-KINDS = {"recipe": "recipes", "kv": "KV policies", "prefix": "prefixes", "export": "exports of quantized weights"}
+Kind = Literal["recipe", "kv", "prefix", "export", "eval"]
+KINDS = {
+    "recipe": "recipes",
+    "kv": "KV policies",
+    "prefix": "prefixes",
+    "export": "exports of quantized weights",
+    "eval": "measurements",
+}
 KV_BITS = 4
 WHOLE = "whole, by their headers: every tensor is there, in its shape"
 
@@ -192,6 +200,9 @@ def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | N
     for name, form in FORMATS.items():
         packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
         yield Method("export", name, weights or packed)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    fits = partial(check_fits, f"this {model.config.model_type}", context, "--window", WINDOW, WINDOW)
+    yield Method("eval", "ppl", _said(fits))
 
 
 def _no_prefix(word: str, directory: Path) -> str | None:

@@ -181,7 +181,7 @@ def check_size(plan: Plan, text: CalibrationText, options: tuple[str, str] = ("-
     for option, value, least in zip(options, (text.samples, text.length), (1, 2), strict=True):
         if value < least:
             raise UserError(f"{option} {value}: a picture needs at least {least}")
-    plan.check_fits(f"{options[1]} {text.length}", text.length + len(plan.choice.ids))
+    plan.check_fits(options[1], text.length + len(plan.choice.ids), text.length)
 
 
 def figure_name(

@@ -6,6 +6,7 @@ from typing import Any
 
 from corpora import values
 from eval.programs.start import start
+from eval.tables.departures import WINDOW
 from quantization.programs.options import add_plan_options
 
 __all__ = ["add", "run"]
@@ -39,7 +40,7 @@ def add(commands: Any) -> None:
         "of the plain stream",
     )
     data.add_argument(
-        "--window", type=values.count(3), default=2048, metavar="TOKENS", help="window length (default: 2048)"
+        "--window", type=values.count(3), default=WINDOW, metavar="TOKENS", help=f"window length (default: {WINDOW})"
     )
     data.add_argument("--limit", type=values.count(), default=None, metavar="WINDOWS", help="at most so many windows")
     data.add_argument(
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     for corpus in options.corpus or model_defaults(plan.checkpoint.family_name).corpora_of(rules.name):
         stream = evaluation_stream(plan.tokenizer, corpus, window=options.window, protocol=rules)
         windows = cut_windows(stream, rules, plan.choice.ids, description["prefix"]["intact"], options.limit)
-        plan.check_fits(f"--window {options.window}", windows.lead.numel() + windows.fed.shape[1])
+        plan.check_fits("--window", windows.lead.numel() + windows.fed.shape[1], options.window)
         texts.append((stream, windows))  # of all corpora, before the first of them is run
 
     for stream, windows in texts:

@@ -200,7 +200,7 @@ def _text(options: argparse.Namespace, plan: "Plan") -> "tuple[TokenStream, Wind
     else:
         stream = evaluation_stream(plan.tokenizer, corpus, window=window, protocol=rules)
     windows = cut_windows(stream, rules, plan.choice.ids, False, options.limit)
-    plan.check_fits(f"--window {window}", windows.lead.numel() + windows.fed.shape[1])
+    plan.check_fits("--window", windows.lead.numel() + windows.fed.shape[1], window)
     return stream, windows
 
 

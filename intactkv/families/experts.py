@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from corpora.errors import UserError
 from intactkv.families.llama import LLAMA, QWEN3
-from intactkv.parts import Architecture, Experts, Feed, Row
+from intactkv.parts import Architecture, Experts, Feed, Row, divided_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -77,6 +77,7 @@ def _qwen_experts(config: "PreTrainedConfig") -> Experts:
 
 def _olmoe(config: "PreTrainedConfig") -> Architecture:
     """OLMoE: norms over all heads' queries and keys; clip_qkv cuts them and the values."""
+    divided_heads(config)
     experts = Experts(
         "mlp.experts", config.num_experts, "mlp.gate", config.intermediate_size, config.num_experts_per_tok
     )

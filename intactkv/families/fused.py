@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
 from intactkv.families.llama import LLAMA
-from intactkv.parts import NEIGHBOURS, Architecture, Feed, Fused, Row, attention_heads, turned_channels
+from intactkv.parts import NEIGHBOURS, Architecture, Feed, Fused, Row, attention_heads, divided_heads, turned_channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -97,7 +97,7 @@ def _joined_heads(attention: str, passes: bool, norms: tuple[str, str] = NORMS, 
 def _gpt_neox(config: "PreTrainedConfig") -> Architecture:
     """GPT-NeoX and Pythia: every head's rows of q, k and v follow each other; attention and the feed-forward part, each
     behind a norm of its own, may read the same stream. Older files call the head `embed_out`."""
-    heads, size = attention_heads(config)
+    heads, size = config.num_attention_heads, divided_heads(config)
     row = _joined_heads("attention", config.hidden_act in PASSED)
     return replace(
         with_fused(row, Fused("attention.query_key_value", QKV, (size,) * 3, heads)),
@@ -113,7 +113,7 @@ def _gpt_neox(config: "PreTrainedConfig") -> Architecture:
 def _bloom(config: "PreTrainedConfig") -> Architecture:
     """BLOOM: heads' rows follow each other as in GPT-NeoX; biases by distance in place of RoPE; attention adds the
     residual stream itself."""
-    heads, size = attention_heads(config)
+    heads, size = config.num_attention_heads, divided_heads(config)
     if config.slow_but_exact and config.pretraining_tp > 1:
         raise UserError(
             f"this bloom has slow_but_exact=true and pretraining_tp={config.pretraining_tp}, so it reads its matrices "
@@ -144,7 +144,7 @@ def _bloom(config: "PreTrainedConfig") -> Architecture:
 def _falcon(config: "PreTrainedConfig") -> Architecture:
     """Falcon: one key and value for all heads (7B), for each run of them (40B, 11B), or for every head (RW); attention
     and feed-forward side by side, behind one norm or two, or one after the other."""
-    size, heads = config.hidden_size // config.num_attention_heads, config.num_attention_heads
+    size, heads = divided_heads(config), config.num_attention_heads
     new = config.new_decoder_architecture
     if new and not config.parallel_attn:
         raise UserError(
@@ -156,9 +156,21 @@ def _falcon(config: "PreTrainedConfig") -> Architecture:
             f"this falcon has multi_query=false and num_kv_heads={config.num_kv_heads}, which transformers cannot run; "
             f"its config.json must say num_kv_heads {heads}, one for every head"
         )
+    if new and (not config.num_kv_heads or heads % config.num_kv_heads):
+        raise UserError(
+            f"this falcon has num_kv_heads={config.num_kv_heads}, which its {heads} heads cannot share; its "
+            f"config.json must say a divisor of {heads}"
+        )
+    told = config.num_ln_in_parallel_attn
+    if config.parallel_attn and (told not in (None, 1, 2) if new else told == 2):
+        raise UserError(
+            f"this falcon has new_decoder_architecture={str(bool(new)).lower()} and num_ln_in_parallel_attn={told}, "
+            f"which transformers cannot run; its config.json must say {'1 or 2' if new else '1'}, or leave "
+            "num_ln_in_parallel_attn out"
+        )
     groups = config.num_kv_heads if new else 1 if config.multi_query else heads
     norms = (NORMS[0], NORMS[0])
-    if new and config.num_ln_in_parallel_attn in (None, 2):
+    if new and told in (None, 2):
         norms = ("ln_attn", "ln_mlp")
     elif not config.parallel_attn:
         norms = ("input_layernorm", "post_attention_layernorm")
@@ -177,6 +189,7 @@ def _falcon(config: "PreTrainedConfig") -> Architecture:
 
 def _gpt2(config: "PreTrainedConfig") -> Architecture:
     """GPT-2: matrices are stored as (in, out); positions are rows of a table."""
+    divided_heads(config)
     if config.add_cross_attention:
         raise UserError(
             "this gpt2 has add_cross_attention=true, so it is the decoder of another model; give a language model"

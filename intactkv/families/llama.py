@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from intactkv.parts import Architecture, Feed, Row
+from intactkv.parts import Architecture, Feed, Row, divided_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -56,6 +56,7 @@ OPT = Architecture(
 
 def _opt(config: "PreTrainedConfig") -> Architecture:
     """OPT-350m has norms behind attention and feed-forward, a projection behind its embeddings, no last norm."""
+    divided_heads(config)
     unscaled = unrotated = None
     if not config.do_layer_norm_before:
         unscaled = unrotated = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from corpora.errors import UserError
 from intactkv.families.llama import LLAMA
-from intactkv.parts import NEIGHBOURS, Architecture, Feed, Row, turned_channels
+from intactkv.parts import NEIGHBOURS, Architecture, Feed, Row, divided_heads, turned_channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -89,7 +89,7 @@ def _cohere2(config: "PreTrainedConfig") -> Architecture:
 
 def _stablelm(config: "PreTrainedConfig") -> Architecture:
     """LayerNorms with shifts; a part of every head turns; attention and feed-forward may stand side by side."""
-    size = config.hidden_size // config.num_attention_heads
+    size = divided_heads(config)
     row = PARALLEL if config.use_parallel_residual else LLAMA
     row = replace(row, centred=True, turned=turned_channels(config, size))
     if config.qk_layernorm:

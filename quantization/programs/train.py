@@ -104,7 +104,7 @@ def calibrate_prefix(options: argparse.Namespace) -> None:
         raise UserError(
             f"--max-length {options.max_length} leaves no token behind the prefix of {len(plan.choice.ids)}"
         )
-    plan.check_fits(f"--max-length {options.max_length}", options.max_length)
+    plan.check_fits("--max-length", options.max_length, options.max_length)
     training = Training(
         steps=options.steps,
         batch=options.batch_size,
@@ -306,11 +306,11 @@ def _texts(options: argparse.Namespace, plan: "Plan") -> tuple["Tensor", "Tensor
     samples = own.samples if options.samples is None else options.samples
     length = own.length if options.length is None else options.length
     others = max(4, samples // 8) if options.held_out is None else options.held_out
-    plan.check_fits(f"--length {length}", options.prefix_len + length)
+    plan.check_fits("--length", options.prefix_len + length, length)
     draws = calibration_segments(
         plan.tokenizer, corpus, samples=samples + 8 * others, length=length, seed=options.training_seed
     )
-    plan.check_fits(f"--length {length}", len(plan.choice.ids) + length)  # the discrete prefix is compared with
+    plan.check_fits("--length", len(plan.choice.ids) + length, length)  # the discrete prefix is compared with
     texts = draws[:samples]
     held_out = held_out_pieces(texts, draws[len(texts) :], others)
     drawn = {"corpus": corpus_label(corpus), "samples": samples, "held_out": others,

@@ -6,7 +6,7 @@ on has a form here; what is left, transformers refuses while it builds (`corpora
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
@@ -15,8 +15,12 @@ from corpora.errors import UserError
 from corpora.json_files import Hash, Size, fitted, read_json, refuse_code
 from corpora.storage import MEND
 from intactkv.architecture import ARCHITECTURES
+from intactkv.parts import attention_heads
 
-__all__ = ["CONFIG", "GENERATION", "config_of", "generation_config_of", "tokenizer_config_of"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["CONFIG", "GENERATION", "check_ropes", "config_of", "generation_config_of", "tokenizer_config_of"]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -182,10 +186,9 @@ def config_of(directory: Path) -> dict[str, Any]:
                 f"{file} nests another configuration in {name!r}, where {config['model_type']} has none; {MEND}"
             )
     for name in ("rope_parameters", "rope_scaling"):
-        rope: dict[str, Any] = config.get(name) or {}
-        of_kinds = [of_kind for kind in ("full_attention", "sliding_attention") if (of_kind := rope.get(kind))]
-        for one in of_kinds or [rope]:
-            _check_rope(one, config, f"{file}: {name}")
+        for rope in _ropes_in(config.get(name)):
+            if not rope.get("rope_type", rope.get("type")) and rope.keys() - {"rope_theta", "partial_rotary_factor"}:
+                raise UserError(f"{file}: {name} {dict(rope)} does not say its rope_type, so it has no meaning; {MEND}")
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise UserError(
@@ -199,19 +202,26 @@ def config_of(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _check_rope(rope: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
-    """Raise UserError for what transformers takes with no more than a warning, or makes another model of."""
+def _ropes_in(told: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """RoPE's parameters: of each kind of blocks, or of all."""
+    nested = [of_kind for of_kind in (told or {}).values() if isinstance(of_kind, Mapping)]
+    return nested or [told or {}]
+
+
+def check_ropes(config: "PreTrainedConfig", file: Path) -> None:
+    """Raise UserError for RoPE that transformers takes with no more than a warning, or makes another model of.
+
+    config: as transformers made it, which moves what old files say elsewhere (rotary_pct, partial_rotary_factor)
+    into rope_parameters.
+    """
     kinds = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind is None and rope.keys() - {"rope_theta", "partial_rotary_factor"}:
-        raise UserError(f"{what} {dict(rope)} does not say its rope_type, so it has no meaning; {MEND}")
-    if kind is not None and kind not in kinds:
-        raise UserError(f"{what} has the rope_type {kind!r}; known are {', '.join(kinds)}; {MEND}")
-    width = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
-    pairs = int(width * rope.get("partial_rotary_factor", 1)) // 2
-    for name in ("short_factor", "long_factor"):
-        if name in rope and len(rope[name]) != pairs:
-            raise UserError(f"{what} has {len(rope[name])} numbers in {name}, not one for each of {pairs} pairs")
+    for rope in _ropes_in(getattr(config, "rope_parameters", None)):
+        if rope and (kind := rope.get("rope_type")) not in kinds:
+            raise UserError(f"{file} has the rope_type {kind!r}; known are {', '.join(kinds)}; {MEND}")
+        pairs = int(attention_heads(config)[1] * rope.get("partial_rotary_factor", 1)) // 2
+        for name in ("short_factor", "long_factor"):
+            if name in rope and len(rope[name]) != pairs:
+                raise UserError(f"{file} has {len(rope[name])} numbers in {name}, not one for each of {pairs} pairs")
 
 
 def generation_config_of(directory: Path) -> None:

@@ -24,7 +24,7 @@ from intactkv.layout import Part, lay_out, sources_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
 from quantization.model.stages import stage
-from quantization.runs.configuration import CONFIG, GENERATION, config_of, generation_config_of
+from quantization.runs.configuration import CONFIG, GENERATION, check_ropes, config_of, generation_config_of
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_finite", "empty_model", "empty_model_of", "read_config",
@@ -325,7 +325,10 @@ def read_config(directory: Path) -> PreTrainedConfig:
         if isinstance(word, str) and not isinstance(getattr(torch, word.removeprefix("torch."), None), torch.dtype):
             raise UserError(f"{file}: dtype {word!r} is none of torch's; write float32, float16 or bfloat16")
     with built(f"{file} is not a configuration that transformers knows", MEND):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if config.model_type in ARCHITECTURES:
+        check_ropes(config, file)
+    return config
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:

@@ -21,6 +21,7 @@ from quantization.runs.dense import empty_model_of, read_config
 from quantization.runs.prefixes import PrefixChoice
 
 __all__ = [
+    "check_calibration",
     "check_discovered",
     "check_fits",
     "check_length",
@@ -35,18 +36,27 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def check_fits(name: str, context: int | None, option: str, tokens: int) -> None:
+def check_fits(name: str, context: int | None, option: str, tokens: int, value: int | None = None) -> None:
     """Raise UserError if so many tokens, with what stands in front of them, are more than a model's positions.
 
-    name: of the model. context: its positions, None if nothing says. option: which one to change, with its value.
+    name: of the model. context: its positions, None if nothing says. option: which one to change. value: of the option,
+    where it is a number of tokens; then the message says the largest that fits.
     """
-    if context is not None and tokens > context:
-        word, _, value = option.partition(" ")
-        fewer = context - (tokens - int(value)) if value.isdecimal() else 0  # what stands in front stays
-        raise UserError(
-            f"{option}: {tokens} tokens with what stands in front do not fit the {context} positions of "
-            f"{name}; use " + (f"{word} {fewer} or fewer" if fewer > 0 else "fewer")
-        )
+    if context is None or tokens <= context:
+        return
+    given, fits = option if value is None else f"{option} {value}", context - tokens + (value or 0)
+    raise UserError(
+        f"{given}: {tokens} tokens with what stands in front do not fit the {context} positions of {name}; use "
+        + (f"{option} {fits} or fewer" if fits > 0 and value else "fewer")
+    )
+
+
+def check_calibration(recipe: Recipe, front: int, name: str, context: int | None) -> None:
+    """Raise UserError for calibration text that does not fit a model. front: tokens of the prefix; the rest as in
+    `check_fits`."""
+    length = recipe.calibration.length
+    tokens = length + (front if recipe.calibrate_behind_prefix else 0)
+    check_fits(name, context, "--calibration-length", tokens, length)
 
 
 def check_storage(kernel: str | None, packed_kv: bool, recipe: Recipe, checkpoint: Checkpoint) -> None:

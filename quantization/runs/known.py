@@ -19,7 +19,7 @@ from quantization.model.text import given_batch
 from quantization.recipes.recipe import Recipe, describe
 from quantization.runs.auto_prefix import Search
 from quantization.runs.checkpoint import Checkpoint, read_manifest
-from quantization.runs.fitting import check_fits
+from quantization.runs.fitting import check_calibration, check_fits
 from quantization.runs.identities import Artefact, artefact_of, identity_of_prefix, identity_of_text, kv_made_of
 from quantization.runs.kept import held_kv
 from quantization.runs.kv_artefact import KVArtefact, label_of
@@ -133,19 +133,15 @@ class Known:
             return dict(self.checkpoint.manifest["made_of"])
         return self.artefact.made_of if self.recipe.makes_checkpoint else {"source": self.checkpoint.fingerprint}
 
-    def check_fits(self, option: str, tokens: int) -> None:
-        """Raise UserError if so many tokens, with what stands in front of them, are more than the model's positions.
-
-        option: which one to change, with its value.
-        """
-        check_fits(self.checkpoint.name, self.context, option, tokens)
+    def check_fits(self, option: str, tokens: int, value: int | None = None) -> None:
+        """`quantization.runs.fitting.check_fits`, of this model."""
+        check_fits(self.checkpoint.name, self.context, option, tokens, value)
 
     def check_calibration(self, front: int) -> None:
         """Raise UserError for calibration text that does not fit the model, and for a batch of it that is no number.
         front: tokens of the prefix."""
         given_batch()
-        length, behind = self.recipe.calibration.length, self.recipe.calibrate_behind_prefix
-        self.check_fits(f"--calibration-length {length}", length + (front if behind else 0))
+        check_calibration(self.recipe, front, self.checkpoint.name, self.context)
 
     @cached_property
     def _auto(self) -> str:

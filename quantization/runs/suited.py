@@ -8,7 +8,7 @@ from corpora.errors import UserError, one_line
 from intactkv.architecture import ARCHITECTURES, architecture_of, heads_of
 from quantization.kv_cache import Policy
 from quantization.recipes.recipe import Recipe
-from quantization.runs.fitting import check_length
+from quantization.runs.fitting import check_calibration, check_length
 from quantization.runs.kept import check_layers
 from quantization.runs.pipeline import check_recipe
 
@@ -30,9 +30,11 @@ def check_suited(
         if kv.calibrates:
             architecture_of(model.config)
         check_layers(kv.in_heads(heads_of(text)[1]) if isinstance(kv, Policy) else kv, text)
+    context, name = getattr(text, "max_position_embeddings", None), f"this {model.config.model_type}"
     if prefix:
-        context = getattr(text, "max_position_embeddings", None)
-        check_length(model.config, prefix, context, f"a prefix of {prefix} tokens", f"this {model.config.model_type}")
+        check_length(model.config, prefix, context, f"a prefix of {prefix} tokens", name)
+    if recipe.calibrates:
+        check_calibration(recipe, prefix, name, context)
 
 
 def refusal(
