@@ -456,7 +456,7 @@ def test_what_a_policy_keeps_has_the_shapes_that_it_tells(policy: Policy, dense:
 
 
 def test_a_policy_that_the_model_cannot_have_is_refused_by_the_plan(
-    dense: Path, text: Path, intactkv_root: Path, tiny_checkpoint: Callable[..., Path]
+    intactkv_root: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     sliding = tiny_checkpoint(intactkv_root / "sliding", "mistral", sliding_window=8)
     for kv, packed in ((KIVI(2, group_size=8, residual=8), False), (PerHead(4), True)):
@@ -465,12 +465,6 @@ def test_a_policy_that_the_model_cannot_have_is_refused_by_the_plan(
         ):
             plan_run(sliding, Recipe(kv_cache=kv), device=CPU, packed_kv=packed)
     plan_run(sliding, Recipe(kv_cache=PerHead(4)), device=CPU)
-    config = json.loads((dense / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    (dense / "config.json").write_text(json.dumps(config))
-    plan_run(dense, static(text), device=CPU)
-    with pytest.raises(UserError, match="is of the kind 'dynamic', which no KV policy before RoPE undoes"):
-        plan_run(dense, static(text, kv_cache=BeforeRope(bits=4)), device=CPU)
 
 
 # gradients ------------------------------------------------------------------------------------------------------------
