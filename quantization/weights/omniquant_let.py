@@ -24,7 +24,7 @@ from torch import Tensor
 from corpora.errors import UserError
 from intactkv.architecture import Feed
 from quantization.model.blocks import DecoderBlock
-from quantization.model.rescale import Rescaling, rescaled
+from quantization.model.rescale import Rescaling, per_column, rescaled
 from quantization.transforms.smooth import input_maxima, of_producer, smoothing_scale
 
 __all__ = ["Pair", "check_pairs", "initial_pairs", "learned_feeds", "prefix_in_basis", "transformed"]
@@ -135,11 +135,15 @@ def prefix_in_basis(
     seeded: each (1, KV heads, P, D), keys after RoPE, which scaling pairs of channels alike commutes with.
     """
     keys, values = (x.float() for x in seeded)
-    linears = block.linears()
+    linears, size = block.linears(), block.head_size
+
+    def of_heads(x: Tensor) -> Tensor:
+        """(heads, 1, D): heads may share a norm, and a cache may hold what heads share once for each of them."""
+        return per_column(x, keys.shape[1] * size, size).view(-1, 1, size)
+
     for step in steps:
-        per_head = step.scale.view(-1, 1, block.head_size)  # (KV heads, 1, D); (1, 1, D) where heads share a norm
         if step.rows:
-            keys = keys * per_head
+            keys = keys * of_heads(step.scale)
         elif step.producer in linears:  # v; the other producers are norms, whose scales the linears undo
-            values = (values if step.shift is None else values - step.shift.view_as(per_head)) / per_head
+            values = (values if step.shift is None else values - of_heads(step.shift)) / of_heads(step.scale)
     return keys, values
