@@ -17,11 +17,13 @@ from eval.__main__ import main as evaluate
 from eval.doctor import suits
 from intactkv.architecture import ARCHITECTURES
 from quantization.__main__ import main as quantize
+from quantization.grids.binary_coding import BinaryGrid
 from quantization.grids.uniform import UniformGrid
 from quantization.model.activations import Activations
 from quantization.recipes.recipe import Recipe
 from quantization.runs.pipeline import quantize_checkpoint
 from quantization.transforms.rotate import Rotate
+from quantization.weights.bcq import BCQ
 from quantization.weights.gptq import GPTQ
 from quantization.weights.rtn import RTN
 
@@ -212,15 +214,19 @@ def test_a_quantized_checkpoint_takes_caches_and_prefixes_alone(
     assert found["facts"]["quantized"] == "rtn-w4row"
 
 
-@every("more", [Recipe((Rotate(),)), Recipe(weights=RTN(W4), activations=Activations(W4))])
+@every(
+    "more",
+    [Recipe((Rotate(),)), Recipe(weights=RTN(W4), activations=Activations(W4)), Recipe(weights=BCQ(BinaryGrid(3)))],
+)
 def test_exports_of_a_quantized_checkpoint_are_told_as_the_exporter_tells_them(
     more: Recipe, made: Callable[[str], Path], check: Check, run_main: Callable[..., Any], tmp_path: Path
 ) -> None:
     out = quantize_checkpoint(made("gpt_neox"), more, tmp_path / more.label())
     said = reasons(check(out)[1], "export")
+    assert said["gptq"] is not None
     for name, reason in said.items():
         code, _, err = run_main(quantize, "export", "--model", out, "--out", tmp_path / name, "--format", name)
-        assert (code, err.strip()) == (2, f"error: {reason}")
+        assert (code, err.strip()) == ((0, "") if reason is None else (2, f"error: {reason}"))
 
 
 def test_a_checkpoint_that_needs_a_prefix_names_it(

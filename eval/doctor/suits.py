@@ -18,7 +18,7 @@ from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of, 
 from intactkv.cache import IntactCache
 from intactkv.peft import is_adapter
 from quantization.export.fused import check_packed
-from quantization.export.writer import FORMATS, check_weights_alone
+from quantization.export.writer import FORMATS, check_format, check_weights_alone
 from quantization.grids.uniform import UniformGrid
 from quantization.kv_cache import KV_POLICIES
 from quantization.named import RECIPES
@@ -199,7 +199,8 @@ def _methods(directory: Path, model: PreTrainedModel, dense: DenseCheckpoint | N
         weights = no_row or refusal(model, Recipe(weights=RTN(UniformGrid(8, -1))), blocks=blocks)
     for name, form in FORMATS.items():
         packed = None if weights or form.config is None else _said(partial(check_packed, architecture_of(model.config)))
-        yield Method("export", name, weights or packed)
+        held = _said(partial(check_format, directory, form)) if quantized and not (weights or packed) else None
+        yield Method("export", name, weights or packed or held)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     fits = partial(check_fits, f"this {model.config.model_type}", context, "--window", WINDOW, WINDOW)
     yield Method("eval", "ppl", _said(fits))

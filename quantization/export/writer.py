@@ -41,7 +41,16 @@ from quantization.runs.dense import check_finite, empty_model
 from quantization.runs.plan import plan_run
 from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS
 
-__all__ = ["FORMATS", "PREFIX_FILE", "Export", "Format", "check_weights_alone", "export_checkpoint", "read_source"]
+__all__ = [
+    "FORMATS",
+    "PREFIX_FILE",
+    "Export",
+    "Format",
+    "check_format",
+    "check_weights_alone",
+    "export_checkpoint",
+    "read_source",
+]
 
 PREFIX_FILE = "intactkv-prefix.safetensors"
 SHARD_BYTES = 1 << 28  # of a file, and so of what waits in memory; one block or embedding more goes in
@@ -194,6 +203,20 @@ def check_weights_alone(source: Path) -> None:
         )
     if manifest["recipe"].get("activations") or manifest["recipe"].get("attention"):
         raise _more(source, manifest)
+
+
+def check_format(source: Path, form: Format) -> None:
+    """Raise UserError for a quantized checkpoint that a format cannot hold, by all of its first block."""
+    block, model = read_block(block_file(source, 0)), empty_model(source)
+    if block.kv:
+        raise _more(source, read_manifest(source))
+    if form.pack is None or form.config is None:
+        return
+    names = architecture_of(model.config)
+    weights = {name: restore(*parts) for name, parts in block.linears.items()}
+    schemes = {name: form.pack(weight, name).scheme for name, weight in as_stored(names, names.block_name(0), weights)}
+    if schemes:
+        form.config(Contents(schemes, (), names.blocks, model.dtype))
 
 
 def _more(source: Path, manifest: Mapping[str, Any]) -> UserError:
