@@ -313,9 +313,9 @@ def test_a_family_is_refused_before_its_text_is_asked_for(tiny_checkpoint, tmp_p
 
 
 def test_what_does_not_fit_is_told_the_number_that_does():
-    check_fits("GPT-2", 1024, "--window 1023", 1024)
+    check_fits("GPT-2", 1024, "--window", 1024, 1023)
     with pytest.raises(UserError, match=r"do not fit the 1024 positions of GPT-2; use --window 1023 or fewer"):
-        check_fits("GPT-2", 1024, "--window 2048", 2049)  # behind one token
+        check_fits("GPT-2", 1024, "--window", 2049, 2048)  # behind one token
 
 
 def test_plan_prints_what_is_missing_and_what_is_there(dense, text, intactkv_root, run_main):

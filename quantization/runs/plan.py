@@ -313,7 +313,7 @@ def plan_run(
     if makes == "checkpoint":
         check_makes_something(directory, recipe)
     if manifest is None and (recipe.makes_checkpoint or recipe.kv_cache is not None):  # before a text is asked for
-        check_suited(empty_model_of(config), recipe)
+        check_suited(empty_model_of(config), recipe, reads_text=False)  # which is looked at below, where it is
     search = None if found is None else default_search(checkpoint, tokenizer, context, *found)
     plan = Plan(
         checkpoint,

@@ -16,7 +16,11 @@ __all__ = ["check_suited", "refusal", "unlike_blocks"]
 
 
 def check_suited(
-    model: PreTrainedModel, recipe: Recipe, prefix: int = 0, blocks: Collection[int] | None = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    prefix: int = 0,
+    blocks: Collection[int] | None = None,
+    reads_text: bool = True,
 ) -> None:
     """Raise UserError, before any work, for what this model cannot have of a recipe, or in front of it.
 
@@ -33,7 +37,7 @@ def check_suited(
     context, name = getattr(text, "max_position_embeddings", None), f"this {model.config.model_type}"
     if prefix:
         check_length(model.config, prefix, context, f"a prefix of {prefix} tokens", name)
-    if recipe.calibrates:
+    if recipe.calibrates and reads_text:
         check_calibration(recipe, prefix, name, context)
 
 
