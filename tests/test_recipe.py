@@ -319,10 +319,12 @@ def test_heads_are_those_of_the_keys_that_the_model_writes(
     assert (1, heads_of(model.config)[0], 3, heads_of(model.config)[1]) == keys.shape
 
 
-def test_an_unknown_model_type_is_refused_with_the_types_there_are(tiny_config: Callable[..., Any]) -> None:
+def test_an_unknown_model_type_is_refused_with_the_nearest_one(tiny_config: Callable[..., Any]) -> None:
     config = tiny_config("llama")
     config.model_type = "mamba"
-    with pytest.raises(UserError, match=r"'mamba' is not in the architecture table.*llama, mistral"):
+    with pytest.raises(
+        UserError, match=r"'mamba' is not in the architecture table.*Nearest by its blocks: llama, .*models\.md"
+    ):
         architecture_of(config)
 
 
