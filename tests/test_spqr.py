@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quantization.weights.gptq as driver
 import quantization.weights.spqr as module
 from corpora.errors import UserError
-from intactkv.architecture import LLAMA
+from intactkv.families.llama import LLAMA
 from quantization.grids.sparse import SecondLevel, SparseRows, SpQRWeight
 from quantization.grids.stored import restore
 from quantization.grids.uniform import Fit, UniformGrid

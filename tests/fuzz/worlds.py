@@ -16,7 +16,7 @@ from conftest import _tiny_checkpoint, _tiny_tokenizer
 from report_worlds import answer
 
 from fuzz.engine import Outcome, Scratch, call
-from intactkv.architecture import LLAMA
+from intactkv.families.llama import LLAMA
 
 __all__ = ["ANSWER", "CALIBRATE", "CHAT", "JUDGE", "MODEL", "NEEDLE", "QUANTIZE", "RTN", "TALK", "WINDOW"]
 
