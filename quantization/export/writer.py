@@ -216,7 +216,7 @@ def check_format(source: Path, form: Format) -> None:
     weights = {name: restore(*parts) for name, parts in block.linears.items()}
     schemes = {name: form.pack(weight, name).scheme for name, weight in as_stored(names, names.block_name(0), weights)}
     if schemes:
-        form.config(Contents(schemes, (), names.blocks, model.dtype))
+        form.config(_contents(model, schemes, model.dtype))
 
 
 def _more(source: Path, manifest: Mapping[str, Any]) -> UserError:
@@ -316,6 +316,16 @@ class _Shards:
         write_json(self._directory / "model.safetensors.index.json", index)
 
 
+def _contents(model: PreTrainedModel, schemes: Mapping[str, Scheme], dtype: torch.dtype) -> Contents:
+    """What a format's configuration says of a model whose linears of `schemes` are packed."""
+    names = architecture_of(model.config)
+    linears = [owner_of(names, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    plain = [name for name in dict.fromkeys(linears) if name not in schemes]
+    blocks = [module for block in names.blocks_of(model) for module in block.modules()]
+    unpacked = any(isinstance(x, nn.Linear) and type(x).forward is not nn.Linear.forward for x in blocks)
+    return Contents(schemes, plain, names.blocks, dtype, unpacked)
+
+
 def _write_config(
     directory: Path, model: PreTrainedModel, manifest: Mapping[str, Any], export: Export, dtype: torch.dtype | None
 ) -> dict[str, Any]:
@@ -330,13 +340,7 @@ def _write_config(
                 f"no weight of this checkpoint ({manifest['label']}) is quantized, so there is nothing to pack; use "
                 "--format dense"
             )
-        names = architecture_of(model.config)
-        linears = [owner_of(names, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        plain = [name for name in dict.fromkeys(linears) if name not in export.schemes]
-        blocks = [module for block in names.blocks_of(model) for module in block.modules()]
-        unpacked = any(isinstance(x, nn.Linear) and type(x).forward is not nn.Linear.forward for x in blocks)
-        contents = Contents(export.schemes, plain, names.blocks, export.dtype, unpacked)
-        config["quantization_config"] = export.format.config(contents)
+        config["quantization_config"] = export.format.config(_contents(model, export.schemes, export.dtype))
     config["intactkv"] = {
         "fingerprint": manifest["source"]["fingerprint"],
         "basis": manifest["basis"],

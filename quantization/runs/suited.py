@@ -31,8 +31,6 @@ def check_suited(
         check_recipe(model, recipe, blocks)
     text = model.config.get_text_config(decoder=True)
     if (kv := recipe.kv_cache) is not None:
-        if kv.calibrates:
-            architecture_of(model.config)
         check_layers(kv.in_heads(heads_of(text)[1]) if isinstance(kv, Policy) else kv, text)
     context, name = getattr(text, "max_position_embeddings", None), f"this {model.config.model_type}"
     if prefix:
