@@ -343,9 +343,19 @@ def show_log(verbose: bool = True) -> None:
     """Let the library's log lines (one per block, prefix, cache) appear on stderr, and nobody else's."""
     import logging
 
+    from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
-    logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+    class AboveBars(logging.StreamHandler):
+        """A line takes the place of the bar, which goes on below it."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            with tqdm.external_write_mode(self.stream):
+                super().emit(record)
+
+    logging.basicConfig(
+        format="%(message)s", level=logging.INFO if verbose else logging.WARNING, handlers=[AboveBars()]
+    )
     for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     disable_progress_bar()  # one bar a program: ours
