@@ -98,7 +98,13 @@ def ppl(*words: str, name: str = "ppl") -> Program:
     return Program(name, ("eval", "ppl", *words, *WINDOW), record)
 
 
+def check(directory: str) -> Program:
+    """It says what is damaged, and exits with 1 if nothing runs: any answer is one."""
+    return Program("check", ("corpora", "check", directory), lambda outcome, world: None, answers=(0, 1))
+
+
 MODEL_PROGRAMS = (
+    check(MODEL),
     ppl("--model", MODEL),
     ppl("--model", MODEL, *RTN, "--prefix", "prompt", name="ppl-rtn-prompt"),
     Program("quantize", (*QUANTIZE, "q"), tensors_of("q/*.safetensors")),
@@ -111,6 +117,7 @@ RESUMED = r"\.partial(/|$)"
 # One line for every judgement; that of another text is another one.
 JUDGED = r"^outputs/mt_bench/model_judgment/"
 QUANTIZED_PROGRAMS = (
+    check("q"),
     ppl("--model", "q"),
     ppl("--model", "q", "--prefix", "bos", "--kernel", "unpack", name="ppl-bos-packed"),
     ppl("--model", "q", "--kernel", "auto", name="ppl-auto"),
