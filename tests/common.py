@@ -3,9 +3,14 @@
 import hashlib
 import inspect
 import os
+import random
+import resource
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +109,48 @@ class Rounds:
         from intactkv.rope import Places  # here: processes that are struck read this file without the project
 
         return self.roundings[side].numbers(states.float(), Places(0, states.shape[2])).to(states.dtype)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at. They lie below those that the system gives to whom asks for any, so that none of
+    them is taken before it is used."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
+@contextmanager
+def computing_at_most(seconds: float) -> Iterator[None]:
+    """Fail if the processes that the block starts and ends compute for longer. Time in which others are at work is not
+    theirs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    yield
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < seconds
+
+
+# A training that is killed where it would write its state for the second time: behind all that the first does not hold.
+KILLED_TRAINING = """
+import os, runpy, signal
+from intactkv.training import Descent
+save, saved = Descent.save, []
+def save_once(self, path):
+    if saved: os.kill(os.getpid(), signal.SIGKILL)
+    saved.append(save(self, path))
+Descent.save = save_once
+runpy.run_module("intactkv", run_name="__main__", alter_sys=True)
+"""
+
+
+def kill_training(*words: str) -> None:
+    """Call `python -m intactkv` with these words, and kill it (SIGKILL) between its first state and its second."""
+    command, environment = [sys.executable, "-c", KILLED_TRAINING, *words], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def compiled_for(capability: int, program: str, cache: Path) -> list[int]:

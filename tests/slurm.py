@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from common import free_ports
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 PATIENCE = 240  # seconds, of a busy machine; a test that waits longer has failed
 
@@ -33,16 +35,9 @@ def missing() -> str:
     return ""
 
 
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]
-
-
 def _configuration(place: Path) -> str:
     host = socket.gethostname().partition(".")[0]
-    controller, node = _free_ports()
+    controller, node = free_ports(2)
     return f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import sys
 from functools import partial
@@ -415,7 +414,7 @@ def test_ctrl_c_ends_the_answer_and_twice_the_program(typed, model, tmp_path, mo
                 self.presses = next(presses)
             elif self.presses:
                 self.presses -= 1
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             super().put(value)
 
     monkeypatch.setattr(chat, "_Told", Pressed)

@@ -111,7 +111,9 @@ def test_a_table_with_a_killed_task_and_a_drained_node_ends_as_the_local_one(
     asked("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     until(lambda: program_of(name, 0), "the first task runs")
-    os.kill(program_of(name, 0), signal.SIGKILL)
+    program = program_of(name, 0)
+    assert program, "it ended before it was killed"  # 0 would be all processes of this test
+    os.kill(program, signal.SIGKILL)
     until(lambda: states(run_main, name)[0] == "requeued", "the killed task is queued again")
     assert "pending" in states(run_main, name)  # what needs it still waits
     start_soon(job(name, 0))
@@ -172,7 +174,7 @@ def test_what_failed_is_tried_again_and_what_is_cancelled_stays_away(
     other, count = submitted(run_main, *table("rtn"), "--at-once", "1", "--window", "48")
     assert count == 2  # the checkpoint is there
     until(lambda: program_of(other, 1) or program_of(other, 2), "one of them runs")
-    assert sorted(states(run_main, other)) == ["done", "pending", "running"]
+    until(lambda: sorted(states(run_main, other)) == ["done", "pending", "running"], "the other one waits")
     _, out, _ = run_main(main, "cluster", "cancel", other)
     assert "2 tasks cancelled" in out
     until(lambda: not asked("squeue", "--noheader"), "nothing is left, and nothing comes back")

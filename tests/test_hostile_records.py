@@ -1,9 +1,7 @@
 """Run records that were damaged, edited or made up: left out of tables by name, refused to the run that wants them."""
 
 import json
-import logging
 import math
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -303,49 +301,6 @@ def test_a_disk_that_is_full_in_the_end_costs_no_figure(intactkv_root, capsys, m
     path = intactkv_root / "outputs" / "runs" / f"ppl-m-{printed['identity']}.json"
     path.write_text(json.dumps(printed))
     assert record_of("ppl", "m", SETTINGS, dict)["perplexity"] == 2.0
-
-
-# ---- many at once
-
-WRITERS, EACH, READERS = 8, 100, 2
-
-
-def write_many(first: int) -> None:
-    for number in range(first, first + EACH):
-        record_of("ppl", "m", SETTINGS | {"limit": number}, lambda: figures(2.0))
-
-
-def read_many(done: Any, found: Any) -> None:
-    counts: list[int] = []
-    left_out: list[str] = []
-    while not done.is_set():
-        counts.append(len(all_records("ppl", left_out)))
-    found.put((counts, left_out))
-
-
-def test_eight_processes_lose_no_record_and_no_reader_sees_half_of_one(intactkv_root, monkeypatch, caplog):
-    monkeypatch.setattr(runs, "environment", dict)  # it asks git, twice a record
-    processes = multiprocessing.get_context("fork")
-    done, found = processes.Event(), processes.Queue()
-    readers = [processes.Process(target=read_many, args=(done, found)) for _ in range(READERS)]
-    writers = [processes.Process(target=write_many, args=(1000 * i,)) for i in range(WRITERS)]
-    for process in readers + writers:
-        process.start()
-    for process in writers:
-        process.join(120)
-    done.set()
-    for counts, left_out in [found.get(timeout=60) for _ in readers]:
-        assert left_out == []
-        assert counts == sorted(counts)
-    for process in readers:
-        process.join(60)
-    assert {process.exitcode for process in readers + writers} == {0}
-    with caplog.at_level(logging.WARNING):
-        assert len(all_records("ppl")) == WRITERS * EACH
-    assert caplog.records == []
-    directory = intactkv_root / "outputs" / "runs"
-    assert len(os.listdir(directory)) == WRITERS * EACH  # nothing hidden stayed
-    assert {path.stat().st_mode & 0o444 for path in directory.iterdir()} == {0o444}  # a colleague reads them
 
 
 def test_a_record_says_with_what_it_was_made(intactkv_root):

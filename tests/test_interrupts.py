@@ -23,13 +23,13 @@ IN_AN_IMPORT = """
     try:
         import swallows
     except ImportError:
-        time.sleep(60)
+        time.sleep(600)
 run_program(main)
 """
 AT_WORK = """
     try:
         print("there", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     finally:
         print("tidied", flush=True)
 run_program(main)
@@ -38,7 +38,7 @@ SWALLOWS = """
 import time
 try:
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 except BaseException:
     raise ImportError("no such module")
 """
@@ -54,7 +54,7 @@ def test_ctrl_c_ends_with_one_line_also_within_an_import(tmp_path: Path, code: s
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, tidied)
     assert err.strip() == "interrupted; run the same command to go on"
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chats import CONTEXT, QUESTIONS, TEMPLATE, turns_of, write_questions
-from common import ROOT, refusals
+from common import ROOT, free_ports, refusals
 
 from corpora.json_lines import read_lines
 from eval.__main__ import main
@@ -189,23 +188,31 @@ def test_help_does_not_wait_for_torch(command):
     assert "examples:" in result.stdout
 
 
+# The program, but what happens behind a number of answers of this process is the test's.
+BEHIND_ANSWERS = """
+import os, runpy, signal, time
+from eval.mtbench.json_lines import LineFile
+append = LineFile.append
+def counted(self, row):
+    append(self, row)
+    if len(self.rows) == {count}: {then}
+LineFile.append = counted
+"""
+RUNS = 'runpy.run_module("eval", run_name="__main__", alter_sys=True)\n'
+
+
 def test_a_killed_run_goes_on_without_a_lost_or_doubled_answer(program, model, questions, intactkv_root, tmp_path):
     """SIGKILL after the second answer, and half a line more, as if the kill had met it while writing."""
     path = tmp_path / "killed.jsonl"
     call = ["--model", model, "--questions", questions, "--max-new-tokens", 100, "--batch-size", 1, "--device", "cpu"]
-    process = subprocess.Popen(
-        [str(word) for word in [sys.executable, "-m", "eval", "mtbench", *call, "--out", path]],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    code = BEHIND_ANSWERS.format(count=2, then="os.kill(os.getpid(), signal.SIGKILL)") + RUNS
+    killed = subprocess.run(
+        [str(word) for word in [sys.executable, "-c", code, "mtbench", *call, "--out", path]],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    deadline = time.monotonic() + 100
-    while not path.exists() or path.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     kept = path.read_text().splitlines()
-    assert 2 <= len(kept) < 8
+    assert len(kept) == 2
     with path.open("a") as file:
         file.write('{"question_id": 88, "answer_id": "hal')
     code, out, err = program(*call, "--out", path, "--json")
@@ -225,19 +232,16 @@ from functools import partial
 import accelerate
 
 accelerate.PartialState = partial(accelerate.PartialState, cpu=True)  # accelerate's own choice would be one GPU each
-runpy.run_module("eval", run_name="__main__", alter_sys=True)
 """
 
 
-def start_two(start: Path, *arguments: object) -> list[subprocess.Popen[str]]:
+def start_two(code: str, *arguments: object) -> list[subprocess.Popen[str]]:
     """Two processes of one evaluation, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
               "PYTHONPATH": str(ROOT)}  # fmt: skip
     return [
-        subprocess.Popen([sys.executable, str(start), "mtbench", *map(str, arguments)], cwd=ROOT, text=True,
+        subprocess.Popen([sys.executable, "-c", code, "mtbench", *map(str, arguments)], cwd=ROOT, text=True,
                          env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in range(2)
@@ -246,11 +250,11 @@ def start_two(start: Path, *arguments: object) -> list[subprocess.Popen[str]]:
 
 def test_processes_share_the_questions_and_a_kill_of_all_loses_nothing(model, questions, program, tmp_path):
     """SIGKILL to two processes that have answered something, half a line more; two others go on with it."""
-    path, start = tmp_path / "shared.jsonl", tmp_path / "two_processes.py"
-    start.write_text(TWO_PROCESSES)
+    path = tmp_path / "shared.jsonl"
     call = ["--model", model, "--questions", questions, "--max-new-tokens", 100, "--batch-size", 1, "--device", "cpu"]
-    running = start_two(start, *call, "--out", path)
-    deadline = time.monotonic() + 100
+    waits = BEHIND_ANSWERS.format(count=1, then="time.sleep(900)")
+    running = start_two(TWO_PROCESSES + waits + RUNS, *call, "--out", path)
+    deadline = time.monotonic() + 600
     while sum(part.read_bytes().count(b"\n") for part in parts_of(path)) < 2:
         assert all(process.poll() is None for process in running)
         assert time.monotonic() < deadline
@@ -260,10 +264,10 @@ def test_processes_share_the_questions_and_a_kill_of_all_loses_nothing(model, qu
     for process in running:
         process.communicate()
     kept = [line for part in parts_of(path) for line in part.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-    assert 2 <= len(kept) < 8
+    assert len(kept) == 2
     with part_of(path, 1).open("a") as file:
         file.write('{"question_id": 88, "answer_id": "hal')
-    running = start_two(start, *call, "--out", path, "--json")
+    running = start_two(TWO_PROCESSES + RUNS, *call, "--out", path, "--json")
     said = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert said[1][0] == ""

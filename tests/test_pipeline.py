@@ -438,7 +438,8 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_alone(
     assert (tmp_path / "mine" / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "years of work"
 
 
-# The children of one slow-starting process: `work(out)` quantizes with a test quantizer that sleeps in every block.
+# The children of one slow-starting process: `start(out)` quantizes with a test quantizer that sleeps in every block, in
+# the last of six without end.
 CHILDREN = """
     import os, random, signal, sys, time
     from dataclasses import dataclass
@@ -453,7 +454,7 @@ CHILDREN = """
         def quantize_block(self, block):
             with open(Path(sys.argv[2]) / "log", "a") as log:
                 log.write(f"{block.index}\\n")
-            time.sleep(0.4)
+            time.sleep(0.2 if block.index < 5 else 900)
             return super().quantize_block(block)
 
     def start(out):
@@ -469,7 +470,7 @@ def run_children(script: str, source: Path, directory: Path) -> None:
     code = textwrap.dedent(CHILDREN) + textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-c", code, str(source), str(directory)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -486,7 +487,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
             child = start(Path(sys.argv[2]) / "out")
             while len(list(partial.glob("block-*"))) < 1 + kill:  # one block more in every round
                 time.sleep(0.01)
-            time.sleep(random.random())
+            time.sleep(random.random() / 2)
             os.kill(child, signal.SIGKILL)
             assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "finished before it was killed"
         """,
@@ -494,7 +495,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
         tmp_path,
     )
     assert not (tmp_path / "out").exists()
-    assert 3 <= len(list((tmp_path / "out.partial").glob("block-*"))) <= 6
+    assert 3 <= len(list((tmp_path / "out.partial").glob("block-*"))) <= 5
     assert made(checkpoint(num_hidden_layers=6), RECIPES["rtn"], tmp_path / "out") == whole
 
 

@@ -89,7 +89,7 @@ READS = """
 import logging, time
 from eval.runs import all_records
 logging.basicConfig(level="WARNING")
-found, deadline = 0, time.monotonic() + 100
+found, deadline = 0, time.monotonic() + 600
 while found < 801 and time.monotonic() < deadline:
     before, left_out = found, []
     found = len(all_records("ppl", left_out))
@@ -110,6 +110,8 @@ def test_eight_processes_write_a_hundred_records_each_and_two_read_them_meanwhil
     names = [path.name for path in (scene.root / "outputs" / "runs").iterdir()]
     assert len(names) == 801
     assert not [name for name in names if name.startswith(".")]
+    modes = {path.stat().st_mode & 0o444 for path in (scene.root / "outputs" / "runs").iterdir()}
+    assert modes == {0o444}  # a colleague reads them
 
 
 def test_eight_processes_quantize_once(scene: Scene) -> None:

@@ -1,6 +1,7 @@
 """Tables as one line: what is planned, what is run, what a failure and Ctrl-C leave."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,12 +176,12 @@ place = pathlib.Path({root!r})
 log = (place / "log").open("a"); log.write(" ".join(words) + "\\n"); log.close()
 if what == "waits" and not (place / "go").exists():
     try:
-        print("waiting", file=sys.stderr, flush=True); time.sleep(60)
+        (place / "waiting").touch(); time.sleep(600)
     except KeyboardInterrupt:
         (place / "ended").touch(); sys.exit(130)
 if what.startswith("meets"):  # another one that runs at the same time
     (place / what).touch()
-    for _ in range(600):
+    for _ in range(6000):
         if len(list(place.glob("meets*"))) == 2: break
         time.sleep(0.05)
     else: sys.exit("alone")
@@ -303,9 +304,8 @@ def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: P
     heard = Heard()
 
     def interrupt() -> None:
-        while not heard.calls or not (programs / "log").read_text().count("waits"):
+        while not heard.calls or not (programs / "waiting").exists():
             time.sleep(0.05)
-        time.sleep(0.5)
         os.kill(os.getpid(), number)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
@@ -324,20 +324,23 @@ def test_ctrl_c_ends_every_process_cleanly_and_the_next_call_goes_on(programs: P
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends what a killed process has started")
 def test_what_runs_ends_with_a_parent_that_is_killed(programs: Path) -> None:
-    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     parent = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from eval.execution import _Process\n"
         "p = _Process([sys.executable, '-c', sys.argv[2]], dict(os.environ))\n"
-        "print(p._process.stdout.readline().decode(), flush=True); time.sleep(60)\n"
+        "print(p._process.stdout.readline().decode(), flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", parent, str(ROOT), child], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     number = int(process.stdout.readline())
     process.kill()
     process.wait()
-    for _ in range(100):
-        state = Path(f"/proc/{number}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+    for _ in range(1200):
+        try:
+            state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":
             return
         time.sleep(0.05)
     os.kill(number, signal.SIGKILL)
@@ -442,7 +445,10 @@ def test_a_table_of_a_users_own_model_is_run_and_killed_and_goes_on(
     first.communicate()
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "3 runs made, 1 finished before, 0 failed" in done.stderr
+    told = re.search(r"(\d+) runs? made, (\d+) finished before, 0 failed", done.stderr)
+    assert told, done.stderr
+    assert int(told[2]) >= 1  # more on a machine that was slow to kill it
+    assert int(told[1]) + int(told[2]) == 4
     ours, _, published = done.stdout.partition("as published of")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ours.splitlines() if "|" in line][2:]
     rows = [row for row in rows if "change" not in row[1]]

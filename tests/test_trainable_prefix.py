@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, kill_training
 from families import FAMILIES, plain_logits, random_ids
 from safetensors.torch import load_file
 from torch import Tensor
@@ -322,16 +320,10 @@ def test_a_killed_program_goes_on_and_ends_with_the_same_bits(program, checkpoin
     """A real SIGKILL, once the first state is on disk."""
     environment = os.environ | {"INTACTKV_ROOT": str(intactkv_root), "OMP_NUM_THREADS": "1"}
     whole, killed = intactkv_root / "whole.safetensors", intactkv_root / "killed.safetensors"
-
-    assert program("intactkv", *arguments(checkpoint, whole), "--prefix-epochs", "40")[0] == 0
-    command = [sys.executable, "-m", "intactkv", *map(str, arguments(checkpoint, killed)), "--prefix-epochs", "40"]
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    state = intactkv_root / "killed.state.safetensors"
-    while not state.exists() and child.poll() is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    assert program("intactkv", *arguments(checkpoint, whole))[0] == 0
+    kill_training(*arguments(checkpoint, killed))
     assert not killed.exists()
+    command = [sys.executable, "-m", "intactkv", *arguments(checkpoint, killed)]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     assert "going on from step" in done.stderr
     assert same_prefix(Prefix.load(whole), Prefix.load(killed))

@@ -45,7 +45,7 @@ with write_beside(Path(sys.argv[1])) as beside:
     beside.write_text("half")
     (beside.parent / ".tmp-of-a-library").write_text("half")
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 MAKES = WRITES.replace("write_beside", "directory_beside").replace(
     'beside.write_text("half")', "(beside / 'a').touch()"
@@ -108,7 +108,7 @@ def test_a_directory_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_lock_is_held_once_and_its_file_goes(tmp_path: Path) -> None:
     holder = child(
-        'with locked(Path(sys.argv[1])):\n    print("there", flush=True)\n    time.sleep(60)', tmp_path / "a"
+        'with locked(Path(sys.argv[1])):\n    print("there", flush=True)\n    time.sleep(600)', tmp_path / "a"
     )
     with pytest.raises(BlockingIOError), locked(tmp_path / "a", wait=False):
         pytest.fail("two hold it")
@@ -131,8 +131,7 @@ for _ in range(100):
 """
     (tmp_path / "counter").write_text("0")
     processes = [child(code, tmp_path) for _ in range(4)]
-    started = time.monotonic()
-    assert [process.wait(60) for process in processes] == [0] * 4, time.monotonic() - started
+    assert [process.wait(300) for process in processes] == [0] * 4
     assert (tmp_path / "counter").read_text() == "400"
     assert hidden(tmp_path) == []
 
@@ -255,9 +254,9 @@ import os
 with write_beside(Path(sys.argv[1]) / "a") as beside, locked(Path(sys.argv[1]) / "b"):
     beside.write_text("half")
     if os.fork() == 0:  # as a DataLoader's worker
-        time.sleep(60)
+        time.sleep(600)
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -266,7 +265,7 @@ def test_a_killed_writers_children_do_not_hold_its_locks(tmp_path: Path) -> None
     try:
         process.kill()
         process.wait()
-        until = time.monotonic() + 10  # the child lets go as soon as it runs, which on a busy machine is later
+        until = time.monotonic() + 300  # the child lets go as soon as it runs, which on a busy machine is later
         while list(tmp_path.iterdir()) and time.monotonic() < until:
             sweep(tmp_path)
             with suppress(BlockingIOError), locked(tmp_path / "b", wait=False):
@@ -324,11 +323,11 @@ def test_a_file_that_only_waits_for_its_name_is_swept_with_its_writer_and_not_be
 import os
 def replace(source, target):
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 os.replace = replace
 """
     for code in (WRITES, MAKES):
-        process = child(waits + code.replace('    print("there", flush=True)\n    time.sleep(60)', ""), tmp_path / "a")
+        process = child(waits + code.replace('    print("there", flush=True)\n    time.sleep(600)', ""), tmp_path / "a")
         assert [Path(name).suffix for name in hidden(tmp_path)] == [".whole"]
         sweep(tmp_path)
         assert [Path(name).suffix for name in hidden(tmp_path)] == [".whole"]
@@ -387,7 +386,7 @@ for i in range(150):
             beside.write_text(name * 1000)
 """
     processes = [child(code, tmp_path, name) for name in ("one", "two")]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(300) for process in processes] == [0, 0]
     names = {"shared", *(f"{name}-{i}" for name in ("one", "two") for i in range(150))}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert all((tmp_path / name).read_text() == name * 1000 for name in names)
@@ -400,10 +399,10 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path, caplog: pytest.Lo
     with ThreadPoolExecutor(1) as threads:
         with locked(tmp_path / "a"):
             other = threads.submit(lambda: locked(tmp_path / "a").__enter__())
-            for _ in range(100):
+            for _ in range(6000):
                 if caplog.records:
                     break
                 time.sleep(0.05)
-        other.result(10)
+        other.result(300)
     (record,) = caplog.records
     assert record.getMessage() == f"waiting for another process, which is at work on {tmp_path / 'a'}"
