@@ -111,6 +111,36 @@ def test_every_figure_is_that_of_the_table(world: Path) -> None:
             assert all((word in words) == (word == cell.verdict) for word in ("agrees", "near", "off")), (words, cell)
 
 
+@pytest.mark.parametrize(("digits", "theirs", "ours", "words"), [
+    (2, 7.2867, 7.3, ("7.30", "7.29", "+0.01")), (3, 8.969, 8.972, ("8.972", "8.969", "+0.003")),
+    (5, 0.02314, 0.02319, ("0.02319", "0.02314", "+0.00005")), (0, 1234.0, 900.0, ("900", "1.23e+03", "-334")),
+])  # fmt: skip
+def test_published_figures_and_differences_have_the_digits_of_their_column(
+    digits: int, theirs: float, ours: float, words: tuple[str, ...], intactkv_root: Path
+) -> None:
+    row = Row("FP16", Method("FP16"), ALONE, {MODEL.name: (theirs,)})
+    paper = replace(PAPER, measures=(replace(PPL, digits=digits),), rows=(row,))
+    answer_all(paper, MODEL, lambda *_: ours)
+    ((line,),) = (section.lines for _, section in report_of([Shown(paper, MODEL)]).sections)
+    (cell,) = line.cells
+    assert (cell.ours, cell.theirs, cell.difference) == words
+    (table,) = paper_table(paper, filled(paper, MODEL))
+    assert tuple(str(shown) for shown in (table.rows[0][3], table.rows[0][2], table.rows[0][4])) == words
+
+
+def test_a_section_says_how_much_of_a_cache_was_rounded(intactkv_root: Path) -> None:
+    """With the same words as the table on stdout, which also say what full precision of a package is."""
+    row = Row("KIVI", Method("KIVI", kv=("--kv", "kivi", "--kv-bits", "2")))
+    paper, kv = replace(PAPER, measures=(WORDS,), rows=(row,)), {"kv": {"kind": "KIVI", "bits": 2}}
+    for cell in cells_of(paper, OTHER):
+        answer(cell.runs[0], "hello", kv)
+    ((_, section),) = report_of([Shown(paper, OTHER)]).sections
+    said = " ".join(section.notes)
+    assert all(words in said for words in ("rounded of what the cache held at the end: KIVI 0.0 %", "dequantized"))
+    (table, *_) = paper_table(paper, filled(paper, OTHER))
+    assert set(section.notes) <= set(table.notes)
+
+
 def test_the_mean_of_columns_and_of_seeds_say_of_what_they_are(world: Path) -> None:
     tree = Tree(page()).top
     by_id = {e.attributes["id"]: e for e in tree.all() if "id" in e.attributes}

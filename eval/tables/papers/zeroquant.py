@@ -27,8 +27,8 @@ def _distilled(bits: str, lr: str, steps: int) -> Method:
 
 
 DISTILLED = (
-    "the page trains on all pieces and keeps the last step's weights; ours hold 4 pieces out, and keep the weights that "
-    "are best on those"
+    "the page trains on all pieces and keeps the weights of the last step; ours hold 4 pieces out and keep the weights "
+    "that are best on those"
 )
 W8A8, W4_8A16, W4_8A8, W4A4 = map(_zeroquant, ("w8a8", "w4-8a16", "w4-8a8", "w4a4"))
 LABELS = ("16 bits", "SmoothQuant, W8A8", "RTN, W4A16", "GPTQ, W4A16", "ZeroQuant, W8A8", "ZeroQuant, W4/8A16",
