@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -350,11 +350,12 @@ def test_without_options_the_program_shows_what_was_run_as_it_was_run(world: Pat
     path = world / "outputs" / "report.html"
     assert (code, out) == (0, f"{path}\n"), err
     reduced = "smollm2-135m limit 4, window 64"
-    assert sorted(titles(path)) == ["llama-2-7b", "smollm2-135m", reduced]
+    llama, smol = "llama-2-7b seeds 1 2 3", "smollm2-135m seeds 1 2 3"
+    assert sorted(titles(path)) == sorted([llama, smol, reduced])
     assert f"reproduce made-up --model {OTHER} --window=64 --limit=4" in path.read_text()
     for words, expected in {
-        ("--limit", 4, "--window", 64): [reduced], ("--model", "llama-2-7b"): ["llama-2-7b"],
-        ("made-up", "--only", "smollm2-135m", "RTN"): sorted(["smollm2-135m", reduced]),
+        ("--limit", 4, "--window", 64): [reduced], ("--model", "llama-2-7b"): [llama],
+        ("made-up", "--only", "smollm2-135m", "RTN"): sorted([smol, reduced]),
         ("made-up", "--model", "llama-7b"): ["llama-7b"],
         ("made-up", "--limit", 4, "--window", 64): ["llama-2-7b limit 4, window 64", reduced],
     }.items():  # fmt: skip
@@ -377,6 +378,16 @@ def test_the_words_of_a_size_ask_for_the_same_size() -> None:
     assert replace(scope_of_words(words), only=("GPTQ",)) == scope_of(options)
     assert words_of(parser().parse_args(["reproduce", "intactkv-1"])) == []
     assert scope_of_words([]) == Scope()
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Scope) if field.name != "only"])
+def test_every_part_of_a_size_has_a_word_in_its_name(field: str) -> None:
+    """So two sizes have two names; which cells are left out is no part of it."""
+    default = getattr(Scope(), field)
+    given = {bool: True, tuple: (3,) if field == "seeds" else ("--some", "word")}
+    size = Scope(**{field: 7 if default is None else given[type(default)]})
+    assert Scope().called == replace(size, only=("GPTQ",), **{field: default}).called == ()
+    assert len(size.called) == 1
 
 
 def test_a_note_that_cannot_be_read_is_named(world: Path, program: Any) -> None:

@@ -85,9 +85,9 @@ class Several:
 
 @dataclass(frozen=True)
 class Section:
-    """One published table for one model. size: what is run, where it is not as published. counts: cells, run, agrees,
-    near, off. departs: of all cells that were run; marked: of some, by their marks. notes: what
-    else a reader must know of the figures. command: what runs the rest."""
+    """One published table for one model. size: what is run of it (`Scope.called`). counts: cells, run, agrees, near,
+    off. departs: of all cells that were run; marked: of some, by their marks. notes: what else a reader must know of
+    the figures. command: what runs the rest."""
 
     anchor: str
     model: str
@@ -168,7 +168,7 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
     everywhere, marks = _departures(ran)
     if ran:
         _add_cards(report, commands_of(runs_of(cells_of(paper, model, scope))), ran)
-    size = ", ".join(scope.reduced)
+    size = ", ".join(scope.called)
     where = ", ".join(word for word in (paper.name, model.name if paper.models else "", size) if word)
     anchors = {
         _place(cell.row, cell.measure): report.anchor(paper.name, model.name, cell.row.label, cell.row.arm.label,

@@ -6,7 +6,7 @@ from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
 from eval.tables.asked import bases_of
 from eval.tables.compare import BANDS, Filled, RowPlace, changes_of, difference_of, form_of, row_place
-from eval.tables.declared import ALONE, Figure, Measure, Paper
+from eval.tables.declared import ALONE, Figure, Measure, Paper, Words
 from eval.tables.render import Table
 
 __all__ = ["notes_of", "paper_table"]
@@ -18,26 +18,28 @@ PACKAGED = [
 ANSWER = 80  # characters of an answer that a cell shows
 
 
-def paper_table(paper: Paper, cells: Sequence[Filled], whole: bool = False) -> list[Table]:
+def paper_table(paper: Paper, cells: Sequence[Filled], whole: bool = False, called: Words = ()) -> list[Table]:
     """Ours beside theirs: the published figures of the models that were run, ours, and the difference where one is
     taken. Below a row behind an intact prefix stands what that changes.
 
     A model that the paper does not have is a table of its own, which fits a terminal, and below stand the published
-    figures of one model. whole: all models, and all that are published, in one table: to compute with.
+    figures of one model. whole: all models, and all that are published, in one table: to compute with. called: the size
+    of ours in the caption (`Scope.called`), which tells two tables of one model apart.
     """
     models = list(dict.fromkeys(one.model for one in cells))
     others = [name for name in models if paper.models and catalog_name(name) not in paper.models]
     inside = [one for one in cells if one.model not in others]
     known = [name for name in paper.models if name in map(catalog_name, models)]
     caption = f"{paper.title} ({paper.source}); {paper.protocol}"
+    own = ", ".join((paper.name, *called))
     if whole or not others:
-        return [_table(paper, f"{paper.name}: {caption}", cells, known or paper.models, (*_notes(cells), *paper.notes))]
+        return [_table(paper, f"{own}: {caption}", cells, known or paper.models, (*_notes(cells), *paper.notes))]
     tables = []
     for name in others:
         mine = [one for one in cells if one.model == name]
-        tables.append(_table(paper, f"{paper.name}, {name}: {caption}", mine, (), _notes(mine)))
+        tables.append(_table(paper, f"{', '.join((paper.name, name, *called))}: {caption}", mine, (), _notes(mine)))
     if inside:
-        return [*tables, _table(paper, f"{paper.name}: {caption}", inside, known, (*_notes(inside), *paper.notes))]
+        return [*tables, _table(paper, f"{own}: {caption}", inside, known, (*_notes(inside), *paper.notes))]
     first, *more = paper.models
     beside = (f"published of {', '.join(more)}, too: --format csv has all",) if more else ()
     published = _table(paper, f"{paper.name}, as published of {first}", (), (first,), (*beside, *paper.notes))
