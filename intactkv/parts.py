@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HALVES",
     "NEIGHBOURS",
+    "PASSED",
     "Architecture",
     "Experts",
     "Feed",
@@ -29,6 +30,7 @@ __all__ = [
 
 # Which channels of a head RoPE turns together: i and i + n/2 of the first n, or 2i and 2i + 1.
 HALVES, NEIGHBOURS = "halves", "neighbours"
+PASSED = ("relu",)  # activations that positive scales pass
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from common import FOXES
 from matrix import FAMILIES, MODELS, PREFIXES, RECIPES, TEXT, Cell, decided, held_to_the_laws, models, row_of
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corpora.errors import UserError
-from intactkv.architecture import ARCHITECTURES
+from intactkv.architecture import ARCHITECTURES, architecture_of
 from intactkv.attach import attach
 from intactkv.families import experts, fused, llama, norms
 from intactkv.prefix import build_prefix
@@ -177,6 +178,21 @@ def test_a_refusal_is_one_line_that_names_the_family_and_the_way_out(family: str
     runs = [cell for cell in CELLS if decided(family, *cell) is None]
     if family in ARCHITECTURES:  # of a variant, all may be refused
         assert {("rtn-w4", "none"), ("gptq-w4", "xy"), ("kv:per_head", "bos")} <= set(runs)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_no_scale_passes_an_activation_without_a_gate_but_a_relu(kind: str) -> None:
+    fields = {"hidden_act", "activation_function", "activation"} & vars(tiny_config(kind)).keys()
+
+    def passed(activation: str) -> set[int]:
+        """How many linears stand beside those whose scales move to the last linear of a feed-forward part."""
+        row = architecture_of(tiny_config(kind, **dict.fromkeys(fields, activation)))
+        beside = {name: len(names) for names in row.linears for name in names}
+        return {beside[feed.producer] for feed in row.feeds if feed.producer in beside and feed.inside in row.downs}
+
+    assert passed("gelu") <= {2}  # a gate and what it lets through
+    if fields:  # BLOOM has GELU whatever its configuration says
+        assert passed("relu") in ({1}, {2})
 
 
 def test_the_page_of_models_says_what_is_decided() -> None:
