@@ -1,5 +1,6 @@
 """Mixtures of experts: laid out, read, calibrated on the tokens that the router sends, transformed and exported."""
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -128,6 +129,20 @@ def test_laid_out_experts_compute_what_those_of_transformers_do(model_type: str,
     assert any(isinstance(module, SeparateExperts) for module in model.modules())
     assert sum(parameter.numel() for parameter in model.parameters()) == before
     assert_close(model(IDS).logits, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_in_half_precision_laid_out_experts_are_transformers_eager_ones(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny_model(model_type, dtype=dtype)
+    exact = copy.deepcopy(model).float()(IDS).logits
+    default = model(IDS).logits.float()
+    model.set_experts_implementation("eager")
+    eager = model(IDS).logits
+    found = lay_out(model)(IDS).logits
+    assert torch.equal(found, eager)
+    # The default may add in float32. It is not nearer to the truth by more than chance.
+    assert (found.float() - exact).norm() < 1.2 * (default - exact).norm()
 
 
 def test_an_index_beyond_the_experts_stands_for_none() -> None:
