@@ -199,6 +199,7 @@ KVQUANT = " ".join(f"--set kv_cache.{field}" for field in (
     "outliers=0.01", "sinks=1", "levels=nuq", "qnorm=false", "weighting=fisher"
 ))  # fmt: skip
 PIECES = "--calibration wikitext2 --calibration-samples 16 --calibration-length 2048 --seed 0"
+DISTILLED = PIECES.replace("samples 16", "samples 128")
 ALPHA = " --set transforms.smooth.alpha=0.55"
 
 
@@ -243,7 +244,7 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
         + [row for name, rate, counts in (("w4-8a16", "5e-6", (100, 200, 400, 600)), ("w4a4", "1e-6", (100, 200, 400)))
            for steps in counts
            for row in arms("ppl", f"zeroquant-{name}-lkd --set tuning.blocks=last --set tuning.lr={rate} "
-                           f"--set tuning.steps={steps} --set tuning.batch=4 {CUT}")], {"ppl gptq"},
+                           f"--set tuning.steps={steps} --set tuning.batch=4 {CUT} {DISTILLED}")], {"ppl gptq"},
     ),
 }  # fmt: skip
 
