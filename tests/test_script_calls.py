@@ -178,6 +178,15 @@ SIXTEEN = [
 ]
 
 
+def test_a_model_that_is_not_called_by_its_family_is_refused_before_python_starts(project: Path) -> None:
+    (project / "modelzoo" / "mine" / "tiny").mkdir(parents=True)
+    for call in ("quantization/auto_gptq mine tiny 4 32 cpu", "eval/eval mine tiny rtn 4 16 ppl 29500 cpu"):
+        done = run(project, call)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert "modelzoo/mine/mine-tiny is missing; a model is called FAMILY/FAMILY-SIZE" in done.stderr
+        assert not (project / "calls").exists()
+
+
 @pytest.mark.parametrize(("call", "named"), SIXTEEN)
 def test_sixteen_bits_and_a_method_for_weights_are_refused(project: Path, call: str, named: str) -> None:
     done = run(project, call)

@@ -24,7 +24,14 @@ from intactkv.layout import Part, lay_out, sources_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
 from quantization.model.stages import stage
-from quantization.runs.configuration import CONFIG, GENERATION, check_ropes, config_of, generation_config_of
+from quantization.runs.configuration import (
+    CONFIG,
+    GENERATION,
+    check_ropes,
+    check_windows,
+    config_of,
+    generation_config_of,
+)
 
 __all__ = [
     "DenseCheckpoint", "Weights", "check_dtype", "check_finite", "empty_model", "empty_model_of", "read_config",
@@ -328,6 +335,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if config.model_type in ARCHITECTURES:
         check_ropes(config, file)
+        check_windows(config, file)
     return config
 
 
