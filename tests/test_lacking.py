@@ -63,10 +63,17 @@ def test_what_the_runs_would_miss_is_named_with_the_way_to_get_it(intactkv_root:
         refuse_lacking([], runs)
 
 
-def test_a_name_in_place_of_a_directory_is_told_where_the_model_lies(intactkv_root: Path) -> None:
-    model_of(intactkv_root / "modelzoo" / "smollm2" / "smollm2-135m", hidden_size=64, intermediate_size=64)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_name_in_place_of_a_directory_is_told_where_the_model_lies(
+    intactkv_root: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    place = intactkv_root / "modelzoo" / "smollm2" / "smollm2-135m"
+    model_of(place, hidden_size=64, intermediate_size=64)
+    (intactkv_root / "elsewhere").mkdir()
+    monkeypatch.chdir(intactkv_root if inside else intactkv_root / "elsewhere")
     (line,) = lacking([Run("ppl", Path("smollm2-135m"), __file__, ())])
-    assert line == "no model in smollm2-135m; name --model modelzoo/smollm2/smollm2-135m"
+    shown = place.relative_to(intactkv_root) if inside else place
+    assert line == f"no model in smollm2-135m; name --model {shown}"
 
 
 def test_a_family_that_no_recipe_quantizes_is_lacking_with_its_recipes(

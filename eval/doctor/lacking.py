@@ -5,7 +5,6 @@ from pathlib import Path
 
 from corpora.catalog import model_defaults
 from corpora.errors import UserError
-from corpora.paths import root
 from eval.doctor.files import calibrated_on, model, scored
 from eval.doctor.fits import misfits, said, told, uneven
 from eval.doctor.recipe_facts import text_of
@@ -50,7 +49,8 @@ def _another(directory: Path) -> str:
     """Where the model lies whose name was given in place of its directory; empty if it is not there."""
     place = place_of(directory.name)
     there = place != directory and (place / "config.json").is_file()
-    return f"name --model {place.relative_to(root()) if place.is_relative_to(root()) else place}" if there else ""
+    here = Path.cwd()  # --model is read from where the user stands, whatever the root is
+    return f"name --model {place.relative_to(here) if place.is_relative_to(here) else place}" if there else ""
 
 
 def refuse_lacking(papers: Iterable[Paper], runs: Iterable[Run]) -> None:
