@@ -171,6 +171,14 @@ def test_what_a_plan_refuses_is_told_once_in_its_own_words(doctor):
     assert refused["verdict"] == "lacks"
 
 
+def test_what_stands_behind_a_prefix_that_is_trained_first_is_not_planned(doctor):
+    words = ("--only", "[P] + Cal", "RTN", "--judge-model", "local:.", "--questions", "sample")
+    _, found = doctor(*words, "--options", "--group-size 32", table="intactkv-4")
+    assert found["conversations of sharegpt for training"]["verdict"] == "lacks"
+    assert found["MT-bench's questions"]["verdict"] == "ok"
+    assert not [one["what"] for one in found.values() if one["needed"] == "a plan that can be made"]
+
+
 def test_questions_and_judges_are_looked_for_where_their_programs_look(place, monkeypatch):
     model = Path("modelzoo/llama-2/llama-2-7b")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from common import FOXES, ROOT
@@ -152,6 +153,54 @@ def test_a_checkpoint_is_asked_for_once_without_what_matters_only_when_it_runs()
     scored = [run for run in runs if run.program == "ppl" and run.needs]
     assert all("--dtype float16 --kernel=lut" in " ".join(run.words) for run in scored)
     assert len(scored) == 2 + 4
+
+
+def test_a_prefix_is_trained_on_the_text_that_is_given(run_main: Main, tmp_path: Path) -> None:
+    paper, small = PAPERS["prefixquant-trainable-c4"], Path("modelzoo/mine/tiny")
+
+    def texts(**scope: Any) -> set[str]:
+        runs = runs_of(cells_of(paper, small, Scope(**scope)))
+        return {run.option("--corpus") for run in runs if run.program == "train-prefix"}
+
+    assert texts() == {"c4"}
+    assert texts(calibration=("--calibration-samples", "4")) == {"c4"}
+    assert texts(calibration=("--calibration", "mine.txt", "--calibration-samples", "4")) == {"mine.txt"}
+    assert texts(calibration=("--calibration", "mine.txt"), training=("--corpus", "other.txt")) == {"other.txt"}
+    given = ("--model", str(tmp_path / "tiny"), "--tasks", "none", "--corpus", "nosuch.txt", "--dry-run")
+    code, out, _ = run_main(eval_main, "reproduce", paper.name, *given, "--training", "--corpus other.txt")
+    assert code == 0
+    assert "text other.txt for calibration" in out
+
+
+def test_the_questions_of_a_judged_table_reach_who_answers(run_main: Main, tmp_path: Path) -> None:
+    given = ("reproduce", "intactkv-4", "--model", str(tmp_path / "tiny"), "--judge-model", "local:.", "--dry-run")
+    code, out, _ = run_main(eval_main, *given)
+    assert code == 0
+    assert "MT-bench's questions: mt_bench is missing" in out
+    assert "--questions sample|FILE" in out
+    assert "conversations of sharegpt for training: missing; bash scripts/prepare/data.sh sharegpt, or others: " in out
+    code, out, _ = run_main(eval_main, *given, "--questions", "sample", "--training", "--conversations sample")
+    assert code == 0
+    assert "questions sample" in out
+    assert "MT-bench's questions" not in out
+    assert "sharegpt" not in out
+
+
+@pytest.mark.parametrize(
+    ("table", "more", "program"),
+    [("intactkv-4", ("--options", "--questions sample"), "quantization"),
+     ("intactkv-4", ("--training", "--conversations mine.json"), "intactkv calibrate"),
+     ("intactkv-4", ("--judge-options", "--nonsense 3"), "eval judge"),
+     ("prefixquant-trainable-c4", ("--training", "--prefix-len x"), "intactkv train-prefix")],
+)  # fmt: skip
+def test_words_that_a_program_does_not_take_are_refused_before_anything_runs(
+    run_main: Main, tmp_path: Path, table: str, more: Sequence[str], program: str
+) -> None:
+    given = ("--model", str(tmp_path / "tiny"), "--judge-model", "local:.", "--dry-run")
+    code, out, err = run_main(eval_main, "reproduce", table, *given, *more)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert f"python -m {program} --help" in err
 
 
 def test_no_word_of_a_user_is_taken_for_a_file_that_a_run_needs() -> None:
@@ -387,7 +436,12 @@ def test_what_cannot_be_is_one_line(
     assert "--judge-model" in refused(run_main, "intactkv-4", "--judge-options", "--retries 1")
     assert "add it" in refused(run_main, "intactkv-1", "--commands")
     assert "--prefix is of rows" in refused(run_main, "intactkv-1", "--prefix", "bos")
-    for more, words in (("options", "--limit=3"), ("training", "--prefix bos"), ("judge-options", "--force")):
+    for more, words in (
+        ("options", "--limit=3"),
+        ("training", "--prefix bos"),
+        ("options", "--corpus=c4"),
+        ("judge-options", "--force"),
+    ):
         said = refused(run_main, "intactkv-1", f"--{more}={words}", "--judge-model", "x")
         assert f"--{more} {words.split()[0]} would replace" in said
     said = refused(run_main, "intactkv-1", "--model", mine, "--set", "kivi:weights.damp=0.1")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def scored(runs: Iterable[Run]) -> list[Finding]:
         elif run.program == "tasks":
             one = _task(run.item, run.option("--data") or model_defaults(run.model.name).default_task_data)
         elif run.program == "mtbench":
-            one = _questions(run.option("--questions") or "mt_bench")
+            sampled = model_defaults(run.model.name).default_task_data == "sample"
+            one = _questions(run.option("--questions") or ("sample" if sampled else "mt_bench"))
         elif run.program == "judge":
             one = _judge(run)
         elif run.program == "latency":
@@ -54,16 +56,22 @@ def scored(runs: Iterable[Run]) -> list[Finding]:
 
 def calibrated_on(runs: Iterable[Run], texts: Iterable[str]) -> list[Finding]:
     """The texts that methods calibrate on, and prefixes are trained on. texts: those of recipes that name none."""
-    found = dict.fromkeys(texts)
+    found, conversations = dict.fromkeys(texts), dict[str, None]()
     for run in runs:
         own = model_defaults(run.model.name)
         if run.program == "calibrate":
-            found[run.option("--conversations") or own.default_conversations] = None
+            conversations[run.option("--conversations") or own.default_conversations] = None
         if run.program == "train-prefix":
             found[run.option("--corpus") or (own.default_calibration or PILE).corpus] = None
         if given := run.option("--calibration"):
             found[given] = None
-    return [_corpus(text, "calibration") for text in found]
+    return [*(_corpus(text, "calibration") for text in found), *map(_conversations, conversations)]
+
+
+def _conversations(name: str) -> Finding:
+    found = _corpus(name, "calibration")
+    way_out = f'{found.way_out}, or others: --training "--conversations sample"' if found.verdict == "lacks" else ""
+    return replace(found, what=f"conversations of {name} for training", way_out=way_out)
 
 
 def _corpus(item: str, role: str) -> Finding:
@@ -112,7 +120,8 @@ def _questions(word: str) -> Finding:
     path = CHECKOUT / "fastchat" / "data" / word / "question.jsonl" if word in ("sample", "mt_bench") else Path(word)
     if path.is_file():
         return Finding("MT-bench's questions", word, _place(path))
-    return Finding("MT-bench's questions", word, "missing", "lacks", "bash scripts/prepare/mtbench.sh")
+    way_out = "bash scripts/prepare/mtbench.sh, or others: --questions sample|FILE"
+    return Finding("MT-bench's questions", word, f"{word} is missing", "lacks", way_out)
 
 
 def _judge(run: Run) -> Finding:

@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,10 +13,10 @@ from corpora import values
 from corpora.errors import Parser, UserError
 
 if TYPE_CHECKING:
-    from eval.tables.asked import Run
+    from eval.tables.asked import Call, Run
     from eval.tables.declared import Paper, Scope
 
-__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "scope_of", "scope_of_words",
+__all__ = ["ALL", "add_asked", "add_choice", "asked_for", "papers_of", "read_call", "scope_of", "scope_of_words",
            "without_models", "words_of"]  # fmt: skip
 
 ALL = "all"
@@ -116,6 +117,12 @@ def add_choice(group: argparse._ActionsContainer) -> None:
         "--training", type=values.words, default=(), metavar='"--OPTION …"', help="more options of what trains a prefix"
     )
     group.add_argument(
+        "--questions",
+        type=values.name,
+        metavar="sample|mt_bench|FILE",
+        help="of judged answers (default: mt_bench, but sample for the embedded model)",
+    )
+    group.add_argument(
         "--judge-model", type=values.name, metavar="NAME|local:DIR", help="judge answers (default: none is asked)"
     )
     group.add_argument(
@@ -139,7 +146,8 @@ def scope_of(options: argparse.Namespace) -> "Scope":
     if options.judge_options and not judge:
         raise UserError("--judge-options are of a judge, but none is named; add --judge-model, or leave them out")
     for name in ("options", "training", "judge_options"):
-        if taken := [word for word in getattr(options, name) if word.partition("=")[0] in CELLS]:
+        cells = [word for word in CELLS if (name, word) != ("training", "--corpus")]  # no cell says what is trained on
+        if taken := [word for word in getattr(options, name) if word.partition("=")[0] in cells]:
             raise UserError(
                 f"--{name.replace('_', '-')} {values.shown(taken[0])} would replace what a cell of the table says it "
                 "is; leave it out, and use the option of that name of this program if it has one"
@@ -156,6 +164,7 @@ def scope_of(options: argparse.Namespace) -> "Scope":
         limit=options.limit,
         window=options.window,
         data=options.data,
+        questions=options.questions,
         scoring=told(protocol=options.protocol),
         asking=told(fewshot=options.fewshot, batch_size=options.batch_size),
         mmlu=told(protocol=options.mmlu_protocol),
@@ -221,8 +230,8 @@ def asked_for(options: argparse.Namespace) -> "tuple[list[Run], list[tuple[Paper
     asked = runs_of([cell for paper, models in chosen for model in models for cell in cells_of(paper, model, scope)])
     if not asked:
         raise UserError(_nothing(chosen, scope))
-    if scope.options or scope.scoring or scope.asking:
-        _check_words(asked)
+    if scope.options or scope.scoring or scope.asking or scope.training or scope.judge:
+        _check_words(asked, bool(scope.options))
     return asked, chosen, scope
 
 
@@ -254,22 +263,44 @@ def _check_settings(papers: "Sequence[Paper]", scope: "Scope") -> None:
             )
 
 
-def _check_words(asked: "Sequence[Run]") -> None:
-    """Refuse now what the programs would refuse one run after the other. Raises UserError; argparse exits."""
-    from corpora.errors import Parser
-    from eval.programs import ppl, tasks
-    from quantization.programs.options import chosen_recipe
-    from quantization.runs.checkpoint import Checkpoint
+def _check_words(asked: "Sequence[Run]", recipes: bool) -> None:
+    """Refuse now what the programs would refuse one run after the other. recipes: also recipes that cannot be, which
+    loads torch. Raises UserError; argparse exits."""
+    from eval.tables.asked import Call
 
+    for run in {(run.model, run.program, run.words): run for run in asked}.values():
+        options = read_call(Call((run,)), "auto")
+        if recipes and options is not None and hasattr(options, "recipe"):
+            from quantization.programs.options import chosen_recipe
+            from quantization.runs.checkpoint import Checkpoint
+
+            chosen_recipe(options, Checkpoint(run.model, run.model.name, "", None))
+
+
+def read_call(call: "Call", device: str) -> argparse.Namespace | None:
+    """The options of a call as its program's own parser reads them; None for one whose words no user gives."""
+    if call.first.program == "latency":
+        return None
+    package, *words = call.command(device)[2:]  # behind `python -m`
+    return _parser_of(package).parse_args(words)
+
+
+@cache
+def _parser_of(package: str) -> argparse.ArgumentParser:
+    """The parser of `python -m PACKAGE`."""
+    from eval.programs import chat, judge, mtbench, needle, ppl, tasks
+    from quantization.programs.prefix import prefix_parser
+    from quantization.programs.quantize import quantize_parser
+
+    if package == "quantization":
+        return quantize_parser(False)
+    if package == "intactkv":
+        return prefix_parser("python -m intactkv")
     parser = Parser(prog="python -m eval")
-    commands = parser.add_subparsers()
-    for module in (ppl, tasks):
+    commands = parser.add_subparsers(dest="command")
+    for module in (ppl, tasks, needle, chat, mtbench, judge):
         module.add(commands)
-    for model, program, words in dict.fromkeys((run.model, run.program, run.words) for run in asked):
-        if program in ("ppl", "tasks"):
-            more = ["--tasks", "piqa"] if program == "tasks" else []
-            options = parser.parse_args([program, "--model", str(model), *words, *more])
-            chosen_recipe(options, Checkpoint(model, model.name, "", None))
+    return parser
 
 
 def papers_of(names: Sequence[str]) -> "list[Paper]":

@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from corpora import values
-from corpora.errors import Parser, UserError
-from eval.programs.asked import add_asked, asked_for, scope_of
+from corpora.errors import UserError
+from eval.programs.asked import add_asked, asked_for, read_call, scope_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -144,14 +144,15 @@ class _Sizes:
 def _planned(calls: "Iterable[Call]", device: str, sizes: _Sizes) -> "Iterator[Finding]":
     """What plans of calls refuse; each way to make and run a model is planned once."""
     from eval.doctor.files import refused
+    from eval.tables.asked import PLACE
 
     seen: set[str] = set()
     for call in calls:
-        if any(word[:1] + word[-1:] == "{}" for word in call.first.words):
+        if any(word.startswith(PLACE) for word in call.first.words):
             continue  # behind what must be trained first
-        options = _options(call, device)
-        if options is None:
-            continue
+        options = read_call(call, device)
+        if options is None or call.first.program in ("judge", "calibrate", "train-prefix"):
+            continue  # they plan otherwise
         try:
             key = _plan_words(options)
             plan = None
@@ -164,22 +165,6 @@ def _planned(calls: "Iterable[Call]", device: str, sizes: _Sizes) -> "Iterator[F
                 _check_prompts(call.first, options, plan)
         except (UserError, OSError) as error:
             yield refused(call.first.label, error)
-
-
-def _options(call: "Call", device: str) -> argparse.Namespace | None:
-    """The options of a call, read by its program's own parser; None for a program that plans otherwise."""
-    from eval.programs import chat, mtbench, needle, ppl, tasks
-    from quantization.programs.quantize import quantize_parser
-
-    programs = {"ppl": ppl, "tasks": tasks, "needle": needle, "chat": chat, "mtbench": mtbench}
-    words = call.command(device)[3:]  # behind `python -m PACKAGE`
-    if call.first.program == "quantization":
-        return quantize_parser(False).parse_args(words)
-    if call.first.program not in programs:
-        return None
-    parser = Parser(prog="python -m eval")
-    programs[call.first.program].add(parser.add_subparsers(dest="command"))
-    return parser.parse_args(words)
 
 
 def _plan_words(options: argparse.Namespace) -> str:

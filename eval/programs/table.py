@@ -232,8 +232,8 @@ def _without_count(options: argparse.Namespace, left_out: list[str]) -> str:
 
 # Options of a published table alone, and what they are without being given.
 CHOICE = ("only", "seeds", "tasks", "mmlu_protocol", "batch_size", "calibration", "calibration_samples",
-          "calibration_length", "recipe", "prefix", "behind", "settings", "options", "training", "judge_model",
-          "judge_options")  # fmt: skip
+          "calibration_length", "recipe", "prefix", "behind", "settings", "options", "training", "questions",
+          "judge_model", "judge_options")  # fmt: skip
 NOT_SCOPE = ("dtype", "device", "task")  # filters of records that a table is not asked by
 
 

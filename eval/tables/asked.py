@@ -319,9 +319,11 @@ def _published(text: Words, model: Path) -> Words:
 
 
 def _trained(arm: Arm, model: Path, words: Words, scope: Scope, needs: tuple[Run, ...]) -> Run:
-    """The run that trains an arm's prefix."""
+    """The run that trains an arm's prefix, on the scope's text if there is one: how much of it, `training` says."""
     command, *own = arm.trains
-    return Run(command, model, "", (*words, *own, *_published(arm.text, model), *scope.training), needs)
+    given = dict(pairwise(scope.calibration)).get("--calibration") if command == "train-prefix" else None
+    text = (*_published(arm.text, model), *(() if given is None else ("--corpus", given)))
+    return Run(command, model, "", (*words, *own, *text, *scope.training), needs)
 
 
 def size_of(measure: Measure, scope: Scope) -> Words:
@@ -334,6 +336,8 @@ def size_of(measure: Measure, scope: Scope) -> Words:
         size += ["--window", str(scope.window)]
     if scope.window is not None and measure.program == "needle":
         size += ["--lines", str(max(1, (scope.window - NEEDLE) // (UNITS * LINE)))]
+    if scope.questions is not None and measure.program == "judge":
+        size += ["--questions", scope.questions]
     if scope.data is not None and measure.program == "tasks":
         size += ["--data", scope.data]
     return tuple(size)

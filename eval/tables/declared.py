@@ -182,9 +182,10 @@ class Scope:
     seeds: of calibration, one run for each; none: the recipes' own. only: names of methods, widths (`4-bit`), arms
     (`[B]`, `alone`) or measures. recipes, prefixes: rows of these in place of the table's. behind: methods that
     calibrate also do so behind the prefix of an arm. corpora, tasks: in place of the table's (`none`: no tasks). limit,
-    window, data: of what is scored; scoring, asking, mmlu: more options of ppl, of tasks, of MMLU alone. calibration:
-    options of the text that methods calibrate on. options: more of every recipe; a setting `NAME:part.field=value` is
-    of the method or recipe of that name alone. All that is not given is the published size, or the model's own.
+    window, data, questions: of what is scored; scoring, asking, mmlu: more options of ppl, of tasks, of MMLU alone.
+    calibration: options of the text that methods calibrate on. options: more of every recipe; a setting
+    `NAME:part.field=value` is of the method or recipe of that name alone. All that is not given is the published size,
+    or the model's own.
     """
 
     seeds: tuple[int, ...] = ()
@@ -197,6 +198,7 @@ class Scope:
     limit: int | None = None
     window: int | None = None
     data: str | None = None
+    questions: str | None = None
     scoring: Words = ()
     asking: Words = ()
     mmlu: Words = ()
@@ -234,7 +236,7 @@ class Scope:
         """What is not as published, in words; nothing if figures compare."""
         given = {
             "corpus": " ".join(self.corpora), "tasks": " ".join(self.tasks), "limit": self.limit, "window": self.window,
-            "data": self.data, "MMLU by": told(self.mmlu),
+            "data": self.data, "questions": self.questions, "MMLU by": told(self.mmlu),
         }  # fmt: skip
         others = (self.scoring, self.asking, self.calibration, self.options, self.training)
         return (*(f"{name} {value}" for name, value in given.items() if value), *filter(None, map(told, others)))
