@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HALVES",
     "NEIGHBOURS",
+    "PASSED",
     "Architecture",
     "Experts",
     "Feed",
@@ -29,6 +30,7 @@ __all__ = [
 
 # Which channels of a head RoPE turns together: i and i + n/2 of the first n, or 2i and 2i + 1.
 HALVES, NEIGHBOURS = "halves", "neighbours"
+PASSED = ("relu",)  # activations that positive scales pass
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,15 @@ def attention_heads(config: "PreTrainedConfig") -> tuple[int, int]:
 
 
 def turned_channels(config: "PreTrainedConfig", size: int) -> int | None:
-    """Channels of a head of so many that RoPE turns; None for all."""
-    turned = int(size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+    """Channels of a head of so many that RoPE turns; None for all.
+
+    Raises UserError for an odd number: transformers turns one more, by other frequencies, or breaks."""
+    factor = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    turned = int(size * factor)
+    if turned % 2:
+        raise UserError(
+            f"this {config.model_type} turns {turned} of the {size} channels of a head (partial_rotary_factor "
+            f"{factor:g}), and RoPE turns pairs; its config.json must say a partial_rotary_factor that makes an even "
+            "number"
+        )
     return turned if turned < size else None

@@ -55,7 +55,10 @@ model_path() { # PATH: absolute, links as they are: a model is called what its d
 
 model_directory() { # MODEL SIZE, where SIZE may be spelled 7b or vicuna-v1.5-7b
     [ -n "$1" ] && [ -n "$2" ] || fail "the model's family or size is empty; give both, for example llama-2 7b"
-    model_path "${home}modelzoo/$1/$1-${2#"$1"-}"
+    local place=modelzoo/$1/$1-${2#"$1"-}
+    [ -e "$home$place" ] || [ ! -e "${home}modelzoo/$1/$2" ] ||
+        fail "$place is missing; a model is called FAMILY/FAMILY-SIZE, so give modelzoo/$1/$2 that name (a link will do)"
+    model_path "$home$place"
 }
 
 trained_prefix() { # MODEL_DIRECTORY METHOD BITS: where train.sh leaves what it has trained for them

@@ -8,7 +8,8 @@
 # LIMIT and PROTOCOL (default gptq: plain windows, C4's old draw), MMLU_PROTOCOL (default lm-eval); OPTIONS, WORKERS,
 # MAX_MEMORY: see common.sh. Of the distillation, by default the seven published rows (100 to 600 steps of the last block):
 # BLOCKS=all|last, STEPS, LR run the two recipes with these instead, on every model uncut unless RUNS is given;
-# CALIBRATION, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS; BEHIND=bos adds the weights distilled behind that prefix.
+# CALIBRATION (default: wikitext2 for the published rows, c4 for the recipes; smollm2 has its own sample),
+# CALIBRATION_SAMPLES, CALIBRATION_LENGTH, SEEDS; BEHIND=bos adds the weights distilled behind that prefix.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 table_call "DEVICE MODEL_PATH" "$@"

@@ -23,7 +23,7 @@ from eval.cluster.site import Site, read_site
 from eval.cluster.slurm import Queued
 from eval.cluster.states import Job, keep_note, last_line, log_of, note_of, read_jobs, states_of, write_jobs
 from eval.cluster.submitting import lines_of, parts_of, submit, wanted, write_scripts
-from eval.cluster.task import run_task
+from eval.cluster.task import _unfinished, run_task
 from eval.cluster.tasks import arrays_of, read_tasks, submission_name, tasks_of, write_tasks
 from eval.tables.asked import Run
 from eval.tables.ledger import Entry, keep
@@ -521,6 +521,27 @@ def test_status_knows_what_is_finished_without_a_slurm(
     assert first.endswith("/the/result.json")
     assert second.split()[:3] == ["1", "unknown", "1_1"]
     assert last == "n: 1 done, 1 unknown"
+
+
+def test_a_task_of_slurm_looks_again_for_what_another_node_has_just_made(
+    intactkv_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = tasks_of(some_runs())
+    for name in ("JOB", "TASK"):
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}_ID", "1")
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            done(listed[0].call.first)
+
+    monkeypatch.setattr("eval.cluster.task.time.sleep", wait)
+    assert _unfinished(listed[:1]) == []
+    assert len(waits) == 2
+    monkeypatch.setattr("eval.cluster.task.SEEN", 0.0)
+    assert _unfinished(listed[:2]) == [listed[1]]
+    assert len(waits) == 2
 
 
 def test_a_task_by_hand_says_what_it_is_and_where_the_result_lies(

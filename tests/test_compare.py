@@ -13,7 +13,7 @@ from corpora.catalog import catalog_name
 from eval.runs import record_of
 from eval.tables.asked import Cell, cells_of
 from eval.tables.beside import paper_table
-from eval.tables.compare import Filled, filled, scatter, value_of, verdict_of
+from eval.tables.compare import Filled, cache_of, filled, scatter, value_of, verdict_of
 from eval.tables.declared import ALONE, BOS, BOS_ALONE, Arm, Measure, Method, Paper, Row, Scope, with_arms
 from eval.tables.ledger import Entry, keep
 from eval.tables.papers import PAPERS
@@ -517,3 +517,50 @@ def test_the_number_of_a_record(measure: Measure, record: dict[str, Any], value:
 
 def test_arms_of_a_table_are_told_apart_by_row_and_prefix() -> None:
     assert {row.arm for row in PAPERS["intactkv-1"].rows} == {ALONE, BOS}
+
+
+KIVI = Row("KIVI", Method("KIVI", kv=("--kv", "kivi", "--kv-bits", "2")))
+CACHED = {"kind": "KIVI", "bits": 2}
+
+
+def cached(paper: Paper, rounded: Mapping[str, float], scope: Scope = WHOLE, **others: Any) -> Table:
+    """A table of one column whose cache rounded such shares, by the label of the arm: 10 alone, 9 behind a prefix."""
+    for cell in cells_of(paper, LLAMA, scope):
+        if cell.row.arm.label in rounded:
+            record = record_for(cell, 9.0 if cell.row.arm.label else 10.0, kv=CACHED, **others)
+            share = rounded[cell.row.arm.label]
+            figures = {"rounded": share, "bits_per_element": [3.0, 3.5], "tokens": 64}
+            written(cell.runs[0], record | {"kv_cache": figures})
+    return paper_table(paper, filled(paper, LLAMA, scope))[0]
+
+
+def test_beside_scores_of_a_rounded_cache_stands_how_much_was_rounded(intactkv_root: Path) -> None:
+    table = cached(arms(PPL, *with_arms([KIVI], BOS)), {"": 0.93, "[B]": 0.91})
+    assert table.notes[0] == (
+        "llama-2-7b, KV cache, rounded of what attention read: KIVI 91.0 to 93.0 % (3.25 bits an element)"
+    )
+    assert not any("nothing" in note for note in table.notes)
+    assert column(table, "C4: ours")["KIVI", "[B]: change"] == "-10.0%"
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "gptq-w3"])
+def test_a_cache_that_rounded_nothing_is_no_result_of_its_policy(recipe: str, intactkv_root: Path) -> None:
+    """No change is taken of the model as it is; quantized weights have theirs."""
+    row = replace(KIVI, method=replace(KIVI.method, recipe=recipe))
+    table = cached(arms(PPL, *with_arms([row], BOS)), {"": 0.0, "[B]": 0.0}, recipe=recipe)
+    changed, said = column(table, "C4: ours").get(("KIVI", "[B]: change")), " ".join(table.notes)
+    assert "nothing of the cache was rounded in KIVI (C4)" in said
+    assert (changed, "is not told" in said) == (("-10.0%", False) if recipe == "gptq-w3" else (None, True))
+    assert "does not open with" not in said
+
+
+def test_needles_and_conversations_say_it_in_their_own_records() -> None:
+    kv, none = {"settings": {"kv": CACHED}}, {"settings": {"kv": None}}
+    needle, chat = replace(PPL, program="needle"), replace(PPL, program="chat")
+    results = [{"bits_per_element": [2.0, 4.0]}, {"bits_per_element": [3.0, 5.0]}]
+    assert cache_of(kv | {"quantized": 0.5, "results": results}, needle) == (0.5, 3.5)
+    assert cache_of(none | {"quantized": 0.0, "results": results}, needle) is None
+    answers = [{"quantized": 0.1}, {"quantized": 0.25}]
+    assert cache_of(kv | {"answers": answers}, chat) == (0.25, None)
+    assert cache_of(none | {"answers": answers}, chat) is None
+    assert cache_of(none, replace(PPL, program="judge")) is None

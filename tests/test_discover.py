@@ -335,6 +335,7 @@ def test_a_quantized_checkpoint_asks_its_dense_one_and_is_refused_without_it(pro
     (("--threshold", "0.5"), "argument --threshold: 0.5 is not allowed; give a number above 1"),
     (("--ablate", "0"), "argument --ablate: 0 is not allowed"),
     (("--corpus", "nowhere"), "'nowhere'"),
+    (("--corpus", "ptb"), "the text ptb is missing; run 'bash scripts/prepare/data.sh ptb', or name another: --corpus"),
     (("--out", "prefix.pt"), "a prefix file ends in .safetensors"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(program, dense, intactkv_root, changes, named):

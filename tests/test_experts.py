@@ -1,5 +1,6 @@
 """Mixtures of experts: laid out, read, calibrated on the tokens that the router sends, transformed and exported."""
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from intactkv.experts import SeparateExperts
 from intactkv.layout import Part, lay_out, sources_of
 from intactkv.observe import hooked, outputs_of
 from quantization.__main__ import main as quantize
+from quantization.export.awq_search import export_search
 from quantization.export.writer import export_checkpoint
 from quantization.grids.uniform import UniformGrid
 from quantization.model.activations import input_ranges
@@ -127,6 +129,20 @@ def test_laid_out_experts_compute_what_those_of_transformers_do(model_type: str,
     assert any(isinstance(module, SeparateExperts) for module in model.modules())
     assert sum(parameter.numel() for parameter in model.parameters()) == before
     assert_close(model(IDS).logits, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_in_half_precision_laid_out_experts_are_transformers_eager_ones(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny_model(model_type, dtype=dtype)
+    exact = copy.deepcopy(model).float()(IDS).logits
+    default = model(IDS).logits.float()
+    model.set_experts_implementation("eager")
+    eager = model(IDS).logits
+    found = lay_out(model)(IDS).logits
+    assert torch.equal(found, eager)
+    # The default may add in float32. It is not nearer to the truth by more than chance.
+    assert (found.float() - exact).norm() < 1.2 * (default - exact).norm()
 
 
 def test_an_index_beyond_the_experts_stands_for_none() -> None:
@@ -371,6 +387,31 @@ def test_transforms_change_neither_the_function_nor_the_routes(
     for mine_of, exact_of in zip(after, before, strict=True):
         assert torch.equal(mine_of, exact_of)
     assert_close(mine, exact, rtol=1e-5, atol=1e-5)  # scales are float32, and so are the routers' probabilities
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_a_search_from_a_file_scales_every_router_along(
+    model_type: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, file, grid = checkpoint(model_type, num_hidden_layers=2), tmp_path / "search.pt", Recipe(weights=AWQ(ROW))
+    searched = quantize_checkpoint(source, grid, tmp_path / "searched", segments=SEGMENTS)
+    export_search(searched, file)
+    again = Recipe(weights=AWQ(ROW, file=str(file)))
+    applied = quantize_checkpoint(source, again, tmp_path / "applied")
+    assert torch.equal(load_quantized(applied)(IDS).logits, load_quantized(searched)(IDS).logits)
+
+    def without(content: dict[str, Any], name: str) -> dict[str, Any]:
+        steps = [(producer, tuple(n for n in names if n != name), s) for producer, names, s in content["scale"]]
+        assert steps != content["scale"]
+        return {**content, "scale": steps}
+
+    content = torch.load(file, weights_only=True)
+    for router in architecture_of(tiny_config(model_type)).routers:
+        torch.save(without(content, f"model.layers.1.{router}"), file)
+        with pytest.raises(UserError, match=rf"1\.post_attention_layernorm → .*\(it leaves out .*: {router}\)") as said:
+            quantize_checkpoint(source, again, tmp_path / "forgotten")
+        assert "\n" not in str(said.value)
+        assert not partial_of(tmp_path / "forgotten").exists()
 
 
 # whole runs -----------------------------------------------------------------------------------------------------------

@@ -14,14 +14,16 @@ import pytest
 import torch
 from common import FOXES
 from matrix import FAMILIES, MODELS, PREFIXES, RECIPES, TEXT, Cell, decided, held_to_the_laws, models, row_of
+from tiny import random_model, tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corpora.errors import UserError
-from intactkv.architecture import ARCHITECTURES
+from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of
 from intactkv.attach import attach
 from intactkv.families import experts, fused, llama, norms
 from intactkv.prefix import build_prefix
+from quantization.runs.configuration import check_windows
 from quantization.runs.opening import load_model
 
 CELLS = [(recipe, prefix) for recipe in RECIPES for prefix in PREFIXES]
@@ -177,6 +179,45 @@ def test_a_refusal_is_one_line_that_names_the_family_and_the_way_out(family: str
     runs = [cell for cell in CELLS if decided(family, *cell) is None]
     if family in ARCHITECTURES:  # of a variant, all may be refused
         assert {("rtn-w4", "none"), ("gptq-w4", "xy"), ("kv:per_head", "bos")} <= set(runs)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_no_scale_passes_an_activation_without_a_gate_but_a_relu(kind: str) -> None:
+    fields = {"hidden_act", "activation_function", "activation"} & vars(tiny_config(kind)).keys()
+
+    def passed(activation: str) -> set[int]:
+        """How many linears stand beside those whose scales move to the last linear of a feed-forward part."""
+        row = architecture_of(tiny_config(kind, **dict.fromkeys(fields, activation)))
+        beside = {name: len(names) for names in row.linears for name in names}
+        return {beside[feed.producer] for feed in row.feeds if feed.producer in beside and feed.inside in row.downs}
+
+    assert passed("gelu") <= {2}  # a gate and what it lets through
+    if fields:  # BLOOM has GELU whatever its configuration says
+        assert passed("relu") in ({1}, {2})
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@torch.no_grad()
+def test_what_has_no_window_is_refused_where_transformers_cannot_run_it(kind: str) -> None:
+    config = tiny_config(kind, num_hidden_layers=1, layer_types=["full_attention"], sliding_window=None)
+    try:
+        random_model(config)(TEXT)
+    except ValueError:  # Could not find a `sliding_window` argument in the config
+        with pytest.raises(UserError, match=r"^config\.json has no sliding_window, but its model_type asks for one; "):
+            check_windows(config, Path("config.json"))
+    else:
+        check_windows(config, Path("config.json"))
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gpt_neox", "glm4", "stablelm"])
+def test_heads_that_turn_an_odd_number_of_channels_are_refused(kind: str) -> None:
+    def row(factor: float) -> Architecture:
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
+        return architecture_of(tiny_config(kind, rope_parameters=rope))
+
+    assert row(0.5).turned == 8
+    with pytest.raises(UserError, match=rf"^this {kind} turns 9 of the 16 channels .*\(partial_rotary_factor 0\.6\)"):
+        row(0.6)
 
 
 def test_the_page_of_models_says_what_is_decided() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from corpora.errors import UserError
-from eval.doctor.lacking import lacking, refuse_lacking, texts_of, uneven
+from eval.doctor.fits import misfits, uneven
+from eval.doctor.lacking import lacking, refuse_lacking, texts_of
 from eval.doctor.recipe_facts import group_of, text_of
 from eval.tables.asked import Run
 from quantization.named import RECIPES
@@ -74,3 +75,50 @@ def test_a_family_that_no_recipe_quantizes_is_lacking_with_its_recipes(
     model = tiny_checkpoint(tmp_path, "helium", num_hidden_layers=1)
     (line,) = lacking([asked(name, model, "--group-size", "16") for name in ("rtn", "rtn-w8a8", "fp16")])
     assert line.startswith("tiny-helium does not take rtn, rtn-w8a8: model_type 'helium' is not in the")
+
+
+def test_what_does_not_fit_a_models_configuration_is_told_with_what_does(tmp_path: Path) -> None:
+    small = model_of(tmp_path / "small", max_position_embeddings=512, hidden_size=64, num_attention_heads=4)
+    large = model_of(tmp_path / "large", max_position_embeddings=131072, head_dim=128, hidden_size=4096)
+    unknown = tmp_path / "none"
+
+    def runs(model: Path) -> list[Run]:
+        return [
+            Run("ppl", model, "c4", ("--window", "5000")), Run("needle", model, "", ("--published", "--lines", "40")),
+            asked("gptq", model, "--calibration-length", "2048"),
+            Run("tasks", model, "piqa", ("--kv", "kivi", "--kv-group-size", "32")),
+        ]  # fmt: skip
+
+    assert misfits([*runs(large), *runs(unknown)]) == []
+    window, needle, length, group = misfits([*runs(small), *runs(small)])
+    assert window == "windows of 5000 tokens do not fit the 512 positions of small; --window 512 or fewer"
+    assert needle == "needles in more than 8000 tokens do not fit the 512 positions of small; --window 512 or fewer"
+    assert length.endswith("--calibration-length 512 or fewer")
+    assert "groups of 32 of the KV cache do not divide the 16 channels of a head of small" in group
+    assert '--options "--kv-group-size 16"' in group
+    fitting = ("--window", "512", "--kv-group-size", "8"), ("--window", "512", "--kv-group-size=-1")
+    assert misfits(Run("ppl", small, "c4", words) for words in fitting) == []
+
+
+def test_a_conversation_lacks_a_chat_template_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    base, vicuna = model_of(tmp_path / "base"), model_of(tmp_path / "vicuna-v1.5-7b")
+    for model in (base, vicuna):
+        (model / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    prompt = ("--prefix", "prompt")
+    (line,) = misfits(
+        [Run("chat", base, "Hello", ()), Run("mtbench", base, "", prompt), Run("ppl", base, "c4", prompt)]
+    )
+    assert line.startswith("base has no chat template")
+    assert misfits([Run("mtbench", vicuna, "", prompt), Run("mtbench", base, "", ("--template", "vicuna_v1.1"))]) == []
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert misfits([Run("chat", base, "Hello", ())]) == []
+
+
+def test_a_prefix_file_that_is_not_there_is_lacking(tmp_path: Path) -> None:
+    here, gone = tmp_path / "here.safetensors", tmp_path / "gone.safetensors"
+    here.touch()
+    (tmp_path / "text.txt").touch()
+    model, text = model_of(tmp_path / "tiny"), str(tmp_path / "text.txt")
+    said = lacking([Run("ppl", model, text, ("--prefix", str(file))) for file in (here, gone)])
+    (line,) = [line for line in said if "--prefix" in line]
+    assert line.startswith(f"--prefix {gone}: there is no such file; make it with `python -m intactkv build`")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,36 @@ def test_every_figure_is_that_of_the_table(world: Path) -> None:
             if cell.difference is not None:
                 assert f"{cell.difference:+.2f} " in words
             assert all((word in words) == (word == cell.verdict) for word in ("agrees", "near", "off")), (words, cell)
+
+
+@pytest.mark.parametrize(("digits", "theirs", "ours", "words"), [
+    (2, 7.2867, 7.3, ("7.30", "7.29", "+0.01")), (3, 8.969, 8.972, ("8.972", "8.969", "+0.003")),
+    (5, 0.02314, 0.02319, ("0.02319", "0.02314", "+0.00005")), (0, 1234.0, 900.0, ("900", "1.23e+03", "-334")),
+])  # fmt: skip
+def test_published_figures_and_differences_have_the_digits_of_their_column(
+    digits: int, theirs: float, ours: float, words: tuple[str, ...], intactkv_root: Path
+) -> None:
+    row = Row("FP16", Method("FP16"), ALONE, {MODEL.name: (theirs,)})
+    paper = replace(PAPER, measures=(replace(PPL, digits=digits),), rows=(row,))
+    answer_all(paper, MODEL, lambda *_: ours)
+    ((line,),) = (section.lines for _, section in report_of([Shown(paper, MODEL)]).sections)
+    (cell,) = line.cells
+    assert (cell.ours, cell.theirs, cell.difference) == words
+    (table,) = paper_table(paper, filled(paper, MODEL))
+    assert tuple(str(shown) for shown in (table.rows[0][3], table.rows[0][2], table.rows[0][4])) == words
+
+
+def test_a_section_says_how_much_of_a_cache_was_rounded(intactkv_root: Path) -> None:
+    """With the same words as the table on stdout, which also say what full precision of a package is."""
+    row = Row("KIVI", Method("KIVI", kv=("--kv", "kivi", "--kv-bits", "2")))
+    paper, kv = replace(PAPER, measures=(WORDS,), rows=(row,)), {"kv": {"kind": "KIVI", "bits": 2}}
+    for cell in cells_of(paper, OTHER):
+        answer(cell.runs[0], "hello", kv)
+    ((_, section),) = report_of([Shown(paper, OTHER)]).sections
+    said = " ".join(section.notes)
+    assert all(words in said for words in ("rounded of what the cache held at the end: KIVI 0.0 %", "dequantized"))
+    (table, *_) = paper_table(paper, filled(paper, OTHER))
+    assert set(section.notes) <= set(table.notes)
 
 
 def test_the_mean_of_columns_and_of_seeds_say_of_what_they_are(world: Path) -> None:
@@ -320,11 +350,12 @@ def test_without_options_the_program_shows_what_was_run_as_it_was_run(world: Pat
     path = world / "outputs" / "report.html"
     assert (code, out) == (0, f"{path}\n"), err
     reduced = "smollm2-135m limit 4, window 64"
-    assert sorted(titles(path)) == ["llama-2-7b", "smollm2-135m", reduced]
+    llama, smol = "llama-2-7b seeds 1 2 3", "smollm2-135m seeds 1 2 3"
+    assert sorted(titles(path)) == sorted([llama, smol, reduced])
     assert f"reproduce made-up --model {OTHER} --window=64 --limit=4" in path.read_text()
     for words, expected in {
-        ("--limit", 4, "--window", 64): [reduced], ("--model", "llama-2-7b"): ["llama-2-7b"],
-        ("made-up", "--only", "smollm2-135m", "RTN"): sorted(["smollm2-135m", reduced]),
+        ("--limit", 4, "--window", 64): [reduced], ("--model", "llama-2-7b"): [llama],
+        ("made-up", "--only", "smollm2-135m", "RTN"): sorted([smol, reduced]),
         ("made-up", "--model", "llama-7b"): ["llama-7b"],
         ("made-up", "--limit", 4, "--window", 64): ["llama-2-7b limit 4, window 64", reduced],
     }.items():  # fmt: skip
@@ -347,6 +378,16 @@ def test_the_words_of_a_size_ask_for_the_same_size() -> None:
     assert replace(scope_of_words(words), only=("GPTQ",)) == scope_of(options)
     assert words_of(parser().parse_args(["reproduce", "intactkv-1"])) == []
     assert scope_of_words([]) == Scope()
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Scope) if field.name != "only"])
+def test_every_part_of_a_size_has_a_word_in_its_name(field: str) -> None:
+    """So two sizes have two names; which cells are left out is no part of it."""
+    default = getattr(Scope(), field)
+    given = {bool: True, tuple: (3,) if field == "seeds" else ("--some", "word")}
+    size = Scope(**{field: 7 if default is None else given[type(default)]})
+    assert Scope().called == replace(size, only=("GPTQ",), **{field: default}).called == ()
+    assert len(size.called) == 1
 
 
 def test_a_note_that_cannot_be_read_is_named(world: Path, program: Any) -> None:

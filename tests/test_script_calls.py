@@ -178,6 +178,15 @@ SIXTEEN = [
 ]
 
 
+def test_a_model_that_is_not_called_by_its_family_is_refused_before_python_starts(project: Path) -> None:
+    (project / "modelzoo" / "mine" / "tiny").mkdir(parents=True)
+    for call in ("quantization/auto_gptq mine tiny 4 32 cpu", "eval/eval mine tiny rtn 4 16 ppl 29500 cpu"):
+        done = run(project, call)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert "modelzoo/mine/mine-tiny is missing; a model is called FAMILY/FAMILY-SIZE" in done.stderr
+        assert not (project / "calls").exists()
+
+
 @pytest.mark.parametrize(("call", "named"), SIXTEEN)
 def test_sixteen_bits_and_a_method_for_weights_are_refused(project: Path, call: str, named: str) -> None:
     done = run(project, call)
@@ -199,6 +208,7 @@ KVQUANT = " ".join(f"--set kv_cache.{field}" for field in (
     "outliers=0.01", "sinks=1", "levels=nuq", "qnorm=false", "weighting=fisher"
 ))  # fmt: skip
 PIECES = "--calibration wikitext2 --calibration-samples 16 --calibration-length 2048 --seed 0"
+DISTILLED = PIECES.replace("samples 16", "samples 128")
 ALPHA = " --set transforms.smooth.alpha=0.55"
 
 
@@ -243,7 +253,7 @@ PUBLISHED: dict[str, tuple[list[str], set[str]]] = {
         + [row for name, rate, counts in (("w4-8a16", "5e-6", (100, 200, 400, 600)), ("w4a4", "1e-6", (100, 200, 400)))
            for steps in counts
            for row in arms("ppl", f"zeroquant-{name}-lkd --set tuning.blocks=last --set tuning.lr={rate} "
-                           f"--set tuning.steps={steps} --set tuning.batch=4 {CUT}")], {"ppl gptq"},
+                           f"--set tuning.steps={steps} --set tuning.batch=4 {CUT} {DISTILLED}")], {"ppl gptq"},
     ),
 }  # fmt: skip
 

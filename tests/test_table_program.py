@@ -86,7 +86,7 @@ def test_runs_of_another_size_are_found_by_the_options_that_they_were_made_with(
     assert (code, "no finished run of intactkv-1 fits --model smollm2-135m" in err) == (2, True)
     code, out, _ = program("1", "--model", "smollm2-135m", "--window", 512, "--limit", 8)
     assert code == 0
-    assert out.startswith("intactkv-1, smollm2-135m: ")
+    assert out.startswith("intactkv-1, smollm2-135m, limit 8, window 512: ")
     assert "72.50" in out
     assert "window 512" in out
     assert "limit 8" in out
@@ -105,6 +105,23 @@ def test_a_size_that_reproduce_has_noted_is_found_without_being_told_and_shares_
     assert ("60.25" in reduced, "72.50" in reduced) == (False, True)
     assert "as published of llama-7b" in published
     assert "60.25" not in program("1", "--window", 512, "--limit", 8)[1]
+
+
+def test_two_runs_of_a_table_with_other_seeds_have_captions_that_say_so(program, runs):
+    """In CSV, too, where rows of both would be the same; a second run that adds no figure has no table of its own."""
+    model, paper = Path("smollm2-135m"), PAPERS["intactkv-1"]
+    asked("intactkv-1", model, {("RTN", ""): 72.5, ("GPTQ", ""): 60.25}, window=2048)
+    asked("intactkv-1", model, {("GPTQ", ""): [61.0, 62.0]}, Scope(seeds=(1, 2)), window=2048)
+    for words in ([], ["--seeds", "1", "2"], ["--mmlu-protocol", "lm-eval"]):  # the table has no MMLU
+        note([(paper, [model])], words)
+    code, out, err = program("1", "--model", "smollm2-135m")
+    assert code == 0, err
+    names = [line.partition(": ")[0] for line in out.splitlines() if line.startswith("intactkv-1")]
+    assert sorted(names) == [
+        "intactkv-1, as published of llama-7b", "intactkv-1, smollm2-135m", "intactkv-1, smollm2-135m, seeds 1 2",
+    ]  # fmt: skip
+    rows = [(row["table"], row["method"], row["prefix"]) for row in cells(program("1", "--format", "csv")[1])]
+    assert len(rows) == len(set(rows)) > 0
 
 
 def test_without_a_model_every_model_that_has_figures_stands_in_the_table(program, runs):

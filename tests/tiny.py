@@ -72,6 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe clipped": ("olmoe", {"clip_qkv": 2.0}),
     "qwen3_moe mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
     "gemma2 both ways": ("gemma2", {"use_bidirectional_attention": True}),
+    "opt gelu": ("opt", {"activation_function": "gelu"}),  # Galactica
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from eval.tables.ledger import entry_of
 __all__ = ["STOPPED", "run_task"]
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: goes on when it is called again
+SEEN = 60  # seconds after which another node surely sees a new file: NFS keeps names for up to a minute
 EVERY = 30  # seconds between two lines of a program's progress
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "lm_eval")
 
@@ -65,13 +66,22 @@ def _made(task: Task, needs: Sequence[Task], device: str, watcher: "_Log") -> in
         if is_finished(task):
             watcher.said = "it was finished before"
             return 0
-        if lacking := [need.index for need in needs if not is_finished(need)]:
-            watcher.said = f"it needs task {lacking[0]}, which is not done"
+        if lacking := _unfinished(needs):
+            watcher.said = f"it needs task {lacking[0].index}, which is not done"
             return 1
         outcome = execute([task.call], [Worker(device)], watcher=watcher)
     if not outcome.failed:
         return 0
     return max(128 + failure.signal if failure.signal else 1 for failure in outcome.failed)
+
+
+def _unfinished(needs: Sequence[Task]) -> list[Task]:
+    """The tasks that the ledger does not have. Slurm starts a task right after those that it needs, maybe on a node
+    that does not see their entries yet: there it looks again until they must be seen."""
+    until = time.monotonic() + (SEEN if _job() else 0)
+    while (left := [need for need in needs if not is_finished(need)]) and time.monotonic() < until:
+        time.sleep(1)
+    return left
 
 
 @contextmanager

@@ -1,29 +1,25 @@
 """What runs of published tables lack before anything runs, in lines. Only a family without a row loads torch here."""
 
-import json
-import math
 from collections.abc import Iterable
-from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from corpora.catalog import ModelDefaults, model_defaults
+from corpora.catalog import model_defaults
 from corpora.errors import UserError
 from corpora.paths import root
 from eval.doctor.files import calibrated_on, model, scored
-from eval.doctor.recipe_facts import group_of, text_of
+from eval.doctor.fits import misfits, said, told, uneven
+from eval.doctor.recipe_facts import text_of
 from eval.tables.asked import Run
 from eval.tables.declared import Paper
 from eval.tables.preview import place_of
 from intactkv.architecture import ARCHITECTURES
 
-__all__ = ["lacking", "refuse_lacking", "texts_of", "uneven"]
+__all__ = ["lacking", "refuse_lacking", "texts_of"]
 
 
 def lacking(runs: Iterable[Run]) -> list[str]:
-    """What is not here and no run makes: models, texts that are scored or calibrated on, questions, judges; groups that
-    do not divide a model's channels; and families that no recipe quantizes. A line for each, with the way out."""
+    """What is not here and no run makes: models, texts that are scored or calibrated on, questions, judges, prefix
+    files; what does not fit a model; and families that no recipe quantizes. A line for each, with the way out."""
     runs = [run for run in runs if run.program != "latency"]
     lines = [
         f"no model in {found.found.removesuffix(' is missing')}; {_another(directory) or found.way_out}"
@@ -37,7 +33,17 @@ def lacking(runs: Iterable[Run]) -> list[str]:
         if found.verdict == "lacks":
             other = f", or another: {option} NAME|FILE" if found.what.startswith("text ") else ""
             lines.append(f"{found.what}: {found.found}; {found.way_out}{other}")
-    return lines + uneven(runs) + _without_row(runs)
+    return lines + _prefix_files(runs) + uneven(runs) + misfits(runs) + _without_row(runs)
+
+
+def _prefix_files(runs: Iterable[Run]) -> list[str]:
+    """Prefix files that runs name and that are not there."""
+    files = dict.fromkeys(said(run, "--prefix") for run in runs)
+    return [
+        f"--prefix {file}: there is no such file; make it with `python -m intactkv build`, or name another"
+        for file in files
+        if file.endswith(".safetensors") and not Path(file).exists()
+    ]
 
 
 def _another(directory: Path) -> str:
@@ -57,37 +63,19 @@ def texts_of(runs: Iterable[Run]) -> list[str]:
     """The corpora that recipes calibrate on where no run names another."""
     found: dict[str, None] = {}
     for run in runs:
-        text = text_of(_said(run, "--recipe"))
-        if text and not _said(run, "--calibration"):
+        text = text_of(said(run, "--recipe"))
+        if text and not said(run, "--calibration"):
             own = model_defaults(run.model.name).default_calibration
             found[text if own is None else own.corpus] = None
     return list(found)
-
-
-def uneven(runs: Iterable[Run]) -> list[str]:
-    """Models whose channels are no multiple of the groups that runs ask for; a line for each size."""
-    found: dict[tuple[Path, int], int] = {}
-    for run in runs:
-        group = group_of(_said(run, "--recipe"))
-        if group == ModelDefaults().default_group_size:
-            group = model_defaults(run.model.name).default_group_size
-        group = int(_said(run, "--group-size") or group)
-        if group > 0 and (run.model, group) not in found:
-            found[run.model, group] = math.gcd(*_channels(run.model)) % group
-    return [
-        f"groups of {group} do not divide the {' and '.join(map(str, _channels(directory)))} channels of "
-        f'{directory.name}; name a size that does: --options "--group-size {math.gcd(128, *_channels(directory))}"'
-        for (directory, group), rest in found.items()
-        if rest
-    ]
 
 
 def _without_row(runs: Iterable[Run]) -> list[str]:
     """Models of a family without a row, and the recipes of runs that refuse it; a line for each model."""
     asked: dict[Path, dict[str, None]] = {}
     for run in runs:
-        family = _told(run.model).get("model_type")
-        if (name := _said(run, "--recipe")) and isinstance(family, str) and family not in ARCHITECTURES:
+        family = told(run.model).get("model_type")
+        if (name := said(run, "--recipe")) and isinstance(family, str) and family not in ARCHITECTURES:
             asked.setdefault(run.model, {})[name] = None
     return [line for directory, names in asked.items() for line in _refusals(directory, list(names))]
 
@@ -107,30 +95,3 @@ def _refusals(directory: Path, names: list[str]) -> list[str]:
         if name in RECIPES and (reason := refusal(model, RECIPES[name].recipe)) is not None:
             found.setdefault(reason, []).append(name)
     return [f"{directory.name} does not take {', '.join(refused)}: {reason}" for reason, refused in found.items()]
-
-
-def _told(model: Path) -> dict[str, Any]:
-    """A model's configuration; nothing where it cannot be read: the program that reads it will say what is wrong."""
-    try:
-        told = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-@lru_cache(maxsize=1000)
-def _channels(model: Path) -> tuple[int, ...]:
-    """What a model's linears read, by its configuration: hidden and inner size. Nothing where it does not say."""
-    told = _told(model)
-    try:
-        sizes = (told["hidden_size"], told.get("intermediate_size") or told["ffn_dim"])
-    except KeyError:
-        return ()
-    return tuple(dict.fromkeys(size for size in sizes if isinstance(size, int)))
-
-
-def _said(run: Run, option: str) -> str:
-    """The last value of an option among a run's words, as argparse takes it; empty if it is not there."""
-    values = [word.partition("=")[2] if "=" in word else following
-              for word, following in pairwise((*run.words, "")) if word.partition("=")[0] == option]  # fmt: skip
-    return values[-1] if values else ""

@@ -141,7 +141,7 @@ def _print(chosen: "Sequence[tuple[Paper, list[Path]]]", scope: "Scope", style: 
         table
         for paper, models in chosen
         for model in models
-        for table in paper_table(paper, filled(paper, model, scope, left_out))
+        for table in paper_table(paper, filled(paper, model, scope, left_out), called=scope.called)
     ]
     print(render(tables, style), end="")
     for line in left_out:

@@ -266,10 +266,10 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
             if not wanted or catalog_name(model.name) in map(catalog_name, wanted):
                 mine = filled(paper, model, size, lines)
                 cells += mine if any(one.ours is not None for one in mine) else []
-        for table in paper_table(paper, cells, whole=options.format == "csv") if cells else []:
-            text = render([table], "markdown")
-            tables.pop(text, None)
-            tables[text] = table
+        kinds = (paper_table(paper, cells, options.format == "csv", called) for called in ((), size.called))
+        for same, table in zip(*kinds, strict=True) if cells else ():
+            text = render([same], "markdown")  # of two sizes with the same figures the one that is told in fewer words
+            tables[text] = min(tables.pop(text, table), table, key=lambda one: len(one.caption))
     left_out += dict.fromkeys(lines)
     if tables:
         return list(tables.values())
@@ -280,7 +280,9 @@ def _published(options: argparse.Namespace, left_out: list[str]) -> list[Any]:
             f"no finished run of {name} fits {asked}; `python -m eval reproduce {name} --model DIR` makes them, with "
             "the same options"
         )
-    return paper_table(paper, [c for m in published or paper.shown_for for c in filled(paper, place_of(m), scope)])
+    return paper_table(
+        paper, [c for m in published or paper.shown_for for c in filled(paper, place_of(m), scope)], called=scope.called
+    )
 
 
 def _sizes(table: str, scope: Any, left_out: list[str]) -> dict[Any, list[Path]]:

@@ -17,10 +17,9 @@ from eval.report.cards import Card, Pairs, Place, commands_of, facts_of
 from eval.report.gains import Chart, charts_of, ours, theirs
 from eval.report.pictures import Picture, pictures_of
 from eval.tables.asked import cells_of, runs_of
-from eval.tables.beside import unlike
-from eval.tables.compare import Filled, filled
+from eval.tables.beside import notes_of
+from eval.tables.compare import Filled, difference_of, filled, form_of
 from eval.tables.declared import PUBLISHED, Measure, Paper, Row, Scope, Words
-from eval.tables.render import plain, signed
 
 __all__ = ["Chapter", "Report", "Section", "Shown", "report_of"]
 
@@ -86,9 +85,9 @@ class Several:
 
 @dataclass(frozen=True)
 class Section:
-    """One published table for one model. size: what is run, where it is not as published. counts: cells, run, agrees,
-    near, off. departs: of all cells that were run; marked: of some, by their marks. unlike: why a change is not
-    told. command: what runs the rest."""
+    """One published table for one model. size: what is run of it (`Scope.called`). counts: cells, run, agrees, near,
+    off. departs: of all cells that were run; marked: of some, by their marks. notes: what else a reader must know of
+    the figures. command: what runs the rest."""
 
     anchor: str
     model: str
@@ -100,7 +99,7 @@ class Section:
     counts: Mapping[str, int]
     departs: tuple[str, ...]
     marked: Pairs
-    unlike: tuple[str, ...]
+    notes: tuple[str, ...]
     command: str
 
     @property
@@ -169,7 +168,7 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
     everywhere, marks = _departures(ran)
     if ran:
         _add_cards(report, commands_of(runs_of(cells_of(paper, model, scope))), ran)
-    size = ", ".join(scope.reduced)
+    size = ", ".join(scope.called)
     where = ", ".join(word for word in (paper.name, model.name if paper.models else "", size) if word)
     anchors = {
         _place(cell.row, cell.measure): report.anchor(paper.name, model.name, cell.row.label, cell.row.arm.label,
@@ -200,7 +199,7 @@ def _section(report: Report, shown: Shown, cells: Sequence[Filled]) -> Section:
         counts={"cells": len(cells), "run": len(ran)} | {word: counts[word] for word in ("agrees", "near", "off")},
         departs=everywhere,
         marked=tuple((mark, word) for word, mark in marks.items()),
-        unlike=tuple(unlike(ran, model.name)),
+        notes=tuple(notes_of(ran, model.name)),
         command=shlex.join(["python", "-m", "eval", "reproduce", paper.name, *given, *shown.words]),
     )
 
@@ -238,7 +237,7 @@ def _cell(
         return Cell("", "")
     number, published = ours(cell), theirs(cell)
     sort = number if number is not None else published
-    words = plain(published) if published is not None else cell.theirs or ""
+    words = form_of(cell.measure)(published) if published is not None else cell.theirs or ""
     beside = Cell("", str(words), sort="" if sort is None else repr(sort))
     if cell.ours is None:
         return beside
@@ -263,7 +262,7 @@ def _cell(
         theirs=beside.theirs,
         anchor=anchor,
         href=href,
-        difference="" if cell.difference is None else signed(cell.difference),
+        difference=str(difference_of(cell) or ""),
         verdict=cell.verdict,
         sort=beside.sort,
         marks=() if parts else tuple(marks[word] for word in cell.departs if word in marks),

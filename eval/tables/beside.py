@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from corpora.catalog import FAMILIES, catalog_name
 from eval.tables import render
 from eval.tables.asked import bases_of
-from eval.tables.compare import BANDS, Filled, RowPlace, changes_of, form_of, row_place
-from eval.tables.declared import ALONE, Figure, Measure, Paper
-from eval.tables.render import Table, signed
+from eval.tables.compare import BANDS, Filled, RowPlace, changes_of, difference_of, form_of, row_place
+from eval.tables.declared import ALONE, Figure, Measure, Paper, Words
+from eval.tables.render import Table
 
-__all__ = ["paper_table", "unlike"]
+__all__ = ["notes_of", "paper_table"]
 
 # Models without an original to fetch: a package holds them in fewer bits.
 PACKAGED = [
@@ -18,26 +18,28 @@ PACKAGED = [
 ANSWER = 80  # characters of an answer that a cell shows
 
 
-def paper_table(paper: Paper, cells: Sequence[Filled], whole: bool = False) -> list[Table]:
+def paper_table(paper: Paper, cells: Sequence[Filled], whole: bool = False, called: Words = ()) -> list[Table]:
     """Ours beside theirs: the published figures of the models that were run, ours, and the difference where one is
     taken. Below a row behind an intact prefix stands what that changes.
 
     A model that the paper does not have is a table of its own, which fits a terminal, and below stand the published
-    figures of one model. whole: all models, and all that are published, in one table: to compute with.
+    figures of one model. whole: all models, and all that are published, in one table: to compute with. called: the size
+    of ours in the caption (`Scope.called`), which tells two tables of one model apart.
     """
     models = list(dict.fromkeys(one.model for one in cells))
     others = [name for name in models if paper.models and catalog_name(name) not in paper.models]
     inside = [one for one in cells if one.model not in others]
     known = [name for name in paper.models if name in map(catalog_name, models)]
     caption = f"{paper.title} ({paper.source}); {paper.protocol}"
+    own = ", ".join((paper.name, *called))
     if whole or not others:
-        return [_table(paper, f"{paper.name}: {caption}", cells, known or paper.models, (*_notes(cells), *paper.notes))]
+        return [_table(paper, f"{own}: {caption}", cells, known or paper.models, (*_notes(cells), *paper.notes))]
     tables = []
     for name in others:
         mine = [one for one in cells if one.model == name]
-        tables.append(_table(paper, f"{paper.name}, {name}: {caption}", mine, (), _notes(mine)))
+        tables.append(_table(paper, f"{', '.join((paper.name, name, *called))}: {caption}", mine, (), _notes(mine)))
     if inside:
-        return [*tables, _table(paper, f"{paper.name}: {caption}", inside, known, (*_notes(inside), *paper.notes))]
+        return [*tables, _table(paper, f"{own}: {caption}", inside, known, (*_notes(inside), *paper.notes))]
     first, *more = paper.models
     beside = (f"published of {', '.join(more)}, too: --format csv has all",) if more else ()
     published = _table(paper, f"{paper.name}, as published of {first}", (), (first,), (*beside, *paper.notes))
@@ -76,7 +78,7 @@ def _table(
                 values = {place: one.values for place, one in ones.items()}
                 changes = changes_of(measure, values, {place: one.against for place, one in ones.items()})
                 add(f"{head}: ours" if two else head, ours, changes, always=len(models) == 1)
-                add(f"{head}: difference", {place: _difference(one) for place, one in ones.items()}, {})
+                add(f"{head}: difference", {place: difference_of(one) for place, one in ones.items()}, {})
                 add(f"{head}: verdict", {place: one.verdict or None for place, one in ones.items()}, {})
     lines: list[tuple[render.Cell, ...]] = []
     for i, row in enumerate(rows.values()):
@@ -101,13 +103,6 @@ def _published(measure: Measure, figure: Figure) -> render.Cell:
     return render.Figure(figure, form_of(measure)) if isinstance(figure, float) else figure
 
 
-def _difference(one: Filled) -> render.Cell:
-    if one.difference is None:
-        return None
-    digits = one.measure.digits
-    return render.Figure(one.difference, signed if digits == 2 else lambda value: f"{value:+.{digits}f}")
-
-
 def _grades(cells: Iterable[Filled], model: str) -> list[str]:
     """What a reader of scores must know of the judge."""
     records = [record for one in cells if one.measure.program == "judge" for record in one.records]
@@ -122,13 +117,14 @@ def _grades(cells: Iterable[Filled], model: str) -> list[str]:
     return notes
 
 
-def unlike(ran: Sequence[Filled], model: str) -> list[str]:
+def _unlike(ran: Sequence[Filled], model: str) -> list[str]:
     """Why no change stands behind a prefix that was run, as its method alone was."""
     there = {(row_place(one.row), one.measure) for one in ran}
     heads = [
         one.measure.head
         for one in ran
         if one.measure.better != "words" and one.row.arm.prefix != ALONE.prefix and not one.row.arm.vanilla
+        if not one.unrounded
         if ((one.row.label, ALONE), one.measure) in there
         and not any(((one.row.label, base), one.measure) in there for base in one.against)
     ]
@@ -141,16 +137,57 @@ def unlike(ran: Sequence[Filled], model: str) -> list[str]:
     ]
 
 
+def _caches(ran: Sequence[Filled], model: str) -> list[str]:
+    """How much of the KV cache a policy really rounded in every row, over its columns, arms and seeds."""
+    notes = []
+    for of, programs in (("attention read", ("ppl", "tasks", "needle")), ("the cache held at the end", ("chat",))):
+        found: dict[str, list[tuple[float, float | None]]] = {}
+        for one in ran:
+            if one.caches and one.measure.program in programs:
+                found.setdefault(one.row.label, []).extend(one.caches)
+        rows = []
+        for label, caches in found.items():
+            shares = _span([f"{100 * share:.1f}" for share in sorted(share for share, _ in caches)])
+            bits = _span([f"{number:.2f}" for number in sorted(bits for _, bits in caches if bits is not None)])
+            rows.append(f"{label} {shares} %{f' ({bits} bits an element)' if bits else ''}")
+        if rows:
+            notes.append(f"{model}, KV cache, rounded of what {of}: {'; '.join(rows)}")
+    exact: dict[str, dict[str, None]] = {}
+    for one in ran:
+        if one.exact:
+            exact.setdefault(one.row.label, {})[one.measure.head] = None
+    if exact:
+        rows = [f"{label} ({', '.join(heads)})" for label, heads in exact.items()]
+        taken = "; what a prefix changes is not told of them" if any(one.unrounded for one in ran) else ""
+        notes.append(
+            f"{model}: nothing of the cache was rounded in {', '.join(rows)}, because no text was longer than what the "
+            f"policy keeps exact; these are figures of a full-precision cache{taken}"
+        )
+    return notes
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """The first to the last, or the one that there is."""
+    return " to ".join(dict.fromkeys((*numbers[:1], *numbers[-1:])))
+
+
+def notes_of(cells: Sequence[Filled], model: str) -> list[str]:
+    """What a reader must know of the figures of one model, but for what is not as published."""
+    ran = [one for one in cells if one.model == model and one.ours is not None]
+    notes = [*_grades(ran, model), *_unlike(ran, model), *_caches(ran, model)]
+    if ran and model in PACKAGED:
+        notes.append(f"16 bits of {model}: its package's weights, dequantized; they compare only with themselves")
+    return notes
+
+
 def _notes(cells: Sequence[Filled]) -> list[str]:
     """Why figures do not compare, and what verdicts mean."""
     notes = []
     for model in dict.fromkeys(one.model for one in cells):
-        ran = [one for one in cells if one.model == model and one.ours is not None]
-        words = dict.fromkeys(word for one in ran for word in one.departs)
-        notes += _grades(ran, model)
-        notes += unlike(ran, model)
-        if ran and model in PACKAGED:
-            notes.append(f"16 bits of {model}: its package's weights, dequantized; they compare only with themselves")
+        words = dict.fromkeys(
+            word for one in cells if one.model == model and one.ours is not None for word in one.departs
+        )
+        notes += notes_of(cells, model)
         if words:
             notes.append(
                 f"{model}: not as published ({'; '.join(words)}), so no difference is taken; compare how much a method "

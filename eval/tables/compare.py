@@ -18,10 +18,10 @@ from eval.tables.asked import Cell, bases_of, cells_of
 from eval.tables.declared import PUBLISHED, Arm, Figure, Measure, Paper, Row, Scope
 from eval.tables.departures import QUESTIONS, computed, departures
 from eval.tables.ledger import answer_of
-from eval.tables.render import change_of, in_percent, mean_of, plain
+from eval.tables.render import change_of, in_percent, mean_of, plain, signed
 
-__all__ = ["BANDS", "Filled", "RowPlace", "changes_of", "filled", "form_of", "row_place", "scatter", "value_of",
-           "verdict_of"]  # fmt: skip
+__all__ = ["BANDS", "Filled", "RowPlace", "cache_of", "changes_of", "difference_of", "filled", "form_of", "row_place",
+           "scatter", "value_of", "verdict_of"]  # fmt: skip
 
 # A difference of so many scatters at most.
 BANDS: Mapping[str, float] = {"agrees": 1, "near": 3}
@@ -49,6 +49,43 @@ class Filled:
     departs: tuple[str, ...] = ()
     values: tuple[float | None, ...] = ()
     against: tuple[Arm, ...] = ()
+
+    @property
+    def caches(self) -> tuple[tuple[float, float | None], ...]:
+        """`cache_of` of each record with a KV policy."""
+        found = (cache_of(record, self.measure) for record in self.records)
+        return tuple(one for one in found if one is not None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it has a KV policy, which rounded nothing: the text was no longer than what the policy keeps."""
+        return bool(self.caches) and all(rounded == 0 for rounded, _ in self.caches)
+
+    @property
+    def unrounded(self) -> bool:
+        """Whether nothing else was rounded either: it is a figure of the model as it is."""
+        parts = ("weights", "activations", "attention")
+        return self.exact and not any(
+            record["settings"]["recipe"].get(part) for record in self.records for part in parts
+        )
+
+
+def cache_of(record: Mapping[str, Any], measure: Measure) -> tuple[float, float | None] | None:
+    """What a KV policy really rounded: the share of what attention read behind the prefix, of a conversation that of
+    what its cache holds at the end, in [0, 1]; and the bits of an element, None where a record does not say them. None
+    for a full-precision cache, and where no record says it."""
+    cache = record.get("kv_cache")
+    if cache is not None:
+        return float(cache["rounded"]), fmean(cache["bits_per_element"])
+    if record["settings"].get("kv") is None:
+        return None
+    match measure.program:
+        case "needle":
+            bits = [fmean(result["bits_per_element"]) for result in record["results"] if result["bits_per_element"]]
+            return float(record["quantized"]), fmean(bits) if bits else None
+        case "chat":
+            return float(record["answers"][-1]["quantized"]), None
+    return None
 
 
 def value_of(record: Mapping[str, Any], measure: Measure) -> float | str | None:
@@ -108,14 +145,19 @@ def filled(paper: Paper, model: Path, scope: Scope = PUBLISHED, left_out: list[s
 
 
 def _paired(one: Filled, by_row: Mapping[RowPlace, Mapping[str, Filled]]) -> Filled:
-    """The same, whose change is taken only against runs in the same format on the same kind of device."""
+    """The same, whose change is taken only against runs in the same format on the same kind of device, and only where
+    something was rounded."""
+
+    def columns(arm: Arm) -> list[Filled]:
+        there = by_row.get((one.row.label, arm), {})
+        return [there[head] for head in (one.measure.average_of or (one.measure.head,)) if head in there]
 
     def kinds(arm: Arm) -> set[str]:
-        columns = by_row.get((one.row.label, arm), {})
-        there = [columns[head] for head in (one.measure.average_of or (one.measure.head,)) if head in columns]
-        return {computed(record) for column in there for record in column.records}
+        return {computed(record) for column in columns(arm) for record in column.records}
 
-    mine = kinds(one.row.arm)
+    mine, own = kinds(one.row.arm), columns(one.row.arm)
+    if own and all(column.unrounded for column in own):
+        return replace(one, against=())
     return replace(one, against=tuple(arm for arm in one.against if not kinds(arm) or kinds(arm) == mine))
 
 
@@ -174,6 +216,14 @@ def form_of(measure: Measure) -> Callable[[float], str]:
     if measure.digits == 2:
         return plain
     return lambda value: plain(value) if abs(value) >= 1000 else f"{value:.{measure.digits}f}"
+
+
+def difference_of(one: Filled) -> render.Figure | None:
+    """A cell's difference with as many digits as its column has, None where none is taken."""
+    if one.difference is None:
+        return None
+    digits = one.measure.digits
+    return render.Figure(one.difference, signed if digits == 2 else lambda value: f"{value:+.{digits}f}")
 
 
 def _average(one: Filled, columns: Sequence[Filled | None]) -> Filled:

@@ -241,6 +241,18 @@ class Scope:
         others = (self.scoring, self.asking, self.calibration, self.options, self.training)
         return (*(f"{name} {value}" for name, value in given.items() if value), *filter(None, map(told, others)))
 
+    @property
+    def called(self) -> Words:
+        """What a table of this size is called, in words that no other size has: what is not as published, and which
+        rows and runs stand in it. `only` leaves cells out and changes none: it is no part of a name."""
+        given = {
+            "seeds": " ".join(map(str, self.seeds)), "recipes": " ".join(self.recipes),
+            "prefixes": " ".join(self.prefixes) if self.prefixes != PUBLISHED.prefixes else "",
+        }  # fmt: skip
+        rows = [f"{name} {value}" for name, value in given.items() if value]
+        behind = ("also calibrated behind a prefix",) if self.behind else ()
+        return (*self.reduced, *rows, *behind, *filter(None, [told(self.judge)]))
+
 
 PUBLISHED = Scope()  # every figure as the paper has it
 

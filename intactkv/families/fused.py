@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from corpora.errors import UserError
 from intactkv.families.llama import LLAMA
-from intactkv.parts import NEIGHBOURS, Architecture, Feed, Fused, Row, attention_heads, divided_heads, turned_channels
+from intactkv.parts import (
+    NEIGHBOURS,
+    PASSED,
+    Architecture,
+    Feed,
+    Fused,
+    Row,
+    attention_heads,
+    divided_heads,
+    turned_channels,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -15,7 +25,6 @@ __all__ = ["ROWS", "with_fused"]
 
 QKV = ("q_proj", "k_proj", "v_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")  # GPT-NeoX's
-PASSED = ("relu",)  # activations that positive scales pass
 
 
 def with_fused(row: Architecture, *fused: Fused) -> Architecture:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from intactkv.parts import Architecture, Feed, Row, divided_heads
+from intactkv.parts import PASSED, Architecture, Feed, Row, divided_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,7 +43,7 @@ OPT = Architecture(
         Feed("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
         Feed("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj"),
         Feed("final_layer_norm", ("fc1",), "fc1"),
-        Feed("fc1", ("fc2",), "fc2"),  # ReLU lets positive scales pass, but no shift
+        Feed("fc1", ("fc2",), "fc2"),  # behind a ReLU, which passes scales, but no shift
     ),
     rotary=False,
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
@@ -55,7 +55,8 @@ OPT = Architecture(
 
 
 def _opt(config: "PreTrainedConfig") -> Architecture:
-    """OPT-350m has norms behind attention and feed-forward, a projection behind its embeddings, no last norm."""
+    """OPT-350m has norms behind attention and feed-forward, a projection behind its embeddings, no last norm. Galactica
+    has no ReLU between its last linears."""
     divided_heads(config)
     unscaled = unrotated = None
     if not config.do_layer_norm_before:
@@ -70,7 +71,8 @@ def _opt(config: "PreTrainedConfig") -> Architecture:
         )
     elif config._remove_final_layer_norm:
         unrotated = "has no norm in front of its head (_remove_final_layer_norm=true), so it cannot be rotated"
-    return replace(OPT, unscaled=unscaled, unrotated=unrotated)
+    feeds = OPT.feeds if config.activation_function in PASSED else OPT.feeds[:-1]
+    return replace(OPT, feeds=feeds, unscaled=unscaled, unrotated=unrotated)
 
 
 ROWS: Mapping[str, Row] = {

@@ -165,6 +165,7 @@ def discover_prefix(options: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from corpora.catalog import CORPORA, corpus_files
     from intactkv.discover import down_maxima, largest_ratios
     from intactkv.prefix import build_prefix
     from quantization.runs.auto_prefix import default_search, find
@@ -175,6 +176,11 @@ def discover_prefix(options: argparse.Namespace) -> None:
     search = default_search(plan.checkpoint, plan.tokenizer, plan.context, options.corpus)
     given = {"samples": options.samples, "length": options.length}
     text = replace(search.text, **{name: value for name, value in given.items() if value is not None})
+    if text.corpus in CORPORA and not corpus_files(text.corpus, "calibration"):
+        raise UserError(
+            f"the text {text.corpus} is missing; run 'bash scripts/prepare/data.sh {text.corpus}', or name another: "
+            "--corpus NAME|FILE"
+        )
     if plan.context is not None and 2 * text.length > plan.context:
         raise UserError(
             f"--length {text.length}: pieces take at most half of the {plan.context} positions of "

@@ -20,9 +20,19 @@ from intactkv.parts import attention_heads
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["CONFIG", "GENERATION", "check_ropes", "config_of", "generation_config_of", "tokenizer_config_of"]
+__all__ = [
+    "CONFIG",
+    "GENERATION",
+    "check_ropes",
+    "check_windows",
+    "config_of",
+    "generation_config_of",
+    "tokenizer_config_of",
+]
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+# Types of the architecture table whose models ask for a window even if no layer slides.
+WINDOWED = ("cohere2", "gemma2", "gemma3_text", "ministral")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
@@ -222,6 +232,25 @@ def check_ropes(config: "PreTrainedConfig", file: Path) -> None:
         for name in ("short_factor", "long_factor"):
             if name in rope and len(rope[name]) != pairs:
                 raise UserError(f"{file} has {len(rope[name])} numbers in {name}, not one for each of {pairs} pairs")
+
+
+def check_windows(config: "PreTrainedConfig", file: Path) -> None:
+    """Raise UserError for kinds of layers that transformers would break on in the first pass.
+
+    config: as transformers made it, which has a window of its own where the file has none.
+    """
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if strange := kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{file}: layer_types holds {', '.join(sorted(strange))}, which a {config.model_type} does not have; known "
+            f"are full_attention and sliding_attention; {MEND}"
+        )
+    if not window and ("sliding_attention" in kinds or config.model_type in WINDOWED):
+        why = (
+            "its layer_types hold sliding_attention" if "sliding_attention" in kinds else "its model_type asks for one"
+        )
+        unused = " (use_sliding_window=false)" if getattr(config, "use_sliding_window", True) is False else ""
+        raise UserError(f"{file} has no sliding_window{unused}, but {why}; {MEND}")
 
 
 def generation_config_of(directory: Path) -> None:

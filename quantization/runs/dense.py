@@ -23,18 +23,20 @@ from intactkv.layout import Part, lay_out, sources_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
 from quantization.model.stages import stage
-from quantization.runs.configuration import CONFIG, GENERATION, check_ropes, config_of, generation_config_of
+from quantization.runs.configuration import (
+    CONFIG,
+    GENERATION,
+    check_ropes,
+    check_windows,
+    config_of,
+    generation_config_of,
+)
 from quantization.runs.damage import FLOATS, check_dtype, check_finite, dead, holds_zeros, of_blocks, warn_once
 
 __all__ = [
-    "DenseCheckpoint",
-    "Weights",
-    "empty_model",
-    "empty_model_of",
-    "read_config",
-    "read_generation_config",
+    "DenseCheckpoint", "Weights", "empty_model", "empty_model_of", "read_config", "read_generation_config",
     "tied_names",
-]
+]  # fmt: skip
 
 # First parts of names that old files leave out.
 DECODERS = ("model", "transformer", "gpt_neox")
@@ -347,6 +349,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if config.model_type in ARCHITECTURES:
         check_ropes(config, file)
+        check_windows(config, file)
     return config
 
 

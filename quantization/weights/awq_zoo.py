@@ -2,8 +2,8 @@
 
 One `torch.save` of {"scale": [(producer, (consumer, …), s of shape (channels,)), …],
                      "clip": [(linear, m of shape (out, groups, 1)), …]}, names complete from the model's root, in the
-order in which they are applied. Read with the safe loader only, and compared with the model name by name and shape by
-shape before any work.
+order in which they are applied. A router reads what experts read, so it is a consumer, too. Read with the safe loader
+only, and compared with the model name by name and shape by shape before any work.
 """
 
 import re
@@ -126,12 +126,15 @@ def _floats(value: object) -> Tensor:
 
 
 def _check_step(path: Path, block: DecoderBlock, step: Rescaling) -> None:
-    """Its modules are a feed of the block, and there is one positive scale per channel."""
+    """Its modules are a feed of the block, with all that reads it, and there is one positive scale per channel."""
     what = f"{path}: the scale of {block.name}.{step.producer}"
-    if (step.producer, step.consumers) not in [(feed.producer, feed.consumers) for feed in block.feeds()]:
+    readers = {feed.producer: feed.readers for feed in block.feeds()}.get(step.producer, ())
+    if step.consumers != readers:
+        forgotten = [name for name in readers if name not in step.consumers]
+        lacks = f" (it leaves out what reads it too: {', '.join(forgotten[:5])})" if forgotten else ""
         raise UserError(
-            f"{what} → {', '.join(step.consumers)} belongs to none of the block's pairs; the file was made for another "
-            "type of model"
+            f"{what} → {', '.join(step.consumers[:5])}{', …' if len(step.consumers) > 5 else ''} belongs to none of "
+            f"the block's pairs{lacks}; the file was made for another type of model"
         )
     channels = len(block.module.get_submodule(step.producer).get_parameter("weight"))
     if step.scale.shape != (channels,):
