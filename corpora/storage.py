@@ -208,7 +208,8 @@ def checkpoint_fingerprint(directory: Path, stored: str | None = None) -> str:
     Covers the configuration and, for every tensor of its `weight_files`, the name, shape and dtype, and of the values:
     all of a tensor up to 64 KiB; of a matrix with a row for every token (embeddings, head) 16 values of every row; of
     any other 64 values of each of 32 rows, spread over rows and columns. Two training runs differ in every tensor, and
-    an edited token is seen; but an edit of a few single values of a large matrix can escape.
+    an edited token is seen; but an edit of a few single values of a large matrix can escape. Which tensors share a file
+    counts, too: the same weights in other shards have another identity.
     stored: what an artefact names. It is the answer where it is what earlier versions, which took a smaller sample,
     called this content.
     A process that asks again reads the files again only if they changed.

@@ -25,7 +25,8 @@ from quantization.named import RECIPES
 from quantization.recipes.recipe import Recipe
 from quantization.runs.checkpoint import is_quantized, read_manifest
 from quantization.runs.configuration import CONFIG
-from quantization.runs.dense import FLOATS, DenseCheckpoint, empty_model_of, read_config, tied_names
+from quantization.runs.damage import FLOATS, listed
+from quantization.runs.dense import DenseCheckpoint, empty_model_of, read_config, tied_names
 from quantization.runs.fitting import check_fits
 from quantization.runs.opening import load_tokenizer
 from quantization.runs.pipeline import check_makes_something
@@ -83,9 +84,18 @@ def check(directory: Path) -> Checked:
     """Look at a directory. Raises UserError for what is no causal language model that transformers knows."""
     dense, damage = _opened(directory)
     model = empty_model_of(read_config(directory))
+    left: tuple[str, ...] = ()
     if dense is not None:
-        damage = _said(partial(dense.weights, model) if _has_row(model) else dense.refuse_layout)
+        try:
+            if _has_row(model):
+                left = dense.weights(model).left
+            else:
+                dense.refuse_layout()
+        except UserError as error:
+            damage = one_line(str(error))
     facts = _facts(directory, model, dense)
+    if left:
+        facts["not read"] = f"{len(left)} tensor{'s' * (len(left) > 1)} of the files: {listed(left)}"
     return Checked(str(directory), facts, damage, tuple(_methods(directory, model, dense)))
 
 

@@ -37,7 +37,8 @@ from quantization.runs.checkpoint import (
     read_block,
     read_manifest,
 )
-from quantization.runs.dense import check_finite, empty_model
+from quantization.runs.damage import check_finite
+from quantization.runs.dense import empty_model
 from quantization.runs.plan import plan_run
 from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS
 

@@ -33,7 +33,8 @@ from quantization.model.inputs import PATH, restore_paths, stored_paths
 from quantization.model.rescale import Rescaling
 from quantization.recipes.protocols import restored
 from quantization.runs.configuration import CONFIG
-from quantization.runs.dense import DenseCheckpoint, check_finite, empty_model, tied_names
+from quantization.runs.damage import check_finite
+from quantization.runs.dense import DenseCheckpoint, empty_model, tied_names
 from quantization.runs.manifest import FORMAT, MANIFEST, PARTS, is_quantized, read_manifest
 from quantization.runs.sums import CHECKSUMS, EARLIER_CHECKSUMS, checked, read_cost
 

@@ -4,12 +4,11 @@ Which files count, which tensor is which parameter, that none is missing and eve
 here, for the quantizer, the full-precision model and the prefix alike. A tensor is read when it is asked for.
 """
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from corpora.errors import UserError, built
-from corpora.storage import MEND, is_finite, open_tensors, weight_files
-from intactkv.architecture import ARCHITECTURES, architecture_of
+from corpora.storage import MEND, open_tensors, weight_files
+from intactkv.architecture import ARCHITECTURES, Architecture, architecture_of
 from intactkv.layout import Part, lay_out, sources_of
 from intactkv.peft import CONFIG as ADAPTER
 from intactkv.peft import is_adapter
@@ -32,16 +31,13 @@ from quantization.runs.configuration import (
     config_of,
     generation_config_of,
 )
+from quantization.runs.damage import FLOATS, check_dtype, check_finite, dead, holds_zeros, of_blocks, warn_once
 
 __all__ = [
-    "DenseCheckpoint", "Weights", "check_dtype", "check_finite", "empty_model", "empty_model_of", "read_config",
-    "read_generation_config", "tied_names",
+    "DenseCheckpoint", "Weights", "empty_model", "empty_model_of", "read_config", "read_generation_config",
+    "tied_names",
 ]  # fmt: skip
 
-log = logging.getLogger(__name__)
-
-# What dense models are stored in, by safetensors' names. Everything else is some program's quantization.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # First parts of names that old files leave out.
 DECODERS = ("model", "transformer", "gpt_neox")
 # What old files hold besides the weights, and every reader computes anew.
@@ -154,9 +150,10 @@ class DenseCheckpoint:
             stack = 0 if architecture.experts is None else architecture.experts.count
             expected_shape = parts.get(name, Part(name)).stored_shape(tuple(parameter.shape), stack)
             self.check_shape(names[name] if name in parts else name, shape, expected_shape)
+        self.refuse_surplus(model.config.model_type, of_blocks(architecture, names.values(), left))
         self.name_left_over(left)
         dtypes = [FLOATS[headers[stored][1]] for stored in names.values()]
-        return Weights(self, names, reduce(torch.promote_types, dtypes), parts)
+        return Weights(self, architecture, names, reduce(torch.promote_types, dtypes), parts, tuple(left))
 
     def refuse_quantized(self, used: Iterable[str], left: Iterable[str]) -> None:
         """Raise UserError for a left over tensor that belongs to one weight, beside it or in its place."""
@@ -181,6 +178,25 @@ class DenseCheckpoint:
                     f"{model.config.num_hidden_layers}; the checkpoint and its configuration belong to different models"
                 )
 
+    def refuse_surplus(self, model_type: str, left: Iterable[str]) -> None:
+        """Raise UserError for a left over parameter of a block that the model does have. left: of its blocks.
+
+        Masks, which old files hold under such names, have four dimensions or are no floating point numbers. A bias of
+        zeros says what its absence says.
+        """
+        for name, (shape, dtype) in self.headers(left).items():
+            of_layer = dtype in FLOATS and 1 <= len(shape) <= 3 and 0 not in shape
+            if of_layer and not (name.endswith(".bias") and self.is_zero(name)):
+                raise UserError(
+                    f"{self.directory} holds {name!r}, which a {model_type} of this config.json does not have; the "
+                    "checkpoint and its configuration belong to different models"
+                )
+
+    def is_zero(self, name: str) -> bool:
+        """Whether a stored tensor holds nothing but zeros."""
+        with open_tensors(self._file_of[name]) as tensors:
+            return holds_zeros(tensors.get_tensor(name))
+
     def lacks(self, name: str, left: Iterable[str] = ()) -> UserError:
         """The error for a parameter that is not there. left: tensors that are no parameter's."""
         strange = next(iter(left), None)
@@ -201,7 +217,7 @@ class DenseCheckpoint:
 
     def name_left_over(self, names: Iterable[str]) -> None:
         """Log the tensors that no part of the model reads, once."""
-        _name_left_over(self.directory, tuple(names))
+        warn_once(self.directory, tuple(names), "tensors that its model does not read")
 
     def names(self) -> list[str]:
         """All stored names."""
@@ -224,50 +240,72 @@ class DenseCheckpoint:
         return files
 
 
-@cache  # a run may look at a checkpoint several times
-def _name_left_over(directory: Path, names: tuple[str, ...]) -> None:
-    if names:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        log.warning("%s holds %d tensors that its model does not read: %s", directory, len(names), shown)
-
-
 @dataclass(frozen=True)
 class Weights:
     """The parameters of a model in a dense checkpoint. names: where each is stored; a tied head that is not stored has
-    none. parts: what of the stored tensor it is, where that is not all.
+    none. parts: what of the stored tensor it is, where that is not all. left: stored tensors that no parameter reads.
 
     dtype: in which all are read: the narrowest that holds every stored value. A block whose norms are wider than its
     linears computes in the norms' dtype, whatever quantizes it.
     """
 
     checkpoint: DenseCheckpoint
+    architecture: Architecture
     names: Mapping[str, str]
     dtype: torch.dtype
     parts: Mapping[str, Part] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter, on the CPU. Raises UserError if a value of it is not finite."""
+        """One parameter, on the CPU. Raises UserError if a value of it is not finite, or if the file was not fetched
+        whole (`dead`)."""
         stored = self.names[name]
         (file,) = self.checkpoint.by_file([stored])
         with open_tensors(file) as tensors:
             part = self.parts.get(name)
             tensor: Tensor = tensors.get_tensor(stored) if part is None else part.taken(tensors.get_slice(stored))
         check_finite(tensor, f"{self.checkpoint.directory}: the tensor {stored!r}")
+        if holds_zeros(tensor):
+            self.refuse_dead([name])
         return tensor.to(self.dtype)
 
     def check(self) -> None:
-        """Raise UserError if a value of any parameter is not finite: before the work, and not at the block that has it.
+        """Raise UserError if a value of any parameter is not finite, or if a file was not fetched whole: before the
+        work, and not at the block that has it.
 
         Reads every file once; of stacks one matrix at a time.
         """
+        zeros = set[str]()  # by their stored names
         for file, names in self.checkpoint.by_file(dict.fromkeys(self.names.values())).items():
             with open_tensors(file) as tensors:
                 for name in names:
                     view = tensors.get_slice(name)
                     shape = view.get_shape()
+                    empty = True
                     for index in range(shape[0]) if len(shape) > 2 else (slice(None),):
                         tensor = view[index] if shape else tensors.get_tensor(name)
                         check_finite(tensor, f"{self.checkpoint.directory}: the tensor {name!r}")
+                        empty = empty and holds_zeros(tensor)
+                    if empty:
+                        zeros.add(name)
+        self.look_at_zeros(zeros)
+
+    def look_at_zeros(self, stored: Collection[str]) -> None:
+        """Raise UserError if stored tensors that hold nothing but zeros were not fetched whole; else log matrices of
+        them, which may be meant, once."""
+        zeros = [name for name, at in self.names.items() if at in stored]
+        self.refuse_dead(zeros)
+        usual = (".bias", "norm.weight") if self.architecture.gain_offset else (".bias",)
+        names = tuple(sorted({self.names[name] for name in zeros if not name.endswith(usual)}))
+        warn_once(self.checkpoint.directory, names, "tensors of nothing but zeros, which may be meant")
+
+    def refuse_dead(self, zeros: Collection[str]) -> None:
+        """Raise UserError if one of these parameters of zeros makes everything behind it zero."""
+        for name in dead(self.architecture, zeros):
+            raise UserError(
+                f"{self.checkpoint.directory}: the tensor {self.names[name]!r} holds nothing but zeros, as in a file "
+                "that was not fetched whole; fetch the checkpoint again"
+            )
 
     def load_into(self, module: nn.Module, prefix: str, device: torch.device) -> None:
         """Give an empty module its parameters, named `prefix.…` in the model."""
@@ -297,30 +335,6 @@ class Weights:
                 following = modules[i + 1 : i + 2]
                 ahead = reader.submit(read_ahead, *following[0]) if following and device.type == "cuda" else None
                 yield module
-
-
-def check_dtype(dtype: str, what: str) -> None:
-    """Raise UserError for what is not stored as a floating point number of 16 bits or more."""
-    if dtype not in FLOATS:
-        raise UserError(
-            f"{what} is stored as {dtype}, so it is quantized by another program; give the dense checkpoint "
-            f"({', '.join(FLOATS)})"
-        )
-
-
-def check_finite(tensor: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
-    """Raise UserError for NaN and infinity. dtype: what it will be cast to, where large values may become infinite."""
-    if is_finite(tensor, dtype):
-        return
-    if dtype is not None and is_finite(tensor):
-        raise UserError(
-            f"{what} holds {float(tensor.abs().max()):.3g}, which is beyond {str(dtype).removeprefix('torch.')}; "
-            "choose --dtype bfloat16 or float32"
-        )
-    raise UserError(
-        f"{what} holds values that are not finite; the checkpoint is damaged, or overflowed its dtype: fetch it again, "
-        "or convert it from a wider one"
-    )
 
 
 def read_config(directory: Path) -> PreTrainedConfig:

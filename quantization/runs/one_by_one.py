@@ -16,7 +16,8 @@ from quantization.model.blocks import DecoderBlock
 from quantization.model.stream import CalibrationStream
 from quantization.recipes.protocols import restored
 from quantization.runs.checkpoint import ENDS, block_file, block_state, cast, empty_quantized, is_quantized, read_block
-from quantization.runs.dense import DenseCheckpoint, Weights, check_finite, empty_model
+from quantization.runs.damage import check_finite
+from quantization.runs.dense import DenseCheckpoint, Weights, empty_model
 from quantization.runs.manifest import PARTS
 
 __all__ = ["Blocks"]

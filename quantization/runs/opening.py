@@ -18,14 +18,8 @@ from quantization.model.placement import memory_of_each, spread
 from quantization.model.rescale import rescale_all
 from quantization.runs.checkpoint import block_file, is_quantized, load_quantized, read_block, read_manifest
 from quantization.runs.configuration import config_of, tokenizer_config_of
-from quantization.runs.dense import (
-    DenseCheckpoint,
-    check_dtype,
-    check_finite,
-    empty_model_of,
-    read_config,
-    read_generation_config,
-)
+from quantization.runs.damage import check_dtype, check_finite, holds_zeros
+from quantization.runs.dense import DenseCheckpoint, Weights, empty_model_of, read_config, read_generation_config
 from quantization.runs.sums import check_beside
 
 __all__ = ["is_rescaled", "load_model", "load_tokenizer", "rescaled"]
@@ -85,12 +79,15 @@ def _load_dense(
     if config.model_type in ARCHITECTURES and architecture_of(config).is_laid_out:
         return _finished(_load_laid_out(checkpoint, empty, dtype, device, spread_over_gpus, memory), directory)
     loader: Any = type(empty)
+    weights: Weights | None = None
     if config.model_type in ARCHITECTURES:
-        names = checkpoint.weights(empty).names
+        weights = checkpoint.weights(empty)
+        names = weights.names
     else:
         checkpoint.refuse_layout()
         names = {name: name for name in checkpoint.names()}
     damaged: list[str] = []
+    zeros = set[str]()
     # With a device map the weights go from the file to their GPU, and the whole model is never in main memory.
     scratch = tempfile.TemporaryDirectory() if spread_over_gpus else None  # for what no memory holds
     placed = {} if scratch is None else {"device_map": "auto", "max_memory": memory, "offload_folder": scratch.name}
@@ -98,8 +95,8 @@ def _load_dense(
         views: dict[str, Any] = {}
         for file, stored in checkpoint.by_file(names.values()).items():
             tensors = files.enter_context(open_tensors(file))
-            views |= {name: _Stored(tensors.get_slice(name), f"{directory}: the tensor {name!r}", dtype, damaged)
-                      for name in stored}  # fmt: skip
+            for name in stored:
+                views[name] = _Stored(tensors.get_slice(name), name, directory, dtype, damaged, zeros)
         state = {name: views[stored] for name, stored in names.items()}
         model, found = loader.from_pretrained(
             None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True,
@@ -107,6 +104,8 @@ def _load_dense(
         )  # fmt: skip
     if damaged:
         raise UserError(min(damaged))
+    if weights is not None:
+        weights.look_at_zeros(zeros)
     _check_found(checkpoint, model, names.keys(), found)
     if scratch is None:
         torch.nn.Module.to(model, device)
@@ -135,10 +134,14 @@ def _load_laid_out(
     weights = checkpoint.weights(model)
     place = torch.device("cpu") if spread_over_gpus else device
     state: dict[str, torch.Tensor] = {}
+    filled = set[str]()
     for name, stored in weights.names.items():
         tensor = weights.tensor(name)
+        if not holds_zeros(tensor):
+            filled.add(stored)
         check_finite(tensor, f"{checkpoint.directory}: the tensor {stored!r}", dtype)
         state[name] = tensor.to(place, dtype)
+    weights.look_at_zeros(set(weights.names.values()) - filled)
     missing, _ = model.load_state_dict(state, strict=False, assign=True)
     if missing:  # the reader has refused all but a tied head
         model.tie_weights()
@@ -150,14 +153,17 @@ def _load_laid_out(
 class _Stored:
     """A stored tensor as transformers' loader takes it: read, and looked at, where it is indexed."""
 
-    def __init__(self, view: Any, what: str, dtype: torch.dtype, damaged: list[str]):
-        self.view, self.what, self.dtype, self.damaged = view, what, dtype, damaged
+    def __init__(self, view: Any, name: str, directory: Path, dtype: torch.dtype, damaged: list[str], zeros: set[str]):
+        self.view, self.name, self.dtype, self.damaged, self.zeros = view, name, dtype, damaged, zeros
+        self.what = f"{directory}: the tensor {name!r}"
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self.view[index]
         try:  # an error here would come out as one of transformers', in other words
             check_dtype(self.view.get_dtype(), self.what)
             check_finite(tensor, self.what, self.dtype)
+            if list(tensor.shape) == list(self.view.get_shape()) and holds_zeros(tensor):
+                self.zeros.add(self.name)
         except UserError as error:
             self.damaged.append(str(error))
         return tensor

@@ -185,7 +185,8 @@ def gptq(
     split_groups(weight, grid.group_size, name)  # refuses groups that do not fill a row
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    w.masked_fill_(dead[:, None], 0)  # no token ever fed them: any value is as good
+    # No token ever fed them: any value is as good. Where all are dead, the weights stay, to be rounded as they are.
+    w.masked_fill_((dead & ~dead.all())[:, None], 0)
     # Neither 1 (GPTQ) nor 0: keeps λ what it is.
     live = diagonal.sum() / (~dead).sum()
     diagonal.copy_(torch.where(dead, torch.where(dead.all(), 1.0, live), diagonal))

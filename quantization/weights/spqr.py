@@ -228,9 +228,10 @@ def spqr(
     split_groups(weight, how.grid.group_size, name)  # refuses groups that do not fill a row
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    w[dead] = 0  # no token ever fed them
-    if dead.all():
+    if dead.all():  # the weights stay, to be rounded as they are
         diagonal.fill_(1.0)
+    else:
+        w[dead] = 0  # no token ever fed them
     order = torch.argsort(diagonal, descending=True, stable=True) if how.act_order else None
     if order is not None:
         w = w.index_select(0, order)
